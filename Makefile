@@ -1,0 +1,34 @@
+# make demo    the whole pipeline on drawn characters, a few minutes on two cores
+# make test    the default tests
+VENV   ?= .venv
+PYTHON ?= python3
+BIN     = $(VENV)/bin
+# The CPU is shared: one thread for each process, and several processes.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test test-long lint clean
+
+demo: $(VENV)/installed
+	$(BIN)/concentrate run workdir=runs/demo
+
+test: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -n 2 -m "not long"
+
+test-long: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -n 2
+
+lint: $(VENV)/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info

@@ -1,0 +1,146 @@
+"""`concentrate VERB [overrides]`: the command line. Hydra composes, the config is checked, one stage runs."""
+
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Any
+
+from concentration.config import VERBS, check_config, describe_composition_error, find_config_directory
+from concentration.errors import ConcentrationError, ConfigError
+from concentration.schema import suggest
+
+#: Nothing of Hydra's own is written: a run's directory is its workdir, and its config is kept there by the stage.
+HYDRA_OVERRIDES = (
+    "hydra.run.dir=.",
+    "hydra.output_subdir=null",
+    "hydra/job_logging=disabled",
+    "hydra/hydra_logging=disabled",
+)
+
+BUG_EXIT_CODE = 1
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Exits with 0 when finished, 2 for the user's mistake, 75 when preempted, 1 for a bug."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_usage())
+        sys.exit(0 if arguments else ConfigError.exit_code)
+    verb, *rest = arguments
+    try:
+        if verb not in VERBS:
+            raise ConfigError(f"no verb '{verb}'{suggest(verb, VERBS)}")
+        exit_code = _run_hydra(verb, rest)
+    except ConcentrationError as error:
+        exit_code = _say(error)
+    sys.exit(exit_code)
+
+
+def run_verb(verb: str, composed: Any) -> int:
+    """Checks the config, runs the verb, and returns its exit code; an error is printed, not raised."""
+    try:
+        config = check_config(verb, composed)
+        VERBS[verb].load()[0](config)
+    except ConcentrationError as error:
+        return _say(error)
+    except Exception:
+        # The process may be one of many jobs of a multirun: its traceback is printed here, and its code goes up.
+        traceback.print_exc()
+        return BUG_EXIT_CODE
+    return 0
+
+
+def _run_hydra(verb: str, rest: list[str]) -> int:
+    """Runs one job, or a multirun's, and returns the worst exit code."""
+    from hydra import version
+    from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
+    from hydra._internal.hydra import Hydra
+    from hydra._internal.utils import create_config_search_path, get_args_parser
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+    from hydra.types import RunMode
+    from omegaconf.errors import OmegaConfBaseException
+
+    # NOTE: hydra.main throws the jobs' return values away, so its two calls are made here; tests hold this to Hydra 1.3.
+    version.setbase("1.3")
+    parser = get_args_parser()
+    parser.prog = f"concentrate {verb}"
+    options = parser.parse_args(rest)
+    search_path: ConfigSearchPathImpl = create_config_search_path(str(find_config_directory()))
+    if options.config_dir:
+        search_path.prepend(provider="command line", path=f"file://{options.config_dir}")
+    GlobalHydra.instance().clear()
+    hydra = Hydra.create_main_hydra2(task_name="concentrate", config_search_path=search_path)
+    overrides = [*HYDRA_OVERRIDES, *options.overrides]
+    try:
+        if options.help:
+            print(_verb_help(verb, hydra.compose_config(verb, overrides, RunMode.RUN)))
+            return 0
+        if options.cfg:
+            hydra.show_cfg(verb, overrides, options.cfg, options.package, options.resolve)
+            return 0
+        job = _Job(verb)
+        if options.multirun or hydra.get_mode(verb, overrides) == RunMode.MULTIRUN:
+            batches = hydra.multirun(
+                verb, job, [*overrides, "hydra.sweep.dir=${workdir}", "hydra.sweep.subdir=."], False
+            )
+            return _worst([returned.return_value for batch in batches for returned in batch])
+        return hydra.run(verb, job, overrides, with_log_configuration=False).return_value
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(describe_composition_error(error, verb)) from None
+
+
+class _Job:
+    """The task that Hydra's launchers call, in this process or in another."""
+
+    def __init__(self, verb: str):
+        self._verb = verb
+
+    def __call__(self, composed: Any) -> int:
+        return run_verb(self._verb, composed)
+
+
+def _worst(exit_codes: Sequence[int]) -> int:
+    """A bug is worse than a mistake, and a mistake worse than a preemption, which another try would finish."""
+    severity = {0: 0, 75: 1, 2: 2}
+    return max(exit_codes, key=lambda code: severity.get(code, 3), default=0)
+
+
+def _say(error: ConcentrationError) -> int:
+    print(f"concentrate: {error}", file=sys.stderr, flush=True)
+    return error.exit_code
+
+
+def _usage() -> str:
+    verbs = "\n".join(f"  {name:<10} {verb.summary}" for name, verb in VERBS.items())
+    return f"""concentrate: one teacher per vertical, concentrated into one student
+
+Usage: concentrate VERB [KEY=VALUE ...]
+       concentrate VERB --help          the keys of a verb and their values
+       concentrate VERB -m KEY=A,B,C    several runs, one for each combination
+
+{verbs}
+
+Start with:  concentrate run"""
+
+
+def _verb_help(verb: str, composed: Any) -> str:
+    from omegaconf import OmegaConf, open_dict
+
+    with open_dict(composed):
+        del composed["hydra"]
+    groups = sorted(path.name for path in find_config_directory().iterdir() if path.is_dir())
+    menus = {group: sorted(path.stem for path in (find_config_directory() / group).glob("*.yaml")) for group in groups}
+    lines = [
+        f"  {group}={'|'.join(choices)}"
+        for group, choices in menus.items()
+        if group == "experiment" or group in composed
+    ]
+    values = OmegaConf.to_yaml(composed)
+    choices = "\n".join(lines)
+    summary = f"concentrate {verb}: {VERBS[verb].summary}"
+    return f"{summary}\n\nChoices:\n{choices}\n\nKeys and their values (KEY=VALUE changes one):\n{values}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""Hydra composes a verb's config; pydantic checks it; what is wrong becomes one line with the nearest valid key."""
+
+import importlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from concentration.errors import ConfigError
+from concentration.schema import Config, flatten, parse_config, suggest
+
+
+@dataclass(frozen=True)
+class Verb:
+    """A word of the command line: what it does, and where its function and config class are."""
+
+    summary: str
+    module: str
+    function: str
+    config: str
+
+    def load(self):
+        """The function and the config class; imports what they need, which takes seconds for torch."""
+        module = importlib.import_module(self.module)
+        return getattr(module, self.function), getattr(module, self.config)
+
+
+def _stage(name: str, summary: str) -> Verb:
+    return Verb(summary, f"concentration.stages.{name}", name, f"{name.capitalize()}Config")
+
+
+VERBS: Mapping[str, Verb] = {
+    "prepare": _stage("prepare", "images and a taxonomy become shards and their index"),
+    "teacher": _stage("teacher", "train the specialist of one vertical"),
+    "targets": _stage("targets", "store what the teachers say of every training image"),
+    "student": _stage("student", "train one network over all verticals (targets=labels: the generalist)"),
+    "evaluate": _stage("evaluate", "measure a student, a teacher, or all teachers (name=specialists)"),
+    "report": _stage("report", "a page with everything that was measured"),
+    "run": Verb("all of the above, skipping what is done", "concentration.pipeline.run", "run", "RunConfig"),
+    "status": Verb(
+        "what stands where in a working directory", "concentration.pipeline.status", "status", "StatusConfig"
+    ),
+}
+
+
+def find_config_directory() -> Path:
+    """`conf/`: inside the package where it is installed, beside it in a checkout."""
+    package = Path(__file__).parent
+    installed = package / "conf"
+    return installed if installed.is_dir() else package.parent / "conf"
+
+
+def check_config(verb: str, composed: Any) -> Config:
+    """The checked config of a verb from what Hydra composed.
+
+    Raises:
+        ConfigError: a value is missing or wrong, or a key is unknown.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        values = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(describe_composition_error(error, verb)) from None
+    _, config_class = VERBS[verb].load()
+    return parse_config(config_class, values)
+
+
+def describe_composition_error(error: Exception, verb: str) -> str:
+    """Hydra's message in one line, with the nearest valid key."""
+    text = " ".join(str(error).split())
+    if match := re.search(r"Missing mandatory value:.*full_key: (\S+)", text):
+        return f"'{match[1]}' is missing: give {match[1]}=VALUE"
+    if match := re.search(r"Could not (?:override|append).*?'([\w@./]+)(?:=.*?)?'\.", text):
+        key = match[1]
+        return f"unknown key '{key}'{suggest(key, _known_keys(verb))} (`concentrate {verb} --help` shows all)"
+    if match := re.search(
+        r"In '[^']*': Could not find '([^']+)'.*?Available options in '[^']+':(.*?)(?:Config search path|$)", text
+    ):
+        group, _, option = match[1].rpartition("/")
+        return f"{group or 'config'}={option}: no such choice{suggest(option, match[2].split())}"
+    return text
+
+
+def _known_keys(verb: str) -> list[str]:
+    from hydra import compose
+    from omegaconf import OmegaConf
+
+    composed = OmegaConf.to_container(compose(config_name=verb), resolve=False)
+    keys = flatten(composed)
+    groups = [path.name for path in find_config_directory().iterdir() if path.is_dir()]
+    return [*keys, *groups, *{key.rpartition(".")[0] for key in keys if "." in key}]

@@ -1,0 +1,190 @@
+"""Batches by step: micro-batch i of a rank is a pure function of i, so a loader's whole state is one integer.
+
+Shapes: B samples of a rank's micro-batch, G samples of a global batch.
+"""
+
+import os
+import signal
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.utils.data
+from torch import Tensor
+
+from concentration.data.index import Split
+from concentration.data.order import Order
+from concentration.data.sample_targets import SampleTargets
+from concentration.data.views import UNDECODABLE, ViewConfig, centre_views, decode_view, draw_views
+from concentration.distributed import slice_of_rank
+from concentration.errors import DataError
+from concentration.targets import SoftTargets
+
+
+class Batch(NamedTuple):
+    """One rank's share of a micro-batch.
+
+    images: (B, 3, H, W) uint8, black where an image could not be decoded.
+    targets: of each sample.
+    weight_B: float32, 1; 0 for an undecodable image and for places behind the end of an epoch.
+    skipped_B: bool, where an image could not be decoded.
+    ordinal_B: int64, which samples these are.
+    global_count: samples with a place in this step's global batch, over all ranks and micro-batches.
+    """
+
+    images: Tensor
+    targets: SoftTargets
+    weight_B: Tensor
+    skipped_B: Tensor
+    ordinal_B: Tensor
+    global_count: int
+
+
+class SampleReader:
+    """Reads and decodes samples by ordinal; holds open files, which do not travel to worker processes."""
+
+    def __init__(self, split: Split, targets: SampleTargets, image_size: int, views: ViewConfig | None, seed: int):
+        self.split = split
+        self._targets = targets
+        self._image_size = image_size
+        self._views = views
+        self._seed = seed
+        self._files: dict[int, int] = {}
+
+    def __getstate__(self):
+        return {**self.__dict__, "_files": {}}
+
+    def read(self, ordinals: np.ndarray, epoch: int) -> tuple[Tensor, SoftTargets, np.ndarray]:
+        """Images (B, 3, H, W) uint8, targets, and (B,) bool: which images could not be decoded."""
+        size = self._image_size
+        images = np.zeros((len(ordinals), 3, size, size), dtype=np.uint8)
+        skipped = np.zeros(len(ordinals), dtype=bool)
+        views = (
+            centre_views(len(ordinals)) if self._views is None else draw_views(self._views, self._seed, epoch, ordinals)
+        )
+        for row, ordinal in enumerate(ordinals):
+            content = self.read_encoded(int(ordinal))
+            try:
+                images[row] = decode_view(content, views, row, size)
+            except UNDECODABLE:
+                skipped[row] = True
+        return torch.from_numpy(images), self._targets.lookup(ordinals), skipped
+
+    def read_encoded(self, ordinal: int) -> bytes:
+        """The image's bytes as they lie in the shard."""
+        number = self.split.shard_of(ordinal)
+        shard = self.split.shards[number]
+        if number not in self._files:
+            if len(self._files) >= 256:
+                os.close(self._files.pop(next(iter(self._files))))
+            self._files[number] = os.open(shard.path, os.O_RDONLY)
+        row = ordinal - self.split.shard_start[number]
+        size = int(shard.image_size[row])
+        content = os.pread(self._files[number], size, int(shard.image_offset[row]))
+        if len(content) != size:
+            raise DataError(
+                f"{shard.path}: ends inside the sample '{shard.keys[row]}'; the shard changed while it was read"
+            )
+        return content
+
+
+class StepBatches(torch.utils.data.Dataset):
+    """Micro-batch i of one rank, for every i from 0.
+
+    A step's global batch is places [t*G, (t+1)*G) of its epoch's order; ranks take contiguous shares of it, and micro-batches
+    contiguous shares of those. Places behind the end of the epoch are filled with samples of weight 0, so that every
+    batch has the same shape. World size and number of workers change who reads a sample, never which batch it is in.
+    """
+
+    def __init__(
+        self, reader: SampleReader, order: Order, batch_size: int, accumulate: int, rank: int, world_size: int
+    ):
+        if batch_size < world_size * accumulate:
+            raise DataError(
+                f"{len(order)} samples and trainer.batch_size={batch_size} are too few for {world_size} processes with "
+                f"{accumulate} micro-batches each; use fewer processes or a larger batch"
+            )
+        self._reader = reader
+        self._order = order
+        self._batch_size = batch_size
+        self._accumulate = accumulate
+        self._rank = rank
+        self._world_size = world_size
+        self.steps_per_epoch = -(-len(order) // batch_size)
+
+    def __getitem__(self, number: int) -> Batch:
+        step, micro = divmod(number, self._accumulate)
+        epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
+        mine = slice_of_rank(self._batch_size, self._rank, self._world_size)
+        part = slice_of_rank(mine.stop - mine.start, micro, self._accumulate)
+        first = step_of_epoch * self._batch_size
+        places = np.arange(first + mine.start + part.start, first + mine.start + part.stop)
+        is_real = places < len(self._order)
+        ordinals = self._order.take(epoch, places % len(self._order))
+        images, targets, skipped = self._reader.read(ordinals, epoch)
+        return Batch(
+            images=images,
+            targets=targets,
+            weight_B=torch.from_numpy((is_real & ~skipped).astype(np.float32)),
+            skipped_B=torch.from_numpy(skipped),
+            ordinal_B=torch.from_numpy(ordinals),
+            global_count=min(self._batch_size, len(self._order) - first),
+        )
+
+
+class StepLoader:
+    """The training loader of a whole run; its state is the number of micro-batches that it has handed out.
+
+    The state is the same on every rank, whatever the number of workers.
+    """
+
+    def __init__(self, batches: StepBatches, num_batches: int, num_workers: int, pin_memory: bool):
+        self._batches = batches
+        self._num_batches = num_batches
+        self._num_workers = num_workers
+        self._pin_memory = pin_memory
+        self._next = 0
+
+    def __len__(self) -> int:
+        # NOTE: of the whole run, also after a resume. Lightning drops a batch of a stateful loader without a length.
+        return self._num_batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        numbers = range(self._next, self._num_batches)
+        for batch in build_loader(self._batches, numbers, self._num_workers, self._pin_memory):
+            self._next += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        return {"num_yielded": self._next}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self._next = state["num_yielded"]
+
+
+def build_loader(
+    batches: StepBatches, numbers: range, num_workers: int, pin_memory: bool = False
+) -> torch.utils.data.DataLoader:
+    """The micro-batches with these numbers, in order, read ahead by worker processes."""
+    return torch.utils.data.DataLoader(
+        batches,
+        sampler=numbers,
+        batch_size=None,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        worker_init_fn=_start_worker,
+        prefetch_factor=4 if num_workers else None,
+        collate_fn=_identity,
+    )
+
+
+def _identity(batch: Batch) -> Batch:
+    return batch
+
+
+def _start_worker(_: int) -> None:
+    torch.set_num_threads(1)
+    # The main process decides when to stop: a signal to the whole group must not end a worker in the middle of a batch.
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)

@@ -1,0 +1,79 @@
+"""Ranks and sums over them; every function also works in a single process."""
+
+import os
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from concentration.errors import ConcentrationError
+
+T = TypeVar("T")
+
+
+def start(backend: str) -> None:
+    """Joins the other processes when this one was started by torchrun; does nothing otherwise, or the second time."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and not _is_distributed():
+        dist.init_process_group(backend)
+
+
+def rank() -> int:
+    return dist.get_rank() if _is_distributed() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if _is_distributed() else 1
+
+
+def sum_over_ranks(value: Tensor) -> Tensor:
+    """The sum of `value` over ranks, on every rank; `value` itself is left as it is."""
+    if not _is_distributed():
+        return value
+    value = value.clone()
+    dist.all_reduce(value)
+    return value
+
+
+def broadcast_flag(flag: bool, device: torch.device) -> bool:
+    """Rank 0's flag on every rank: what one clock decides, all must do."""
+    if not _is_distributed():
+        return flag
+    tensor = torch.tensor(int(flag), device=device)
+    dist.broadcast(tensor, 0)
+    return bool(tensor)
+
+
+def gather_objects(value: object) -> list:
+    """Every rank's `value`, in rank order, on every rank."""
+    if not _is_distributed():
+        return [value]
+    gathered: list = [None] * world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def from_rank_zero(compute: Callable[[], T]) -> T:
+    """What `compute` returns on rank 0, where alone it is called; an error of it is raised on every rank."""
+    if not _is_distributed():
+        return compute()
+    outcome: list = [None, None]
+    if rank() == 0:
+        try:
+            outcome[0] = compute()
+        except ConcentrationError as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def slice_of_rank(count: int, rank: int, world_size: int) -> slice:
+    """The contiguous share of `count` places that belongs to a rank; shares differ by one at most."""
+    return slice(rank * count // world_size, (rank + 1) * count // world_size)
+
+
+def _is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()

@@ -1,0 +1,25 @@
+"""What can go wrong that is not a bug here: each error is one clear line and an exit code."""
+
+
+class ConcentrationError(Exception):
+    """Base of the errors that a user can act on. The message says what was found, what was expected, where, and what to do."""
+
+    exit_code = 2
+
+
+class ConfigError(ConcentrationError):
+    """The configuration is wrong, or does not fit what is already on disk."""
+
+
+class DataError(ConcentrationError):
+    """A file (shard, index, taxonomy, target, checkpoint) is not what it should be."""
+
+
+class DivergedError(ConcentrationError):
+    """Training reached a loss that is not finite; the last good checkpoint is kept."""
+
+
+class Preempted(ConcentrationError):
+    """The process was asked to stop, has saved its state, and should be started again."""
+
+    exit_code = 75

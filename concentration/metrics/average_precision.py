@@ -1,0 +1,137 @@
+"""Average precision of every class, as scikit-learn defines it, and its means over classes.
+
+Shapes: B samples, C all classes, V classes of one vertical, P positive (sample, class) pairs.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from concentration.errors import DataError
+
+#: Columns that are copied and sorted together: enough to read whole cache lines, few enough to stay small.
+COLUMNS_PER_BLOCK = 64
+
+Frequency = Literal["few", "some", "many"]
+
+
+@dataclass(frozen=True)
+class FrequencyGroup:
+    """The classes of one range of training counts: their mean AP (NaN without a class) and how many were averaged."""
+
+    ap: float
+    num_classes: int
+
+
+def average_precision(scores_BV: np.ndarray, positive_BV: np.ndarray) -> np.ndarray:
+    """How well every class's scores rank its positive samples before the others.
+
+    AP is the sum over thresholds of (recall gained) x (precision there), not interpolated; samples of one score are one
+    threshold. Only the order inside a column counts, so logits and probabilities give the same.
+
+    Args:
+        scores_BV: (B, V) numbers, higher is more likely; infinities are allowed and are ordinary values.
+        positive_BV: (B, V) bool or 0/1.
+
+    Returns:
+        (V,) float64 in (0, 1]; NaN for a class without a positive.
+
+    Raises:
+        DataError: a score is NaN, or the shapes differ.
+
+    Source: `sklearn.metrics.average_precision_score`, per column.
+    """
+    scores_BV, positive_BV = np.asarray(scores_BV), np.asarray(positive_BV)
+    if scores_BV.ndim != 2 or scores_BV.shape != positive_BV.shape:
+        raise DataError(
+            f"average precision: scores have the shape {scores_BV.shape} and positives {positive_BV.shape}; "
+            "expected (samples, classes) for both"
+        )
+    row_P, column_P = np.nonzero(positive_BV)
+    return average_precision_of_pairs(scores_BV, row_P, column_P)
+
+
+def average_precision_of_pairs(
+    scores_BV: np.ndarray, row_P: np.ndarray, column_P: np.ndarray, offset_B: np.ndarray | None = None
+) -> np.ndarray:
+    """`average_precision` for sparse positives: sample `row_P[i]` is positive for class `column_P[i]`.
+
+    Args:
+        scores_BV: (B, V) numbers.
+        row_P, column_P: (P,) integers; no pair may come twice.
+        offset_B: (B,) subtracted from all scores of a sample, without a second (B, V) array: its log-sum-exp turns
+            logits into log-softmax.
+
+    Returns:
+        (V,) float64; NaN for a class without a positive.
+
+    Raises:
+        DataError: a score is NaN.
+    """
+    num_classes = scores_BV.shape[1]
+    order = np.argsort(column_P, kind="stable")
+    row_P = np.asarray(row_P)[order]
+    stop_V = np.cumsum(np.bincount(column_P, minlength=num_classes))
+    start_V = np.concatenate([[0], stop_V[:-1]])
+    ap_V = np.full(num_classes, np.nan)
+    for first in range(0, num_classes, COLUMNS_PER_BLOCK):
+        scores_VB = np.ascontiguousarray(scores_BV[:, first : first + COLUMNS_PER_BLOCK].T)
+        if np.isnan(scores_VB).any():
+            column, row = (int(indices[0]) for indices in np.nonzero(np.isnan(scores_VB)))
+            raise DataError(
+                f"average precision: the score of sample {row} for class {first + column} is NaN; "
+                "the network diverged or its checkpoint is damaged"
+            )
+        if offset_B is not None:
+            scores_VB = scores_VB - offset_B
+        for column, scores_B in enumerate(scores_VB, start=first):
+            if start_V[column] < stop_V[column]:
+                ap_V[column] = _column_ap(scores_B, row_P[start_V[column] : stop_V[column]])
+    return ap_V
+
+
+def mean_average_precision(ap_V: np.ndarray) -> float:
+    """The mean over the classes with a positive, that is, over what is not NaN; NaN where there is none."""
+    known = np.asarray(ap_V)[~np.isnan(ap_V)]
+    return float(known.mean()) if known.size else float("nan")
+
+
+def average_precision_by_frequency(
+    ap_C: np.ndarray, train_counts_C: np.ndarray, few: int = 20, many: int = 100
+) -> dict[Frequency, FrequencyGroup]:
+    """The mean AP of the classes with few (< `few`), some, and many (> `many`) training images.
+
+    Args:
+        ap_C: (C,) NaN for a class without a positive in the evaluated split: it is left out of mean and count.
+        train_counts_C: (C,) number of training images of every class.
+
+    Raises:
+        DataError: the shapes differ.
+
+    Source: Liu et al. 2019, "Large-Scale Long-Tailed Recognition in an Open World", section 5: many-shot (more than
+        100), medium-shot (20 to 100) and few-shot (under 20) classes.
+    """
+    ap_C, train_counts_C = np.asarray(ap_C), np.asarray(train_counts_C)
+    if ap_C.shape != train_counts_C.shape:
+        raise DataError(
+            f"AP by frequency: {ap_C.size} classes but {train_counts_C.size} training counts; count with this taxonomy"
+        )
+    is_few_C, is_many_C = train_counts_C < few, train_counts_C > many
+    members: dict[Frequency, np.ndarray] = {"few": is_few_C, "some": ~is_few_C & ~is_many_C, "many": is_many_C}
+    return {
+        name: FrequencyGroup(mean_average_precision(ap_C[is_member_C]), int((~np.isnan(ap_C[is_member_C])).sum()))
+        for name, is_member_C in members.items()
+    }
+
+
+def _column_ap(scores_B: np.ndarray, positive_rows: np.ndarray) -> float:
+    """AP as the mean over positives of the precision at their own score, where everything of that score is included.
+
+    That is scikit-learn's sum over thresholds, since a threshold with n positives gains n/P of recall; but it needs
+    only a sort of values, and no look at thresholds without a positive.
+    """
+    positive_P = np.sort(scores_B[positive_rows])
+    num_at_least_P = scores_B.size - np.searchsorted(np.sort(scores_B), positive_P, side="left")
+    num_right_P = positive_P.size - np.searchsorted(positive_P, positive_P, side="left")
+    return float(np.mean(num_right_P / num_at_least_P))

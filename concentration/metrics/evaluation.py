@@ -1,0 +1,321 @@
+"""What `evaluate` says of one network: pvap and mpvap, top-1 and top-5, mAP@50, and AP by class frequency.
+
+    evaluator = Evaluator(taxonomy, train_counts_C)
+    for scores_BC, labels in batches:
+        evaluator.update(scores_BC, labels)
+    print(evaluator.compute().mpvap)
+
+Shapes: B samples of a batch, C all classes, V classes of one vertical, N samples labelled in one vertical, P positive
+(sample, class) pairs, L leaves.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+
+from concentration.errors import DataError
+from concentration.metrics.average_precision import (
+    Frequency,
+    FrequencyGroup,
+    average_precision_by_frequency,
+    average_precision_of_pairs,
+    mean_average_precision,
+)
+from concentration.metrics.ranking import MeanAveragePrecisionAtK, rank_of_best_label
+from concentration.taxonomy import Taxonomy
+
+#: Samples whose log-sum-exp is taken together: bounds the float64 copy of a large vertical.
+ROWS_PER_BLOCK = 4096
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """All metrics as fractions in [0, 1]; NaN where nothing could be measured.
+
+    A sample with labels in several verticals counts in each of them. "Smeared" means that the ancestors of a label,
+    inside its vertical, are positives too.
+    """
+
+    #: Mean of `pvap` over the verticals that have a sample.
+    mpvap: float
+    #: By vertical: mean AP over its classes with a positive, on its own samples and outputs, with smeared positives.
+    pvap: dict[str, float]
+    #: The same after log-softmax over the vertical's outputs: without the calibration of samples against each other.
+    mpvap_log_softmax: float
+    pvap_log_softmax: dict[str, float]
+    #: The same as `mpvap` with the direct labels as the only positives.
+    mpvap_unsmeared: float
+    #: Fraction of the samples with a leaf label that have one among the best 1 or 5 leaves of the whole taxonomy.
+    top1: float
+    top5: float
+    #: Fraction of the (sample, vertical of one of its leaf labels) pairs with such a label as the vertical's best leaf.
+    top1_in_vertical: float
+    #: Over all classes and all samples, with smeared positives: see MeanAveragePrecisionAtK.
+    map_at_50: float
+    num_classes: int
+    num_samples: int
+    #: Samples that top1, top5 and top1_in_vertical leave out.
+    num_samples_without_leaf: int
+    #: Verticals that have no sample and are in no mean.
+    num_verticals_without_sample: int
+    #: By vertical: classes that no sample has, after smearing, and that pvap leaves out.
+    num_classes_without_positive: dict[str, int]
+    #: Mean of `ap_of_class` over classes with few, some and many training images; None where these are not known.
+    ap_by_frequency: dict[Frequency, FrequencyGroup] | None
+    #: (C,) by output: what pvap averages.
+    ap_of_class: np.ndarray
+
+    def to_json(self) -> dict:
+        """The same as plain numbers, lists and dictionaries; NaN becomes None, since JSON has no NaN."""
+        return _to_json(asdict(self))
+
+
+class Evaluator:
+    """Collects scores and labels batch by batch, in parts that can be merged, and computes an Evaluation.
+
+    It keeps the scores of a sample only for the verticals that the sample is labelled in, as float32, and otherwise
+    counts and the 50 best samples of every class. The order of samples does not matter.
+
+    Args:
+        train_counts_C: (C,) by output, the number of training images of every class, for AP by frequency.
+
+    Raises:
+        DataError: there is not one training count per class.
+    """
+
+    def __init__(self, taxonomy: Taxonomy, train_counts_C: np.ndarray | None = None):
+        if train_counts_C is not None and np.shape(train_counts_C) != (taxonomy.num_classes,):
+            raise DataError(
+                f"evaluation: training counts of the shape {np.shape(train_counts_C)}, expected one per class: "
+                f"({taxonomy.num_classes},)"
+            )
+        self.taxonomy = taxonomy
+        self.train_counts_C = train_counts_C
+        self._samples = [_VerticalSamples(size) for size in taxonomy.vertical_sizes]
+        self._best = MeanAveragePrecisionAtK(taxonomy.num_classes, k=50)
+        self._counts: Counter[str] = Counter()
+        self._leaves_L = np.flatnonzero(taxonomy.is_leaf)
+        #: (C,) the number of an output among the leaves, where it is one.
+        self._leaf_number_C = np.cumsum(taxonomy.is_leaf) - 1
+
+    def update(self, scores_BC: np.ndarray | torch.Tensor, label_outputs: Sequence[Sequence[int]]) -> None:
+        """Adds a batch.
+
+        Args:
+            scores_BC: (B, C) logits by output: a numpy array or a CPU tensor. The specialists as an ensemble put the
+                logits of every teacher side by side. -inf says that a class was not computed for a sample.
+            label_outputs: the direct labels of every sample, as outputs: without their ancestors.
+
+        Raises:
+            DataError: a score is NaN or +inf, a label is no output, or the shapes do not fit.
+        """
+        scores_BC = _as_float32(scores_BC)
+        _check_batch(scores_BC, label_outputs, self.taxonomy.num_classes)
+        if not len(scores_BC):
+            return
+        row_P, output_P, is_direct_P = self._label_pairs(label_outputs)
+        self._best.update(scores_BC, row_P, output_P)
+        self._count_top_k(scores_BC, row_P, output_P)
+        vertical_P = self.taxonomy.vertical_of_output[output_P]
+        for number in np.unique(vertical_P):
+            start, stop = self.taxonomy.vertical_starts[number], self.taxonomy.vertical_starts[number + 1]
+            inside_P = vertical_P == number
+            rows, row_in_vertical_P = np.unique(row_P[inside_P], return_inverse=True)
+            scores_NV, column_P = scores_BC[rows, start:stop], output_P[inside_P] - start
+            self._samples[number].add(scores_NV, row_in_vertical_P, column_P, is_direct_P[inside_P])
+            self._count_top1_in_vertical(scores_NV, row_in_vertical_P, column_P, self.taxonomy.is_leaf[start:stop])
+
+    def merge(self, other: "Evaluator") -> None:
+        """Adds what another evaluator has seen of other samples of the same split."""
+        assert self.taxonomy.fingerprint == other.taxonomy.fingerprint, "evaluators of two taxonomies cannot be merged"
+        self._counts.update(other._counts)
+        self._best.merge(other._best)
+        for mine, theirs in zip(self._samples, other._samples, strict=True):
+            mine.add(**theirs.arrays())
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Everything seen, as plain arrays, for another process: see `from_state`."""
+        state = {f"counts/{name}": np.array(count) for name, count in self._counts.items()}
+        state["best/score_CK"] = self._best.score_CK.copy()
+        state["best/positive_CK"] = self._best.positive_CK.copy()
+        state["best/num_positives_C"] = self._best.num_positives_C.copy()
+        for number, samples in enumerate(self._samples):
+            state.update({f"samples/{number}/{name}": array for name, array in samples.arrays().items()})
+        return state
+
+    @classmethod
+    def from_state(
+        cls, taxonomy: Taxonomy, state: Mapping[str, np.ndarray], train_counts_C: np.ndarray | None = None
+    ) -> "Evaluator":
+        """An evaluator that has seen what `state` describes."""
+        evaluator = cls(taxonomy, train_counts_C)
+        for key, array in state.items():
+            part, _, name = key.partition("/")
+            if part == "counts":
+                evaluator._counts[name] = int(array)
+            elif part == "best":
+                setattr(evaluator._best, name, np.array(array))
+        for number, samples in enumerate(evaluator._samples):
+            samples.add(**{name: state[f"samples/{number}/{name}"] for name in samples.arrays()})
+        return evaluator
+
+    def compute(self) -> Evaluation:
+        """Raises: DataError where no sample was seen."""
+        num_samples = self._counts["samples"]
+        if not num_samples:
+            raise DataError("evaluation: the split has no sample; prepare it, or evaluate another split")
+        raw, log_softmax, unsmeared = {}, {}, {}
+        for name, samples in zip(self.taxonomy.verticals, self._samples, strict=True):
+            raw[name], log_softmax[name], unsmeared[name] = samples.compute_ap()
+        pvap, pvap_log_softmax, pvap_unsmeared = (
+            # A vertical with a sample has a class with a positive, so NaN means: without a sample.
+            {name: mean for name, ap_V in ap.items() if not np.isnan(mean := mean_average_precision(ap_V))}
+            for ap in (raw, log_softmax, unsmeared)
+        )
+        ap_C = np.concatenate([raw[name] for name in self.taxonomy.verticals])
+        counts_C = self.train_counts_C
+        return Evaluation(
+            mpvap=_mean(pvap),
+            pvap=pvap,
+            mpvap_log_softmax=_mean(pvap_log_softmax),
+            pvap_log_softmax=pvap_log_softmax,
+            mpvap_unsmeared=_mean(pvap_unsmeared),
+            top1=_fraction(self._counts["right_at_1"], self._counts["samples_with_leaf"]),
+            top5=_fraction(self._counts["right_at_5"], self._counts["samples_with_leaf"]),
+            top1_in_vertical=_fraction(self._counts["right_in_vertical"], self._counts["verticals_with_leaf"]),
+            map_at_50=self._best.compute(),
+            num_classes=self.taxonomy.num_classes,
+            num_samples=num_samples,
+            num_samples_without_leaf=num_samples - self._counts["samples_with_leaf"],
+            num_verticals_without_sample=self.taxonomy.num_verticals - len(pvap),
+            num_classes_without_positive={name: int(np.isnan(ap_V).sum()) for name, ap_V in raw.items()},
+            ap_by_frequency=None if counts_C is None else average_precision_by_frequency(ap_C, counts_C),
+            ap_of_class=ap_C,
+        )
+
+    def _label_pairs(self, label_outputs: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(P,) rows, (P,) outputs and (P,) is_direct of the smeared labels, each pair once."""
+        rows, outputs, is_direct = [], [], []
+        for row, labels in enumerate(label_outputs):
+            direct = {int(label) for label in labels}
+            smeared = self.taxonomy.smear(direct)
+            rows.extend([row] * len(smeared))
+            outputs.extend(smeared)
+            is_direct.extend(output in direct for output in smeared)
+        return np.array(rows, dtype=np.int64), np.array(outputs, dtype=np.int64), np.array(is_direct, dtype=bool)
+
+    def _count_top_k(self, scores_BC: np.ndarray, row_P: np.ndarray, output_P: np.ndarray) -> None:
+        # NOTE: the pairs are smeared, but an ancestor is somebody's parent and so never a leaf.
+        leaf_P = self.taxonomy.is_leaf[output_P]
+        rank_B = rank_of_best_label(scores_BC[:, self._leaves_L], row_P[leaf_P], self._leaf_number_C[output_P[leaf_P]])
+        rank_B = rank_B[np.unique(row_P[leaf_P])]
+        self._counts.update(
+            samples=len(scores_BC),
+            samples_with_leaf=rank_B.size,
+            right_at_1=int((rank_B <= 1).sum()),
+            right_at_5=int((rank_B <= 5).sum()),
+        )
+
+    def _count_top1_in_vertical(
+        self, scores_NV: np.ndarray, row_P: np.ndarray, column_P: np.ndarray, is_leaf_V: np.ndarray
+    ) -> None:
+        leaf_P = is_leaf_V[column_P]
+        leaf_number_V = np.cumsum(is_leaf_V) - 1
+        rank_N = rank_of_best_label(scores_NV[:, is_leaf_V], row_P[leaf_P], leaf_number_V[column_P[leaf_P]])
+        rank_N = rank_N[np.unique(row_P[leaf_P])]
+        self._counts.update(verticals_with_leaf=rank_N.size, right_in_vertical=int((rank_N <= 1).sum()))
+
+
+class _VerticalSamples:
+    """The samples labelled in one vertical: their scores there, and their smeared labels as (row, column) pairs."""
+
+    def __init__(self, num_classes: int):
+        self.num_samples = 0
+        nothing = np.zeros(0, dtype=np.int64)
+        self._parts = [
+            {
+                "scores_NV": np.zeros((0, num_classes), dtype=np.float32),
+                "row_P": nothing,
+                "column_P": nothing,
+                "is_direct_P": nothing.astype(bool),
+            }
+        ]
+
+    def add(self, scores_NV: np.ndarray, row_P: np.ndarray, column_P: np.ndarray, is_direct_P: np.ndarray) -> None:
+        """Adds N samples; `row_P` counts from the first of them."""
+        row_P = row_P + self.num_samples
+        self._parts.append({"scores_NV": scores_NV, "row_P": row_P, "column_P": column_P, "is_direct_P": is_direct_P})
+        self.num_samples += len(scores_NV)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """All samples so far, as the arguments of `add`."""
+        if len(self._parts) > 1:
+            self._parts = [{name: np.concatenate([part[name] for part in self._parts]) for name in self._parts[0]}]
+        return self._parts[0]
+
+    def compute_ap(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Three times (V,) AP: of the scores, of their log-softmax, and of the scores for direct labels only."""
+        scores_NV, row_P, column_P, is_direct_P = self.arrays().values()
+        return (
+            average_precision_of_pairs(scores_NV, row_P, column_P),
+            average_precision_of_pairs(scores_NV, row_P, column_P, offset_B=_log_sum_exp(scores_NV)),
+            average_precision_of_pairs(scores_NV, row_P[is_direct_P], column_P[is_direct_P]),
+        )
+
+
+def _log_sum_exp(scores_NV: np.ndarray) -> np.ndarray:
+    """(N,) float64; 0 for a sample that has only -inf, whose log-softmax so stays -inf."""
+    total_N = np.zeros(len(scores_NV))
+    for first in range(0, len(scores_NV), ROWS_PER_BLOCK):
+        block_BV = scores_NV[first : first + ROWS_PER_BLOCK].astype(np.float64)
+        peak_B = block_BV.max(axis=1)
+        peak_B[np.isneginf(peak_B)] = 0.0
+        sum_B = np.exp(block_BV - peak_B[:, None]).sum(axis=1)
+        total_N[first : first + ROWS_PER_BLOCK] = np.log(sum_B, out=np.zeros_like(sum_B), where=sum_B > 0) + peak_B
+    return total_N
+
+
+def _as_float32(scores_BC: np.ndarray | torch.Tensor) -> np.ndarray:
+    if isinstance(scores_BC, torch.Tensor):  # numpy has no bfloat16
+        scores_BC = scores_BC.detach().float().numpy()
+    return np.asarray(scores_BC).astype(np.float32, copy=False)
+
+
+def _check_batch(scores_BC: np.ndarray, label_outputs: Sequence[Sequence[int]], num_classes: int) -> None:
+    if scores_BC.shape != (len(label_outputs), num_classes):
+        raise DataError(
+            f"evaluation: scores of the shape {scores_BC.shape} for {len(label_outputs)} samples and a taxonomy of "
+            f"{num_classes} classes; was the network trained with another taxonomy?"
+        )
+    if scores_BC.size and not scores_BC.max() < np.inf:  # the largest of anything with NaN is NaN
+        row, output = (int(indices[0]) for indices in np.nonzero(~(scores_BC < np.inf)))
+        raise DataError(
+            f"evaluation: the score of sample {row} of the batch for output {output} is {scores_BC[row, output]}; "
+            "the network diverged or its checkpoint is damaged"
+        )
+    for row, labels in enumerate(label_outputs):
+        for label in labels:
+            if not 0 <= label < num_classes:
+                raise DataError(
+                    f"evaluation: sample {row} of the batch has the label {label}, expected an output in "
+                    f"[0, {num_classes}); is its shard older or newer than the taxonomy?"
+                )
+
+
+def _mean(values: Mapping[str, float]) -> float:
+    return float(np.mean(list(values.values()))) if values else float("nan")
+
+
+def _fraction(count: int, total: int) -> float:
+    return count / total if total else float("nan")
+
+
+def _to_json(value: object) -> object:
+    if isinstance(value, Mapping):
+        return {key: _to_json(inner) for key, inner in value.items()}
+    if isinstance(value, np.ndarray):
+        return [_to_json(inner) for inner in value.tolist()]
+    return None if isinstance(value, float) and np.isnan(value) else value

@@ -1,0 +1,124 @@
+"""Self-paced logits of Figure 4: each vertical's logits L2-normalised, then scaled by gamma.
+
+Shapes: B batch, V classes of one vertical, M verticals, C all classes.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import pydantic
+import torch
+from torch import Tensor, nn
+
+from concentration.schema import Config
+
+#: Added under the root as N_v times this, so that the norm's slope stays finite when all logits are 0.
+EPSILON = 1e-6
+
+
+class PaceConfig(Config):
+    """How a vertical's logits are paced.
+
+    kind: `none` leaves logits as they are; `fixed` and `vertical` have one gamma a vertical, `class` one a class; `fixed`
+        is not trained.
+    init: gamma at the start, `sqrt` for sqrt(N_v); trained gammas deviate from it by a normal of `deviation`.
+    log: gamma = init * exp(rho) and rho is trained, so that gamma stays positive and moves by shares.
+    lr: a learning rate of gamma's own; None takes the optimizer's.
+    offset: trained numbers added after the scaling, one a vertical or one a class.
+
+    Source: Gao et al., section 3.3 and the five settings of Figure 5. `log`, `lr` and `offset` are additions: without
+    an offset a vertical's loss cannot fall under N_v * softplus(-gamma / sqrt(N_v)), and gamma moves slowly.
+    """
+
+    kind: Literal["none", "vertical", "class", "fixed"]
+    init: Literal["sqrt"] | pydantic.PositiveFloat = "sqrt"
+    deviation: pydantic.NonNegativeFloat = 1e-3
+    log: bool = False
+    lr: pydantic.PositiveFloat | None = None
+    offset: Literal["none", "vertical", "class"] = "none"
+
+    @pydantic.model_validator(mode="after")
+    def _refuse_options_without_effect(self):
+        without_effect = {"none": {"init", "deviation", "log", "lr", "offset"}, "fixed": {"deviation", "log", "lr"}}
+        defaults = {name: field.default for name, field in type(self).model_fields.items()}
+        for name in sorted(without_effect.get(self.kind, ())):
+            if getattr(self, name) != defaults[name]:
+                raise ValueError(f"pace.{name}={getattr(self, name)} has no effect with pace={self.kind}; remove it")
+        return self
+
+
+class Pace(nn.Module):
+    """y_v = gamma_v * x_v / ||x_v|| + offset for every vertical v.
+
+    Source: Gao et al., Equations 3 and 4. The gradient is the whole Jacobian's; Equation 5 prints its diagonal only.
+    """
+
+    def __init__(self, vertical_sizes: Sequence[int], config: PaceConfig):
+        super().__init__()
+        self.vertical_sizes = list(vertical_sizes)
+        self.config = config
+        sizes = torch.tensor(self.vertical_sizes, dtype=torch.float32)
+        start_M = sizes.sqrt() if config.init == "sqrt" else torch.full_like(sizes, config.init)
+        start = start_M.repeat_interleave(sizes.long()) if config.kind == "class" else start_M
+        if config.kind == "fixed":
+            self.register_buffer("gamma", start)
+        elif config.kind != "none":
+            gamma = start + config.deviation * torch.randn_like(start)
+            if config.log:
+                self.register_buffer("start", start)
+                self.rho = nn.Parameter((gamma / start).log())
+            else:
+                self.gamma = nn.Parameter(gamma)
+        if config.offset != "none":
+            self.offset = nn.Parameter(
+                torch.zeros(sum(self.vertical_sizes) if config.offset == "class" else len(sizes))
+            )
+
+    def forward(self, logits: Sequence[Tensor]) -> list[Tensor]:
+        """Paced logits, float32, from raw logits; (B, V) per vertical."""
+        if self.config.kind == "none":
+            return list(logits)
+        gammas = self._by_vertical(self.compute_gamma(), per_class=self.config.kind == "class")
+        paced = [gamma * normalise(logits_BV) for gamma, logits_BV in zip(gammas, logits, strict=True)]
+        if self.config.offset == "none":
+            return paced
+        offsets = self._by_vertical(self.offset, per_class=self.config.offset == "class")
+        return [paced_BV + offset for paced_BV, offset in zip(paced, offsets, strict=True)]
+
+    def compute_gamma(self) -> Tensor:
+        """gamma, (M,), or (C,) with `kind=class`."""
+        return self.start * self.rho.exp() if self.config.log else self.gamma
+
+    def gamma_by_vertical(self) -> Tensor:
+        """(M,): gamma, or its mean over a vertical's classes; for logs."""
+        gammas = self._by_vertical(self.compute_gamma().detach(), per_class=self.config.kind == "class")
+        return torch.stack([gamma.mean() for gamma in gammas])
+
+    def set_prior(self, logit_C: Tensor) -> None:
+        """Starts the offsets at given logits (C,): each class's, or a vertical's mean probability as a logit."""
+        with torch.no_grad():
+            if self.config.offset == "class":
+                self.offset.copy_(logit_C)
+            elif self.config.offset == "vertical":
+                means = [logit_V.sigmoid().mean() for logit_V in logit_C.split(self.vertical_sizes)]
+                self.offset.copy_(torch.stack(means).logit())
+
+    def gamma_parameters(self) -> list[nn.Parameter]:
+        """The parameters that `pace.lr` is for."""
+        return [p for name, p in self.named_parameters() if name in ("gamma", "rho")]
+
+    def _by_vertical(self, values: Tensor, per_class: bool) -> Sequence[Tensor]:
+        return values.split(self.vertical_sizes) if per_class else values.unbind()
+
+
+def normalise(logits_BV: Tensor) -> Tensor:
+    """x / sqrt(sum x^2 + N_v * EPSILON) in float32: the L2-normalisation of Equation 3, with a finite slope at x = 0."""
+    # NOTE: F.normalize clamps the norm instead, and its slope explodes near x = 0.
+    logits_BV = logits_BV.float()
+    return logits_BV / (logits_BV.square().sum(1, keepdim=True) + logits_BV.shape[1] * EPSILON).sqrt()
+
+
+def lowest_loss_without_offset(vertical_size: int, gamma: float) -> float:
+    """The least loss that a wholly negative vertical can reach: all logits equal, at -gamma/sqrt(N_v)."""
+    return vertical_size * math.log1p(math.exp(-gamma / math.sqrt(vertical_size)))

@@ -1,0 +1,128 @@
+"""The network: base network, top layers, pace. A student or generalist has all verticals, a teacher has one.
+
+Shapes: B batch, C all classes, M verticals.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from concentration.errors import ConfigError, DataError
+from concentration.networks.bases import BaseConfig, build_base
+from concentration.networks.pace import Pace, PaceConfig
+from concentration.networks.top_layers import TopConfig, TopLayers
+from concentration.objectives.sigmoid_cross_entropy import sigmoid_cross_entropy_by_vertical
+from concentration.schema import Config, parse_config
+from concentration.targets import SoftTargets, load_metadata, write_atomically
+
+
+class NetworkConfig(Config):
+    """Everything that fixes the architecture: a checkpoint carries it, so that it can be loaded without a run's config."""
+
+    base: BaseConfig
+    top: TopConfig
+    pace: PaceConfig
+    image_size: int
+    verticals: dict[str, int]
+
+
+class Student(nn.Module):
+    """`student(images)` gives logits (B, C), `student(images, targets)` the loss of each sample (B,).
+
+    Images are (B, 3, H, W), uint8 or float in [0, 1]; the base network's mean and deviation are applied here, so that a
+    saved network needs no preprocessing beside it but the resize.
+
+    The loss is computed inside `forward` so that DistributedDataParallel sees one call per step.
+    """
+
+    def __init__(self, config: NetworkConfig):
+        super().__init__()
+        self.config = config
+        vertical_sizes = list(config.verticals.values())
+        self.base = build_base(config.base, config.image_size)
+        self.top = TopLayers(self.base.num_features, vertical_sizes, config.top)
+        self.pace = Pace(vertical_sizes, config.pace)
+        mean, std = self.base.mean, self.base.std
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+        self.register_buffer("class_weight_C", None, persistent=False)
+        # The latest step's mean loss by vertical, kept for logs: a forward pass may only return what DDP should see.
+        self.register_buffer("vertical_loss_M", torch.zeros(len(vertical_sizes)), persistent=False)
+
+    def forward(self, images: Tensor, targets: SoftTargets | None = None) -> Tensor:
+        logits = self.compute_logits(images)
+        if targets is None:
+            return torch.cat(logits, dim=1).float()
+        loss_BM = sigmoid_cross_entropy_by_vertical(logits, targets, self.class_weight_C)
+        self.vertical_loss_M.copy_(loss_BM.detach().mean(0))
+        return loss_BM.sum(1)
+
+    def compute_logits(self, images: Tensor) -> list[Tensor]:
+        """Logits per vertical, (B, V)."""
+        return self.pace(self.top(self.base(self.normalise_images(images))))
+
+    def normalise_images(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) float32 with the mean and deviation that the base network expects."""
+        if images.dtype == torch.uint8:
+            images = images.float() / 255
+        return (images - self.mean) / self.std
+
+    def set_prior(self, frequency_C: Tensor) -> None:
+        """Starts the outputs at the classes' frequencies (C,) in [0, 1].
+
+        The offset takes them where there is pace, the output bias where there is none: before a norm a bias at the prior
+        would drown the features.
+        """
+        logit_C = frequency_C.double().clamp(1e-6, 1 - 1e-6).logit().float()
+        if self.config.pace.kind == "none":
+            self.top.set_prior(logit_C)
+        else:
+            self.pace.set_prior(logit_C)
+
+    def save(self, path: Path, metadata: Mapping[str, str]) -> None:
+        """Writes weights and architecture as one safetensors file, whole or not at all."""
+        header = {"network": self.config.model_dump_json(), **metadata}
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        write_atomically(path, safetensors.torch.save(tensors, header))
+
+    def load_base(self, path: Path) -> None:
+        """Takes the base network's weights from another network's file.
+
+        Raises:
+            ConfigError: its base network is another one.
+        """
+        prefix = "base."
+        tensors = safetensors.torch.load_file(path)
+        found = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        expected = self.base.state_dict()
+        for name in sorted(found.keys() | expected.keys()):
+            have, want = (tuple(t[name].shape) if name in t else "nothing" for t in (found, expected))
+            if have != want:
+                raise ConfigError(
+                    f"base.checkpoint={path}: another base network: {name} is {have}, expected {want}; give the same base=..."
+                )
+        self.base.load_state_dict(found)
+
+
+def load_student(path: Path) -> Student:
+    """A network from its file, in eval mode.
+
+    Raises:
+        DataError: the file is missing, damaged, or does not hold the network that its header describes.
+    """
+    header = load_metadata(path)
+    if "network" not in header:
+        raise DataError(f"{path}: no network description in its header; expected a file written by `concentrate`")
+    config = parse_config(NetworkConfig, json.loads(header["network"]))
+    if getattr(config.base, "pretrained", False):  # its weights are in the file: fetch nothing
+        config = config.model_copy(update={"base": config.base.model_copy(update={"pretrained": False})})
+    student = Student(config)
+    try:
+        student.load_state_dict(safetensors.torch.load_file(path))
+    except RuntimeError as error:
+        raise DataError(f"{path}: weights do not fit its architecture ({str(error).splitlines()[1].strip()})") from None
+    return student.eval()

@@ -1,0 +1,156 @@
+"""The top layers of Figure 3: top-1, top-2 and the classifiers, fully connected (FC) or structurally connected (SC).
+
+    kind            Figure 3   top-1                 top-2
+    fc_fc           (a)        one, shared           one, shared
+    fc_sc           (b)        one, shared           one per vertical
+    sc_sc           (c)        one per vertical      one per vertical
+    fc_sc_generic   (d)        one, shared           a generic part of size x, shared, and s2 - x per vertical
+
+Shapes: B batch, D features of the base network, M verticals, V classes of one vertical, s1 and s2 sizes of top-1 and top-2.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import pydantic
+import torch
+from torch import Tensor, nn
+
+from concentration.schema import Config
+
+TopKind = Literal["fc_fc", "fc_sc", "sc_sc", "fc_sc_generic"]
+
+
+class TopConfig(Config):
+    """Sizes and structure of the top layers.
+
+    `generic` is x of Figure 3 (d), from 0 (equal to fc_sc) to `top2` (equal to fc_fc). `norm` acts on top-1 and top-2
+    before their ReLU: `layer` normalises each vertical's block on its own; `batch` uses batch statistics, so that results
+    depend on how a batch is split over processes.
+    """
+
+    kind: TopKind
+    top1: pydantic.PositiveInt
+    top2: pydantic.PositiveInt
+    generic: pydantic.NonNegativeInt | None = None
+    norm: Literal["none", "batch", "layer"] = "none"
+
+    @pydantic.model_validator(mode="after")
+    def _check_generic(self):
+        if (self.kind == "fc_sc_generic") != (self.generic is not None):
+            raise ValueError(
+                f"top.generic={self.generic} with top={self.kind}: give it with top=fc_sc_generic, only and always"
+            )
+        if self.generic is not None and self.generic > self.top2:
+            raise ValueError(
+                f"top.generic={self.generic} is larger than top.top2={self.top2}; expected 0 to {self.top2}"
+            )
+        return self
+
+
+class TopLayers(nn.Module):
+    """From base features (B, D) to one tensor of raw logits (B, V) per vertical.
+
+    Source: Gao et al., section 3.2 and Figure 3. Activations are ReLUs.
+    """
+
+    def __init__(self, num_features: int, vertical_sizes: Sequence[int], config: TopConfig):
+        super().__init__()
+        num_verticals = len(vertical_sizes)
+        self.num_generic = _num_generic(config)
+        self.num_individual = config.top2 - self.num_generic
+        self.top1_blocks = num_verticals if config.kind == "sc_sc" else 1
+        num_top2 = self.num_generic + num_verticals * self.num_individual
+        self.top1 = nn.Linear(num_features, self.top1_blocks * config.top1)
+        self.top1_norm = _build_norm(config.norm, [config.top1] * self.top1_blocks)
+        if config.kind == "sc_sc":
+            self.top2 = BlockLinear(num_verticals, config.top1, config.top2)
+        else:
+            # All verticals' top-2 layers share their input, so they are ONE product: 7 times faster than a loop over M.
+            self.top2 = nn.Linear(config.top1, num_top2)
+        generic_block = [self.num_generic] if self.num_generic else []
+        self.top2_norm = _build_norm(
+            config.norm, generic_block + [self.num_individual] * (num_verticals if self.num_individual else 0)
+        )
+        # One parameter per vertical: slicing one flat weight under autograd costs a full-size gradient per slice.
+        self.classifiers = nn.ModuleList(nn.Linear(config.top2, size) for size in vertical_sizes)
+        self._initialise()
+
+    def forward(self, features_BD: Tensor) -> list[Tensor]:
+        """Raw logits, (B, V) per vertical."""
+        hidden = self.hidden(features_BD)
+        return [classify(hidden_BS) for classify, hidden_BS in zip(self.classifiers, hidden, strict=True)]
+
+    def hidden(self, features_BD: Tensor) -> list[Tensor]:
+        """Each vertical's top-2 output, (B, s2): what its classifier sees."""
+        top1 = torch.relu(self.top1_norm(self.top1(features_BD)))
+        top2 = torch.relu(self.top2_norm(self.top2(top1)))
+        generic_BX, individual = top2[:, : self.num_generic], top2[:, self.num_generic :]
+        if not self.num_individual:
+            return [generic_BX] * len(self.classifiers)
+        blocks = individual.split(self.num_individual, dim=1)
+        return [torch.cat([generic_BX, block], dim=1) for block in blocks] if self.num_generic else list(blocks)
+
+    def set_prior(self, logit_C: Tensor) -> None:
+        """Starts the output biases at given logits (C,), in the order of the output index."""
+        with torch.no_grad():
+            for classify, logit_V in zip(
+                self.classifiers, logit_C.split([c.out_features for c in self.classifiers]), strict=True
+            ):
+                classify.bias.copy_(logit_V)
+
+    def _initialise(self) -> None:
+        nn.init.kaiming_normal_(self.top1.weight, nonlinearity="relu")
+        nn.init.zeros_(self.top1.bias)
+        if isinstance(self.top2, nn.Linear):
+            nn.init.kaiming_normal_(self.top2.weight, nonlinearity="relu")
+            nn.init.zeros_(self.top2.bias)
+        for classify in self.classifiers:
+            nn.init.xavier_normal_(classify.weight)
+            nn.init.zeros_(classify.bias)
+
+
+class BlockLinear(nn.Module):
+    """A linear layer per block of the input: (B, M*I) to (B, M*O), block m seeing only block m."""
+
+    def __init__(self, num_blocks: int, num_in: int, num_out: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(num_blocks, num_in, num_out) * (2 / num_in) ** 0.5)
+        self.bias = nn.Parameter(torch.zeros(num_blocks, 1, num_out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        blocks_MBI = x.unflatten(1, self.weight.shape[:2]).transpose(0, 1)
+        return torch.baddbmm(self.bias.to(blocks_MBI.dtype), blocks_MBI, self.weight).transpose(0, 1).flatten(1)
+
+
+class BlockLayerNorm(nn.Module):
+    """Layer normalisation of each block of the last axis on its own; blocks may have different sizes."""
+
+    def __init__(self, block_sizes: Sequence[int]):
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(size) for size in block_sizes)
+        self.block_sizes = list(block_sizes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        blocks = x.split(self.block_sizes, dim=1)
+        return torch.cat([norm(block) for norm, block in zip(self.norms, blocks, strict=True)], dim=1)
+
+
+def count_top_parameters(config: TopConfig, num_features: int, num_classes: int, num_verticals: int) -> int:
+    """Weights of the top layers without biases and norms, by the formulas under Figure 3 (Gao et al., section 3.2)."""
+    top1, top2, generic = config.top1, config.top2, _num_generic(config)
+    classifiers = top2 * num_classes
+    if config.kind == "sc_sc":
+        return classifiers + num_verticals * top2 * top1 + num_verticals * top1 * num_features
+    return classifiers + num_verticals * (top2 - generic) * top1 + generic * top1 + top1 * num_features
+
+
+def _num_generic(config: TopConfig) -> int:
+    # (a) and (b) are the two ends of (d): FC(s1)-SC(s2, s2) and FC(s1)-SC(s2, 0).
+    return {"fc_fc": config.top2, "fc_sc": 0, "sc_sc": 0, "fc_sc_generic": config.generic}[config.kind]
+
+
+def _build_norm(norm: str, block_sizes: Sequence[int]) -> nn.Module:
+    if norm == "batch":
+        return nn.BatchNorm1d(sum(block_sizes))
+    return BlockLayerNorm(block_sizes) if norm == "layer" else nn.Identity()

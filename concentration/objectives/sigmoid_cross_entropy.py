@@ -1,0 +1,51 @@
+"""Sigmoid cross-entropy against sparse soft targets, the readable form.
+
+Shapes: B batch, C all classes, V classes of one vertical, M verticals, K kept classes.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from concentration.targets import SoftTargets
+
+
+def sigmoid_cross_entropy(
+    logits: Sequence[Tensor], targets: SoftTargets, class_weight_C: Tensor | None = None
+) -> Tensor:
+    """The loss of each sample, (B,): the sum over all classes of softplus(y) - z*y.
+
+    Equal to -log(sigmoid(y))*z - log(1 - sigmoid(y))*(1 - z) summed over classes, without a dense (B, C) target.
+
+    Args:
+        logits: per vertical, (B, V); their concatenation is in the order of the output index.
+        targets: sparse; classes that are not listed have z = 0.
+        class_weight_C: multiplies both terms of a class.
+
+    Source: Gao et al., Equations 1 and 2, without the mean over the batch.
+    """
+    return sigmoid_cross_entropy_by_vertical(logits, targets, class_weight_C).sum(1)
+
+
+def sigmoid_cross_entropy_by_vertical(
+    logits: Sequence[Tensor], targets: SoftTargets, class_weight_C: Tensor | None = None
+) -> Tensor:
+    """The same, (B, M): what each vertical's classes add to the loss of each sample."""
+    # float32: a sum over 100K softplus values loses everything below 1 in bfloat16.
+    logits = [logits_BV.float() for logits_BV in logits]
+    logits_BC = torch.cat(logits, dim=1)
+    listed_BK = targets.probability_BK * logits_BC.gather(1, targets.index_BK)
+    absent = [softplus(logits_BV) for logits_BV in logits]
+    if class_weight_C is not None:
+        listed_BK = listed_BK * class_weight_C[targets.index_BK]
+        weights = class_weight_C.split([logits_BV.shape[1] for logits_BV in logits])
+        absent = [softplus_BV * weight_V for softplus_BV, weight_V in zip(absent, weights, strict=True)]
+    loss_BM = torch.stack([softplus_BV.sum(1) for softplus_BV in absent], dim=1)
+    vertical_BK = _vertical_of_output(logits).to(logits_BC.device)[targets.index_BK]
+    return loss_BM.scatter_add(1, vertical_BK, -listed_BK)
+
+
+def _vertical_of_output(logits: Sequence[Tensor]) -> Tensor:
+    return torch.repeat_interleave(torch.tensor([logits_BV.shape[1] for logits_BV in logits]))

@@ -1,0 +1,189 @@
+"""Runs the jobs of a graph on this machine, several at a time, each in a process of its own."""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from rich.console import Console
+
+from concentration.errors import ConcentrationError, Preempted
+from concentration.pipeline.jobs import LOG_FILE, Job, run_forked
+from concentration.progress import build_bars, load_status
+
+POLL_SECONDS = 0.2
+LOG_TAIL_LINES = 5
+#: Imported once, in the server from which job processes are forked: a job then starts in milliseconds, not in seconds.
+PRELOAD = ["concentration.pipeline.graph"]
+
+
+class JobFailed(ConcentrationError):
+    """Some jobs failed; carries the worst one's exit code."""
+
+    def __init__(self, message: str, exit_code: int):
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class LocalLauncher:
+    """Runs graphs of jobs with at most `num_processes` at a time; a failed job stops only what depends on it."""
+
+    def __init__(self, num_processes: int):
+        self._num_processes = num_processes
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(PRELOAD)
+
+    def run(self, jobs: Sequence[Job]) -> None:
+        """Returns when all have finished.
+
+        Raises:
+            JobFailed: one or more failed; the others were run as far as they could be.
+            Preempted: a signal asked to stop, and the running jobs have ended.
+        """
+        waiting = list(jobs)
+        running: list[_Running] = []
+        finished: set[str] = set()
+        failed: dict[str, int] = {}
+        with _catch_signals(running) as stop, _Display(len(jobs)) as display:
+            while running or (waiting and not stop.is_set):
+                for job in [job for job in waiting if finished.issuperset(job.after)]:
+                    if len(running) < self._num_processes and not stop.is_set:
+                        waiting.remove(job)
+                        running.append(self._start(job))
+                        display.start(job)
+                for process in list(running):
+                    display.update(process.job)
+                    if (code := process.poll()) is not None:
+                        running.remove(process)
+                        display.end(process.job, code, time.monotonic() - process.started)
+                        if code == 0:
+                            finished.add(process.job.name)
+                        else:
+                            failed[process.job.name] = code
+                if not running and not any(finished.issuperset(job.after) for job in waiting):
+                    break
+                time.sleep(POLL_SECONDS)
+        if stop.is_set:
+            raise Preempted("stopped by a signal; what is done is kept: run the same command again")
+        if failed:
+            raise _describe_failures(jobs, failed, waiting)
+
+    def _start(self, job: Job) -> "_Running":
+        frozen = job.freeze()
+        if job.processes == 1:
+            process = self._context.Process(target=run_forked, args=(frozen,), name=job.name)
+            process.start()
+        else:
+            command = [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--standalone",
+                f"--nproc-per-node={job.processes}",
+            ]
+            with open(job.directory / LOG_FILE, "ab") as log:
+                process = subprocess.Popen(
+                    [*command, "-m", "concentration.pipeline.jobs", str(frozen)], stdout=log, stderr=subprocess.STDOUT
+                )
+        return _Running(job, process, time.monotonic())
+
+
+@dataclass
+class _Running:
+    job: Job
+    process: "multiprocessing.Process | subprocess.Popen"
+    started: float
+
+    def poll(self) -> int | None:
+        """The exit code, negative for a signal, or None while it runs."""
+        if isinstance(self.process, subprocess.Popen):
+            return self.process.poll()
+        return self.process.exitcode
+
+
+@dataclass
+class _Stop:
+    is_set: bool = False
+
+
+@contextlib.contextmanager
+def _catch_signals(running: list[_Running]) -> Iterator[_Stop]:
+    """Passes SIGTERM and SIGINT on to the jobs as SIGTERM: they save what they can and end."""
+    stop = _Stop()
+
+    def note(number: int, frame) -> None:
+        stop.is_set = True
+        for process in running:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.process.pid, signal.SIGTERM)
+
+    earlier = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
+
+
+class _Display:
+    """A bar per running job on a terminal; a line at each start and end everywhere."""
+
+    def __init__(self, num_jobs: int):
+        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._bars = build_bars(self._console)
+        self._tasks: dict[str, int] = {}
+        self._num_jobs = num_jobs
+        self._num_started = 0
+
+    def __enter__(self) -> "_Display":
+        if self._console.is_terminal:
+            self._bars.start()
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        if self._console.is_terminal:
+            self._bars.stop()
+
+    def start(self, job: Job) -> None:
+        self._num_started += 1
+        self._console.print(f"\\[{self._num_started}/{self._num_jobs}] {job.name}: {job.summary}")
+        self._tasks[job.name] = self._bars.add_task(job.name, total=None, text="", unit="")
+
+    def update(self, job: Job) -> None:
+        status = load_status(job.directory)
+        if status is not None and self._console.is_terminal:
+            values = {
+                "completed": status["done"],
+                "total": status["total"],
+                "text": status["text"],
+                "unit": status["unit"],
+            }
+            self._bars.update(self._tasks[job.name], **values)
+
+    def end(self, job: Job, code: int, seconds: float) -> None:
+        self._bars.remove_task(self._tasks[job.name])
+        outcome = {0: "done", Preempted.exit_code: "stopped"}.get(code, f"FAILED (exit code {code})")
+        self._console.print(f"      {job.name}: {outcome} in {seconds:.0f} s")
+
+
+def _describe_failures(jobs: Sequence[Job], failed: dict[str, int], waiting: Sequence[Job]) -> JobFailed:
+    """What failed, why by its log's last lines, and what could not be run because of it."""
+    lines = []
+    for job in jobs:
+        if job.name in failed:
+            log = job.directory / LOG_FILE
+            tail = log.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:] if log.exists() else []
+            lines.append(f"{job.name} failed (exit code {failed[job.name]}); the end of {log}:")
+            lines.extend(f"    {line}" for line in tail)
+    if waiting:
+        lines.append(f"not run because of it: {', '.join(job.name for job in waiting)}")
+    mistakes = {Preempted.exit_code, ConcentrationError.exit_code}
+    worst = next((code for code in failed.values() if code not in mistakes), None)
+    code = 1 if worst is not None else max(failed.values(), key=lambda code: code == ConcentrationError.exit_code)
+    return JobFailed("\n".join(lines), code)

@@ -1,0 +1,43 @@
+"""`concentrate run`: the whole pipeline, skipping what is done."""
+
+import json
+import os
+
+from rich.console import Console
+from rich.table import Table
+
+from concentration.pipeline.graph import GENERALIST, RunConfig, build_jobs, build_prepare_job
+from concentration.pipeline.local import LocalLauncher
+from concentration.stages.evaluate import EVALUATIONS, SPECIALISTS
+from concentration.stages.prepare import DataOverrides, load_prepared
+from concentration.stages.report import REPORT
+
+__all__ = ["RunConfig", "run"]
+
+
+def run(config: RunConfig) -> None:
+    """Runs all stages and prints what came out.
+
+    Raises:
+        JobFailed: with what failed and why.
+        Preempted: a signal asked to stop.
+    """
+    launcher = LocalLauncher(config.num_processes or os.cpu_count() or 1)
+    launcher.run([build_prepare_job(config)])
+    _, taxonomy, _ = load_prepared(config.workdir, DataOverrides())
+    launcher.run(build_jobs(config, taxonomy))
+    _print_result(config)
+
+
+def _print_result(config: RunConfig) -> None:
+    console = Console(soft_wrap=True)
+    table = Table(title=f"{config.workdir}: test images", title_justify="left")
+    for column in ("", "mpvap", "top-1", "parameters", "networks"):
+        table.add_column(column, justify="left" if not column else "right")
+    for name in (GENERALIST, config.name, SPECIALISTS):
+        result = json.loads((config.workdir / EVALUATIONS / f"{name}.json").read_text())
+        top1 = "-" if result["top1"] is None else f"{100 * result['top1']:.1f} %"
+        parameters = f"{result['num_parameters']['total']:,}"
+        table.add_row(name, f"{100 * result['mpvap']:.1f} %", top1, parameters, str(result["num_networks"]))
+    console.print(table)
+    console.print(f"report: {(config.workdir / REPORT / 'index.html').resolve()}")

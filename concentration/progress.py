@@ -1,0 +1,127 @@
+"""Progress of long work: a bar on a terminal, a line now and then elsewhere, and a status file that others can read."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import rich.progress
+from rich.console import Console
+
+from concentration.errors import DataError
+from concentration.targets import write_atomically
+
+#: Seconds between two writes of the status file, and between two lines where there is no terminal.
+STATUS_SECONDS, LINE_SECONDS = 1.0, 15.0
+
+STATUS_FILE = "status.json"
+
+
+class Progress:
+    """Counts done work of a stage; a context manager.
+
+    Args:
+        title: what is done, "teacher latin" say.
+        total: in units.
+        unit: "steps", "images".
+        directory: where `status.json` is kept, or None.
+        quiet: show nothing (the ranks above 0).
+    """
+
+    def __init__(self, title: str, total: int, unit: str, directory: Path | None = None, quiet: bool = False):
+        self._title, self._total, self._unit = title, total, unit
+        self._directory = directory
+        self._quiet = quiet
+        self._done = self._done_at_start = 0
+        self._text = ""
+        self._started = time.time()
+        self._wrote_status = self._wrote_line = 0.0
+        self._bar: rich.progress.Progress | None = None
+
+    def __enter__(self) -> "Progress":
+        console = Console(stderr=True)
+        if console.is_terminal and not self._quiet:
+            self._bar = build_bars(console)
+            self._task = self._bar.add_task(self._title, total=self._total, text="", unit=self._unit)
+            self._bar.start()
+        self._publish("running", force=True)
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        self._publish("done" if error is None else "failed", force=True)
+        if self._bar is not None:
+            self._bar.stop()
+
+    def start_at(self, done: int) -> None:
+        """Work that an earlier run had done: it counts as done but not into the rate."""
+        self._done = self._done_at_start = done
+
+    def update(self, done: int, text: str = "") -> None:
+        self._done, self._text = done, text or self._text
+        self._publish("running")
+
+    def advance(self, count: int = 1) -> None:
+        self.update(self._done + count)
+
+    @property
+    def units_per_second(self) -> float:
+        return (self._done - self._done_at_start) / max(time.time() - self._started, 1e-9)
+
+    def _publish(self, state: str, force: bool = False) -> None:
+        now = time.time()
+        if self._quiet:
+            return
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self._done, text=self._text)
+        elif force or now - self._wrote_line > LINE_SECONDS:
+            self._wrote_line = now
+            rate = f"{self.units_per_second:.0f} {self._unit}/s" if self._done > self._done_at_start else ""
+            print(
+                f"{self._title}: {self._done}/{self._total} {self._unit} {rate} {self._text}".rstrip(),
+                file=sys.stderr,
+                flush=True,
+            )
+        if self._directory is not None and (force or now - self._wrote_status > STATUS_SECONDS):
+            self._wrote_status = now
+            status = {
+                "title": self._title,
+                "state": state,
+                "done": self._done,
+                "total": self._total,
+                "unit": self._unit,
+                "per_second": self.units_per_second,
+                "text": self._text,
+                "process": os.getpid(),
+                "started": self._started,
+                "updated": now,
+            }
+            write_atomically(self._directory / STATUS_FILE, status)
+
+
+def build_bars(console: Console) -> rich.progress.Progress:
+    """The look of all progress bars; tasks carry the fields `text` and `unit`."""
+    return rich.progress.Progress(
+        rich.progress.TextColumn("{task.description:<22}"),
+        rich.progress.BarColumn(bar_width=28),
+        rich.progress.TextColumn("{task.completed:>7.0f}/{task.total:.0f} {task.fields[unit]}"),
+        rich.progress.TimeElapsedColumn(),
+        rich.progress.TimeRemainingColumn(compact=True),
+        rich.progress.TextColumn("{task.fields[text]}"),
+        console=console,
+    )
+
+
+def load_status(directory: Path) -> dict | None:
+    """The latest status of the stage in `directory`, or None where it has not begun.
+
+    Raises:
+        DataError: the file is damaged.
+    """
+    path = directory / STATUS_FILE
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}: not JSON ({error}); delete it") from None

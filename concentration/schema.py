@@ -1,0 +1,164 @@
+"""`Config`, the base of every configuration class, and how a wrong value becomes one clear line."""
+
+import difflib
+import hashlib
+import json
+import types
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
+
+import pydantic
+
+from concentration.errors import ConfigError
+
+
+class Config(pydantic.BaseModel):
+    """A frozen set of options in which an unknown key is an error.
+
+    `runtime_fields` of a subclass name the options that change where or how fast something is computed, not what:
+    they are no part of the config's identity, so a run may be resumed with others.
+    """
+
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    runtime_fields: ClassVar[frozenset[str]] = frozenset()
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the result, as plain JSON values."""
+        values = self.model_dump(mode="json", exclude=set(self.runtime_fields))
+        for name in values:
+            inner = getattr(self, name)
+            if isinstance(inner, Config):
+                values[name] = inner.identity()
+        return values
+
+
+C = TypeVar("C", bound=Config)
+
+
+def parse_config(model: type[C], values: Mapping[str, Any]) -> C:
+    """Checks `values` against `model`.
+
+    Raises:
+        ConfigError: with the first wrong key, what was found, and the nearest valid key or value.
+    """
+    try:
+        return model.model_validate(values)
+    except pydantic.ValidationError as error:
+        raise ConfigError(_describe_error(model, error)) from None
+
+
+def hash_values(values: Mapping[str, Any]) -> str:
+    """A hash of plain JSON values, independent of the order of their keys."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one mapping from dotted keys: `{"top": {"top1": 8}}` becomes `{"top.top1": 8}`."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def suggest(word: str, valid: Iterable[str], prefix: str = "") -> str:
+    """`"; did you mean 'x'?"` with the nearest valid word, or the list of all where none is near and they are few.
+
+    `prefix` is put before the words that are shown: they are keys inside it.
+    """
+    valid = sorted(set(valid))
+    near = difflib.get_close_matches(word, valid, n=1, cutoff=0.5)
+    if near:
+        return f"; did you mean '{prefix}{near[0]}'?"
+    if 0 < len(valid) <= 30:
+        return f"; valid: {', '.join(prefix + name for name in valid)}"
+    return ""
+
+
+def _describe_error(model: type[pydantic.BaseModel], error: pydantic.ValidationError) -> str:
+    lines = list(dict.fromkeys(_describe_problem(model, problem) for problem in error.errors()))
+    return "; ".join(lines[:4])
+
+
+def _describe_problem(model: type[pydantic.BaseModel], problem: Mapping[str, Any]) -> str:
+    path, siblings = _follow(model, problem["loc"])
+    dotted, found = ".".join(path), problem["input"]
+    if problem["type"] == "extra_forbidden":
+        prefix = "".join(f"{part}." for part in path[:-1])
+        return f"unknown key '{dotted}'{suggest(path[-1], siblings, prefix)}"
+    if problem["type"] == "missing":
+        return f"'{dotted}' is missing: give {dotted}=VALUE"
+    if problem["type"] == "literal_error":
+        return _describe_choice(dotted, found, problem["ctx"]["expected"])
+    if problem["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        key = f"{dotted}.{problem['ctx']['discriminator'].strip(chr(39))}"
+        if problem["type"] == "union_tag_not_found":
+            return f"'{key}' is missing: give {key}=VALUE"
+        return _describe_choice(key, problem["ctx"]["tag"], problem["ctx"]["expected_tags"])
+    message = problem["msg"].removeprefix("Value error, ")
+    where = f"{dotted}={found!r}: " if dotted and not isinstance(found, Mapping) else ""
+    return f"{where}{message}"
+
+
+def _describe_choice(dotted: str, found: Any, expected: str) -> str:
+    """`expected` is pydantic's list: `'a', 'b' or 'c'`."""
+    words = [word.strip(" '") for word in expected.replace(" or ", ",").split(",")]
+    near = difflib.get_close_matches(str(found), words, n=1, cutoff=0.5)
+    hint = f"; did you mean '{near[0]}'?" if near else ""
+    return f"{dotted}={found}: expected {expected}{hint}"
+
+
+def _follow(model: type[pydantic.BaseModel], location: tuple[str | int, ...]) -> tuple[list[str], set[str]]:
+    """What a user would write for pydantic's `location`, and the names of the fields that lie beside its last part.
+
+    NOTE: after a field that may hold one of several types, pydantic adds which one it tried: the tag of a discriminated
+    union, the name of a class, or of a plain type (`float`). Users write none of these.
+    """
+    path: list[str] = []
+    siblings: set[str] = set()
+    models, annotation = [model], None  # the models that may stand at this point, and the annotation they come from
+    tag_may_follow = False
+    for part in location:
+        tagged = [inner for inner in models if part in _tags_of(inner)] if tag_may_follow else []
+        fields = [inner.model_fields[part] for inner in models if part in inner.model_fields]
+        if tagged:
+            models, tag_may_follow = tagged, False
+        elif fields:
+            path.append(str(part))
+            siblings = {name for inner in models for name in inner.model_fields}
+            annotation = tuple(field.annotation for field in fields)
+            models = _models_in(annotation)
+            tag_may_follow = _has_union(annotation)
+        elif models or isinstance(part, int) or _has_mapping(annotation):  # an unknown key, a position, a key of a dict
+            path.append(str(part))
+            siblings = {name for inner in models for name in inner.model_fields}
+    return path, siblings
+
+
+def _tags_of(model: type[pydantic.BaseModel]) -> set[Any]:
+    """How pydantic may call `model` as the member of a union: its name, or the one value of a field like `kind`."""
+    literals = [field.annotation for field in model.model_fields.values() if get_origin(field.annotation) is Literal]
+    return {model.__name__} | {get_args(literal)[0] for literal in literals if len(get_args(literal)) == 1}
+
+
+def _types_in(annotation: Any) -> Iterator[Any]:
+    """`annotation` and all that it is made of: `A | dict[str, B]` gives itself, A, the dict, str and B."""
+    yield annotation
+    for inner in annotation if isinstance(annotation, tuple) else get_args(annotation):
+        yield from _types_in(inner)
+
+
+def _models_in(annotation: Any) -> list[type[pydantic.BaseModel]]:
+    found = [inner for inner in _types_in(annotation) if isinstance(inner, type)]
+    return [inner for inner in found if issubclass(inner, pydantic.BaseModel)]
+
+
+def _has_union(annotation: Any) -> bool:
+    unions = [get_args(inner) for inner in _types_in(annotation) if get_origin(inner) in (Union, types.UnionType)]
+    return any(len([member for member in members if member is not type(None)]) > 1 for members in unions)
+
+
+def _has_mapping(annotation: Any) -> bool:
+    return any((get_origin(inner) or inner) in (dict, Mapping) for inner in _types_in(annotation))

@@ -1,0 +1,101 @@
+"""`concentrate report`: one self-contained page with everything that was measured, and the same as JSON."""
+
+import json
+import math
+import platform
+from pathlib import Path
+
+import lightning
+import torch
+
+import concentration
+from concentration.errors import ConfigError
+from concentration.stages.evaluate import EVALUATIONS
+from concentration.stages.report_page import ReportInputs, build_report_page
+from concentration.stages.run_directory import RunDirectory, StageConfig
+from concentration.stages.student import STUDENTS
+from concentration.stages.teacher import TEACHERS
+from concentration.targets import write_atomically
+from concentration.training.loggers import load_metrics
+
+REPORT = "report"
+#: Shown first, in this order, around the student's own name.
+FIRST, LAST = "generalist", "specialists"
+
+
+class ReportConfig(StageConfig):
+    """Writes `report/index.html` and `report/metrics.json`. `name` is the student that the page is about."""
+
+    name: str = "student"
+
+
+def report(config: ReportConfig) -> None:
+    """Runs the stage; it is quick, and always drawn anew.
+
+    Raises:
+        ConfigError: nothing has been evaluated.
+    """
+    evaluations = _load_evaluations(config)
+    inputs = ReportInputs(
+        title=f"Knowledge concentration: {config.workdir.name}",
+        workdir=str(config.workdir),
+        evaluations=evaluations,
+        curves=_load_curves(config.workdir),
+        configs=_load_configs(config.workdir),
+        commands=_describe_commands(config),
+        facts=_gather_facts(config.workdir),
+    )
+    directory = config.workdir / REPORT
+    without_pictures = {name: {k: v for k, v in e.items() if k != "gallery"} for name, e in evaluations.items()}
+    write_atomically(directory / "metrics.json", without_pictures)
+    write_atomically(directory / "index.html", build_report_page(inputs))
+
+
+def _load_evaluations(config: ReportConfig) -> dict[str, dict]:
+    paths = {path.stem: path for path in (config.workdir / EVALUATIONS).glob("*.json")}
+    if not paths:
+        raise ConfigError(
+            f"{config.workdir / EVALUATIONS}: nothing evaluated yet; run `concentrate evaluate name=NAME` first"
+        )
+    others = sorted(set(paths) - {FIRST, config.name, LAST})
+    order = [name for name in (FIRST, config.name, *others, LAST) if name in paths]
+    return {name: json.loads(paths[name].read_text()) for name in order}
+
+
+def _run_directories(workdir: Path) -> list[Path]:
+    return [path for kind in (STUDENTS, TEACHERS) for path in sorted((workdir / kind).glob("*")) if path.is_dir()]
+
+
+def _load_curves(workdir: Path) -> dict[str, list[dict]]:
+    curves = {f"{path.parent.name}/{path.name}": load_metrics(path) for path in _run_directories(workdir)}
+    return {name: lines for name, lines in curves.items() if lines}
+
+
+def _load_configs(workdir: Path) -> dict[str, dict]:
+    return {
+        f"{path.parent.name}/{path.name}": RunDirectory(path).load_config()
+        for path in _run_directories(workdir)
+        if (path / "config.json").exists()
+    }
+
+
+def _describe_commands(config: ReportConfig) -> list[str]:
+    return [
+        f"concentrate run workdir={config.workdir} name={config.name}",
+        f"concentrate report workdir={config.workdir}",
+    ]
+
+
+def _gather_facts(workdir: Path) -> dict[str, str]:
+    facts = {
+        "concentration": concentration.__version__,
+        "torch": torch.__version__,
+        "lightning": lightning.__version__,
+        "python": platform.python_version(),
+        "machine": f"{platform.machine()}, {platform.processor() or platform.system()}",
+    }
+    for path in _run_directories(workdir):
+        seconds = [line["seconds"] for line in load_metrics(path) if "seconds" in line]
+        if seconds and math.isfinite(seconds[-1]):
+            facts[f"{path.parent.name}/{path.name}"] = f"{seconds[-1]:.0f} s of training"
+    return facts

@@ -1,0 +1,323 @@
+"""Charts of the report as HTML with inline SVG: lines over steps, groups of bars, and the scale of the headline.
+
+A chart has a fixed height and takes the width it is given: the SVG of its lines is stretched, strokes and texts are
+not, so that the same chart can be read on a phone and on a wide screen. Texts reach the page only through
+`Markup.format`, which escapes them.
+Shapes: N points of one curve.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from markupsafe import Markup
+
+from concentration.stages.report_values import format_percent, format_short, format_tick, thin_curve
+
+#: The stretched coordinates inside a plot run from 0 to this number on both axes.
+EXTENT = 1000
+LABEL_HEIGHT_PX = 15
+#: Bars leave the rest of their row to the number behind them.
+BAR_SHARE = 0.84
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line: (N, 2) step and value, N >= 1, and the CSS colour it is drawn in."""
+
+    name: str
+    points: np.ndarray
+    color: str
+
+
+@dataclass(frozen=True)
+class LineChart:
+    """What a line chart shows. `names` says where its series are named; `y_range` overrides the range of the values."""
+
+    title: str
+    series: Sequence[Series]
+    note: str = ""
+    height_px: int = 260
+    max_points: int = 240
+    num_ticks: int = 5
+    names: Literal["legend", "line_end", "hidden"] = "legend"
+    y_scale: Literal["linear", "log"] = "linear"
+    y_range: tuple[float, float] | None = None
+    y_format: Callable[[float], str] = format_short
+
+
+@dataclass(frozen=True)
+class Bar:
+    name: str
+    fraction: float | None
+    color: str
+
+
+def draw_line_chart(chart: LineChart) -> Markup:
+    """A figure with title, axes and one line per series; an empty text where there is no series."""
+    if not chart.series:
+        return Markup("")
+    x_axis = _step_axis(max(float(s.points[-1, 0]) for s in chart.series), chart.num_ticks)
+    y_axis = _axis(chart.y_range or _value_range(chart), chart.y_scale)
+    lines = Markup("").join(_draw_series(series, chart, x_axis, y_axis) for series in chart.series)
+    ends = _draw_end_labels(chart, y_axis) if chart.names == "line_end" else Markup("")
+    return Markup(
+        '<figure class="chart chart-{names}"><figcaption><b>{title}</b>{note}</figcaption>{legend}'
+        '<div class="plot" role="img" aria-label="{summary}" style="height:{height}px">'
+        '{ticks}<svg viewBox="0 0 {extent} {extent}" preserveAspectRatio="none" aria-hidden="true">{grid}{lines}</svg>'
+        "{ends}</div></figure>"
+    ).format(
+        names=chart.names,
+        title=chart.title,
+        note=Markup(' <span class="note">{}</span>').format(chart.note) if chart.note else "",
+        legend=draw_legend([(s.name, s.color) for s in chart.series]) if chart.names == "legend" else "",
+        summary=_summarise(chart),
+        height=chart.height_px,
+        extent=EXTENT,
+        ticks=_draw_ticks(x_axis, y_axis, chart),
+        grid=_draw_grid(x_axis, y_axis, chart.num_ticks),
+        lines=lines,
+        ends=ends,
+    )
+
+
+def draw_legend(entries: Sequence[tuple[str, str]]) -> Markup:
+    """Names with a swatch of their colour."""
+    items = Markup("").join(
+        Markup('<li><i style="background:{}"></i><bdi>{}</bdi></li>').format(color, name) for name, color in entries
+    )
+    return Markup('<ul class="legend">{}</ul>').format(items)
+
+
+def draw_bars(bars: Sequence[Bar], label: str) -> Markup:
+    """Horizontal bars of fractions under each other, each with its number; grid lines at every quarter."""
+    pitch_px, bar_px = 17, 13
+    height = pitch_px * len(bars)
+    grid = Markup("").join(
+        Markup('<line x1="{x:.2f}%" x2="{x:.2f}%" y1="0" y2="{h}"/>').format(x=q * 25 * BAR_SHARE, h=height)
+        for q in range(5)
+    )
+    rows = []
+    for number, bar in enumerate(bars):
+        top = number * pitch_px + (pitch_px - bar_px) / 2
+        width = 100 * BAR_SHARE * min(max(bar.fraction or 0.0, 0.0), 1.0)
+        rows.append(
+            Markup(
+                "<g><title>{name}: {value}</title>"
+                '<rect y="{top}" width="{width:.2f}%" height="{bar}" rx="2" style="fill:{color}"/>'
+                '<text x="{width:.2f}%" y="{baseline}" dx="6">{value}</text></g>'
+            ).format(
+                name=bar.name,
+                value=format_percent(bar.fraction),
+                top=top,
+                width=width,
+                bar=bar_px,
+                color=bar.color,
+                baseline=top + bar_px - 2.5,
+            )
+        )
+    summary = f"{label}: " + ", ".join(f"{bar.name} {format_percent(bar.fraction)}" for bar in bars)
+    return Markup(
+        '<svg class="bars" width="100%" height="{}" role="img" aria-label="{}"><g class="grid">{}</g>{}</svg>'
+    ).format(height, summary, grid, Markup("").join(rows))
+
+
+def draw_scale(low: Bar, high: Bar, subject: Bar) -> Markup:
+    """The subject's place between (or outside of) two references on one line; every fraction must be given."""
+    assert low.fraction is not None
+    assert high.fraction is not None
+    assert subject.fraction is not None
+    bars = (low, high, subject)
+    fractions = [bar.fraction for bar in bars]
+    span = max(fractions) - min(fractions) or 0.01
+    # NOTE: the margins leave room for the names, which stand to the left and right of the outer marks.
+    start, width = min(fractions) - 0.4 * span, 1.8 * span
+    x_of = {bar.name: 100 * (bar.fraction - start) / width for bar in bars}
+    left, right = (low, high) if low.fraction <= high.fraction else (high, low)
+    marks = [(left, "below-left"), (right, "below-right"), (subject, "above")]
+    drawn = Markup("").join(
+        Markup('<span class="mark {}" style="left:{:.2f}%;--c:{}"><span><b>{}</b> <bdi>{}</bdi></span></span>').format(
+            place, x_of[bar.name], bar.color, format_percent(bar.fraction), bar.name
+        )
+        for bar, place in marks
+    )
+    begin, end = sorted((x_of[low.name], x_of[subject.name]))
+    # Ground that was lost is not drawn like progress.
+    reach_color = subject.color if subject.fraction >= low.fraction else "var(--soft)"
+    summary = ", ".join(f"{bar.name} {format_percent(bar.fraction)}" for bar in bars)
+    return Markup(
+        '<div class="scale" role="img" aria-label="mpvap: {}"><span class="reach" style="left:{:.2f}%;width:{:.2f}%;'
+        'background:{}"></span>{}</div>'
+    ).format(summary, begin, end - begin, reach_color, drawn)
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Maps values between `low` and `high` to 0...1."""
+
+    low: float
+    high: float
+    scale: Literal["linear", "log"] = "linear"
+
+    def position(self, value: float | np.ndarray) -> np.ndarray:
+        if self.scale == "log":
+            start, end = math.log(self.low), math.log(self.high)
+            return np.clip((np.log(np.maximum(value, self.low)) - start) / (end - start), 0.0, 1.0)
+        return np.clip((np.asarray(value) - self.low) / (self.high - self.low), 0.0, 1.0)
+
+    def ticks(self, num_ticks: int) -> list[float]:
+        """About `num_ticks` round values on the axis, in order."""
+        if self.scale == "log":
+            exponents = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
+            for digits in ((1, 2, 5), (1, 3), (1,)):
+                found = [d * 10.0**e for e in exponents for d in digits if self.low <= d * 10.0**e <= self.high]
+                if len(found) <= num_ticks + 1:
+                    break
+            if len(found) >= 2:
+                return found[:: math.ceil(len(found) / (num_ticks + 1))]
+            # Less than a factor of five: round values of a linear axis fit better than one power of ten.
+        step = _round_step((self.high - self.low) / num_ticks)
+        first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
+        return [float(f"{n * step:.12g}") for n in range(first, last + 1)]
+
+
+def spread_labels(wanted_px: Sequence[float], gap_px: float, height_px: float) -> list[float]:
+    """Positions as near to the wanted ones as can be, in their order, `gap_px` apart, between 0 and the height.
+
+    Where not all fit, the gap shrinks. Least squares under an order is isotonic regression: pool adjacent violators.
+    """
+    gap_px = min(gap_px, height_px / max(len(wanted_px) - 1, 1))
+    order = sorted(range(len(wanted_px)), key=lambda n: wanted_px[n])
+    crowds: list[list[float]] = []  # of wanted positions less the gaps in front of them
+    for rank, number in enumerate(order):
+        crowds.append([wanted_px[number] - rank * gap_px])
+        while len(crowds) > 1 and _mean(crowds[-2]) > _mean(crowds[-1]):
+            crowds[-2:] = [crowds[-2] + crowds[-1]]
+    highest = height_px - gap_px * (len(order) - 1)
+    fitted = [min(max(_mean(crowd), 0.0), highest) for crowd in crowds for _ in crowd]
+    placed = [0.0] * len(order)
+    for rank, number in enumerate(order):
+        placed[number] = fitted[rank] + rank * gap_px
+    return placed
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _round_step(step: float) -> float:
+    magnitude = 10.0 ** math.floor(math.log10(step))
+    return min((m * magnitude for m in (1, 2, 2.5, 5, 10)), key=lambda rounded: abs(math.log(rounded / step)))
+
+
+def _step_axis(last: float, num_ticks: int) -> Axis:
+    axis = _axis([0.0, last], "linear")
+    # A run of 6,000 steps logs its last line at 5,999 or 5,990: reach the round number that lies just behind it.
+    behind = Axis(axis.low, axis.high * 1.03).ticks(num_ticks - 1)
+    return Axis(axis.low, max(axis.high, *behind[-1:]))
+
+
+def _axis(values: Sequence[float], scale: Literal["linear", "log"]) -> Axis:
+    low, high = float(min(values)), float(max(values))
+    if high - low <= max(1e-9 * abs(high), 1e-30):  # a constant, but for rounding
+        pad = max(0.1 * abs(high), 1e-9)
+        return Axis(low - pad, high + pad)
+    if scale == "log" and low > 0:
+        return Axis(low, high, "log")
+    return Axis(low, high)
+
+
+def _value_range(chart: LineChart) -> tuple[float, float]:
+    # The band of the drawn buckets, not of all points: one spike among 100,000 must not flatten the line.
+    curves = [thin_curve(series.points, chart.max_points) for series in chart.series]
+    low, high = min(float(c.y.min()) for c in curves), max(float(c.y.max()) for c in curves)
+    if chart.y_scale == "log":
+        return (low, high) if low <= 0 else (low / 1.1, high * 1.1)
+    pad = 0.06 * (high - low)
+    return (max(low - pad, 0.0) if low >= 0 else low - pad), high + pad
+
+
+def _coordinates(x: np.ndarray, y: np.ndarray, x_axis: Axis, y_axis: Axis) -> list[tuple[int, int]]:
+    across = np.rint(EXTENT * x_axis.position(x)).astype(int)
+    down = np.rint(EXTENT * (1 - y_axis.position(y))).astype(int)
+    return list(zip(across.tolist(), down.tolist(), strict=True))
+
+
+def _path(points: Sequence[tuple[int, int]]) -> str:
+    return "M" + "L".join(f"{x} {y}" for x, y in points)
+
+
+def _draw_series(series: Series, chart: LineChart, x_axis: Axis, y_axis: Axis) -> Markup:
+    curve = thin_curve(series.points, chart.max_points)
+    points = _coordinates(curve.x, curve.y, x_axis, y_axis)
+    band = Markup("")
+    if len(series.points) > len(points) and chart.names == "legend":
+        low = _coordinates(curve.x, curve.low, x_axis, y_axis)
+        high = _coordinates(curve.x, curve.high, x_axis, y_axis)
+        band = Markup('<path class="band" d="{}Z"/>').format(_path(low + high[::-1]))
+    # NOTE: a mark is a line without length: its round caps stay a circle however the plot is stretched.
+    every = max(1, math.ceil(len(points) / 32))
+    kind = "dot" if len(points) <= 32 else "touch"
+    marks = Markup("").join(
+        Markup('<path class="{}" d="M{} {}h0"><title>{}, step {:,.0f}: {}</title></path>').format(
+            kind, *points[n], series.name, curve.x[n], chart.y_format(float(curve.y[n]))
+        )
+        for n in range(0, len(points), every)
+        if chart.names != "hidden" or kind == "dot"
+    )
+    last = chart.y_format(float(series.points[-1, 1]))
+    return Markup(
+        '<g class="series" style="--c:{}">{}<path class="line" d="{}"><title>{}: {} at the end</title></path>{}</g>'
+    ).format(series.color, band, _path(points), series.name, last, marks)
+
+
+def _draw_grid(x_axis: Axis, y_axis: Axis, num_ticks: int) -> Markup:
+    lines = [f"M0 {EXTENT - round(EXTENT * float(y_axis.position(v)))}H{EXTENT}" for v in y_axis.ticks(num_ticks)]
+    lines += [f"M{round(EXTENT * float(x_axis.position(v)))} 0V{EXTENT}" for v in x_axis.ticks(num_ticks - 1)]
+    return Markup('<path class="grid" d="{}"/>').format("".join(lines))
+
+
+def _draw_ticks(x_axis: Axis, y_axis: Axis, chart: LineChart) -> Markup:
+    down = [(100 * (1 - float(y_axis.position(v))), v) for v in y_axis.ticks(chart.num_ticks)]
+    across = [(100 * float(x_axis.position(v)), v) for v in x_axis.ticks(chart.num_ticks - 1)]
+    as_percent = chart.y_format is format_percent
+    labels = [
+        Markup('<span class="y" style="top:{:.1f}%">{}</span>').format(
+            place, f"{100 * value:g}%" if as_percent else format_tick(value)
+        )
+        for place, value in down
+    ]
+    labels += [
+        Markup('<span class="x" style="left:{:.1f}%">{}</span>').format(place, format_tick(value))
+        for place, value in across
+    ]
+    return Markup("").join(labels)
+
+
+def _draw_end_labels(chart: LineChart, y_axis: Axis) -> Markup:
+    wanted = [chart.height_px * (1 - float(y_axis.position(s.points[-1, 1]))) for s in chart.series]
+    placed = spread_labels(wanted, LABEL_HEIGHT_PX, chart.height_px)
+    leaders = Markup("").join(
+        Markup('<path style="--c:{}" d="M0 {:.1f}L14 {:.1f}"/>').format(s.color, a, b)
+        for s, a, b in zip(chart.series, wanted, placed, strict=True)
+    )
+    labels = Markup("").join(
+        Markup(
+            '<span class="end" title="{name}: {value}" style="top:{:.1f}px;color:{}"><bdi>{name}</bdi></span>'
+        ).format(y, s.color, name=s.name, value=chart.y_format(float(s.points[-1, 1])))
+        for s, y in zip(chart.series, placed, strict=True)
+    )
+    return Markup('<svg class="leaders" width="14" height="{}" aria-hidden="true">{}</svg>{}').format(
+        chart.height_px, leaders, labels
+    )
+
+
+def _summarise(chart: LineChart) -> str:
+    """What a screen reader says instead of the picture."""
+    parts = [
+        f"{s.name} from {chart.y_format(float(s.points[0, 1]))} to {chart.y_format(float(s.points[-1, 1]))}"
+        for s in chart.series
+    ]
+    return f"{chart.title}, over training steps: {'; '.join(parts)}"

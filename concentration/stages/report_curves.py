@@ -1,0 +1,177 @@
+"""The parts of the report that show training: losses, validation, gamma and each vertical over steps."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from markupsafe import Markup
+
+from concentration.stages.report_charts import LineChart, Series, draw_legend, draw_line_chart
+from concentration.stages.report_values import DASH, format_count, format_percent, format_short
+
+#: Curves of one run by key, each (N, 2) of step and value, N >= 1.
+Curves = Mapping[str, np.ndarray]
+SMALL = {"height_px": 96, "max_points": 90, "num_ticks": 3, "names": "hidden"}
+
+
+@dataclass(frozen=True)
+class PacePart:
+    """The gamma of every vertical of one run, as charts and as table rows."""
+
+    run: str
+    charts: Markup
+    rows: list[list[str]]
+
+
+def draw_student_charts(runs: Mapping[str, Curves], colors: Mapping[str, str]) -> Markup:
+    """Training loss and validation mpvap of the students, one line per run."""
+    students = _runs_below("students/", runs)
+    loss = _series_of(students, "train/loss", colors)
+    mpvap = _series_of(students, "val/mpvap", colors)
+    return Markup("").join(
+        [
+            draw_line_chart(LineChart("Training loss", loss, y_scale=_scale_for(loss))),
+            draw_line_chart(LineChart("mpvap on val", mpvap, y_format=format_percent)),
+        ]
+    )
+
+
+def draw_teacher_charts(runs: Mapping[str, Curves], colors: Mapping[str, str]) -> Markup:
+    """The training loss of every teacher, small; each on its own axis, since a loss grows with its vertical's size."""
+    charts = []
+    for vertical, curves in _runs_below("teachers/", runs).items():
+        loss = curves.get("train/loss")
+        if loss is not None:
+            series = [Series(vertical, loss, colors.get("specialists", "var(--m2)"))]
+            note = f"{format_short(float(loss[0, 1]))} → {format_short(float(loss[-1, 1]))}"
+            charts.append(draw_line_chart(LineChart(vertical, series, note, y_scale=_scale_for(series), **SMALL)))
+    return Markup("").join(charts)
+
+
+def summarise_runs(runs: Mapping[str, Curves]) -> list[list[str]]:
+    """One table row per run, students first.
+
+    Name, steps, final loss, best AP on val with its step, samples/s, share of time waiting for data, gradient norm.
+    """
+    rows = []
+    for run, curves in sorted(runs.items(), key=lambda item: not item[0].startswith("students/")):
+        steps = max((float(points[-1, 0]) for points in curves.values()), default=None)
+        loss = curves.get("train/loss")
+        rows.append(
+            [
+                run,
+                format_count(steps),
+                DASH if loss is None else format_short(float(loss[-1, 1])),
+                _describe_best(curves.get("val/mpvap", curves.get(f"val/{run.rpartition('/')[2]}/ap"))),
+                format_short(_median(curves.get("train/samples_per_second"))),
+                format_percent(_median(curves.get("train/data_wait_share"))),
+                format_short(_median(curves.get("train/gradient_norm"))),
+            ]
+        )
+    return rows
+
+
+def build_pace_part(runs: Mapping[str, Curves], order: Sequence[str]) -> PacePart | None:
+    """gamma of the student (else of the first run below students/ that has one); None where no run paces."""
+    students = _runs_below("students/", runs)
+    for run in sorted(students, key=lambda name: name != "student"):
+        gammas = _by_vertical(students[run], "train/", "/gamma", order)
+        if gammas:
+            break
+    else:
+        return None
+    hues = {vertical: _hue(number, len(order)) for number, vertical in enumerate(order)}
+    absolute = [Series(vertical, points, hues[vertical]) for vertical, points in gammas.items()]
+    relative = [
+        Series(vertical, points / [1.0, points[0, 1]], hues[vertical])
+        for vertical, points in gammas.items()
+        if points[0, 1] != 0
+    ]
+    height = max(280, 16 * len(gammas))
+    routed = _by_vertical(students[run], "train/", "/routed", order)
+    charts = [
+        draw_line_chart(LineChart("gamma", absolute, height_px=height, names="line_end", y_scale=_scale_for(absolute))),
+        draw_line_chart(LineChart("gamma relative to its start", relative, height_px=height, names="line_end")),
+    ]
+    rows = [
+        [
+            vertical,
+            format_short(float(points[0, 1])),
+            format_short(float(points[-1, 1])),
+            f"× {points[-1, 1] / points[0, 1]:.3f}" if points[0, 1] else DASH,
+            format_short(float(routed[vertical][:, 1].mean())) if vertical in routed else DASH,
+        ]
+        for vertical, points in gammas.items()
+    ]
+    return PacePart(run, Markup("").join(charts), rows)
+
+
+def draw_vertical_charts(
+    runs: Mapping[str, Curves], colors: Mapping[str, str], order: Sequence[str], prefix: str, suffix: str
+) -> Markup:
+    """One small chart per vertical of the keys `prefix + VERTICAL + suffix`, with one line per student run."""
+    found = {run: _by_vertical(c, prefix, suffix, order) for run, c in _runs_below("students/", runs).items()}
+    found = {run: curves for run, curves in found.items() if curves}
+    if not found:
+        return Markup("")
+    charts = []
+    is_fraction = suffix == "/ap"
+    for vertical in order:
+        series = [Series(run, c[vertical], colors[run]) for run, c in found.items() if vertical in c]
+        if series:
+            scale = "linear" if is_fraction else _scale_for(series)
+            y_format = format_percent if is_fraction else format_short
+            y_range = (0.0, 1.0) if is_fraction else None
+            chart = LineChart(vertical, series, y_scale=scale, y_format=y_format, y_range=y_range, **SMALL)
+            charts.append(draw_line_chart(chart))
+    legend = draw_legend([(run, colors[run]) for run in found])
+    return Markup('{}<div class="multiples">{}</div>').format(legend, Markup("").join(charts))
+
+
+def verticals_in_curves(runs: Mapping[str, Curves]) -> list[str]:
+    """Every VERTICAL that some run logged as train/VERTICAL/gamma, train/VERTICAL/loss or val/VERTICAL/ap."""
+    forms = (("train/", "/gamma"), ("train/", "/loss"), ("val/", "/ap"))
+    found = [
+        key[len(prefix) : -len(suffix)]
+        for curves in runs.values()
+        for key in curves
+        for prefix, suffix in forms
+        if key.startswith(prefix) and key.endswith(suffix) and len(key) > len(prefix) + len(suffix)
+    ]
+    return list(dict.fromkeys(found))
+
+
+def _runs_below(folder: str, runs: Mapping[str, Curves]) -> dict[str, Curves]:
+    return {run.removeprefix(folder): curves for run, curves in runs.items() if run.startswith(folder)}
+
+
+def _by_vertical(curves: Curves, prefix: str, suffix: str, order: Sequence[str]) -> dict[str, np.ndarray]:
+    return {v: curves[f"{prefix}{v}{suffix}"] for v in order if f"{prefix}{v}{suffix}" in curves}
+
+
+def _series_of(runs: Mapping[str, Curves], key: str, colors: Mapping[str, str]) -> list[Series]:
+    return [Series(run, curves[key], colors[run]) for run, curves in runs.items() if key in curves]
+
+
+def _scale_for(series: Sequence[Series]) -> str:
+    """A logarithmic axis where the values are positive and span more than a factor of eight."""
+    low = min((float(s.points[:, 1].min()) for s in series), default=0.0)
+    high = max((float(s.points[:, 1].max()) for s in series), default=0.0)
+    return "log" if low > 0 and high > 8 * low else "linear"
+
+
+def _hue(number: int, count: int) -> str:
+    # Neighbours in the order are far apart on the colour wheel: the golden angle never comes near an earlier hue soon.
+    return f"hsl({math.fmod(222 + 137.508 * number, 360):.0f} var(--line-saturation) var(--line-lightness))"
+
+
+def _median(points: np.ndarray | None) -> float | None:
+    return None if points is None else float(np.median(points[:, 1]))
+
+
+def _describe_best(points: np.ndarray | None) -> str:
+    if points is None:
+        return DASH
+    best = points[points[:, 1].argmax()]
+    return f"{format_percent(float(best[1]))} at {format_count(float(best[0]))}"

@@ -1,0 +1,158 @@
+"""The first part of the report: which model is how good, at what cost, and how much of the gap the student closes."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from markupsafe import Markup
+
+from concentration.stages.report_charts import Bar, draw_scale
+from concentration.stages.report_values import (
+    DASH,
+    as_mapping,
+    as_number,
+    format_count,
+    format_percent,
+    format_points,
+    format_short,
+)
+
+#: The three models that the papers compare, in the order of their colours; they are the defaults of `name`.
+ROLES = ("generalist", "student", "specialists")
+#: A gap that one decimal of a percentage cannot show has no share worth stating.
+SMALLEST_GAP = 0.0005
+METRICS = {
+    "mpvap": "mpvap",
+    "mpvap_log_softmax": "mpvap, log-softmax",
+    "mpvap_unsmeared": "mpvap, unsmeared",
+    "top1": "top-1",
+    "top5": "top-5",
+    "top1_in_vertical": "top-1 in vertical",
+    "map_at_50": "mAP@50",
+}
+
+
+def describe_gap(evaluations: Mapping[str, Mapping[str, Any]], metric: str = "mpvap") -> str:
+    """One sentence on how much of the gap from the generalist to the specialists the student closes, in any order."""
+    values = {name: as_number(as_mapping(evaluations.get(name)).get(metric)) for name in ROLES}
+    missing = [name for name in ROLES if values[name] is None]
+    if missing:
+        return _describe_without(missing, evaluations, metric)
+    low, student, high = (values[name] for name in ROLES)
+    assert low is not None
+    assert student is not None
+    assert high is not None
+    gap, gain = high - low, student - low
+    beside = "level with it" if abs(gain) < SMALLEST_GAP else f"{_points(gain)} {'above' if gain > 0 else 'below'} it"
+    at_low, at_student, at_high = format_percent(low), format_percent(student), format_percent(high)
+    label = METRICS[metric]
+    if gap < SMALLEST_GAP:
+        relation = "are level with" if gap > -SMALLEST_GAP else "are worse than"
+        return (
+            f"There is no gap to close: the specialists ({at_high} {label}) {relation} the generalist ({at_low}); "
+            f"the student, at {at_student}, is {beside}."
+        )
+    span = f"the {_points(gap)} between the generalist ({at_low} {label}) and the specialists ({at_high})"
+    if gain <= -SMALLEST_GAP:
+        return f"The student closes none of {span}: at {at_student}, it is {_points(gain)} below the generalist."
+    if student >= high + SMALLEST_GAP:
+        above = _points(student - high)
+        return f"The student closes all of {span} and, at {at_student}, is {above} above the specialists."
+    share = 1.0 if high - student < SMALLEST_GAP else max(gain, 0.0) / gap
+    return f"The student, at {at_student}, closes {_format_share(share)} of {span}."
+
+
+def describe_gap_log_softmax(evaluations: Mapping[str, Mapping[str, Any]]) -> str:
+    """The same sentence once scores are comparable across samples; empty unless all three are known."""
+    values = [as_number(as_mapping(evaluations.get(name)).get("mpvap_log_softmax")) for name in ROLES]
+    if any(value is None for value in values):
+        return ""
+    return describe_gap(evaluations, "mpvap_log_softmax")
+
+
+def subject_of(evaluations: Mapping[str, Mapping]) -> str:
+    """The model whose classes and images are shown: the student, else the first that is no reference."""
+    others = [name for name in evaluations if name not in ("generalist", "specialists")]
+    return "student" if "student" in evaluations else next(iter([*others, *evaluations]), "")
+
+
+def draw_headline_scale(evaluations: Mapping[str, Mapping], colors: Mapping[str, str]) -> Markup:
+    bars = {name: Bar(name, as_number(as_mapping(evaluations.get(name)).get("mpvap")), colors[name]) for name in ROLES}
+    if any(bar.fraction is None for bar in bars.values()):
+        return Markup("")
+    return draw_scale(bars["generalist"], bars["specialists"], bars["student"])
+
+
+def build_tiles(evaluations: Mapping[str, Mapping], subject: str, sizes: Mapping[str, int]) -> list[dict[str, str]]:
+    """Four numbers that say what the subject is: accuracy, its cost, and on how much it was measured."""
+    evaluation, generalist = evaluations.get(subject, {}), evaluations.get("generalist", {})
+    tiles = []
+    for metric, label in (("mpvap", "mpvap"), ("top1", "top-1 over all classes")):
+        value, reference = as_number(evaluation.get(metric)), as_number(generalist.get(metric))
+        if value is not None:
+            compared = value is not None and reference is not None and subject != "generalist"
+            note = f"{format_points(value - reference)} points vs generalist" if compared else ""
+            tiles.append({"label": label, "value": format_percent(value), "note": note})
+    parameters, ensemble = _total_parameters(evaluation), _total_parameters(evaluations.get("specialists", {}))
+    if parameters:
+        ratio = f"the specialists hold {ensemble / parameters:.2g}×" if ensemble and subject != "specialists" else ""
+        tiles.append({"label": "parameters", "value": format_short(parameters), "note": ratio})
+    num_classes, num_samples = as_number(evaluation.get("num_classes")), as_number(evaluation.get("num_samples"))
+    if num_classes:
+        verticals = max(len(as_mapping(evaluation.get("pvap"))), len(sizes))
+        where = f"in {verticals} verticals, " if verticals else ""
+        note = f"{where}{format_count(num_samples)} test images" if num_samples else where.rstrip(", ")
+        tiles.append({"label": "classes", "value": format_count(num_classes), "note": note})
+    return tiles
+
+
+def build_headline_table(evaluations: Mapping[str, Mapping]) -> dict[str, Any]:
+    """Column titles and rows of the first table; a metric that no evaluation has is no column."""
+    values = {m: {n: as_number(e.get(m)) for n, e in evaluations.items()} for m in METRICS}
+    metrics = [m for m in METRICS if m == "mpvap" or any(v is not None for v in values[m].values())]
+    best = {m: max((v for v in values[m].values() if v is not None), default=None) for m in metrics}
+    low, high = (as_number(as_mapping(evaluations.get(name)).get("mpvap")) for name in ("generalist", "specialists"))
+    has_gap = low is not None and high is not None and high - low >= SMALLEST_GAP
+    rows = []
+    for name, evaluation in evaluations.items():
+        mpvap = values["mpvap"][name]
+        cells = [_cell(format_percent(values[m][name]), is_best=values[m][name] == best[m]) for m in metrics]
+        if has_gap:
+            known = mpvap is not None and name not in ("generalist", "specialists")
+            cells.append(_cell(_format_share((mpvap - low) / (high - low)) if known else DASH))
+        parts = as_mapping(evaluation.get("num_parameters"))
+        detail = ", ".join(f"{part} {format_short(as_number(parts.get(part)))}" for part in ("base", "top"))
+        cells.append(_cell(format_short(_total_parameters(evaluation)), title=detail))
+        cells.append(_cell(format_short(as_number(evaluation.get("multiply_adds")))))
+        rows.append({"name": name, "cells": cells})
+    columns = [METRICS[m] for m in metrics] + ["gap closed"] * has_gap + ["parameters", "multiply-adds"]
+    return {"columns": columns, "rows": rows}
+
+
+def _cell(text: str, is_best: bool = False, title: str = "") -> dict[str, Any]:
+    return {"text": text, "is_best": is_best and text != DASH, "title": title}
+
+
+def _format_share(share: float) -> str:
+    """Whole percents; what falls short of all of it is never rounded up to 100%."""
+    text = f"{share:.0%}".replace("-", "−")
+    return "over 99%" if text == "100%" and share < 0.9999 else text
+
+
+def _points(difference: float) -> str:
+    points = f"{100 * abs(difference):.1f}"
+    return f"{points} point" if points == "1.0" else f"{points} points"
+
+
+def _describe_without(missing: Sequence[str], evaluations: Mapping[str, Mapping[str, Any]], metric: str) -> str:
+    lacking = " and ".join((", ".join(missing[:-1]), missing[-1])) if len(missing) > 1 else missing[0]
+    known = {n: v for n, e in evaluations.items() if (v := as_number(as_mapping(e).get(metric))) is not None}
+    if not known:
+        return f"No evaluation holds {metric} yet."
+    best = max(known, key=lambda name: known[name])
+    reached = f"{best} reaches {format_percent(known[best])} {metric}"
+    reached += "" if len(known) == 1 else f", the highest of {len(known)} evaluations"
+    return f"{reached}; how much of the gap from generalist to specialists is closed cannot be said without {lacking}."
+
+
+def _total_parameters(evaluation: Mapping) -> float | None:
+    return as_number(as_mapping(evaluation.get("num_parameters")).get("total"))

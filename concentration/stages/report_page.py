@@ -1,0 +1,284 @@
+"""The report as one self-contained HTML page: evaluations, curves and configurations in, text out. No file is written.
+
+The page shows whatever is there and leaves out what is not: an evaluation made by hand may hold nothing but `mpvap`.
+"""
+
+import base64
+import functools
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from concentration.stages import report_curves
+from concentration.stages.report_charts import Bar, draw_bars, draw_legend
+from concentration.stages.report_headline import (
+    ROLES,
+    build_headline_table,
+    build_tiles,
+    describe_gap,
+    describe_gap_log_softmax,
+    draw_headline_scale,
+    subject_of,
+)
+from concentration.stages.report_values import (
+    DASH,
+    as_mapping,
+    as_mappings,
+    as_number,
+    as_texts,
+    flatten_config,
+    format_count,
+    format_percent,
+    read_curves,
+)
+
+NUM_COLORS = 8
+NUM_CLASSES_SHOWN = 12
+NUM_IMAGES_SHOWN = 24
+SMALL_IMAGE_PIXELS = 64
+IMAGE_URI = re.compile(r"data:image/(png|jpeg|webp|gif);base64,[A-Za-z0-9+/=]+")
+# Control characters are errors in HTML, and lone surrogates (JSON may hold them) cannot be encoded.
+UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")
+
+
+@dataclass(frozen=True)
+class ReportInputs:
+    """What the page is made of, as parsed from the run directory; names map to entries in display order."""
+
+    title: str
+    workdir: str
+    #: evaluations/NAME.json by NAME.
+    evaluations: Mapping[str, Mapping[str, Any]]
+    #: The lines of metrics.jsonl by run, as in "students/generalist" or "teachers/latin".
+    curves: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+    #: The resolved configuration by run.
+    configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    #: How to reproduce, one command line each.
+    commands: Sequence[str] = ()
+    #: Machine, commit, date, versions, durations.
+    facts: Mapping[str, str] = field(default_factory=dict)
+
+
+def build_report_page(inputs: ReportInputs) -> str:
+    """The report as HTML text that loads nothing from elsewhere. Names are escaped; missing values are dashes."""
+    evaluations = {name: as_mapping(evaluation) for name, evaluation in inputs.evaluations.items()}
+    runs = {run: read_curves(lines) for run, lines in inputs.curves.items()}
+    colors = _assign_colors(
+        [*evaluations, *(run.removeprefix("students/") for run in runs if run.startswith("students/"))]
+    )
+    subject = subject_of(evaluations)
+    sizes = _vertical_sizes(evaluations)
+    verticals = _verticals_of(evaluations, sizes)
+    order = [*verticals, *(v for v in report_curves.verticals_in_curves(runs) if v not in verticals)]
+    page = _load_template().render(
+        title=inputs.title,
+        workdir=inputs.workdir,
+        subject=subject,
+        colors=colors,
+        sentence=describe_gap(evaluations),
+        sentence_log_softmax=describe_gap_log_softmax(evaluations),
+        scale=draw_headline_scale(evaluations, colors),
+        tiles=build_tiles(evaluations, subject, sizes),
+        headline=build_headline_table(evaluations),
+        bars=_build_bars(evaluations, colors, verticals, sizes),
+        pvap_table=_build_pvap_table(evaluations, verticals, sizes),
+        student_charts=report_curves.draw_student_charts(runs, colors),
+        teacher_charts=report_curves.draw_teacher_charts(runs, colors),
+        run_rows=report_curves.summarise_runs(runs),
+        pace=report_curves.build_pace_part(runs, order),
+        loss_charts=report_curves.draw_vertical_charts(runs, colors, order, "train/", "/loss"),
+        ap_charts=report_curves.draw_vertical_charts(runs, colors, order, "val/", "/ap"),
+        gallery=_build_gallery(evaluations, subject),
+        classes=_build_class_tables(evaluations, subject),
+        frequency=_build_frequency(evaluations, colors),
+        config_changes=_compare_configs(inputs.configs),
+        configs={run: flatten_config(config) for run, config in inputs.configs.items()},
+        commands=list(inputs.commands),
+        facts=dict(inputs.facts),
+        checkpoints={name: c for name, e in evaluations.items() if isinstance(c := e.get("checkpoint"), str)},
+    )
+    return UNPRINTABLE.sub("\ufffd", page)
+
+
+@functools.cache
+def _load_template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("report.html.jinja")
+
+
+def _assign_colors(names: Sequence[str]) -> dict[str, str]:
+    """One colour per model for all charts; the three roles always have the same ones."""
+    ordered = dict.fromkeys([*ROLES, *names])
+    return {name: f"var(--m{number % NUM_COLORS})" for number, name in enumerate(ordered)}
+
+
+def _vertical_sizes(evaluations: Mapping[str, Mapping]) -> dict[str, int]:
+    """Number of classes by vertical, from the first evaluation that lists its classes."""
+    for evaluation in evaluations.values():
+        names = [str(c["vertical"]) for c in as_mappings(evaluation.get("classes")) if "vertical" in c]
+        if names:
+            return dict(Counter(names))
+    return {}
+
+
+def _verticals_of(evaluations: Mapping[str, Mapping], sizes: Mapping[str, int]) -> list[str]:
+    """All verticals that an evaluation has an AP for, the subject's best first."""
+    found = dict.fromkeys(v for e in evaluations.values() for v in as_mapping(e.get("pvap")))
+    found |= dict.fromkeys(sizes)
+    subject = as_mapping(evaluations.get(subject_of(evaluations), {}).get("pvap"))
+    return sorted(found, key=lambda v: -(as_number(subject.get(v)) or 0.0))
+
+
+def _models_in_charts(evaluations: Mapping[str, Mapping]) -> list[str]:
+    """The three roles, or where none was evaluated the first three evaluations."""
+    return [name for name in ROLES if name in evaluations] or list(evaluations)[:3]
+
+
+def _build_bars(
+    evaluations: Mapping[str, Mapping], colors: Mapping[str, str], verticals: Sequence[str], sizes: Mapping[str, int]
+) -> dict[str, Any]:
+    models = _models_in_charts(evaluations)
+    groups = []
+    for vertical in verticals:
+        bars = [Bar(m, as_number(as_mapping(evaluations[m].get("pvap")).get(vertical)), colors[m]) for m in models]
+        groups.append({"name": vertical, "size": sizes.get(vertical), "chart": draw_bars(bars, f"AP of {vertical}")})
+    return {"legend": draw_legend([(m, colors[m]) for m in models]), "groups": groups}
+
+
+def _build_pvap_table(
+    evaluations: Mapping[str, Mapping], verticals: Sequence[str], sizes: Mapping[str, int]
+) -> list[dict[str, Any]]:
+    """By vertical and evaluation: AP, and AP with log-softmax."""
+    return [
+        {
+            "name": vertical,
+            "size": format_count(sizes.get(vertical)),
+            "cells": [
+                [
+                    format_percent(as_number(as_mapping(evaluation.get(key)).get(vertical)))
+                    for key in ("pvap", "pvap_log_softmax")
+                ]
+                for evaluation in evaluations.values()
+            ],
+        }
+        for vertical in verticals
+    ]
+
+
+def _build_gallery(evaluations: Mapping[str, Mapping], subject: str) -> dict[str, Any]:
+    """Test images with what the subject says of them; of another model where the subject has no gallery."""
+    named = {name: as_mappings(evaluation.get("gallery")) for name, evaluation in evaluations.items()}
+    model = next((name for name in [subject, *named] if named.get(name)), "")
+    return {"model": model, "cards": [_build_card(entry) for entry in named.get(model, [])[:NUM_IMAGES_SHOWN]]}
+
+
+def _build_card(entry: Mapping) -> dict[str, Any]:
+    image = str(entry.get("image", ""))
+    labels = as_texts(entry.get("labels"))
+    predictions = []
+    for prediction in as_mappings(entry.get("top3"))[:3]:
+        probability = as_number(prediction.get("probability"))
+        predictions.append(
+            {
+                "path": _lineage(prediction),
+                "probability": format_percent(probability),
+                "width": f"{100 * min(max(probability or 0.0, 0.0), 1.0):.1f}",
+                "is_correct": prediction.get("correct") is True,
+            }
+        )
+    return {
+        # NOTE: only a data URI of a bitmap is an image here: an address would be a request, an SVG may hold scripts.
+        "image": image if IMAGE_URI.fullmatch(image) else "",
+        "is_small": _is_small(image),
+        "key": str(entry.get("key", "")),
+        "labels": labels,
+        "vertical": str(entry.get("vertical", "")),
+        "predictions": predictions,
+    }
+
+
+def _lineage(prediction: Mapping) -> list[str]:
+    """From the vertical to the class itself."""
+    path = as_texts(prediction.get("lineage"))
+    name, vertical = str(prediction.get("name", "?")), str(prediction.get("vertical", ""))
+    if not path or path[-1] != name:
+        path.append(name)
+    return path if not vertical or path[0] == vertical else [vertical, *path]
+
+
+def _is_small(image: str) -> bool:
+    """Whether a PNG is so small that enlarging it should show its pixels rather than blur them."""
+    header = base64.b64decode(image.partition("base64,")[2][:32]) if IMAGE_URI.fullmatch(image) else b""
+    return header[:4] == b"\x89PNG" and 0 < int.from_bytes(header[16:20], "big") <= SMALL_IMAGE_PIXELS
+
+
+def _build_class_tables(evaluations: Mapping[str, Mapping], subject: str) -> dict[str, Any]:
+    """The leaf classes that the subject finds hardest and easiest, with the AP of the other models in the charts."""
+    models = [subject, *(m for m in _models_in_charts(evaluations) if m != subject)] if subject else []
+    ap_of = {
+        m: {str(c.get("id")): as_number(c.get("ap")) for c in as_mappings(evaluations[m].get("classes"))}
+        for m in models
+    }
+    leaves = []
+    for c in as_mappings(evaluations.get(subject, {}).get("classes")):
+        ap = as_number(c.get("ap"))
+        if ap is not None and c.get("is_leaf", True):
+            leaves.append((ap, as_number(c.get("num_test")) or 0.0, c))
+    # Among equals the class with more test images says more, so it comes first in both tables.
+    hardest = sorted(leaves, key=lambda leaf: (leaf[0], -leaf[1]))[:NUM_CLASSES_SHOWN]
+    easiest = sorted(leaves, key=lambda leaf: (-leaf[0], -leaf[1]))[:NUM_CLASSES_SHOWN]
+    return {
+        "models": models,
+        "tables": [
+            (title, [_class_row(c, models, ap_of) for _, _, c in rows])
+            for title, rows in (("Hardest", hardest), ("Easiest", easiest))
+            if rows
+        ],
+    }
+
+
+def _class_row(c: Mapping, models: Sequence[str], ap_of: Mapping[str, Mapping[str, float | None]]) -> dict[str, Any]:
+    return {
+        "name": str(c.get("name", c.get("id"))),
+        "vertical": str(c.get("vertical", "")),
+        "aps": [format_percent(ap_of[model].get(str(c.get("id")))) for model in models],
+        "num_train": format_count(as_number(c.get("num_train"))),
+        "num_test": format_count(as_number(c.get("num_test"))),
+    }
+
+
+def _build_frequency(evaluations: Mapping[str, Mapping], colors: Mapping[str, str]) -> dict[str, Any]:
+    """AP of the classes with few, some and many training samples, by model."""
+    models = [m for m in _models_in_charts(evaluations) if as_mapping(evaluations[m].get("ap_by_frequency"))]
+    bands = dict.fromkeys(band for m in models for band in as_mapping(evaluations[m]["ap_by_frequency"]))
+    groups = []
+    for band in bands:
+        entries = {m: as_mapping(as_mapping(evaluations[m]["ap_by_frequency"]).get(band)) for m in models}
+        bars = [Bar(m, as_number(entry.get("ap")), colors[m]) for m, entry in entries.items()]
+        size = next((n for entry in entries.values() if (n := as_number(entry.get("num_classes"))) is not None), None)
+        groups.append({"name": band, "size": size, "chart": draw_bars(bars, f"AP of classes with {band} samples")})
+    return {"legend": draw_legend([(m, colors[m]) for m in models]), "groups": groups}
+
+
+def _compare_configs(configs: Mapping[str, Mapping]) -> list[tuple[str, str, str]]:
+    """Key, the generalist's and the student's value, where the two differ; empty where one of them is not there."""
+    generalist, student = (flatten_config(configs.get(f"students/{name}")) for name in ("generalist", "student"))
+    if not generalist or not student:
+        return []
+    keys = dict.fromkeys([*generalist, *student])
+    return [
+        (key, generalist.get(key, DASH), student.get(key, DASH))
+        for key in keys
+        if generalist.get(key) != student.get(key)
+    ]

@@ -1,0 +1,120 @@
+"""The directory of one stage: what it was started with, whether it is finished, and that only one process works in it."""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+from concentration.distributed import from_rank_zero
+from concentration.errors import ConfigError, DataError
+from concentration.schema import Config, flatten, hash_values
+from concentration.targets import write_atomically
+
+
+class StageConfig(Config):
+    """What every verb takes: the working directory, and leave to replace what an earlier config made."""
+
+    runtime_fields: ClassVar[frozenset[str]] = frozenset({"workdir", "overwrite"})
+
+    workdir: Path
+    overwrite: bool = False
+
+
+class RunDirectory:
+    """`config.json` when a stage has begun, `DONE.json` when it is finished; in between it can be continued.
+
+    The identity of a run is its config without runtime fields, and the identities of what it reads (`upstream`): a teacher
+    of other shards is another teacher.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    @contextlib.contextmanager
+    def begin(self, config: StageConfig, upstream: Mapping[str, str]) -> Iterator[bool]:
+        """Gives whether there is work to do; holds the directory against other processes meanwhile.
+
+        Raises:
+            ConfigError: another process works here; or the stage was begun with another config or other upstream results,
+                and `overwrite` is false.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        # The lock is rank 0's; the other ranks hear from it whether there is work.
+        with contextlib.ExitStack() as stack:
+            yield from_rank_zero(lambda: stack.enter_context(self._lock()) or self._enter(config, upstream))
+
+    def _enter(self, config: StageConfig, upstream: Mapping[str, str]) -> bool:
+        identity = {**config.identity(), "upstream": dict(upstream)}
+        earlier = self._load("config.json")
+        if earlier is not None and earlier["identity"] != identity:
+            if not config.overwrite:
+                self._refuse(earlier["identity"], identity)
+            self._clear()
+            earlier = None
+        if earlier is None:
+            values = {"identity": identity, "config": config.model_dump(mode="json")}
+            write_atomically(self.path / "config.json", values)
+        return self._load("DONE.json") is None
+
+    def finish(self, facts: Mapping[str, Any]) -> None:
+        """Marks the stage as finished."""
+        identity = self._load("config.json")["identity"]
+        write_atomically(self.path / "DONE.json", {"config": hash_values(identity), **facts})
+
+    def load_done(self, command: str) -> dict[str, Any]:
+        """What a finished stage said of itself.
+
+        Raises:
+            ConfigError: it is not finished; `command` is named as what to run.
+        """
+        done = self._load("DONE.json")
+        if done is None:
+            raise ConfigError(f"{self.path}: not there or not finished; run `{command}` first")
+        return done
+
+    def load_config(self) -> dict[str, Any]:
+        """The config that the stage was begun with."""
+        return self._load("config.json")["config"]
+
+    def _refuse(self, earlier: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+        before, after = flatten(earlier), flatten(now)
+        changed = [key for key in sorted(before | after) if before.get(key) != after.get(key)]
+        shown = "; ".join(f"{key} was {before.get(key)!r}, is {after.get(key)!r}" for key in changed[:5])
+        raise ConfigError(
+            f"{self.path}: begun with another configuration: {shown}; "
+            "give it another name or workdir, restore the values, or replace it with overwrite=true"
+        )
+
+    def _clear(self) -> None:
+        for path in self.path.iterdir():
+            if path.name == ".lock":
+                continue
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def _load(self, name: str) -> dict[str, Any] | None:
+        path = self.path / name
+        try:
+            return json.loads(path.read_text())
+        except FileNotFoundError:
+            return None
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path}: not JSON ({error}); delete {self.path} and run the stage again") from None
+
+    @contextlib.contextmanager
+    def _lock(self) -> Iterator[None]:
+        with open(self.path / ".lock", "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise ConfigError(f"{self.path}: another process works here; wait for it or end it") from None
+            yield  # released when the file is closed, also by kill -9
+
+
+def hash_file(path: Path) -> str:
+    """A hash of a file's content; 16 hex digits of SHA-256."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]

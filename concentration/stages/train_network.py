@@ -1,0 +1,175 @@
+"""What the verbs that train a network share: its config, its data, and the file at the end.
+
+Shapes: C outputs of the network.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from concentration import distributed
+from concentration.data.index import Split, load_split
+from concentration.data.loader import SampleReader
+from concentration.data.order import ClassBalancedOrder, Order, WindowOrder
+from concentration.data.sample_targets import LabelTargets, SampleTargets
+from concentration.errors import ConfigError, DataError
+from concentration.networks.bases import BaseConfig
+from concentration.networks.pace import PaceConfig
+from concentration.networks.student import NetworkConfig, Student, load_student
+from concentration.networks.top_layers import TopConfig
+from concentration.stages.prepare import SHARDS, DataOverrides, PreparedData
+from concentration.stages.run_directory import RunDirectory, StageConfig, hash_file
+from concentration.targets import load_metadata
+from concentration.taxonomy import Taxonomy
+from concentration.training.fit import TrainerConfig, TrainingData, fit
+from concentration.training.loggers import LoggerConfig
+from concentration.training.optimizers import OptimizerConfig
+
+NETWORK_FILE = "model.safetensors"
+
+
+class NetworkStageConfig(StageConfig):
+    """The parts of a network and of its training."""
+
+    runtime_fields = StageConfig.runtime_fields | {"logger"}
+
+    seed: int = 0
+    data: DataOverrides = DataOverrides()
+    base: BaseConfig
+    top: TopConfig
+    pace: PaceConfig
+    optimizer: OptimizerConfig
+    trainer: TrainerConfig
+    logger: LoggerConfig = LoggerConfig()
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a network learns: which samples, with which targets, over which classes.
+
+    Attributes:
+        title: for the progress bar.
+        taxonomy: of the network's outputs.
+        split: of the training samples.
+        ordinals: which of them take part, rising.
+        targets: of each.
+        counts_C: training samples of every output, for the prior, the class weights and balanced sampling.
+        vertical: of a teacher; None for all.
+    """
+
+    title: str
+    taxonomy: Taxonomy
+    split: Split
+    ordinals: np.ndarray
+    targets: SampleTargets
+    counts_C: np.ndarray
+    vertical: str | None = None
+
+
+def find_base_checkpoint(config: NetworkStageConfig) -> dict[str, str]:
+    """The network file that `base.checkpoint` names, and its hash; empty where there is none.
+
+    Raises:
+        ConfigError: no such run, or it has not finished.
+    """
+    name = config.base.checkpoint
+    if name is None:
+        return {}
+    candidates = [config.workdir / kind / name / NETWORK_FILE for kind in ("students", "teachers")] + [Path(name)]
+    for path in candidates:
+        if path.is_file():
+            return {"path": str(path), "hash": hash_file(path)}
+    tried = ", ".join(str(path) for path in candidates)
+    raise ConfigError(
+        f"base.checkpoint={name}: no finished run or file of that name (tried {tried}); train it first or correct the name"
+    )
+
+
+def train_network(config: NetworkStageConfig, directory: RunDirectory, task: Task, prepared: PreparedData) -> None:
+    """Trains, writes `model.safetensors` and `DONE.json`; called inside `RunDirectory.begin`.
+
+    Raises: as `training.fit.fit`.
+    """
+    torch.manual_seed(config.seed)
+    student = build_network(config, task.taxonomy, prepared.image_size)
+    if checkpoint := find_base_checkpoint(config):
+        student.load_base(Path(checkpoint["path"]))
+    if config.trainer.prior:
+        student.set_prior(torch.from_numpy(task.counts_C / len(task.ordinals)))
+    if config.trainer.class_weight == "inverse_sqrt":
+        student.class_weight_C = compute_class_weights(task.counts_C)
+    data = _build_training_data(config, task, prepared)
+    steps = fit(student, data, config.trainer, config.optimizer, config.logger, directory.path, config.seed, task.title)
+    if distributed.rank() == 0:
+        path = directory.path / NETWORK_FILE
+        student.save(path, {"taxonomy": task.taxonomy.fingerprint})
+        directory.finish({"step": steps, "checkpoint": hash_file(path)})
+        for checkpoint_path in (directory.path / "checkpoints").glob("*.ckpt"):
+            checkpoint_path.unlink()
+
+
+def load_network(path: Path, taxonomy: Taxonomy) -> Student:
+    """The finished network of a run directory, in eval mode, checked against its record and the taxonomy of its outputs.
+
+    Raises:
+        ConfigError: the run has not finished.
+        DataError: the file has changed, or was made for another taxonomy.
+    """
+    done = RunDirectory(path).load_done(f"concentrate {path.parent.name.rstrip('s')}")
+    file = path / NETWORK_FILE
+    if not file.exists() or hash_file(file) != done["checkpoint"]:
+        raise DataError(
+            f"{file}: missing or changed since training finished; restore it, or train again with overwrite=true"
+        )
+    made_for = load_metadata(file).get("taxonomy")
+    if made_for != taxonomy.fingerprint:
+        raise DataError(f"{file}: made for another taxonomy ({made_for}, here {taxonomy.fingerprint}); train it again")
+    return load_student(file)
+
+
+def build_network(config: NetworkStageConfig, taxonomy: Taxonomy, image_size: int) -> Student:
+    """The untrained network of a config."""
+    verticals = dict(zip(taxonomy.verticals, taxonomy.vertical_sizes, strict=True))
+    network = NetworkConfig(
+        base=config.base, top=config.top, pace=config.pace, image_size=image_size, verticals=verticals
+    )
+    return Student(network)
+
+
+def compute_class_weights(counts_C: np.ndarray) -> torch.Tensor:
+    """1/sqrt(count) with mean 1, (C,) float32; a class without images weighs like one with a single image."""
+    weight_C = 1 / np.sqrt(np.maximum(counts_C, 1))
+    return torch.from_numpy(weight_C / weight_C.mean()).float()
+
+
+def _build_training_data(config: NetworkStageConfig, task: Task, prepared: PreparedData) -> TrainingData:
+    split = task.split
+    size = prepared.image_size
+    val_reader, val_ordinals = None, None
+    if any((config.workdir / SHARDS).glob("val-*.index")):
+        val = load_split(config.workdir / SHARDS, "val", split.taxonomy)
+        val_ordinals = np.arange(len(val)) if task.vertical is None else val.routed(task.vertical)
+        if len(val_ordinals):
+            hard = LabelTargets(val, smear=False, vertical=task.vertical)
+            val_reader = SampleReader(val, hard, size, views=None, seed=config.seed)
+    return TrainingData(
+        split=split,
+        order=_build_order(config, task),
+        reader=SampleReader(split, task.targets, size, prepared.view, config.seed),
+        val_reader=val_reader,
+        val_ordinals=val_ordinals,
+        taxonomy=task.taxonomy,
+    )
+
+
+def _build_order(config: NetworkStageConfig, task: Task) -> Order:
+    split = task.split
+    if config.trainer.sampling == "natural":
+        return WindowOrder(split.by_shard(task.ordinals), config.seed, config.trainer.window_shards)
+    takes_part = np.isin(split.sample_of_label, task.ordinals)
+    outputs, samples = split.label_output[takes_part], split.sample_of_label[takes_part]
+    by_class = np.argsort(outputs, kind="stable")
+    bounds = np.flatnonzero(np.diff(outputs[by_class])) + 1
+    return ClassBalancedOrder(np.split(samples[by_class], bounds), len(task.ordinals), config.seed)

@@ -1,0 +1,239 @@
+"""The taxonomy: classes with parents, grouped into verticals; which output is whose, label smearing and routing.
+
+Shapes: C all classes, M verticals, V classes of one vertical.
+"""
+
+import functools
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from concentration.errors import DataError
+
+
+@dataclass(frozen=True)
+class TaxonomyClass:
+    """One class: a leaf or an inner node, both are outputs of the networks."""
+
+    id: str
+    name: str
+    parents: tuple[str, ...]
+    vertical: str
+
+
+class Taxonomy:
+    """Classes in file order, and the output index, which orders them by vertical so that each vertical is one slice.
+
+    Verticals come in the order of their first appearance. Inside a vertical, classes keep their file order; classes
+    are only ever appended to a file, so a class keeps its position inside its vertical for ever.
+
+    Raises:
+        DataError: two classes with one id, an unknown parent, a cycle among the parents, a vertical with one class.
+    """
+
+    def __init__(self, classes: Sequence[TaxonomyClass], where: str = "taxonomy"):
+        self.classes = tuple(classes)
+        self._where = where
+        self.position = _index_ids(self.classes, where)
+        _check_parents(self.classes, self.position, where)
+        self.verticals = tuple(dict.fromkeys(c.vertical for c in self.classes))
+        vertical_number = {name: number for number, name in enumerate(self.verticals)}
+        vertical_of_position = np.array([vertical_number[c.vertical] for c in self.classes], dtype=np.int64)
+        #: (C,) position in the file of every output.
+        self.position_of_output = np.argsort(vertical_of_position, kind="stable")
+        #: (C,) output of every position in the file.
+        self.output_of_position = np.empty_like(self.position_of_output)
+        self.output_of_position[self.position_of_output] = np.arange(len(self.classes))
+        #: (C,) number of the vertical of every output.
+        self.vertical_of_output = vertical_of_position[self.position_of_output]
+        #: (M,) number of classes in every vertical: N_v.
+        self.vertical_sizes = tuple(int(n) for n in np.bincount(vertical_of_position, minlength=len(self.verticals)))
+        #: (M + 1,) first output of every vertical, and C.
+        self.vertical_starts = tuple(int(n) for n in np.concatenate([[0], np.cumsum(self.vertical_sizes)]))
+        for name, size in zip(self.verticals, self.vertical_sizes, strict=True):
+            if size < 2:
+                raise DataError(
+                    f"{where}: vertical '{name}' has {size} class, expected at least 2; "
+                    "merge it into another vertical or give it more classes"
+                )
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+    @property
+    def num_verticals(self) -> int:
+        return len(self.verticals)
+
+    def class_of_output(self, output: int) -> TaxonomyClass:
+        return self.classes[self.position_of_output[output]]
+
+    def output(self, class_id: str) -> int:
+        """The output index of a class.
+
+        Raises:
+            DataError: the taxonomy has no such class.
+        """
+        if class_id not in self.position:
+            raise DataError(f"{self._where}: no class '{class_id}'; add it to the taxonomy or correct the label")
+        return int(self.output_of_position[self.position[class_id]])
+
+    def vertical_number(self, name: str) -> int:
+        """Raises: DataError, listing the verticals, where `name` is none of them."""
+        if name not in self.verticals:
+            raise DataError(f"{self._where}: no vertical '{name}'; valid: {', '.join(self.verticals)}")
+        return self.verticals.index(name)
+
+    def vertical_slice(self, name: str) -> slice:
+        """The outputs of one vertical, contiguous by construction."""
+        number = self.vertical_number(name)
+        return slice(self.vertical_starts[number], self.vertical_starts[number + 1])
+
+    @functools.cached_property
+    def is_leaf(self) -> np.ndarray:
+        """(C,) bool by output: the classes that are nobody's parent."""
+        leaf = np.ones(self.num_classes, dtype=bool)
+        for c in self.classes:
+            for parent in c.parents:
+                leaf[self.output(parent)] = False
+        return leaf
+
+    @functools.cached_property
+    def ancestors(self) -> tuple[tuple[int, ...], ...]:
+        """By output, the outputs of all ancestors inside the class's own vertical, sorted; several parents are followed."""
+        memo: dict[str, frozenset[int]] = {}
+        for class_id in _parents_first(self.classes, self.position):
+            c = self.classes[self.position[class_id]]
+            found: set[int] = set()
+            for parent in c.parents:
+                if self.classes[self.position[parent]].vertical == c.vertical:
+                    found.add(self.output(parent))
+                    found |= memo[parent]
+            memo[class_id] = frozenset(found)
+        return tuple(tuple(sorted(memo[self.class_of_output(output).id])) for output in range(self.num_classes))
+
+    def smear(self, outputs: Iterable[int]) -> tuple[int, ...]:
+        """Label smearing: the outputs with their ancestors inside their verticals, sorted (Gao et al., section 3.1)."""
+        outputs = set(outputs)
+        return tuple(sorted(outputs.union(*(self.ancestors[output] for output in outputs))))
+
+    def route(self, outputs: Iterable[int]) -> tuple[str, ...]:
+        """F_map: the verticals whose teachers see a sample with these labels, in order (Gao et al., section 3.1)."""
+        return tuple(self.verticals[number] for number in sorted({int(self.vertical_of_output[o]) for o in outputs}))
+
+    def lineage(self, output: int) -> tuple[str, ...]:
+        """Names from the furthest ancestor (along first parents inside the vertical) to the class itself."""
+        names = []
+        c: TaxonomyClass | None = self.class_of_output(output)
+        while c is not None:
+            names.append(c.name)
+            inside = [self.classes[self.position[p]] for p in c.parents]
+            inside = [p for p in inside if p.vertical == c.vertical]
+            c = inside[0] if inside else None
+        return tuple(reversed(names))
+
+    def restrict(self, vertical: str) -> "Taxonomy":
+        """The taxonomy of one vertical alone, as its teacher sees it: the same classes in the same order."""
+        inside = [c for c in self.classes if c.vertical == vertical]
+        ids = {c.id for c in inside}
+        own_parents = [tuple(parent for parent in c.parents if parent in ids) for c in inside]
+        classes = [TaxonomyClass(c.id, c.name, p, c.vertical) for c, p in zip(inside, own_parents, strict=True)]
+        return Taxonomy(classes, f"{self._where} [{vertical}]")
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A hash of ids, parents and verticals in order: what outputs mean. Display names are left out."""
+        text = "\n".join(json.dumps([c.id, sorted(c.parents), c.vertical]) for c in self.classes)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def to_json(self) -> dict:
+        return {
+            "classes": [
+                {"id": c.id, "name": c.name, "parents": list(c.parents), "vertical": c.vertical} for c in self.classes
+            ]
+        }
+
+    @classmethod
+    def from_json(cls, content: object, where: str = "taxonomy") -> "Taxonomy":
+        """Raises: DataError, naming the entry, where `content` has not the form of DESIGN.md, section 4."""
+        if not isinstance(content, Mapping) or not isinstance(content.get("classes"), list):
+            raise DataError(f'{where}: expected {{"classes": [...]}}, found {type(content).__name__} without it')
+        if not content["classes"]:
+            raise DataError(f"{where}: 'classes' is empty; a taxonomy needs at least two classes")
+        return cls([_parse_class(entry, f"{where}: classes[{n}]") for n, entry in enumerate(content["classes"])], where)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Taxonomy":
+        """Raises: DataError where the file is missing, is no JSON, or describes no valid taxonomy."""
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise DataError(f"{path}: no such file; `concentrate prepare` writes it") from None
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise DataError(f"{path}: not JSON ({error}); write it again") from None
+        return cls.from_json(content, str(path))
+
+
+def _parse_class(entry: object, where: str) -> TaxonomyClass:
+    if not isinstance(entry, Mapping):
+        raise DataError(f"{where}: expected an object with id, name, parents, vertical; found {entry!r}")
+    class_id, vertical = entry.get("id"), entry.get("vertical")
+    name, parents = entry.get("name", class_id), entry.get("parents", [])
+    for key, value in (("id", class_id), ("vertical", vertical), ("name", name)):
+        if not isinstance(value, str) or not value:
+            raise DataError(f"{where}: '{key}' is {value!r}, expected a text that is not empty")
+    if not isinstance(parents, list) or not all(isinstance(parent, str) for parent in parents):
+        raise DataError(f"{where} ('{class_id}'): 'parents' is {parents!r}, expected a list of class ids")
+    return TaxonomyClass(class_id, name, tuple(parents), vertical)
+
+
+def _index_ids(classes: Sequence[TaxonomyClass], where: str) -> dict[str, int]:
+    position: dict[str, int] = {}
+    for number, c in enumerate(classes):
+        if c.id in position:
+            raise DataError(
+                f"{where}: classes[{position[c.id]}] and classes[{number}] share the id '{c.id}'; make ids unique"
+            )
+        position[c.id] = number
+    return position
+
+
+def _check_parents(classes: Sequence[TaxonomyClass], position: Mapping[str, int], where: str) -> None:
+    for c in classes:
+        for parent in c.parents:
+            if parent not in position:
+                raise DataError(
+                    f"{where}: class '{c.id}' has the parent '{parent}', which is no class; add or remove it"
+                )
+    placed = set(_parents_first(classes, position))
+    stuck = [c for c in classes if c.id not in placed]
+    if stuck:
+        raise DataError(f"{where}: the parents form a cycle: {_describe_cycle(stuck)}; remove one of these parents")
+
+
+def _parents_first(classes: Sequence[TaxonomyClass], position: Mapping[str, int]) -> list[str]:
+    """Class ids in an order in which parents come before children; the classes on or below a cycle are missing."""
+    waiting = {c.id: len(set(c.parents)) for c in classes}
+    children: dict[str, list[str]] = {}
+    for c in classes:
+        for parent in set(c.parents):
+            children.setdefault(parent, []).append(c.id)
+    ready = [class_id for class_id, count in waiting.items() if count == 0]
+    for class_id in ready:  # grows while it is walked
+        for child in children.get(class_id, ()):
+            waiting[child] -= 1
+            if waiting[child] == 0:
+                ready.append(child)
+    return ready
+
+
+def _describe_cycle(stuck: Sequence[TaxonomyClass]) -> str:
+    by_id = {c.id: c for c in stuck}
+    path = [stuck[0].id]
+    while path[-1] not in path[:-1]:
+        path.append(next(parent for parent in by_id[path[-1]].parents if parent in by_id))
+    return " -> ".join(path[path.index(path[-1]) :])

@@ -1,0 +1,230 @@
+"""What happens at the end of a batch: checks, logs, checkpoints by the clock, and a good end when asked to stop."""
+
+import signal
+import time
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback, Checkpoint
+
+from concentration.data.index import Split
+from concentration.data.loader import Batch
+from concentration.distributed import broadcast_flag, gather_objects, sum_over_ranks
+from concentration.errors import DataError, DivergedError, Preempted
+from concentration.progress import Progress
+from concentration.training.checkpoints import CheckpointDirectory
+from concentration.training.module import StudentModule
+
+#: With several ranks or on a GPU, checks that need a word from the device or from other ranks are made this seldom.
+SELDOM_STEPS = 20
+
+
+def is_end_of_step(trainer: pl.Trainer, batch_idx: int) -> bool:
+    return (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+
+
+def is_check_due(trainer: pl.Trainer) -> bool:
+    """Whether this step is one of those at which all ranks may talk: the same on every rank."""
+    is_cheap = trainer.world_size == 1 and trainer.strategy.root_device.type == "cpu"
+    return is_cheap or trainer.global_step % SELDOM_STEPS == 0 or trainer.global_step == trainer.fit_loop.max_steps
+
+
+class FiniteLoss(Callback):
+    """Ends the run when a loss is not finite; no checkpoint is written after it.
+
+    Raises:
+        DivergedError: with the step and the keys of the samples.
+    """
+
+    def __init__(self, split: Split):
+        self._split = split
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: StudentModule, outputs, batch: Batch, batch_idx: int
+    ) -> None:
+        if not is_check_due(trainer):
+            return
+        is_bad_B = ~module.latest_loss_B.isfinite()
+        if not sum_over_ranks(is_bad_B.sum()):
+            return
+        keys = [self._split.key(int(ordinal)) for ordinal in batch.ordinal_B[is_bad_B]]
+        keys = [key for of_rank in gather_objects(keys) for key in of_rank]
+        more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
+        raise DivergedError(
+            f"step {trainer.global_step}: the loss is not finite for {', '.join(keys[:5])}{more}; the last good checkpoint "
+            "is kept: lower optimizer.lr or set trainer.clip_norm, or look at these samples"
+        )
+
+
+class SkippedImages(Callback):
+    """Lists undecodable images in `skipped.txt` and ends the run when they are too many.
+
+    Raises:
+        DataError: more than `max_share` of the samples were skipped.
+    """
+
+    def __init__(self, split: Split, num_samples: int, path: Path, max_share: float):
+        self._split = split
+        self._allowed = max_share * num_samples
+        self._num_samples = num_samples
+        self._max_share = max_share
+        self._path = path
+        self._seen: set[int] = set()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: StudentModule, outputs, batch: Batch, batch_idx: int
+    ) -> None:
+        if not is_check_due(trainer):
+            # NOTE: kept until the next check; a skipped sample comes back in the next epoch, too.
+            self._pending = [*getattr(self, "_pending", []), *batch.ordinal_B[batch.skipped_B].tolist()]
+            return
+        pending = [*getattr(self, "_pending", []), *batch.ordinal_B[batch.skipped_B].tolist()]
+        self._pending = []
+        new = {ordinal for of_rank in gather_objects(pending) for ordinal in of_rank} - self._seen
+        if not new:
+            return
+        self._seen |= new
+        if trainer.is_global_zero:
+            with open(self._path, "a") as file:
+                file.writelines(f"{self._split.key(ordinal)}: cannot be decoded\n" for ordinal in sorted(new))
+        if len(self._seen) > self._allowed:
+            raise DataError(
+                f"{len(self._seen)} of {self._num_samples} images cannot be decoded, more than "
+                f"trainer.max_skipped_share={self._max_share}; they are listed in {self._path}: repair or remove them"
+            )
+
+
+class ClockCheckpoint(Checkpoint):
+    """Writes a checkpoint every so many seconds of rank 0's clock; as a `Checkpoint`, it comes after all other callbacks."""
+
+    def __init__(self, directory: CheckpointDirectory, every_seconds: float):
+        self._directory = directory
+        self._every_seconds = every_seconds
+        self._saved_at = time.monotonic()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module, outputs, batch, batch_idx: int) -> None:
+        if not is_end_of_step(trainer, batch_idx) or not is_check_due(trainer):
+            return
+        is_due = time.monotonic() - self._saved_at >= self._every_seconds
+        if broadcast_flag(is_due, trainer.strategy.root_device):
+            self._directory.save(trainer)
+            self._saved_at = time.monotonic()
+
+
+class Preemption(Callback):
+    """On SIGTERM, SIGUSR1 or SIGINT: all ranks agree at the end of a step, save, and leave with exit code 75."""
+
+    signals = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+    def __init__(self, directory: CheckpointDirectory):
+        self._directory = directory
+        self._received = 0
+
+    def on_train_start(self, trainer: pl.Trainer, module) -> None:
+        # NOTE: Lightning sets its own SIGTERM handler, which ends with exit code 0, before this hook.
+        self._earlier = {number: signal.signal(number, self._note) for number in self.signals}
+
+    def on_train_end(self, trainer: pl.Trainer, module) -> None:
+        for number, earlier in self._earlier.items():
+            signal.signal(number, earlier)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module, outputs, batch, batch_idx: int) -> None:
+        if not is_end_of_step(trainer, batch_idx) or not is_check_due(trainer):
+            return
+        received = torch.tensor(self._received, device=trainer.strategy.root_device)
+        if sum_over_ranks(received):
+            self._directory.save(trainer)
+            raise Preempted(
+                f"stopped by a signal at step {trainer.global_step}, which is saved; run the same command again"
+            )
+
+    def _note(self, number: int, frame) -> None:
+        self._received = number
+
+
+class ProgressReport(Callback):
+    """Feeds the progress bar."""
+
+    def __init__(self, progress: Progress):
+        self._progress = progress
+
+    def on_train_start(self, trainer: pl.Trainer, module) -> None:
+        self._progress.start_at(trainer.global_step)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: StudentModule, outputs, batch: Batch, batch_idx: int
+    ) -> None:
+        if is_end_of_step(trainer, batch_idx):
+            text = f"loss {module.latest_loss_B.mean():.2f}" if trainer.global_step % SELDOM_STEPS == 0 else ""
+            self._progress.update(trainer.global_step, text)
+
+
+class Curves(Callback):
+    """Logs, every `every_steps` steps: loss, learning rate, gradient norm, speed, waiting, and each vertical's part.
+
+    Args:
+        verticals: names, in the order of the outputs.
+        vertical_of_output: (C,) number of every output's vertical, for the count of routed samples.
+    """
+
+    def __init__(self, verticals: list[str], vertical_of_output: torch.Tensor, every_steps: int):
+        self._verticals = verticals
+        self._vertical_of_output = vertical_of_output
+        self._every_steps = every_steps
+        self._samples = self._waited_seconds = 0.0
+        self._loss_sum = self._loss_count = 0.0
+        self._started = self._batch_ended = time.monotonic()
+        self._routed = torch.zeros(len(verticals))
+        self._gradient_norm = float("nan")
+
+    def on_train_start(self, trainer: pl.Trainer, module) -> None:
+        self._started = self._batch_ended = time.monotonic()
+
+    def on_train_batch_start(self, trainer: pl.Trainer, module, batch: Batch, batch_idx: int) -> None:
+        self._waited_seconds += time.monotonic() - self._batch_ended
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, module, optimizer) -> None:
+        if (trainer.global_step + 1) % self._every_steps == 0:
+            gradients = [p.grad for p in module.parameters() if p.grad is not None]
+            self._gradient_norm = torch.nn.utils.get_total_norm(gradients)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: StudentModule, outputs, batch: Batch, batch_idx: int
+    ) -> None:
+        self._batch_ended = time.monotonic()
+        self._samples += len(batch.weight_B) * trainer.world_size
+        self._loss_sum = self._loss_sum + (module.latest_loss_B * batch.weight_B).sum()
+        self._loss_count = self._loss_count + batch.weight_B.sum()
+        self._count_routed(batch)
+        if not is_end_of_step(trainer, batch_idx) or trainer.global_step % self._every_steps:
+            return
+        loss, count = sum_over_ranks(torch.stack([self._loss_sum, self._loss_count]))
+        seconds = time.monotonic() - self._started
+        values = {
+            "train/loss": loss / count,
+            "train/learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
+            "train/gradient_norm": self._gradient_norm,
+            "train/samples_per_second": self._samples / seconds,
+            "train/data_wait_share": self._waited_seconds / seconds,
+        }
+        values |= self._by_vertical("loss", module.student.vertical_loss_M)
+        values |= self._by_vertical("routed", self._routed)
+        if module.student.config.pace.kind != "none":
+            values |= self._by_vertical("gamma", module.student.pace.gamma_by_vertical())
+        for logger in trainer.loggers:
+            logger.log_metrics({name: float(value) for name, value in values.items()}, step=trainer.global_step)
+        self._samples = self._waited_seconds = 0.0
+        self._loss_sum = self._loss_count = 0.0
+        self._started = time.monotonic()
+
+    def _count_routed(self, batch: Batch) -> None:
+        """Adds this rank's samples to the verticals of their targets; the counts run on over the whole run."""
+        verticals_BK = self._vertical_of_output[batch.targets.index_BK.cpu()]
+        verticals_BK = torch.where(batch.targets.probability_BK.cpu() > 0, verticals_BK, len(self._verticals))
+        member_BM = torch.zeros(len(verticals_BK), len(self._verticals) + 1)
+        self._routed += member_BM.scatter_(1, verticals_BK, 1.0).sum(0)[:-1]
+
+    def _by_vertical(self, quantity: str, values_M: torch.Tensor) -> dict[str, float]:
+        pairs = zip(self._verticals, values_M.tolist(), strict=True)
+        return {f"train/{vertical}/{quantity}": value for vertical, value in pairs}

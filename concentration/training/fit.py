@@ -1,0 +1,217 @@
+"""Trains a network from batches, from the beginning or from its last checkpoint."""
+
+import logging
+import shutil
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import lightning.pytorch as pl
+import numpy as np
+import pydantic
+import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.plugins.environments import LightningEnvironment, TorchElasticEnvironment
+
+from concentration.data.index import Split
+from concentration.data.loader import SampleReader, StepBatches, StepLoader, build_loader
+from concentration.data.order import Order, SequentialOrder
+from concentration.data.views import Share
+from concentration.distributed import rank, world_size
+from concentration.errors import ConfigError
+from concentration.networks.student import Student
+from concentration.progress import Progress
+from concentration.schema import Config
+from concentration.taxonomy import Taxonomy
+from concentration.training.callbacks import (
+    ClockCheckpoint,
+    Curves,
+    FiniteLoss,
+    Preemption,
+    ProgressReport,
+    SkippedImages,
+)
+from concentration.training.checkpoints import AtomicCheckpointIO, CheckpointDirectory
+from concentration.training.loggers import LoggerConfig, build_loggers
+from concentration.training.module import StudentModule
+from concentration.training.optimizers import ScheduleConfig
+
+
+class TrainerConfig(Config):
+    """How long, how fast and on what to train.
+
+    batch_size: samples of a step's global batch, over all processes and micro-batches.
+    accumulate: micro-batches a step and process.
+    max_epochs, max_steps: the earlier ends the run.
+    window_shards: shards that are shuffled into each other.
+    sampling: `natural` sees every sample once an epoch; `class_balanced` draws classes evenly.
+    class_weight: `inverse_sqrt` weighs a class by 1/sqrt(its images), with mean 1 over classes.
+    ema_decay: the final network is the moving average of the weights.
+    prior: outputs start at the classes' frequencies.
+    """
+
+    runtime_fields: ClassVar[frozenset[str]] = frozenset(
+        {"accelerator", "devices", "num_nodes", "num_workers", "checkpoint_every_seconds", "keep_checkpoints", "log_every_steps",
+         "compile", "validate_every_epochs"}
+    )  # fmt: skip
+
+    accelerator: Literal["cpu", "gpu"] = "cpu"
+    devices: pydantic.PositiveInt = 1
+    num_nodes: pydantic.PositiveInt = 1
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
+    batch_size: pydantic.PositiveInt = 128
+    accumulate: pydantic.PositiveInt = 1
+    max_epochs: pydantic.PositiveFloat = 5
+    max_steps: pydantic.PositiveInt | None = None
+    num_workers: pydantic.NonNegativeInt = 0
+    window_shards: pydantic.PositiveInt = 16
+    sampling: Literal["natural", "class_balanced"] = "natural"
+    class_weight: Literal["none", "inverse_sqrt"] = "none"
+    prior: bool = True
+    clip_norm: pydantic.PositiveFloat | None = None
+    ema_decay: float | None = pydantic.Field(default=None, gt=0, lt=1)
+    compile: bool = False
+    validate_every_epochs: pydantic.PositiveInt = 1
+    checkpoint_every_seconds: pydantic.NonNegativeFloat = 60
+    keep_checkpoints: pydantic.PositiveInt = 2
+    log_every_steps: pydantic.PositiveInt = 20
+    max_skipped_share: Share = 0.001
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What a network is trained and validated on.
+
+    Attributes:
+        split: of the training samples.
+        order: in which they come.
+        reader: of their images and targets.
+        val_reader: of the validation samples and their hard labels, not smeared; None where there are none.
+        val_ordinals: which samples of the validation split.
+        taxonomy: of the network's outputs.
+    """
+
+    split: Split
+    order: Order
+    reader: SampleReader
+    val_reader: SampleReader | None
+    val_ordinals: np.ndarray | None
+    taxonomy: Taxonomy
+
+
+def fit(
+    student: Student,
+    data: TrainingData,
+    config: TrainerConfig,
+    optimizer: ScheduleConfig,
+    logger: LoggerConfig,
+    run_path: Path,
+    seed: int,
+    title: str,
+) -> int:
+    """Trains `student` in place and returns the number of steps; continues from the newest checkpoint under `run_path`.
+
+    Raises:
+        ConfigError: a switch cannot be had on this machine.
+        DataError: too many images cannot be decoded.
+        DivergedError: a loss is not finite.
+        Preempted: a signal asked to stop; everything is saved.
+    """
+    _check_machine(config)
+    _silence_libraries()
+    checkpoints = CheckpointDirectory(run_path / "checkpoints", config.keep_checkpoints)
+    latest, first_step = checkpoints.find_latest()
+    batch_size = min(config.batch_size, len(data.order))
+    steps_per_epoch = -(-len(data.order) // batch_size)
+    total_steps = count_steps(config, steps_per_epoch)
+    module = StudentModule(student, optimizer, data.taxonomy, total_steps, seed, config.accumulate)
+    if config.compile:
+        student.compile()
+    loggers = build_loggers(logger, run_path, first_step, {"trainer": config.model_dump(mode="json")})
+    with Progress(title, total_steps, "steps", run_path, quiet=rank() != 0) as progress:
+        callbacks = [
+            FiniteLoss(data.split),
+            SkippedImages(data.split, len(data.order), run_path / "skipped.txt", config.max_skipped_share),
+            Curves(
+                list(data.taxonomy.verticals),
+                torch.from_numpy(data.taxonomy.vertical_of_output),
+                config.log_every_steps,
+            ),
+            ProgressReport(progress),
+            *([EMAWeightAveraging(decay=config.ema_decay)] if config.ema_decay else []),
+            Preemption(checkpoints),
+            ClockCheckpoint(checkpoints, config.checkpoint_every_seconds),
+        ]
+        trainer = _build_trainer(config, callbacks, loggers, run_path, total_steps, steps_per_epoch)
+        batches = StepBatches(data.reader, data.order, batch_size, config.accumulate, rank(), world_size())
+        loader = StepLoader(batches, total_steps * config.accumulate, config.num_workers, config.accelerator == "gpu")
+        val_loaders = _build_val_loaders(data, batch_size)
+        trainer.fit(module, loader, val_loaders, ckpt_path=latest, weights_only=True)
+    return total_steps
+
+
+def count_steps(config: TrainerConfig, steps_per_epoch: int) -> int:
+    """Optimizer steps of the whole run."""
+    steps = max(1, round(config.max_epochs * steps_per_epoch))
+    return min(steps, config.max_steps) if config.max_steps else steps
+
+
+def _build_trainer(
+    config: TrainerConfig, callbacks, loggers, run_path, total_steps: int, steps_per_epoch: int
+) -> pl.Trainer:
+    wanted = config.devices * config.num_nodes
+    environment = TorchElasticEnvironment() if TorchElasticEnvironment.detect() else LightningEnvironment()
+    # NOTE: one "epoch" of Lightning is the whole run: its own epoch ends are where resuming goes wrong.
+    batches_per_epoch = steps_per_epoch * config.accumulate * config.validate_every_epochs
+    return pl.Trainer(
+        accelerator=config.accelerator,
+        devices=config.devices,
+        num_nodes=config.num_nodes,
+        strategy="ddp" if wanted > 1 else "auto",
+        precision=config.precision,
+        max_epochs=1,
+        accumulate_grad_batches=config.accumulate,
+        gradient_clip_val=config.clip_norm,
+        callbacks=callbacks,
+        logger=loggers,
+        plugins=[AtomicCheckpointIO(), environment],
+        val_check_interval=min(batches_per_epoch, total_steps * config.accumulate),
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        enable_checkpointing=True,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=run_path,
+    )
+
+
+def _build_val_loaders(data: TrainingData, batch_size: int) -> list[torch.utils.data.DataLoader]:
+    if data.val_reader is None:
+        return []
+    order = SequentialOrder(data.val_ordinals)
+    batch_size = max(world_size(), min(batch_size, len(order)))
+    batches = StepBatches(data.val_reader, order, batch_size, 1, rank(), world_size())
+    return [build_loader(batches, range(batches.steps_per_epoch), num_workers=0)]
+
+
+def _check_machine(config: TrainerConfig) -> None:
+    if config.accelerator == "gpu" and not torch.cuda.is_available():
+        raise ConfigError("trainer=gpu: torch finds no GPU here; use trainer=cpu, or install torch for your GPU")
+    if config.compile and config.accelerator == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
+        raise ConfigError(
+            "trainer.compile=true needs a C++ compiler and found neither g++ nor clang++; install one or set it to false"
+        )
+    wanted = config.devices * config.num_nodes
+    if wanted != world_size():
+        raise ConfigError(
+            f"trainer.devices={config.devices} and trainer.num_nodes={config.num_nodes} are {wanted} processes, but "
+            f"{world_size()} started; start them with `torchrun --nproc-per-node={config.devices}`"
+        )
+
+
+def _silence_libraries() -> None:
+    """Hides what Lightning says of itself; its errors stay."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning.*")
+    warnings.filterwarnings("ignore", module="torch.optim.lr_scheduler")

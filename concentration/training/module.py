@@ -1,0 +1,98 @@
+"""The Lightning module: one step of training, one of validation, what is logged.
+
+Shapes: B samples of a rank's micro-batch, G samples of a step's global batch.
+"""
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from torch import Tensor
+
+from concentration.data.loader import Batch
+from concentration.data.order import random_bits
+from concentration.distributed import gather_objects, rank
+from concentration.metrics.evaluation import Evaluator
+from concentration.networks.student import Student
+from concentration.taxonomy import Taxonomy
+from concentration.training.optimizers import ScheduleConfig, build_optimizer, build_schedule
+
+
+class StudentModule(pl.LightningModule):
+    """Trains a `Student`: a student, a generalist, or a teacher.
+
+    Args:
+        student: the network; its file, not Lightning's checkpoint, is what later stages read.
+        optimizer: its config.
+        taxonomy: of the network's outputs, for validation.
+        total_steps: of the whole run.
+        seed: of dropout and the like; the step is mixed in, so that a resumed step draws what it would have drawn.
+        accumulate: micro-batches a step.
+    """
+
+    def __init__(
+        self,
+        student: Student,
+        optimizer: ScheduleConfig,
+        taxonomy: Taxonomy,
+        total_steps: int,
+        seed: int,
+        accumulate: int,
+    ):
+        super().__init__()
+        self.student = student
+        self._optimizer = optimizer
+        self._taxonomy = taxonomy
+        self._total_steps = total_steps
+        self._seed = seed
+        self._accumulate = accumulate
+        #: (B,) the losses of the latest micro-batch, for the checks and logs of callbacks.
+        self.latest_loss_B: Tensor | None = None
+        self.latest_batch: Batch | None = None
+
+    def configure_optimizers(self):
+        optimizer = build_optimizer(self._optimizer, self.student)
+        schedule = build_schedule(self._optimizer, optimizer, self._total_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        torch.manual_seed(int(random_bits(self._seed, batch_idx, rank()) >> np.uint64(1)))
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        loss_B = self.student(batch.images, batch.targets)
+        self.latest_loss_B, self.latest_batch = loss_B.detach(), batch
+        return scale_loss(loss_B, batch.weight_B, batch.global_count, self.trainer.world_size, self._accumulate)
+
+    def on_validation_epoch_start(self) -> None:
+        self._evaluator = Evaluator(self._taxonomy)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        kept = (batch.weight_B > 0).cpu()
+        labels = [row[row >= 0].tolist() for row in labels_of(batch)[kept]]
+        self._evaluator.update(self.student(batch.images).cpu()[kept], labels)
+
+    def on_validation_epoch_end(self) -> None:
+        first, *others = gather_objects(self._evaluator)
+        for other in others:
+            first.merge(other)
+        evaluation = first.compute()
+        values = {"val/mpvap": evaluation.mpvap, "val/top1": evaluation.top1}
+        values |= {f"val/{vertical}/ap": ap for vertical, ap in evaluation.pvap.items()}
+        numbers = {name: value for name, value in values.items() if value is not None}
+        for logger in self.loggers:
+            logger.log_metrics(numbers, step=self.global_step)
+        self.latest_mpvap = evaluation.mpvap
+        del self._evaluator
+
+
+def labels_of(batch: Batch) -> Tensor:
+    """(B, K) int64 outputs of hard labels on the CPU, -1 where a place is unused."""
+    return torch.where(batch.targets.probability_BK > 0, batch.targets.index_BK, -1).cpu()
+
+
+def scale_loss(loss_B: Tensor, weight_B: Tensor, global_count: int, world_size: int, accumulate: int) -> Tensor:
+    """What this rank backpropagates, so that the step's gradient is that of the mean loss over the global batch.
+
+    DistributedDataParallel divides by the world size and Lightning by the number of micro-batches; both are undone here,
+    and the sum is divided by the global count instead: a mean of rank means is wrong when ranks hold uneven counts.
+    """
+    return (loss_B * weight_B).sum() * (world_size * accumulate / global_count)

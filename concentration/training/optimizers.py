@@ -1,0 +1,89 @@
+"""Optimizers and learning-rate schedules, each with its config."""
+
+import math
+from typing import Annotated, Literal
+
+import pydantic
+import torch
+
+from concentration.networks.student import Student
+from concentration.schema import Config
+
+
+class ScheduleConfig(Config):
+    """`schedule` after a linear rise over the first `warmup_steps`; cosine falls to 0 at the last step."""
+
+    lr: pydantic.PositiveFloat
+    warmup_steps: pydantic.NonNegativeInt = 0
+    schedule: Literal["constant", "cosine"] = "constant"
+    weight_decay: pydantic.NonNegativeFloat = 0.0
+
+
+class AdagradConfig(ScheduleConfig):
+    """Adagrad. TensorFlow's accumulator starts at 0.1, torch's at 0 (Gao et al. trained with TensorFlow's)."""
+
+    kind: Literal["adagrad"] = "adagrad"
+    initial_accumulator: pydantic.NonNegativeFloat = 0.1
+
+    def build(self, groups: list[dict]) -> torch.optim.Optimizer:
+        return torch.optim.Adagrad(groups, lr=self.lr, initial_accumulator_value=self.initial_accumulator)
+
+
+class AdamWConfig(ScheduleConfig):
+    """Adam with decoupled weight decay (Loshchilov and Hutter 2019)."""
+
+    kind: Literal["adamw"] = "adamw"
+    beta1: float = pydantic.Field(default=0.9, ge=0, lt=1)
+    beta2: float = pydantic.Field(default=0.999, ge=0, lt=1)
+
+    def build(self, groups: list[dict]) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(groups, lr=self.lr, betas=(self.beta1, self.beta2))
+
+
+class SGDConfig(ScheduleConfig):
+    """Stochastic gradient descent, with momentum if asked."""
+
+    kind: Literal["sgd"] = "sgd"
+    momentum: float = pydantic.Field(default=0.9, ge=0, lt=1)
+    nesterov: bool = False
+
+    def build(self, groups: list[dict]) -> torch.optim.Optimizer:
+        return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum, nesterov=self.nesterov)
+
+
+OptimizerConfig = Annotated[AdagradConfig | AdamWConfig | SGDConfig, pydantic.Field(discriminator="kind")]
+
+
+def build_optimizer(config: ScheduleConfig, student: Student) -> torch.optim.Optimizer:
+    """Weights decay; biases, norms, gamma and offsets do not; gamma has its own learning rate where `pace.lr` is given."""
+    gamma = {id(parameter) for parameter in student.pace.gamma_parameters()}
+    groups = {
+        "weights": {"params": [], "weight_decay": config.weight_decay},
+        "vectors": {"params": [], "weight_decay": 0.0},
+        "gamma": {"params": [], "weight_decay": 0.0, "lr": student.config.pace.lr or config.lr},
+    }
+    for parameter in student.parameters():
+        name = "gamma" if id(parameter) in gamma else "weights" if parameter.ndim > 1 else "vectors"
+        groups[name]["params"].append(parameter)
+    return config.build([group for group in groups.values() if group["params"]])
+
+
+def build_schedule(
+    config: ScheduleConfig, optimizer: torch.optim.Optimizer, total_steps: int
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """A schedule over optimizer steps; a pure function of the step."""
+
+    def factor(step: int) -> float:
+        return compute_lr_factor(config, step, total_steps)
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def compute_lr_factor(config: ScheduleConfig, step: int, total_steps: int) -> float:
+    """The share of the learning rate that step `step` (from 0) of `total_steps` takes."""
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return 1.0
+    done = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
+    return 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))

@@ -1,0 +1,106 @@
+"""Every wrong value becomes one line that says which key, as a user writes it, and what would have been valid."""
+
+from typing import Annotated, Any, ClassVar, Literal
+
+import pydantic
+import pytest
+
+from concentration.errors import ConfigError
+from concentration.schema import Config, flatten, hash_values, parse_config, suggest
+
+
+class CircleConfig(Config):
+    kind: Literal["circle"] = "circle"
+    radius: float
+    ink: Literal["black", "red"] = "black"
+
+
+class SquareConfig(Config):
+    kind: Literal["square"] = "square"
+    width: int = 1
+    height: int = 1
+
+
+class FrameConfig(Config):
+    border: int = 0
+
+
+class DrawingConfig(Config):
+    shape: Annotated[CircleConfig | SquareConfig, pydantic.Field(discriminator="kind")] = SquareConfig()
+    maybe: Annotated[CircleConfig | SquareConfig, pydantic.Field(discriminator="kind")] | None = None
+    many: tuple[Annotated[CircleConfig | SquareConfig, pydantic.Field(discriminator="kind")], ...] = ()
+    frame: FrameConfig | Literal["none"] = "none"
+    scale: float | Literal["auto"] = "auto"
+    weights: dict[str, int] = pydantic.Field(default_factory=dict)
+
+
+def describe(values: dict[str, Any]) -> str:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(DrawingConfig, values)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"shap": {}}, "unknown key 'shap'; did you mean 'shape'?"),
+        ({"shape": {"kind": "square", "widht": 2}}, "unknown key 'shape.widht'; did you mean 'shape.width'?"),
+        # The keys of the member that was chosen, not those of the others.
+        (
+            {"shape": {"kind": "square", "radius": 1}},
+            "unknown key 'shape.radius'; valid: shape.height, shape.kind, shape.width",
+        ),
+        ({"maybe": {"kind": "square", "widht": 2}}, "unknown key 'maybe.widht'; did you mean 'maybe.width'?"),
+        ({"many": [{"kind": "square", "widht": 2}]}, "unknown key 'many.0.widht'; did you mean 'many.0.width'?"),
+        ({"shape": {"kind": "circle"}}, "'shape.radius' is missing: give shape.radius=VALUE"),
+        ({"shape": {"radius": 1}}, "'shape.kind' is missing: give shape.kind=VALUE"),
+        ({"shape": {"kind": "squar"}}, "shape.kind=squar: expected 'circle', 'square'; did you mean 'square'?"),
+        (
+            {"shape": {"kind": "circle", "radius": 1, "ink": "rd"}},
+            "shape.ink=rd: expected 'black' or 'red'; did you mean 'red'?",
+        ),
+    ],
+)
+def test_a_wrong_key_is_named_as_a_user_writes_it(values: dict[str, Any], message: str) -> None:
+    assert describe(values) == message
+
+
+def test_the_type_that_was_tried_is_not_part_of_the_key() -> None:
+    assert describe({"scale": "big"}).startswith("scale='big': ")
+    assert "scale=big: expected 'auto'" in describe({"scale": "big"})
+    assert "unknown key 'frame.bordr'; did you mean 'frame.border'?" in describe({"frame": {"bordr": 1}})
+
+
+def test_a_key_of_a_dictionary_is_part_of_the_key() -> None:
+    assert describe({"weights": {"birds": "x"}}).startswith("weights.birds='x': ")
+
+
+def test_all_problems_are_told_once_each() -> None:
+    assert describe({"shap": 1, "scal": 1}).count("unknown key") == 2
+
+
+def test_a_suggestion_is_the_nearest_word_or_all_of_a_few() -> None:
+    assert suggest("brids", ["birds", "cars"]) == "; did you mean 'birds'?"
+    assert suggest("xyz", ["birds", "cars"]) == "; valid: birds, cars"
+    assert suggest("xyz", [str(number) for number in range(1000)]) == ""
+
+
+def test_a_hash_does_not_depend_on_the_order_of_keys() -> None:
+    assert hash_values({"width": 2, "height": 3}) == hash_values({"height": 3, "width": 2})
+    assert hash_values({"width": 2, "height": 3}) != hash_values({"width": 3, "height": 2})
+
+
+def test_the_identity_of_a_config_leaves_out_its_runtime_fields_at_any_depth() -> None:
+    class WorkerConfig(Config):
+        runtime_fields: ClassVar[frozenset[str]] = frozenset({"num_workers"})
+        num_workers: int = 0
+        seed: int = 0
+
+    class RunConfig(Config):
+        worker: WorkerConfig = WorkerConfig()
+
+    assert RunConfig(worker=WorkerConfig(num_workers=8)).identity() == {"worker": {"seed": 0}}
+
+
+def test_flatten_joins_keys_with_dots() -> None:
+    assert flatten({"top": {"top1": 8, "deep": {"x": 1}}, "empty": {}}) == {"top.top1": 8, "top.deep.x": 1, "empty": {}}
