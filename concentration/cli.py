@@ -60,6 +60,7 @@ def _run_hydra(verb: str, rest: list[str]) -> int:
     from hydra.errors import HydraException
     from hydra.types import RunMode
     from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
     # NOTE: hydra.main throws the jobs' return values away, so its two calls are made here; tests hold this to Hydra 1.3.
     version.setbase("1.3")
@@ -86,7 +87,7 @@ def _run_hydra(verb: str, rest: list[str]) -> int:
             )
             return _worst([returned.return_value for batch in batches for returned in batch])
         return hydra.run(verb, job, overrides, with_log_configuration=False).return_value
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, YAMLError) as error:
         raise ConfigError(describe_composition_error(error, verb)) from None
 
 

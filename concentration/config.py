@@ -1,46 +1,18 @@
 """Hydra composes a verb's config; pydantic checks it; what is wrong becomes one line with the nearest valid key."""
 
-import importlib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from concentration.errors import ConfigError
 from concentration.schema import Config, flatten, parse_config, suggest
-
-
-@dataclass(frozen=True)
-class Verb:
-    """A word of the command line: what it does, and where its function and config class are."""
-
-    summary: str
-    module: str
-    function: str
-    config: str
-
-    def load(self):
-        """The function and the config class; imports what they need, which takes seconds for torch."""
-        module = importlib.import_module(self.module)
-        return getattr(module, self.function), getattr(module, self.config)
-
-
-def _stage(name: str, summary: str) -> Verb:
-    return Verb(summary, f"concentration.stages.{name}", name, f"{name.capitalize()}Config")
-
+from concentration.stages.verbs import STAGE_VERBS, Verb
 
 VERBS: Mapping[str, Verb] = {
-    "prepare": _stage("prepare", "images and a taxonomy become shards and their index"),
-    "teacher": _stage("teacher", "train the specialist of one vertical"),
-    "targets": _stage("targets", "store what the teachers say of every training image"),
-    "student": _stage("student", "train one network over all verticals (targets=labels: the generalist)"),
-    "evaluate": _stage("evaluate", "measure a student, a teacher, or all teachers (name=specialists)"),
-    "report": _stage("report", "a page with everything that was measured"),
+    **STAGE_VERBS,
     "run": Verb("all of the above, skipping what is done", "concentration.pipeline.run", "run", "RunConfig"),
-    "status": Verb(
-        "what stands where in a working directory", "concentration.pipeline.status", "status", "StatusConfig"
-    ),
+    "status": Verb("what stands where in a working directory", "concentration.pipeline.status", "status", "StatusConfig"),
 }
 
 

@@ -3,6 +3,7 @@
 Shapes: B batch, K kept classes, V classes of one vertical, C all classes, R rows of a shard.
 """
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -79,7 +80,7 @@ class TargetRecords:
         row: (R,) int32 ordinals of the samples in the shard, rising.
         index: (R, K) class indices inside the vertical; uint16, or uint32 in verticals of more than 65,536 classes.
         probability: (R, K) float16.
-        tail: (R,) float16, the sum of the dropped sigmoids.
+        tail: (R,) float16, the sum of the dropped sigmoids; larger ones are kept as 65,504.
     """
 
     row: np.ndarray
@@ -97,14 +98,14 @@ class TargetRecords:
             row.astype(np.int32),
             index_RK.numpy().astype(index_type),
             probability_RK.numpy().astype(np.float16),
-            tail_R.numpy().astype(np.float16),
+            tail_R.clamp(max=torch.finfo(torch.float16).max).numpy().astype(np.float16),
         )
 
     def save(self, path: Path, metadata: Mapping[str, str]) -> None:
         """Writes the file whole or not at all."""
         arrays = {"row": self.row, "index": self.index, "probability": self.probability, "tail": self.tail}
         content = safetensors.numpy.save({name: np.ascontiguousarray(a) for name, a in arrays.items()}, dict(metadata))
-        write_atomically(path, content)
+        write_atomically(path, sort_metadata(content))
 
     @classmethod
     def load(cls, path: Path, vertical_size: int) -> "TargetRecords":
@@ -118,6 +119,8 @@ class TargetRecords:
             or len(records.tail) != num_rows
         ):
             raise DataError(f"{path}: rows, indices and probabilities have different lengths; make the targets again")
+        if records.index.dtype.kind != "u":
+            raise DataError(f"{path}: indices are {records.index.dtype}, expected uint16 or uint32; make them again")
         if records.index.size and int(records.index.max()) >= vertical_size:
             raise DataError(
                 f"{path}: class index {int(records.index.max())} in a vertical of {vertical_size} classes; "
@@ -125,7 +128,23 @@ class TargetRecords:
             )
         if not ((records.probability >= 0) & (records.probability <= 1)).all():  # also refuses NaN
             raise DataError(f"{path}: a probability lies outside [0, 1]; make the targets again")
+        if not ((records.tail >= 0) & np.isfinite(records.tail)).all():
+            raise DataError(f"{path}: a tail mass is negative or not finite; make the targets again")
         return records
+
+
+def sort_metadata(content: bytes) -> bytes:
+    """The safetensors file `content` with its metadata in the order of their keys.
+
+    NOTE: the library writes them in an order that changes from run to run; but files are known by their hash, so the same
+    arrays must give the same bytes.
+    """
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the format aligns the arrays so
+    return len(text).to_bytes(8, "little") + text + content[8 + size :]
 
 
 def load_arrays(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
@@ -169,16 +188,17 @@ def write_atomically(path: Path, content: bytes | str | Mapping) -> None:
         content = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
     if isinstance(content, str):
         content = content.encode()
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise DataError(
             f"{path}: cannot be written ({error.strerror}); free space or correct the permissions"
         ) from None

@@ -137,7 +137,12 @@ class Taxonomy:
         return tuple(reversed(names))
 
     def restrict(self, vertical: str) -> "Taxonomy":
-        """The taxonomy of one vertical alone, as its teacher sees it: the same classes in the same order."""
+        """The taxonomy of one vertical alone, as its teacher sees it: the same classes in the same order.
+
+        Raises:
+            DataError: there is no such vertical.
+        """
+        self.vertical_number(vertical)
         inside = [c for c in self.classes if c.vertical == vertical]
         ids = {c.id for c in inside}
         own_parents = [tuple(parent for parent in c.parents if parent in ids) for c in inside]

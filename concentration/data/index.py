@@ -9,10 +9,12 @@ Shapes: S samples of a shard, L labels of all its samples.
 import functools
 import hashlib
 import json
+import re
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from safetensors.numpy import save
@@ -24,6 +26,9 @@ from concentration.taxonomy import Taxonomy
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 _BLOCK_BYTES = 512
+
+# Members that `webdataset` takes for notes about the shard and leaves out.
+_NOTE = re.compile(r"__[^/]*__($|/)")
 
 
 @dataclass(frozen=True)
@@ -60,46 +65,68 @@ class ShardIndex:
             "label_start": self.label_start,
             "label_position": self.label_position,
         }
-        write_atomically(path, save(arrays, {"path": str(self.path), "size_bytes": str(self.size_bytes)}))
+        # NOTE: one key, because safetensors writes several in an order that changes from run to run.
+        header = {"shard": json.dumps({"path": str(self.path), "size_bytes": self.size_bytes})}
+        write_atomically(path, save(arrays, header))
 
     @classmethod
     def load(cls, path: Path) -> "ShardIndex":
         """Raises: DataError where the index is damaged, or its shard is gone or has changed."""
-        header = load_metadata(path)
+        metadata = load_metadata(path)
         names = ("keys", "image_offset", "image_size", "label_start", "label_position")
         arrays = load_arrays(path, names)
-        keys = tuple(arrays.pop("keys").tobytes().decode().split("\n"))
-        # A relative path is relative to the index: a working directory may be moved as a whole.
-        shard = path.parent / header["path"]
-        index = cls(shard, int(header["size_bytes"]), keys, **arrays)
-        if not shard.exists():
-            raise DataError(f"{shard}: no such file, but {path} describes it; bring it back or run `prepare` again")
-        if shard.stat().st_size != index.size_bytes:
+        again = f"or delete {path.parent} and run `concentrate prepare` again"
+        try:
+            keys = tuple(arrays.pop("keys").tobytes().decode().split("\n"))
+            header = json.loads(metadata["shard"])
+            # A relative path is relative to the index: a working directory may be moved as a whole.
+            index = cls(path.parent / header["path"], int(header["size_bytes"]), keys, **arrays)
+            index._check()
+        except (KeyError, ValueError, TypeError) as error:
+            raise DataError(f"{path}: damaged ({error}); bring it back, {again}") from None
+        if not index.path.exists():
+            raise DataError(f"{index.path}: no such file, but {path} describes it; bring it back, {again}")
+        if index.path.stat().st_size != index.size_bytes:
             raise DataError(
-                f"{shard}: {shard.stat().st_size} bytes, but {index.size_bytes} when it was indexed: it is truncated "
-                "or has changed; bring it back, or delete the index and run `prepare` again"
+                f"{index.path}: {index.path.stat().st_size} bytes, but {index.size_bytes} when it was indexed: "
+                f"it is truncated or has changed; bring it back, {again}"
             )
         return index
+
+    def _check(self) -> None:
+        """Raises: ValueError where the parts do not fit together."""
+        lengths = {len(self.image_offset), len(self.image_size), len(self.label_start) - 1}
+        if lengths != {self.num_samples}:
+            raise ValueError(f"{self.num_samples} keys, but {sorted(lengths)} places, sizes and labels")
+        starts = self.label_start
+        if starts[0] != 0 or starts[-1] != len(self.label_position) or (np.diff(starts) < 1).any():
+            raise ValueError(f"its samples do not share out its {len(self.label_position)} labels")
+        if (self.label_position < 0).any():
+            raise ValueError("a label below 0")
+        ends = self.image_offset + self.image_size
+        if (self.image_offset < 0).any() or (self.image_size < 0).any() or ends.max() > self.size_bytes:
+            raise ValueError(f"an image outside the {self.size_bytes} bytes of its shard")
 
 
 def index_shard(path: Path, taxonomy: Taxonomy, recorded_path: str) -> ShardIndex:
     """Walks a tar's headers and reads its labels.
 
     Raises:
-        DataError: naming the file and member, where the tar is empty or truncated, a sample lacks its image or labels or
-            has two, a key comes twice, or a label is not in the taxonomy.
+        DataError: naming the file and member, where the tar is missing, empty or truncated, a sample lacks its image or
+            labels or has two, a key comes twice, or a label is not in the taxonomy.
     """
     keys, offsets, sizes, label_start, label_position = [], [], [], [0], []
     seen: set[str] = set()
-    with open(path, "rb") as file:
-        for key, members in _group_members(path):
+    with _open_shard(path) as file:
+        for key, members in _group_members(path, file):
             if key in seen:
                 raise DataError(f"{path}: two samples have the key '{key}'; make keys unique")
             seen.add(key)
             image = _only_member(path, key, members, IMAGE_EXTENSIONS, "image")
             label = _only_member(path, key, members, ("json", "cls"), "label")
             file.seek(label.offset_data)
-            labels = _parse_labels(file.read(label.size), f"{path}: {label.name}", taxonomy)
+            parse = _parse_position if label.name.lower().endswith(".cls") else _parse_labels
+            labels = parse(file.read(label.size), f"{path}: {label.name}", taxonomy)
             keys.append(key)
             offsets.append(image.offset_data)
             sizes.append(image.size)
@@ -225,32 +252,58 @@ def check_keys(split: Split) -> None:
             owner[key] = shard.path
 
 
-def _group_members(path: Path) -> Iterator[tuple[str, list[tarfile.TarInfo]]]:
+def _open_shard(path: Path) -> BinaryIO:
+    try:
+        return open(path, "rb")
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be read ({error.strerror}); bring it back, or correct its permissions"
+        ) from None
+
+
+def _group_members(path: Path, file: BinaryIO) -> Iterator[tuple[str, list[tarfile.TarInfo]]]:
     """(key, members) of each run of members with one key, as `webdataset` groups them."""
     key, members = None, []
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                if not member.isfile():
-                    continue
-                member_key, extension = base_plus_ext(member.name)
-                if not member_key or not extension:
-                    continue
-                if member_key != key and members:
-                    yield key, members
-                    members = []
-                key = member_key
-                members.append(member)
-            end = tar.offset
-    except tarfile.TarError as error:
-        raise DataError(f"{path}: empty, truncated or no tar ({error}); write or fetch it again") from None
-    with open(path, "rb") as file:
-        file.seek(end)
-        # NOTE: a tar cut between two members reads as a shorter tar; only the missing end mark tells.
-        if file.read(_BLOCK_BYTES) != bytes(_BLOCK_BYTES):
-            raise DataError(f"{path}: truncated: no end-of-archive mark after byte {end}; write or fetch it again")
+    for member in _walk_headers(path, file):
+        member_key, extension = base_plus_ext(member.name)
+        if not member_key or not extension or not member.isfile() or _NOTE.match(member.name):
+            continue
+        _check_member(path, member)
+        if member_key != key and members:
+            yield key, members
+            members = []
+        key = member_key
+        members.append(member)
     if members:
         yield key, members
+
+
+def _walk_headers(path: Path, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
+    """All members of a tar that is whole. `file` may be moved by the caller in between."""
+    end = 0
+    try:
+        with tarfile.open(path, "r:", encoding="utf-8") as tar:
+            yield from tar
+            end = tar.offset
+    except (tarfile.TarError, ValueError) as error:
+        raise DataError(
+            f"{path}: empty, truncated, compressed or no tar ({error}); write or fetch it again, uncompressed"
+        ) from None
+    file.seek(end)
+    # NOTE: a tar cut between two members reads as a shorter tar; only the missing end mark tells.
+    if file.read(_BLOCK_BYTES) != bytes(_BLOCK_BYTES):
+        raise DataError(f"{path}: truncated: no end-of-archive mark after byte {end}; write or fetch it again")
+
+
+def _check_member(path: Path, member: tarfile.TarInfo) -> None:
+    if member.issparse():
+        raise DataError(f"{path}: {member.name} is stored as a sparse file; write the tar again without --sparse")
+    try:
+        member.name.encode()
+    except UnicodeEncodeError:
+        raise DataError(f"{path}: the name {member.name!r} is not UTF-8; rename it and write the tar again") from None
+    if "\n" in member.name:
+        raise DataError(f"{path}: the name {member.name!r} has a line break; rename it and write the tar again")
 
 
 def _only_member(
@@ -266,14 +319,7 @@ def _only_member(
 
 
 def _parse_labels(content: bytes, where: str, taxonomy: Taxonomy) -> list[int]:
-    """Positions in the taxonomy, sorted, each once."""
-    if where.endswith(".cls"):
-        text = content.decode("ascii", errors="replace").strip()
-        if not text.isdigit() or int(text) >= taxonomy.num_classes:
-            raise DataError(
-                f"{where}: '{text}' is no position in a taxonomy of {taxonomy.num_classes} classes; correct it"
-            )
-        return [int(text)]
+    """The positions of the class ids of a .json member, sorted, each once."""
     try:
         labels = json.loads(content)["labels"]
     except (ValueError, KeyError, TypeError):
@@ -281,6 +327,16 @@ def _parse_labels(content: bytes, where: str, taxonomy: Taxonomy) -> list[int]:
     if not isinstance(labels, list) or not labels:
         raise DataError(f"{where}: 'labels' is {labels!r}, expected a list of at least one class id")
     for label in labels:
-        if label not in taxonomy.position:
+        if not isinstance(label, str) or label not in taxonomy.position:
             raise DataError(f"{where}: label {label!r} is not in the taxonomy; add the class or correct the label")
     return sorted({taxonomy.position[label] for label in labels})
+
+
+def _parse_position(content: bytes, where: str, taxonomy: Taxonomy) -> list[int]:
+    """The position in a .cls member."""
+    text = content.decode("ascii", errors="replace").strip()
+    if not text.isdigit() or len(text) > 12 or int(text) >= taxonomy.num_classes:
+        raise DataError(
+            f"{where}: '{text[:40]}' is no position in a taxonomy of {taxonomy.num_classes} classes; correct it"
+        )
+    return [int(text)]

@@ -42,7 +42,11 @@ class Batch(NamedTuple):
 
 
 class SampleReader:
-    """Reads and decodes samples by ordinal; holds open files, which do not travel to worker processes."""
+    """Reads and decodes samples by ordinal; holds open files, which do not travel to worker processes.
+
+    Raises:
+        DataError: a shard cannot be read, or has changed since it was indexed.
+    """
 
     def __init__(self, split: Split, targets: SampleTargets, image_size: int, views: ViewConfig | None, seed: int):
         self.split = split
@@ -54,6 +58,10 @@ class SampleReader:
 
     def __getstate__(self):
         return {**self.__dict__, "_files": {}}
+
+    def __del__(self):
+        for file in self._files.values():
+            os.close(file)
 
     def read(self, ordinals: np.ndarray, epoch: int) -> tuple[Tensor, SoftTargets, np.ndarray]:
         """Images (B, 3, H, W) uint8, targets, and (B,) bool: which images could not be decoded."""
@@ -75,18 +83,25 @@ class SampleReader:
         """The image's bytes as they lie in the shard."""
         number = self.split.shard_of(ordinal)
         shard = self.split.shards[number]
+        row = ordinal - self.split.shard_start[number]
+        size = int(shard.image_size[row])
+        try:
+            content = os.pread(self._open(number), size, int(shard.image_offset[row]))
+        except OSError as error:
+            raise DataError(f"{shard.path}: cannot be read ({error.strerror}); bring it back") from None
+        if len(content) != size:
+            raise DataError(
+                f"{shard.path}: ends inside the sample '{shard.keys[row]}'; the shard changed while it was read: "
+                "bring it back and run the same command again"
+            )
+        return content
+
+    def _open(self, number: int) -> int:
         if number not in self._files:
             if len(self._files) >= 256:
                 os.close(self._files.pop(next(iter(self._files))))
-            self._files[number] = os.open(shard.path, os.O_RDONLY)
-        row = ordinal - self.split.shard_start[number]
-        size = int(shard.image_size[row])
-        content = os.pread(self._files[number], size, int(shard.image_offset[row]))
-        if len(content) != size:
-            raise DataError(
-                f"{shard.path}: ends inside the sample '{shard.keys[row]}'; the shard changed while it was read"
-            )
-        return content
+            self._files[number] = os.open(self.split.shards[number].path, os.O_RDONLY)
+        return self._files[number]
 
 
 class StepBatches(torch.utils.data.Dataset):

@@ -59,8 +59,10 @@ class LabelTargets:
     def _width(self) -> int:
         split = self._split
         if len(split.label_output) == len(split):
-            return max(len(self._compute_targets((int(o),))) for o in np.unique(split.label_output))
-        return max(len(self._targets_of(split.labels(ordinal))) for ordinal in range(len(split)))
+            widths = [len(self._compute_targets((int(o),))) for o in np.unique(split.label_output)]
+        else:
+            widths = [len(self._targets_of(split.labels(ordinal))) for ordinal in range(len(split))]
+        return max(widths) or 1
 
 
 class StoredTargets:
@@ -120,6 +122,11 @@ class StoredTargets:
             records = TargetRecords.load(path, outputs.stop - outputs.start)
             if not np.array_equal(records.row, expected):
                 raise DataError(f"{path}: holds other rows than the shard has for '{vertical}'; make the targets again")
+            if records.index.shape[1] != self._kept[vertical]:
+                raise DataError(
+                    f"{path}: keeps {records.index.shape[1]} classes a sample, but its manifest says "
+                    f"{self._kept[vertical]}; make the targets again"
+                )
             columns = filled[expected, None] + np.arange(records.index.shape[1])
             index_RK[expected[:, None], columns] = records.index.astype(np.int32) + outputs.start
             probability_RK[expected[:, None], columns] = records.probability
@@ -142,11 +149,12 @@ def load_manifest(directory: Path, split: Split) -> dict:
     """
     path = directory / "manifest.json"
     try:
-        manifest = json.loads(path.read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
-        raise DataError(
-            f"{path}: missing or damaged; run `concentrate targets vertical={directory.name}` first"
-        ) from None
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        is_complete = isinstance(manifest["num_kept"], int)
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        is_complete = False
+    if not is_complete:
+        raise DataError(f"{path}: missing or damaged; run `concentrate targets vertical={directory.name}` first")
     for what, found, expected in (
         ("taxonomy", manifest.get("taxonomy"), split.taxonomy.fingerprint),
         ("data", manifest.get("data"), split.fingerprint),

@@ -4,26 +4,50 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import webdataset
 
 from concentration.data.sources.source import Item, Source
 from concentration.errors import DataError
-from concentration.targets import write_atomically
 
 
 def write_shard(path: Path, items: Sequence[Item], source: Source) -> list[str]:
     """Writes one tar whole or not at all, and returns a line for every image that could not be had.
 
+    Where none could be had, there is no tar.
+
     Args:
         path: of the tar; a temporary file beside it is renamed at the end.
         items: in the order of the tar.
         source: reads each item's image.
+
+    Raises:
+        DataError: the disk is full, or the folder may not be written.
     """
-    skipped = []
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            skipped = _write_items(file, items, source)
+            file.flush()
+            os.fsync(file.fileno())
+        if len(skipped) < len(items):
+            os.replace(temporary, path)
+        else:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be written ({error.strerror}); free space or correct the permissions"
+        ) from None
+    finally:
+        temporary.unlink(missing_ok=True)
+    return skipped
+
+
+def _write_items(file: BinaryIO, items: Sequence[Item], source: Source) -> list[str]:
+    skipped = []
     # mtime: the same samples give the same bytes, whenever they are written.
-    with webdataset.TarWriter(str(temporary), mtime=0) as writer:
+    with webdataset.TarWriter(file, mtime=0) as writer:
         for item in items:
             try:
                 extension, content = source.read(item)
@@ -33,9 +57,4 @@ def write_shard(path: Path, items: Sequence[Item], source: Source) -> list[str]:
             writer.write(
                 {"__key__": item.key, extension: content, "json": json.dumps({"labels": item.labels}).encode()}
             )
-    if len(skipped) == len(items):
-        temporary.unlink()
-    else:
-        os.replace(temporary, path)
-    write_atomically(path.with_suffix(".skipped"), "".join(f"{line}\n" for line in skipped))
     return skipped

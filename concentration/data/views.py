@@ -4,11 +4,13 @@ Shapes: B batch.
 """
 
 import io
+import math
+import struct
 from dataclasses import dataclass
 
 import numpy as np
 import pydantic
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
 from concentration.data.order import uniforms
 from concentration.schema import Config
@@ -18,7 +20,22 @@ _CROP, _ASPECT, _LEFT, _TOP, _FLIP, _BRIGHTNESS, _CONTRAST = range(100, 107)
 Share = pydantic.confloat(ge=0, le=1)
 
 #: What Pillow raises for a damaged or hostile image; DecompressionBombError guards against absurd sizes.
-UNDECODABLE = (OSError, ValueError, SyntaxError, EOFError, TypeError, Image.DecompressionBombError)
+UNDECODABLE = (OSError, ValueError, SyntaxError, EOFError, TypeError, struct.error, Image.DecompressionBombError)
+
+# What may stand behind a name in .jpg, .png or .webp. NOTE: of Pillow's other formats some start programs (EPS), and many
+# raise anything at all for a damaged file.
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+
+#: By EXIF's orientation: what makes the image upright.
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 class ViewConfig(Config):
@@ -79,20 +96,31 @@ def centre_views(count: int) -> Views:
     return Views(ones, ones, half, half, np.zeros(count, dtype=bool), ones, ones)
 
 
+def open_image(content: bytes) -> Image.Image:
+    """The image, of which only the header has been read.
+
+    Raises:
+        one of UNDECODABLE: it is no image of a format that we take.
+    """
+    return Image.open(io.BytesIO(content), formats=_FORMATS)
+
+
 def decode_view(content: bytes, views: Views, row: int, image_size: int) -> np.ndarray:
     """One view as uint8 (3, image_size, image_size).
 
     Raises:
         one of UNDECODABLE: the image cannot be decoded.
     """
-    image = Image.open(io.BytesIO(content))
+    image = open_image(content)
     if image.format == "JPEG":
-        image.draft("RGB", (image_size, image_size))  # decodes large photographs at a half, quarter or eighth
+        # Decodes large photographs at a half, quarter or eighth, as long as the crop keeps `image_size` pixels.
+        left, top, right, bottom = _crop_box(image.size, views, row)
+        shrink = min(right - left, bottom - top) / image_size
+        image.draft("RGB", (math.ceil(image.width / shrink), math.ceil(image.height / shrink)))
     if image.format != "PNG" or "exif" in image.info:
-        image = ImageOps.exif_transpose(image)
+        image = _turn_upright(image)
     box = _crop_box(image.size, views, row)
-    if image.mode not in ("RGB", "L"):
-        image = image.convert("RGB")
+    image = _reduce_to_8_bits(image)
     if image.size != (image_size, image_size) or box != (0, 0, image_size, image_size):
         image = image.resize((image_size, image_size), Image.Resampling.BILINEAR, box=box)
     pixels = np.asarray(image)
@@ -107,12 +135,27 @@ def decode_view(content: bytes, views: Views, row: int, image_size: int) -> np.n
     return pixels.transpose(2, 0, 1)
 
 
+def _turn_upright(image: Image.Image) -> Image.Image:
+    """NOTE: not `ImageOps.exif_transpose`, which also writes the other EXIF tags anew, and fails where it cannot."""
+    method = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
+    return image if method is None else image.transpose(method)
+
+
+def _reduce_to_8_bits(image: Image.Image) -> Image.Image:
+    """Grey or RGB, 8 bits a channel."""
+    if image.mode in ("RGB", "L"):
+        return image
+    if image.mode.startswith("I"):  # grey of 16 bits, all of which Pillow would turn white, but for the darkest
+        return Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+    return image.convert("RGB")
+
+
 def _crop_box(size: tuple[int, int], views: Views, row: int) -> tuple[float, float, float, float]:
     """(left, top, right, bottom) in pixels: at area 1 and aspect 1 the largest square in the middle."""
     width, height = size
     area = views.area[row] * min(width, height) ** 2
-    crop_width = min(width, (area * views.aspect[row]) ** 0.5)
-    crop_height = min(height, (area / views.aspect[row]) ** 0.5)
+    crop_width = min(width, max(1, (area * views.aspect[row]) ** 0.5))
+    crop_height = min(height, max(1, (area / views.aspect[row]) ** 0.5))
     left = (width - crop_width) * views.x[row]
     top = (height - crop_height) * views.y[row]
     return left, top, left + crop_width, top + crop_height

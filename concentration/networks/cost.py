@@ -18,6 +18,9 @@ def count_multiply_adds(student: Student) -> int:
     """Multiply-adds of convolutions and matrix products for one image, as torch's counter finds them."""
     size = student.config.image_size
     image = torch.zeros(1, 3, size, size, device=next(student.parameters()).device)
+    was_training = student.training
+    student.eval()  # in training a batch norm refuses a single image, or takes it into its statistics
     with FlopCounterMode(display=False) as counter:
         student(image)
+    student.train(was_training)
     return counter.get_total_flops() // 2

@@ -64,12 +64,12 @@ class Pace(nn.Module):
         if config.kind == "fixed":
             self.register_buffer("gamma", start)
         elif config.kind != "none":
-            gamma = start + config.deviation * torch.randn_like(start)
+            deviation = config.deviation * torch.randn_like(start)
             if config.log:
                 self.register_buffer("start", start)
-                self.rho = nn.Parameter((gamma / start).log())
+                self.rho = nn.Parameter(deviation / start)  # a share: no draw, however far, makes gamma negative
             else:
-                self.gamma = nn.Parameter(gamma)
+                self.gamma = nn.Parameter(start + deviation)
         if config.offset != "none":
             self.offset = nn.Parameter(
                 torch.zeros(sum(self.vertical_sizes) if config.offset == "class" else len(sizes))
@@ -113,9 +113,9 @@ class Pace(nn.Module):
 
 
 def normalise(logits_BV: Tensor) -> Tensor:
-    """x / sqrt(sum x^2 + N_v * EPSILON) in float32: the L2-normalisation of Equation 3, with a finite slope at x = 0."""
+    """x / sqrt(sum x^2 + N_v * EPSILON) in float32 at least: the L2-normalisation of Equation 3, with a finite slope at x = 0."""
     # NOTE: F.normalize clamps the norm instead, and its slope explodes near x = 0.
-    logits_BV = logits_BV.float()
+    logits_BV = logits_BV.to(torch.promote_types(logits_BV.dtype, torch.float32))
     return logits_BV / (logits_BV.square().sum(1, keepdim=True) + logits_BV.shape[1] * EPSILON).sqrt()
 
 

@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from concentration.networks.pace import Pace, PaceConfig
 from concentration.networks.top_layers import TopConfig, TopLayers
 from concentration.objectives.sigmoid_cross_entropy import sigmoid_cross_entropy_by_vertical
 from concentration.schema import Config, parse_config
-from concentration.targets import SoftTargets, load_metadata, write_atomically
+from concentration.targets import SoftTargets, load_metadata, sort_metadata, write_atomically
 
 
 class NetworkConfig(Config):
@@ -87,16 +88,17 @@ class Student(nn.Module):
         """Writes weights and architecture as one safetensors file, whole or not at all."""
         header = {"network": self.config.model_dump_json(), **metadata}
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        write_atomically(path, safetensors.torch.save(tensors, header))
+        write_atomically(path, sort_metadata(safetensors.torch.save(tensors, header)))
 
     def load_base(self, path: Path) -> None:
         """Takes the base network's weights from another network's file.
 
         Raises:
             ConfigError: its base network is another one.
+            DataError: the file is missing, damaged or no safetensors file.
         """
         prefix = "base."
-        tensors = safetensors.torch.load_file(path)
+        tensors = _load_tensors(path)
         found = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
         expected = self.base.state_dict()
         for name in sorted(found.keys() | expected.keys()):
@@ -117,12 +119,24 @@ def load_student(path: Path) -> Student:
     header = load_metadata(path)
     if "network" not in header:
         raise DataError(f"{path}: no network description in its header; expected a file written by `concentrate`")
-    config = parse_config(NetworkConfig, json.loads(header["network"]))
+    try:
+        config = parse_config(NetworkConfig, json.loads(header["network"]))
+    except (ConfigError, json.JSONDecodeError) as error:
+        raise DataError(f"{path}: its header describes no network of this version ({error}); train it again") from None
     if getattr(config.base, "pretrained", False):  # its weights are in the file: fetch nothing
         config = config.model_copy(update={"base": config.base.model_copy(update={"pretrained": False})})
     student = Student(config)
     try:
-        student.load_state_dict(safetensors.torch.load_file(path))
+        student.load_state_dict(_load_tensors(path))
     except RuntimeError as error:
         raise DataError(f"{path}: weights do not fit its architecture ({str(error).splitlines()[1].strip()})") from None
     return student.eval()
+
+
+def _load_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load_file(path)
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except safetensors.SafetensorError as error:
+        raise DataError(f"{path}: damaged, or no safetensors file ({error}); restore it, or train it again") from None

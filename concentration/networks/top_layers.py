@@ -116,11 +116,12 @@ class BlockLinear(nn.Module):
     def __init__(self, num_blocks: int, num_in: int, num_out: int):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(num_blocks, num_in, num_out) * (2 / num_in) ** 0.5)
-        self.bias = nn.Parameter(torch.zeros(num_blocks, 1, num_out))
+        self.bias = nn.Parameter(torch.zeros(num_blocks * num_out))  # one axis, as all biases: they do not decay
 
     def forward(self, x: Tensor) -> Tensor:
         blocks_MBI = x.unflatten(1, self.weight.shape[:2]).transpose(0, 1)
-        return torch.baddbmm(self.bias.to(blocks_MBI.dtype), blocks_MBI, self.weight).transpose(0, 1).flatten(1)
+        bias_M1O = self.bias.view(len(self.weight), 1, -1).to(blocks_MBI.dtype)
+        return torch.baddbmm(bias_M1O, blocks_MBI, self.weight).transpose(0, 1).flatten(1)
 
 
 class BlockLayerNorm(nn.Module):

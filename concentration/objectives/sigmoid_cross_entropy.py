@@ -33,8 +33,8 @@ def sigmoid_cross_entropy_by_vertical(
     logits: Sequence[Tensor], targets: SoftTargets, class_weight_C: Tensor | None = None
 ) -> Tensor:
     """The same, (B, M): what each vertical's classes add to the loss of each sample."""
-    # float32: a sum over 100K softplus values loses everything below 1 in bfloat16.
-    logits = [logits_BV.float() for logits_BV in logits]
+    # float32 at least: a sum over 100K softplus values loses everything below 1 in bfloat16.
+    logits = [logits_BV.to(torch.promote_types(logits_BV.dtype, torch.float32)) for logits_BV in logits]
     logits_BC = torch.cat(logits, dim=1)
     listed_BK = targets.probability_BK * logits_BC.gather(1, targets.index_BK)
     absent = [softplus(logits_BV) for logits_BV in logits]

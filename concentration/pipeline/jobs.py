@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from concentration.config import VERBS
 from concentration.errors import ConcentrationError, Preempted
 from concentration.schema import parse_config
 from concentration.stages.run_directory import StageConfig
+from concentration.stages.verbs import STAGE_VERBS
 from concentration.targets import write_atomically
 
 JOB_FILE, LOG_FILE = "job.json", "log.txt"
@@ -49,7 +49,7 @@ class Job:
 def run_frozen(path: Path) -> int:
     """Runs a frozen job in this process; returns its exit code after printing what went wrong."""
     frozen: Mapping = json.loads(path.read_text())
-    function, config_class = VERBS[frozen["verb"]].load()
+    function, config_class = STAGE_VERBS[frozen["verb"]].load()
     try:
         function(parse_config(config_class, frozen["config"]))
     except ConcentrationError as error:

@@ -2,24 +2,26 @@
 
 import concurrent.futures
 import functools
+import hashlib
 import itertools
 import multiprocessing
 import os
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 import pydantic
 
-from concentration.data.index import Split, check_keys, index_shard, load_split
+from concentration.data.index import ShardIndex, Split, check_keys, index_shard, load_split
 from concentration.data.order import permutation
 from concentration.data.shards import write_shard
 from concentration.data.sources import DataConfig, build_source
 from concentration.data.sources.source import SPLITS, Item, Source
 from concentration.data.sources.webdataset_shards import ShardsConfig, list_shards, load_shards_taxonomy
 from concentration.data.views import Share, ViewConfig
-from concentration.errors import DataError
+from concentration.errors import ConfigError, DataError
 from concentration.progress import Progress
 from concentration.schema import Config, parse_config
 from concentration.stages.run_directory import RunDirectory, StageConfig
@@ -27,6 +29,9 @@ from concentration.targets import write_atomically
 from concentration.taxonomy import Taxonomy
 
 SHARDS = "shards"
+
+#: In `shards/`: a hash of what was to be written or indexed when the stage was begun.
+_LISTING = "listing.sha256"
 
 
 class PrepareConfig(StageConfig):
@@ -41,13 +46,19 @@ class PrepareConfig(StageConfig):
 
 
 def prepare(config: PrepareConfig) -> None:
-    """Runs the stage; what an earlier run wrote whole is kept.
+    """Runs the stage; what an earlier run wrote whole is kept, if the source still lists the same.
 
     Raises:
+        ConfigError: the shards that are given lie where this stage writes.
         DataError: the source is not what it should be, too many images cannot be decoded, two samples share a key, or a
             vertical has no training image.
     """
     directory = RunDirectory(config.workdir / SHARDS)
+    if isinstance(config.data, ShardsConfig) and config.data.path.resolve() == directory.path.resolve():
+        raise ConfigError(
+            f"data.path={config.data.path}: is what `prepare` writes to, and clears with overwrite=true; "
+            "move your shards to a folder of their own, they are used where they lie"
+        )
     with directory.begin(config, upstream={}) as is_due:
         if not is_due:
             return
@@ -82,7 +93,7 @@ def load_prepared(workdir: Path, overrides: DataOverrides) -> tuple[PreparedData
 
     Raises:
         ConfigError: `prepare` has not finished.
-        DataError: the taxonomy is not the one that the shards were prepared with.
+        DataError: the taxonomy is not the one that the shards were prepared with, or an index is gone.
     """
     directory = RunDirectory(workdir / SHARDS)
     done = directory.load_done("concentrate prepare")
@@ -91,25 +102,41 @@ def load_prepared(workdir: Path, overrides: DataOverrides) -> tuple[PreparedData
         raise DataError(
             f"{directory.path}/taxonomy.json: changed since `concentrate prepare`; restore it or prepare again"
         )
+    for split, facts in done["splits"].items():
+        num_found = len(list(directory.path.glob(f"{split}-*.index")))
+        if num_found != facts["shards"]:
+            raise DataError(
+                f"{directory.path}: {num_found} files {split}-*.index, but `concentrate prepare` wrote {facts['shards']}; "
+                f"bring them back, or delete {directory.path} and prepare again"
+            )
     data = directory.load_config()["data"]
     values = {"image_size": data["image_size"], "view": data["view"], **overrides.model_dump(exclude_none=True)}
     return parse_config(PreparedData, values), taxonomy, done["fingerprint"]
 
 
 def _write_shards(source: Source, config: PrepareConfig, path: Path, taxonomy: Taxonomy) -> None:
-    tasks, num_items, sizes = [], 0, {}
-    for split in SPLITS:
-        items = source.list_items(split)
-        num_items += len(items)
+    items_of = {split: source.list_items(split) for split in SPLITS}
+    if not items_of["train"]:
+        raise DataError("data: no training image; lower the shares of the other splits, or give more images")
+    _clear_other_listing(
+        path, taxonomy, (f"{s} {item.key} {item.labels}" for s, items in items_of.items() for item in items)
+    )
+    tasks, sizes = [], {}
+    num_items = sum(len(items) for items in items_of.values())
+    for split, items in items_of.items():
         for number, chunk in enumerate(_balance(items, config.samples_per_shard)):
             shard = path / f"{split}-{number:06d}.tar"
             tasks.append(functools.partial(_write_and_index, shard, chunk, source, taxonomy))
             sizes[shard] = len(chunk)
     with Progress("prepare", num_items, "images", path) as progress:
         _run_all(tasks, list(sizes.values()), config.num_processes, progress)
-    skipped = [line for shard in sizes for line in shard.with_suffix(".skipped").read_text().splitlines()]
+    skipped_of = {shard: shard.with_suffix(".skipped").read_text(encoding="utf-8").splitlines() for shard in sizes}
+    skipped = [line for lines in skipped_of.values() for line in lines]
     write_atomically(path / "skipped.txt", "".join(f"{line}\n" for line in skipped))
     if len(skipped) > config.max_skipped_share * num_items:
+        for shard, lines in skipped_of.items():
+            if lines:  # it is written again once the images are repaired
+                shard.with_suffix(".skipped").unlink()
         raise DataError(
             f"{len(skipped)} of {num_items} images cannot be decoded, more than max_skipped_share={config.max_skipped_share}; "
             f"they are listed in {path}/skipped.txt: repair or remove them; the first: {skipped[0]}"
@@ -124,21 +151,67 @@ def _balance(items: Sequence[Item], samples_per_shard: int) -> list[list[Item]]:
     return [shuffled[start:stop] for start, stop in itertools.pairwise(bounds)]
 
 
+def _clear_other_listing(path: Path, taxonomy: Taxonomy, listing: Iterable[str]) -> None:
+    """Removes what an earlier, unfinished run wrote from another listing: with today's, samples would be lost or double.
+
+    Images may have come or gone since, or classes: indices hold positions in the taxonomy.
+    """
+    digest = hashlib.sha256(taxonomy.fingerprint.encode())
+    for line in listing:
+        digest.update(os.fsencode(f"{line}\n"))
+    kept = path / _LISTING
+    is_other = kept.exists() and kept.read_bytes() != digest.hexdigest().encode()
+    # Temporary files are what a kill left half.
+    for pattern in (".*.tmp", "*.skipped", "*.index", "*.tar") if is_other else (".*.tmp",):
+        for stale in path.glob(pattern):
+            stale.unlink()
+    write_atomically(kept, digest.hexdigest())
+
+
 def _write_and_index(shard: Path, items: Sequence[Item], source: Source, taxonomy: Taxonomy) -> None:
-    if shard.with_suffix(".skipped").exists():  # written last: the shard is whole
+    """Writes the tar, its index, and last the list of what is missing in it, which says that the other two are whole."""
+    marker, index = shard.with_suffix(".skipped"), shard.with_suffix(".index")
+    if marker.exists() and _is_whole(index, num_expected=len(items) - len(marker.read_text().splitlines())):
         return
-    write_shard(shard, items, source)
-    if shard.exists():
-        index_shard(shard, taxonomy, shard.name).save(shard.with_suffix(".index"))
+    skipped = write_shard(shard, items, source)
+    if len(skipped) < len(items):
+        index_shard(shard, taxonomy, shard.name).save(index)
+    else:
+        index.unlink(missing_ok=True)
+    write_atomically(marker, "".join(f"{' '.join(line.splitlines())}\n" for line in skipped))
+
+
+def _is_whole(index: Path, num_expected: int) -> bool:
+    try:
+        return num_expected == 0 or ShardIndex.load(index).num_samples == num_expected
+    except DataError:
+        return False
 
 
 def _index_given_shards(config: ShardsConfig, path: Path, taxonomy: Taxonomy, num_processes: int | None) -> None:
+    shards_of = {split: list_shards(config, split) for split in SPLITS}
+    _check_owners(config, shards_of)
+    states = ((split, shard, shard.stat()) for split, shards in shards_of.items() for shard in shards)
+    _clear_other_listing(path, taxonomy, (f"{s} {p} {state.st_size} {state.st_mtime_ns}" for s, p, state in states))
     tasks = []
-    for split in SPLITS:
-        for number, shard in enumerate(list_shards(config, split)):
+    for split, shards in shards_of.items():
+        for number, shard in enumerate(shards):
             tasks.append(functools.partial(_index_given_shard, shard, path / f"{split}-{number:06d}.index", taxonomy))
     with Progress("index", len(tasks), "shards", path) as progress:
         _run_all(tasks, [1] * len(tasks), num_processes, progress)
+
+
+def _check_owners(config: ShardsConfig, shards_of: dict[str, list[Path]]) -> None:
+    """Raises: DataError where a tar belongs to two splits: a network would be tested on what it was trained on."""
+    owner: dict[Path, str] = {}
+    for split, shards in shards_of.items():
+        for shard in shards:
+            if shard in owner:
+                raise DataError(
+                    f"{shard}: matches both data.{owner[shard]}={getattr(config, owner[shard])} and "
+                    f"data.{split}={getattr(config, split)}; give patterns that no file shares"
+                )
+            owner[shard] = split
 
 
 def _index_given_shard(shard: Path, index_path: Path, taxonomy: Taxonomy) -> None:
@@ -147,10 +220,18 @@ def _index_given_shard(shard: Path, index_path: Path, taxonomy: Taxonomy) -> Non
 
 
 def _run_all(tasks: Sequence[Callable], sizes: Sequence[int], num_processes: int | None, progress: Progress) -> None:
-    """Runs tasks in processes; the first error ends all."""
-    context = multiprocessing.get_context("forkserver")
+    """Runs tasks in processes, or here where one is enough; the first error ends all."""
     num_processes = min(num_processes or os.cpu_count() or 1, len(tasks))
-    with concurrent.futures.ProcessPoolExecutor(num_processes, mp_context=context) as pool:
+    if num_processes == 1:
+        for task, size in zip(tasks, sizes, strict=True):
+            task()
+            progress.advance(size)
+        return
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])  # torch is imported once, not by every worker
+    with concurrent.futures.ProcessPoolExecutor(
+        num_processes, mp_context=context, initializer=_end_with_parent
+    ) as pool:
         size_of = {pool.submit(task): size for task, size in zip(tasks, sizes, strict=True)}
         try:
             for future in concurrent.futures.as_completed(size_of):
@@ -159,6 +240,16 @@ def _run_all(tasks: Sequence[Callable], sizes: Sequence[int], num_processes: int
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def _end_with_parent() -> None:
+    """Ends this worker when the process that started it is gone, however it went: none must write beside the next run's."""
+
+    def wait() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _summarise(path: Path, taxonomy: Taxonomy) -> dict:

@@ -1,11 +1,11 @@
 """`concentrate report`: one self-contained page with everything that was measured, and the same as JSON."""
 
+import importlib.metadata
 import json
 import math
 import platform
 from pathlib import Path
 
-import lightning
 import torch
 
 import concentration
@@ -53,13 +53,14 @@ def report(config: ReportConfig) -> None:
 
 def _load_evaluations(config: ReportConfig) -> dict[str, dict]:
     paths = {path.stem: path for path in (config.workdir / EVALUATIONS).glob("*.json")}
-    if not paths:
+    loaded = {name: json.loads(path.read_text()) for name, path in paths.items()}
+    loaded = {name: evaluation for name, evaluation in loaded.items() if evaluation["split"] == "test"}
+    if not loaded:
         raise ConfigError(
             f"{config.workdir / EVALUATIONS}: nothing evaluated yet; run `concentrate evaluate name=NAME` first"
         )
-    others = sorted(set(paths) - {FIRST, config.name, LAST})
-    order = [name for name in (FIRST, config.name, *others, LAST) if name in paths]
-    return {name: json.loads(paths[name].read_text()) for name in order}
+    others = sorted(set(loaded) - {FIRST, config.name, LAST})
+    return {name: loaded[name] for name in (FIRST, config.name, *others, LAST) if name in loaded}
 
 
 def _run_directories(workdir: Path) -> list[Path]:
@@ -90,7 +91,7 @@ def _gather_facts(workdir: Path) -> dict[str, str]:
     facts = {
         "concentration": concentration.__version__,
         "torch": torch.__version__,
-        "lightning": lightning.__version__,
+        "lightning": importlib.metadata.version("lightning"),
         "python": platform.python_version(),
         "machine": f"{platform.machine()}, {platform.processor() or platform.system()}",
     }

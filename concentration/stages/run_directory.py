@@ -14,6 +14,9 @@ from concentration.errors import ConfigError, DataError
 from concentration.schema import Config, flatten, hash_values
 from concentration.targets import write_atomically
 
+#: What every file of a run holds at least.
+_KEYS: Mapping[str, set[str]] = {"config.json": {"identity", "config"}, "DONE.json": {"config"}}
+
 
 class StageConfig(Config):
     """What every verb takes: the working directory, and leave to replace what an earlier config made."""
@@ -42,7 +45,12 @@ class RunDirectory:
             ConfigError: another process works here; or the stage was begun with another config or other upstream results,
                 and `overwrite` is false.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"{self.path}: cannot be made ({error.strerror}); give another workdir, or correct its permissions"
+            ) from None
         # The lock is rank 0's; the other ranks hear from it whether there is work.
         with contextlib.ExitStack() as stack:
             yield from_rank_zero(lambda: stack.enter_context(self._lock()) or self._enter(config, upstream))
@@ -55,6 +63,8 @@ class RunDirectory:
                 self._refuse(earlier["identity"], identity)
             self._clear()
             earlier = None
+        for left_by_a_kill in self.path.glob(".*.tmp"):
+            left_by_a_kill.unlink()
         if earlier is None:
             values = {"identity": identity, "config": config.model_dump(mode="json")}
             write_atomically(self.path / "config.json", values)
@@ -90,27 +100,40 @@ class RunDirectory:
         )
 
     def _clear(self) -> None:
+        # NOTE: DONE.json first and config.json last, so that a kill in between leaves a run that is begun, not finished,
+        # and still refused under another configuration.
+        (self.path / "DONE.json").unlink(missing_ok=True)
         for path in self.path.iterdir():
-            if path.name == ".lock":
-                continue
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            if path.name not in (".lock", "config.json"):
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        (self.path / "config.json").unlink()
 
     def _load(self, name: str) -> dict[str, Any] | None:
         path = self.path / name
         try:
-            return json.loads(path.read_text())
+            values = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
-        except json.JSONDecodeError as error:
+        except ValueError as error:  # also text that is not UTF-8
             raise DataError(f"{path}: not JSON ({error}); delete {self.path} and run the stage again") from None
+        if not isinstance(values, dict) or not _KEYS[name] <= values.keys():
+            raise DataError(
+                f"{path}: lacks {' or '.join(sorted(_KEYS[name]))}; delete {self.path} and run the stage again"
+            )
+        return values
 
     @contextlib.contextmanager
     def _lock(self) -> Iterator[None]:
         with open(self.path / ".lock", "w") as file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+                # NOTE: not flock: a killed run's reading processes would go on holding it, for the seconds until they notice.
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
                 raise ConfigError(f"{self.path}: another process works here; wait for it or end it") from None
+            except OSError as error:
+                raise ConfigError(
+                    f"{self.path}: cannot be locked ({error.strerror}); give a workdir on a file system with file locks"
+                ) from None
             yield  # released when the file is closed, also by kill -9
 
 

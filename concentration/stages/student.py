@@ -13,6 +13,7 @@ from concentration.schema import Config, hash_values
 from concentration.stages.prepare import SHARDS, load_prepared
 from concentration.stages.run_directory import RunDirectory
 from concentration.stages.targets import TARGETS, SoftTargetsConfig
+from concentration.stages.teacher import TEACHERS
 from concentration.stages.train_network import NetworkStageConfig, Task, find_base_checkpoint, train_network
 from concentration.taxonomy import Taxonomy
 
@@ -81,7 +82,7 @@ def _identify_targets(config: StudentConfig, taxonomy: Taxonomy) -> str:
     """A hash of all verticals' targets.
 
     Raises:
-        ConfigError: those of a vertical are not there.
+        ConfigError: those of a vertical are not there, or its teacher has been trained again since.
     """
     root = config.workdir / TARGETS / config.targets.name
     if not root.is_dir():
@@ -90,12 +91,26 @@ def _identify_targets(config: StudentConfig, taxonomy: Taxonomy) -> str:
             f"targets.name={config.targets.name}: no such targets (there: {', '.join(have)}); run `concentrate targets` first"
         )
     directories = {vertical: RunDirectory(root / vertical) for vertical in taxonomy.verticals}
-    hashes = {v: d.load_done(f"concentrate targets vertical={v}")["targets"] for v, d in directories.items()}
-    for directory in directories.values():
+    done = {v: d.load_done(f"concentrate targets vertical={v}") for v, d in directories.items()}
+    for vertical, directory in directories.items():
+        _check_teacher(config, vertical, done[vertical]["teacher"])
         made_with = directory.load_config()["targets"]["top_k"]
         if made_with != config.targets.top_k:
             raise ConfigError(
                 f"targets.top_k={config.targets.top_k}, but {directory.path} was made with {made_with}; "
                 "give that number, or make other targets under another targets.name"
             )
-    return hash_values(hashes)
+    return hash_values({vertical: facts["targets"] for vertical, facts in done.items()})
+
+
+def _check_teacher(config: StudentConfig, vertical: str, made_by: str) -> None:
+    """Raises: ConfigError where the teacher is there, and is not the one that made the targets."""
+    path = config.workdir / TEACHERS / vertical
+    if not (path / "DONE.json").exists():
+        return  # a teacher may be removed once its targets are made
+    now = RunDirectory(path).load_done(f"concentrate teacher vertical={vertical}")["checkpoint"]
+    if now != made_by:
+        raise ConfigError(
+            f"targets.name={config.targets.name}: made by another teacher of {vertical} ({made_by}) than {path} holds now "
+            f"({now}); run `concentrate targets vertical={vertical} overwrite=true`, or make targets of another name"
+        )

@@ -89,7 +89,7 @@ def _make_targets(config: TargetsConfig, vertical: str, split: Split, fingerprin
                 "preprocessing": {"image_size": image_size, "view": "centre"},
             }
             write_atomically(directory.path / "manifest.json", manifest)
-            directory.finish({"targets": digest.hexdigest()[:16]})
+            directory.finish({"targets": digest.hexdigest()[:16], "teacher": teacher_hash})
         else:
             progress.advance(sum(len(ordinals) for ordinals in by_shard))
 

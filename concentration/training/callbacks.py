@@ -27,7 +27,12 @@ def is_end_of_step(trainer: pl.Trainer, batch_idx: int) -> bool:
 def is_check_due(trainer: pl.Trainer) -> bool:
     """Whether this step is one of those at which all ranks may talk: the same on every rank."""
     is_cheap = trainer.world_size == 1 and trainer.strategy.root_device.type == "cpu"
-    return is_cheap or trainer.global_step % SELDOM_STEPS == 0 or trainer.global_step == trainer.fit_loop.max_steps
+    return is_cheap or trainer.global_step % SELDOM_STEPS == 0 or trainer.is_last_batch
+
+
+def is_validation_due(trainer: pl.Trainer, batch_idx: int) -> bool:
+    """Whether a validation follows this batch. What is saved before it would be resumed behind it: so save after it."""
+    return trainer.enable_validation and (batch_idx + 1) % trainer.val_check_batch == 0
 
 
 class FiniteLoss(Callback):
@@ -71,17 +76,16 @@ class SkippedImages(Callback):
         self._max_share = max_share
         self._path = path
         self._seen: set[int] = set()
+        self._pending: list[int] = []
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: StudentModule, outputs, batch: Batch, batch_idx: int
     ) -> None:
+        self._pending += batch.ordinal_B[batch.skipped_B].tolist()
         if not is_check_due(trainer):
-            # NOTE: kept until the next check; a skipped sample comes back in the next epoch, too.
-            self._pending = [*getattr(self, "_pending", []), *batch.ordinal_B[batch.skipped_B].tolist()]
             return
-        pending = [*getattr(self, "_pending", []), *batch.ordinal_B[batch.skipped_B].tolist()]
-        self._pending = []
-        new = {ordinal for of_rank in gather_objects(pending) for ordinal in of_rank} - self._seen
+        new = {ordinal for of_rank in gather_objects(self._pending) for ordinal in of_rank} - self._seen
+        self._pending.clear()
         if not new:
             return
         self._seen |= new
@@ -104,8 +108,13 @@ class ClockCheckpoint(Checkpoint):
         self._saved_at = time.monotonic()
 
     def on_train_batch_end(self, trainer: pl.Trainer, module, outputs, batch, batch_idx: int) -> None:
-        if not is_end_of_step(trainer, batch_idx) or not is_check_due(trainer):
-            return
+        if is_end_of_step(trainer, batch_idx) and is_check_due(trainer) and not is_validation_due(trainer, batch_idx):
+            self._save_if_due(trainer)
+
+    def on_validation_end(self, trainer: pl.Trainer, module) -> None:
+        self._save_if_due(trainer)
+
+    def _save_if_due(self, trainer: pl.Trainer) -> None:
         is_due = time.monotonic() - self._saved_at >= self._every_seconds
         if broadcast_flag(is_due, trainer.strategy.root_device):
             self._directory.save(trainer)
@@ -130,8 +139,13 @@ class Preemption(Callback):
             signal.signal(number, earlier)
 
     def on_train_batch_end(self, trainer: pl.Trainer, module, outputs, batch, batch_idx: int) -> None:
-        if not is_end_of_step(trainer, batch_idx) or not is_check_due(trainer):
-            return
+        if is_end_of_step(trainer, batch_idx) and is_check_due(trainer) and not is_validation_due(trainer, batch_idx):
+            self._stop_if_asked(trainer)
+
+    def on_validation_end(self, trainer: pl.Trainer, module) -> None:
+        self._stop_if_asked(trainer)
+
+    def _stop_if_asked(self, trainer: pl.Trainer) -> None:
         received = torch.tensor(self._received, device=trainer.strategy.root_device)
         if sum_over_ranks(received):
             self._directory.save(trainer)

@@ -28,7 +28,9 @@ class CheckpointDirectory:
         self._keep = keep
 
     def save(self, trainer: pl.Trainer) -> None:
-        """Called on every rank, at the end of a step."""
+        """Called on every rank, at the end of a step; weights that are not finite are not worth keeping."""
+        if not all(parameter.isfinite().all() for parameter in trainer.lightning_module.parameters()):
+            return
         trainer.save_checkpoint(self._path / f"step-{trainer.global_step:09d}.ckpt")
         if trainer.is_global_zero:
             for old in self._list()[: -self._keep]:
@@ -39,7 +41,7 @@ class CheckpointDirectory:
         for path in reversed(self._list()):
             try:
                 return path, int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"])
-            except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
+            except (RuntimeError, OSError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
                 print(f"{path}: damaged ({error}); going on from the one before it")
         return None, 0
 

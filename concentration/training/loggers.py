@@ -10,6 +10,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from concentration.schema import Config
+from concentration.targets import write_atomically
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -33,9 +34,10 @@ class JsonlLogger(Logger):
         super().__init__()
         self._path = path
         self._started = time.time()
-        if path.exists():
+        if path.exists() and rank_zero_only.rank == 0:
             kept = [line for line in path.read_text().splitlines() if _step_of(line) <= first_step]
-            path.write_text("".join(f"{line}\n" for line in kept))
+            write_atomically(path, "".join(f"{line}\n" for line in kept))
+            self._started -= json.loads(kept[-1])["seconds"] if kept else 0.0  # time goes on where it stopped
 
     @property
     def name(self) -> str:

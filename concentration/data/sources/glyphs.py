@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 from pydantic import Field
 
@@ -319,9 +320,8 @@ def _draw_augmentation(random_bytes: bytes, strength: float) -> _Augmentation:
 @functools.cache
 def _build_tone(threshold: int, gain: int, ink: int, paper: int) -> list[int]:
     """The grey value of each of 256 amounts of ink: a ramp around `threshold`, the steeper the sharper the edge."""
-    shares = (min(1.0, max(0.0, 0.5 + gain * (value - threshold) / 255)) for value in range(256))
-    floor = min(1.0, max(0.0, 0.5 - gain * threshold / 255))
-    return [round(paper + (ink - paper) * (share - floor) / (1 - floor)) for share in shares]
+    shares = (0.5 + gain * (np.arange(256) - threshold) / 255).clip(0, 1)
+    return np.round(paper + (ink - paper) * (shares - shares[0]) / (1 - shares[0])).astype(int).tolist()
 
 
 @functools.cache

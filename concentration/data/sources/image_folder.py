@@ -2,16 +2,16 @@
 
 import functools
 import hashlib
-import io
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar, Literal
 
 import pydantic
-from PIL import Image
 
 from concentration.data.index import IMAGE_EXTENSIONS
 from concentration.data.sources.source import SPLITS, Item, Split
-from concentration.data.views import UNDECODABLE, Share, ViewConfig
+from concentration.data.views import UNDECODABLE, Share, ViewConfig, open_image
 from concentration.errors import DataError
 from concentration.schema import Config
 from concentration.taxonomy import Taxonomy, TaxonomyClass
@@ -21,7 +21,7 @@ class ImageFolderConfig(Config):
     """Where the images lie and how they are split.
 
     path: holds CLASS/IMAGE, or VERTICAL/CLASS/IMAGE; deeper folders are subclasses of the ones above them. Or it holds
-        `train`, and perhaps `val` and `test`, with such folders inside.
+        `train`, and perhaps `val` and `test`, with such folders inside. Links are followed.
     taxonomy: a taxonomy.json whose class ids are the folders' paths (CLASS or VERTICAL/CLASS); None takes the tree itself.
     val_share, test_share: the shares of images that a hash of their path sends to splits that have no folder.
     image_size: of the networks' input; shards keep images as they are.
@@ -42,16 +42,24 @@ class ImageFolderSource:
     """Implements `Source` over a tree of folders.
 
     Raises:
-        DataError: there is no image, or images lie beside folders of classes.
+        DataError: there is no image, images lie beside folders of classes, a folder cannot be read, or a name is hidden or
+            not UTF-8.
     """
 
     def __init__(self, config: ImageFolderConfig):
         self._config = config
 
     def build_taxonomy(self) -> Taxonomy:
-        if self._config.taxonomy is not None:
-            return Taxonomy.load(self._config.taxonomy)
         ids = sorted({item.labels[0] for split in SPLITS for item in self.list_items(split)})
+        if self._config.taxonomy is not None:
+            taxonomy = Taxonomy.load(self._config.taxonomy)
+            for class_id in ids:
+                if class_id not in taxonomy.position:
+                    raise DataError(
+                        f"{self._config.path}/{class_id}: no class '{class_id}' in {self._config.taxonomy}; "
+                        "rename the folder or add the class"
+                    )
+            return taxonomy
         if all("/" not in class_id for class_id in ids):
             classes = [TaxonomyClass(class_id, class_id, (), "all") for class_id in ids]
         else:
@@ -66,8 +74,7 @@ class ImageFolderSource:
         path = Path(item.locator)
         try:
             content = path.read_bytes()
-            with Image.open(io.BytesIO(content)) as image:
-                image.load()
+            open_image(content).load()
         except UNDECODABLE as error:
             raise DataError(f"{path}: cannot be decoded ({error})") from None
         return path.suffix[1:].lower(), content
@@ -80,11 +87,10 @@ class ImageFolderSource:
         given = [split for split in SPLITS if (root / split).is_dir()] if (root / "train").is_dir() else []
         found = []
         for top in given or [""]:
-            for path in sorted((root / top).rglob("*")):
-                if path.suffix[1:].lower() in IMAGE_EXTENSIONS and path.is_file():
-                    relative = path.relative_to(root / top)
-                    split = self._choose_split(relative, given, top)
-                    found.append((split, Item(_key(path.relative_to(root)), (relative.parent.as_posix(),), str(path))))
+            for path in sorted(_list_images(root / top)):
+                relative = path.relative_to(root / top)
+                split = self._choose_split(relative, given, top)
+                found.append((split, Item(_key(path.relative_to(root)), (relative.parent.as_posix(),), str(path))))
         if not found:
             raise DataError(f"{root}: no images; expected CLASS/IMAGE.jpg or VERTICAL/CLASS/IMAGE.jpg (.png, .webp)")
         for _, item in found:
@@ -115,6 +121,33 @@ class ImageFolderSource:
                 parents = (parent,) if depth > 2 else ()
                 classes.setdefault(inner, TaxonomyClass(inner, parts[depth - 1], parents, parts[0]))
         return list(classes.values())
+
+
+def _list_images(top: Path) -> Iterator[Path]:
+    """All images below a folder, also behind links; hidden files, which macOS and editors leave, are none."""
+
+    def refuse(error: OSError) -> None:
+        raise DataError(f"{error.filename}: cannot be read ({error.strerror}); correct its permissions")
+
+    for folder, inner, files in os.walk(top, onerror=refuse, followlinks=True):
+        # A link to a folder above would be followed for ever.
+        real = os.path.realpath(folder)
+        inner[:] = [name for name in inner if not f"{real}/".startswith(f"{os.path.realpath(f'{folder}/{name}')}/")]
+        for name in files:
+            path = Path(folder, name)
+            if path.suffix[1:].lower() in IMAGE_EXTENSIONS and not name.startswith("."):
+                _check_names(path, top)
+                yield path
+
+
+def _check_names(path: Path, top: Path) -> None:
+    relative = path.relative_to(top)
+    if any(part.startswith(".") for part in relative.parts):
+        raise DataError(f"{path}: lies in a hidden folder; rename the folder, or remove it if it is no class")
+    try:
+        relative.as_posix().encode()
+    except UnicodeEncodeError:
+        raise DataError(f"{top}: the name {relative.as_posix()!r} is not UTF-8; rename it") from None
 
 
 def _key(relative: Path) -> str:

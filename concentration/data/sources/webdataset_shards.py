@@ -7,7 +7,7 @@ import pydantic
 
 from concentration.data.sources.source import Split
 from concentration.data.views import ViewConfig
-from concentration.errors import DataError
+from concentration.errors import ConfigError, DataError
 from concentration.schema import Config
 from concentration.taxonomy import Taxonomy
 
@@ -40,12 +40,23 @@ def list_shards(config: ShardsConfig, split: Split) -> list[Path]:
     """The tars of a split, sorted.
 
     Raises:
-        DataError: there are none for training.
+        ConfigError: the pattern is none.
+        DataError: there are none for training, or one is no file.
     """
     pattern = getattr(config, split)
-    found = sorted(config.path.glob(pattern))
+    try:
+        found = sorted(config.path.glob(pattern))
+    except (ValueError, NotImplementedError):
+        raise ConfigError(
+            f"data.{split}={pattern}: expected a pattern of names in data.path, like 'train-*.tar'"
+        ) from None
     if not found and split == "train":
         raise DataError(
             f"{config.path}: no file matches data.train={pattern}; give the folder and pattern of your shards"
         )
+    for path in found:
+        if not path.is_file():
+            raise DataError(
+                f"{path}: no file, but a folder or a link to nowhere; remove it or narrow data.{split}={pattern}"
+            )
     return found

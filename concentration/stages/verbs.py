@@ -1,0 +1,34 @@
+"""The verbs of single stages by name: what the command line offers and a pipeline's jobs run."""
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Verb:
+    """A word of the command line: what it does, and where its function and config class are."""
+
+    summary: str
+    module: str
+    function: str
+    config: str
+
+    def load(self):
+        """The function and the config class; imports what they need, which takes seconds for torch."""
+        module = importlib.import_module(self.module)
+        return getattr(module, self.function), getattr(module, self.config)
+
+
+def _stage(name: str, summary: str) -> Verb:
+    return Verb(summary, f"concentration.stages.{name}", name, f"{name.capitalize()}Config")
+
+
+STAGE_VERBS: Mapping[str, Verb] = {
+    "prepare": _stage("prepare", "images and a taxonomy become shards and their index"),
+    "teacher": _stage("teacher", "train the specialist of one vertical"),
+    "targets": _stage("targets", "store what the teachers say of every training image"),
+    "student": _stage("student", "train one network over all verticals (targets=labels: the generalist)"),
+    "evaluate": _stage("evaluate", "measure a student, a teacher, or all teachers (name=specialists)"),
+    "report": _stage("report", "a page with everything that was measured"),
+}

@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# One student on all GPUs of this machine, or of several: run the same line on each of them.
+#
+#   launch/torchrun/student.sh workdir=runs/eft name=student top=fc_sc
+#   NODES=2 HEAD=node-1:29500 GPUS=8 launch/torchrun/student.sh workdir=/shared/eft trainer.num_nodes=2
+#
+# Stopped in the middle, it continues from its last checkpoint when started again, with any number of GPUs.
+set -euo pipefail
+GPUS=${GPUS:-$(nvidia-smi --list-gpus | wc -l)}
+exec torchrun \
+    --nnodes="${NODES:-1}" \
+    --nproc-per-node="$GPUS" \
+    --rdzv-backend=c10d \
+    --rdzv-endpoint="${HEAD:-localhost:29500}" \
+    -m concentration.cli student trainer=gpu trainer.devices="$GPUS" "$@"

@@ -1,0 +1,229 @@
+"""Runs of the real command line in processes of their own, and a data set that is written in a tenth of a second.
+
+The processes are forked from a server that has imported torch already, so one starts in milliseconds and can be killed.
+"""
+
+import importlib
+import io
+import itertools
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import tarfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import safetensors.numpy
+from PIL import Image
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+IMAGE_SIZE = 16
+#: A network that one thread trains at some 100 steps a second, without batch statistics.
+TINY_NETWORK = ("base.channels=[4,8]", "base.norm=group", "top.top1=12", "top.top2=8", "top.norm=layer")
+#: 13 steps an epoch over the 200 images of `write_shards`.
+TINY_TRAINER = ("trainer.batch_size=16", "trainer.max_epochs=2", "trainer.log_every_steps=5")
+TINY = (*TINY_NETWORK, *TINY_TRAINER)
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["concentration.pipeline.graph", "concentration.cli", "hydra._internal.hydra"])
+
+
+@dataclass(frozen=True)
+class Plant:
+    """Kills the process by SIGKILL at the n-th call of a function: `module:Class.method` or `module:function`."""
+
+    where: str
+    call: int = 1
+    when: str = "before"
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A process that has ended; a negative code is the signal that killed it."""
+
+    code: int
+    out: str
+    err: str
+
+
+class Running:
+    """A process that runs `concentrate ARGUMENTS`."""
+
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        directory: Path,
+        environment: Mapping[str, str | None] | None = None,
+        plant: Plant | None = None,
+    ):
+        number = next(_NUMBERS)
+        self._arguments = arguments
+        self._out, self._err = (directory / f".{number}.{name}" for name in ("out", "err"))
+        self.process = _CONTEXT.Process(
+            target=_enter,
+            args=(list(arguments), str(self._out), str(self._err), str(directory), dict(environment or {}), plant),
+        )
+        self.process.start()
+
+    def send(self, number: int) -> None:
+        os.kill(self.process.pid, number)
+
+    def wait(self, timeout_seconds: float = 120) -> Finished:
+        self.process.join(timeout_seconds)
+        if self.process.exitcode is None:
+            self.process.kill()
+            self.process.join()
+            raise AssertionError(f"{self._arguments} ran longer than {timeout_seconds} s:\n{self._err.read_text()}")
+        return Finished(self.process.exitcode, self._out.read_text(), self._err.read_text())
+
+    def wait_for(self, condition, timeout_seconds: float = 60) -> None:
+        """Waits until `condition()` holds or the process has ended."""
+        deadline = time.monotonic() + timeout_seconds
+        while not condition() and self.process.is_alive():
+            assert time.monotonic() < deadline, f"{self._arguments}: nothing happened in {timeout_seconds} s"
+            time.sleep(0.005)
+
+
+_NUMBERS = itertools.count()
+
+
+def concentrate(*arguments: str | Path, directory: Path, code: int = 0, plant: Plant | None = None, **environment):
+    """Runs `concentrate ARGUMENTS` in `directory` and expects the exit code."""
+    finished = Running([str(a) for a in arguments], directory, environment, plant).wait()
+    assert finished.code == code, f"exit code {finished.code} of {arguments}:\n{finished.out}\n{finished.err}"
+    return finished
+
+
+def one_line(finished: Finished) -> str:
+    """The one line that a user's mistake is answered with."""
+    assert "Traceback" not in finished.err, finished.err
+    lines = [line for line in finished.err.splitlines() if line.strip()]
+    assert len(lines) == 1, finished.err
+    assert lines[0].startswith("concentrate: "), finished.err
+    return lines[0].removeprefix("concentrate: ")
+
+
+def load_weights(run_path: Path) -> dict[str, np.ndarray]:
+    return safetensors.numpy.load_file(run_path / "model.safetensors")
+
+
+def load_lines(run_path: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_path / "metrics.jsonl").read_text().splitlines()]
+
+
+def load_json(path: Path) -> dict:
+    return json.loads(path.read_text())
+
+
+def taxonomy_of_fruit_and_tools() -> dict:
+    """Two verticals, interleaved in the file: fruit with two levels and a class with two parents, tools flat."""
+    classes = [
+        ("fruit", [], "fruit"),
+        ("hammer", [], "tools"),
+        ("citrus", ["fruit"], "fruit"),
+        ("berry", ["fruit"], "fruit"),
+        ("saw", [], "tools"),
+        ("lemon", ["citrus"], "fruit"),
+        ("yuzu", ["citrus", "berry"], "fruit"),
+        ("cherry", ["berry"], "fruit"),
+        ("drill", [], "tools"),
+        ("file", ["citrus"], "tools"),  # a parent in another vertical: no part of smearing
+    ]
+    return {"classes": [{"id": i, "name": i.title(), "parents": p, "vertical": v} for i, p, v in classes]}
+
+
+LEAVES = ("lemon", "yuzu", "cherry", "hammer", "saw", "drill", "file")
+
+
+def draw_image(label: str, number: int, extension: str = "png") -> bytes:
+    """A pattern of the class's own under noise that `number` fixes."""
+    pattern = np.random.default_rng(sum(label.encode())).integers(0, 256, (4, 4, 3))
+    noise = np.random.default_rng([sum(label.encode()), number]).normal(0, 60, (IMAGE_SIZE, IMAGE_SIZE, 3))
+    pixels = (pattern.repeat(4, 0).repeat(4, 1) + noise).clip(0, 255).astype(np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, extension)
+    return buffer.getvalue()
+
+
+def write_tar(path: Path, samples: Sequence[tuple[str, Sequence[str], bytes]]) -> None:
+    """A WebDataset shard of (key, labels, encoded image)."""
+    with tarfile.open(path, "w") as tar:
+        for key, labels, image in samples:
+            for extension, content in (("png", image), ("json", json.dumps({"labels": list(labels)}).encode())):
+                member = tarfile.TarInfo(f"{key}.{extension}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+
+
+def write_shards(folder: Path, num_train: int = 200, damaged: Sequence[int] = (), both: bool = True) -> Path:
+    """Shards of fruit and tools: train in 4, val and test in 1 each; `damaged` training images cannot be decoded.
+
+    Every tenth image is labelled with an inner class; every seventh, where `both`, with a class of the other vertical, too.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "taxonomy.json").write_text(json.dumps(taxonomy_of_fruit_and_tools()))
+    start = 0
+    for split, count, num_shards in (("train", num_train, 4), ("val", 40, 1), ("test", 60, 1)):
+        samples = []
+        for number in range(count):
+            label = LEAVES[number % len(LEAVES)]
+            labels = ["berry" if number % 10 == 9 else label]
+            if both and number % 7 == 6:
+                labels = [label, "cherry" if label in ("hammer", "saw", "drill", "file") else "saw"]
+            is_damaged = split == "train" and number in damaged
+            samples.append((f"{split}{number}", labels, b"no image" if is_damaged else draw_image(label, start + number)))
+        start += count
+        for shard in range(num_shards):
+            write_tar(folder / f"{split}-{shard:06d}.tar", samples[shard::num_shards])
+    return folder
+
+
+def prepare_shards(directory: Path, **options) -> Path:
+    """A working directory in `directory` whose shards are prepared."""
+    shards = write_shards(directory / "given", **options)
+    workdir = directory / "work"
+    concentrate("prepare", "data=shards", f"data.path={shards}", f"data.image_size={IMAGE_SIZE}", f"workdir={workdir}",
+                "num_processes=1", directory=directory)  # fmt: skip
+    return workdir
+
+
+def _enter(
+    arguments: list[str], out: str, err: str, directory: str, environment: dict[str, str | None], plant: Plant | None
+) -> None:
+    for path, number in ((out, 1), (err, 2)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), number)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+    os.chdir(directory)
+    for name, value in environment.items():
+        os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+    if plant is not None:
+        _dig_in(plant)
+    from concentration.cli import main
+
+    main(arguments)
+
+
+def _dig_in(plant: Plant) -> None:
+    module, _, dotted = plant.where.partition(":")
+    *outer, name = dotted.split(".")
+    owner = importlib.import_module(module)
+    for part in outer:
+        owner = getattr(owner, part)
+    original, calls = getattr(owner, name), itertools.count(1)
+
+    def call(*args, **kwargs):
+        is_due = next(calls) == plant.call
+        if is_due and plant.when == "before":
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = original(*args, **kwargs)
+        if is_due:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    setattr(owner, name, call)

@@ -1,0 +1,85 @@
+"""Ranks and sums over them: the same functions in one process, and in two that run gloo."""
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from concentration import distributed
+from concentration.errors import ConfigError
+
+CPU = torch.device("cpu")
+
+
+def test_one_process_is_rank_zero_of_one_and_sums_to_itself():
+    assert (distributed.rank(), distributed.world_size()) == (0, 1)
+    value = torch.tensor([1.0, 2.0])
+    assert distributed.sum_over_ranks(value).tolist() == [1.0, 2.0]
+    assert distributed.broadcast_flag(True, CPU) is True
+    assert distributed.broadcast_flag(False, CPU) is False
+    assert distributed.gather_objects({"a": 1}) == [{"a": 1}]
+    assert distributed.from_rank_zero(lambda: "computed") == "computed"
+    with pytest.raises(ConfigError, match="no"):
+        distributed.from_rank_zero(_refuse)
+
+
+def test_starting_without_torchrun_does_nothing(monkeypatch):
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    distributed.start("gloo")
+    assert not dist.is_initialized()
+
+
+@given(st.integers(0, 1000), st.integers(1, 40))
+@settings(max_examples=100, deadline=None, database=None)
+def test_the_shares_of_the_ranks_cover_everything_once_in_order_and_evenly(count, world_size):
+    shares = [distributed.slice_of_rank(count, rank, world_size) for rank in range(world_size)]
+    assert [place for share in shares for place in range(count)[share]] == list(range(count))
+    sizes = [share.stop - share.start for share in shares]
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_two_processes_agree(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    torch.multiprocessing.spawn(_check_rank, args=(port, tmp_path), nprocs=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["computed-by-0", "passed-0", "passed-1"]
+
+
+def _check_rank(rank: int, port: int, directory: Path) -> None:
+    """What each of two processes sees; an assertion that fails here fails `spawn`."""
+    torch.set_num_threads(1)
+    os.environ |= {"TORCHELASTIC_RUN_ID": "test", "RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    distributed.start("gloo")
+    distributed.start("gloo")  # a second time is no error
+    assert (distributed.rank(), distributed.world_size()) == (rank, 2)
+
+    own = torch.tensor([1.0, 10.0]) * (rank + 1)
+    assert distributed.sum_over_ranks(own).tolist() == [3.0, 30.0]
+    assert own.tolist() == [rank + 1.0, 10.0 * (rank + 1)], "the value itself was changed"
+
+    assert distributed.broadcast_flag(rank == 0, CPU) is True  # rank 0's True, rank 1's False
+    assert distributed.broadcast_flag(rank == 1, CPU) is False
+    assert distributed.gather_objects({"rank": rank}) == [{"rank": 0}, {"rank": 1}]
+
+    def compute() -> list[int]:
+        (directory / f"computed-by-{rank}").touch()
+        return [7, rank]
+
+    assert distributed.from_rank_zero(compute) == [7, 0]
+    with pytest.raises(ConfigError, match="no"):  # on both ranks, though only rank 0 calls it
+        distributed.from_rank_zero(_refuse)
+    assert distributed.sum_over_ranks(torch.ones(1)).item() == 2.0, "the ranks are out of step after the error"
+    dist.destroy_process_group()
+    (directory / f"passed-{rank}").touch()
+
+
+def _refuse() -> None:
+    raise ConfigError("no")

@@ -1,0 +1,279 @@
+"""The taxonomy: which output is whose, smearing and routing against slow references, and what a wrong file is told."""
+
+import json
+import random
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from concentration.errors import DataError
+from concentration.taxonomy import Taxonomy, TaxonomyClass
+
+
+def make_class(class_id: str, vertical: str, *parents: str) -> TaxonomyClass:
+    return TaxonomyClass(class_id, class_id.title(), parents, vertical)
+
+
+# Verticals are interleaved, children stand before parents, "robin" has two parents, "penguin" one in another vertical.
+ANIMALS_AND_CARS = (
+    make_class("robin", "birds", "songbird", "garden bird"),
+    make_class("car", "cars"),
+    make_class("songbird", "birds", "bird"),
+    make_class("taxi", "cars", "car"),
+    make_class("garden bird", "birds", "bird"),
+    make_class("bird", "birds"),
+    make_class("penguin", "birds", "swimmer", "bird"),
+    make_class("swimmer", "sports"),
+    make_class("diver", "sports", "swimmer"),
+)
+
+
+@st.composite
+def taxonomies(draw: st.DrawFn) -> Taxonomy:
+    """Random DAGs over two or three verticals: parents may be several, lie elsewhere, and follow their children."""
+    verticals = draw(st.permutations([*"aabbcc", *draw(st.lists(st.sampled_from("abc"), max_size=8))]))
+    size = len(verticals)
+    parents = [draw(st.sets(st.integers(0, child - 1), max_size=3)) if child else set() for child in range(size)]
+    classes = [
+        make_class(f"c{child}", verticals[child], *(f"c{parent}" for parent in sorted(parents[child])))
+        for child in range(size)
+    ]
+    return Taxonomy(draw(st.permutations(classes)))
+
+
+def find_ancestors_slowly(taxonomy: Taxonomy, class_id: str) -> set[str]:
+    by_id = {c.id: c for c in taxonomy.classes}
+    found = set()
+    for parent in by_id[class_id].parents:
+        if by_id[parent].vertical == by_id[class_id].vertical:
+            found |= {parent} | find_ancestors_slowly(taxonomy, parent)
+    return found
+
+
+def ids_of(taxonomy: Taxonomy, outputs: tuple[int, ...]) -> list[str]:
+    return [taxonomy.class_of_output(output).id for output in outputs]
+
+
+def test_outputs_are_ordered_by_the_first_appearance_of_their_vertical_and_then_as_in_the_file():
+    taxonomy = Taxonomy(ANIMALS_AND_CARS)
+    assert taxonomy.verticals == ("birds", "cars", "sports")
+    assert ids_of(taxonomy, range(9)) == [
+        *("robin", "songbird", "garden bird", "bird", "penguin"),
+        *("car", "taxi"),
+        *("swimmer", "diver"),
+    ]
+    assert taxonomy.vertical_sizes == (5, 2, 2)
+    assert taxonomy.vertical_starts == (0, 5, 7, 9)
+    assert taxonomy.vertical_slice("cars") == slice(5, 7)
+    assert taxonomy.vertical_of_output.tolist() == [0, 0, 0, 0, 0, 1, 1, 2, 2]
+    assert (taxonomy.num_classes, taxonomy.num_verticals) == (9, 3)
+
+
+@given(taxonomies())
+@settings(max_examples=40, deadline=None, database=None)
+def test_positions_and_outputs_are_two_orders_of_the_same_classes(taxonomy):
+    for output in range(taxonomy.num_classes):
+        c = taxonomy.class_of_output(output)
+        assert taxonomy.output(c.id) == output
+        assert taxonomy.classes[taxonomy.position_of_output[output]] is c
+        assert taxonomy.verticals[taxonomy.vertical_of_output[output]] == c.vertical
+        assert taxonomy.vertical_slice(c.vertical).start <= output < taxonomy.vertical_slice(c.vertical).stop
+    np.testing.assert_array_equal(
+        taxonomy.output_of_position[taxonomy.position_of_output], np.arange(taxonomy.num_classes)
+    )
+    for name in taxonomy.verticals:
+        positions = taxonomy.position_of_output[taxonomy.vertical_slice(name)]
+        assert (np.diff(positions) > 0).all()
+
+
+@given(taxonomies(), st.lists(st.sampled_from("abcdd"), max_size=6))
+@settings(max_examples=40, deadline=None, database=None)
+def test_appended_classes_move_no_class_inside_its_vertical(taxonomy, verticals):
+    appended = [make_class(f"new{number}", vertical) for number, vertical in enumerate([*verticals, "d", "d"])]
+    longer = Taxonomy([*taxonomy.classes, *appended])
+    assert longer.verticals == (*taxonomy.verticals, "d")
+    for c in taxonomy.classes:
+        before = taxonomy.output(c.id) - taxonomy.vertical_slice(c.vertical).start
+        assert longer.output(c.id) - longer.vertical_slice(c.vertical).start == before
+
+
+def test_smearing_follows_several_parents_and_stays_inside_the_vertical():
+    taxonomy = Taxonomy(ANIMALS_AND_CARS)
+    assert ids_of(taxonomy, taxonomy.smear([taxonomy.output("robin")])) == ["robin", "songbird", "garden bird", "bird"]
+    assert ids_of(taxonomy, taxonomy.smear([taxonomy.output("penguin")])) == ["bird", "penguin"]
+    several = [taxonomy.output(class_id) for class_id in ("diver", "taxi", "taxi")]
+    assert ids_of(taxonomy, taxonomy.smear(several)) == ["car", "taxi", "swimmer", "diver"]
+    assert taxonomy.smear([]) == ()
+
+
+def test_an_ancestor_that_is_reached_through_another_vertical_only_is_left_out():
+    taxonomy = Taxonomy(
+        [make_class("a1", "a"), make_class("b1", "b", "a1"), make_class("a2", "a", "b1"), make_class("b2", "b")]
+    )
+    assert taxonomy.ancestors[taxonomy.output("a2")] == ()
+
+
+@given(taxonomies(), st.data())
+@settings(max_examples=60, deadline=None, database=None)
+def test_smearing_is_that_of_a_recursive_walk(taxonomy, data):
+    outputs = data.draw(st.lists(st.integers(0, taxonomy.num_classes - 1), max_size=4))
+    expected = set(ids_of(taxonomy, outputs)).union(
+        *(find_ancestors_slowly(taxonomy, class_id) for class_id in ids_of(taxonomy, outputs))
+    )
+    smeared = taxonomy.smear(outputs)
+    assert set(ids_of(taxonomy, smeared)) == expected
+    assert list(smeared) == sorted(set(smeared))
+    assert taxonomy.smear(smeared) == smeared
+
+
+def test_a_chain_deeper_than_pythons_stack_is_smeared_whole():
+    classes = [make_class("0", "v")] + [make_class(str(n), "v", str(n - 1)) for n in range(1, 3000)]
+    assert len(Taxonomy(classes).smear([2999])) == 3000
+
+
+def test_a_sample_is_routed_to_the_vertical_of_each_of_its_labels_once_and_in_order():
+    taxonomy = Taxonomy(ANIMALS_AND_CARS)
+    labels = [taxonomy.output(class_id) for class_id in ("diver", "robin", "bird", "swimmer")]
+    assert taxonomy.route(labels) == ("birds", "sports")
+    assert taxonomy.route(labels[:1]) == ("sports",)
+    assert taxonomy.route([]) == ()
+
+
+def test_a_leaf_is_a_class_that_is_nobodys_parent():
+    taxonomy = Taxonomy(ANIMALS_AND_CARS)
+    assert ids_of(taxonomy, np.flatnonzero(taxonomy.is_leaf)) == ["robin", "penguin", "taxi", "diver"]
+
+
+def test_the_lineage_runs_from_the_furthest_ancestor_along_first_parents_inside_the_vertical():
+    taxonomy = Taxonomy(ANIMALS_AND_CARS)
+    assert taxonomy.lineage(taxonomy.output("robin")) == ("Bird", "Songbird", "Robin")
+    assert taxonomy.lineage(taxonomy.output("penguin")) == ("Bird", "Penguin")
+    assert taxonomy.lineage(taxonomy.output("car")) == ("Car",)
+
+
+@given(taxonomies())
+@settings(max_examples=40, deadline=None, database=None)
+def test_a_restricted_taxonomy_is_its_slice_of_the_whole(taxonomy):
+    for name in taxonomy.verticals:
+        inside = taxonomy.vertical_slice(name)
+        alone = taxonomy.restrict(name)
+        assert alone.verticals == (name,)
+        assert ids_of(alone, range(alone.num_classes)) == ids_of(taxonomy, range(inside.start, inside.stop))
+        shifted = tuple(tuple(a - inside.start for a in ancestors) for ancestors in taxonomy.ancestors[inside])
+        assert alone.ancestors == shifted
+        assert [alone.lineage(output) for output in range(alone.num_classes)] == [
+            taxonomy.lineage(output) for output in range(inside.start, inside.stop)
+        ]
+
+
+def test_an_unknown_vertical_or_class_is_an_error_that_says_where_and_what_is_valid():
+    taxonomy = Taxonomy(ANIMALS_AND_CARS, "animals.json")
+    for look_up in (taxonomy.vertical_slice, taxonomy.vertical_number, taxonomy.restrict):
+        with pytest.raises(DataError, match=r"animals.json: no vertical 'fish'; valid: birds, cars, sports"):
+            look_up("fish")
+    with pytest.raises(DataError, match=r"animals.json: no class 'trout'"):
+        taxonomy.output("trout")
+    with pytest.raises(DataError, match=r"animals.json \[cars\]: no class 'robin'"):
+        taxonomy.restrict("cars").output("robin")
+
+
+def test_the_fingerprint_is_of_what_outputs_mean():
+    def fingerprint(classes):
+        return Taxonomy(classes).fingerprint
+
+    classes = list(ANIMALS_AND_CARS)
+    robin = classes[0]
+    renamed = TaxonomyClass(robin.id, "Redbreast", robin.parents, robin.vertical)
+    assert fingerprint([renamed, *classes[1:]]) == fingerprint(classes)
+    turned = TaxonomyClass(robin.id, robin.name, robin.parents[::-1], robin.vertical)
+    assert fingerprint([turned, *classes[1:]]) == fingerprint(classes)
+
+    fewer_parents = TaxonomyClass(robin.id, robin.name, robin.parents[:1], robin.vertical)
+    other_id = TaxonomyClass("redbreast", robin.name, robin.parents, robin.vertical)
+    other_vertical = TaxonomyClass(robin.id, robin.name, robin.parents, "cars")
+    changed = [[other, *classes[1:]] for other in (fewer_parents, other_id, other_vertical)] + [classes[::-1]]
+    assert len({fingerprint(classes), *map(fingerprint, changed)}) == 5
+
+
+def test_json_round_trips(tmp_path):
+    taxonomy = Taxonomy([make_class("größe", "maße"), make_class("länge", "maße", "größe")])
+    path = tmp_path / "taxonomy.json"
+    path.write_text(json.dumps(taxonomy.to_json(), ensure_ascii=False), encoding="utf-8")
+    loaded = Taxonomy.load(path)
+    assert loaded.classes == taxonomy.classes
+    assert loaded.fingerprint == taxonomy.fingerprint
+
+
+def test_a_class_without_name_or_parents_is_a_root_named_by_its_id():
+    taxonomy = Taxonomy.from_json({"classes": [{"id": "x", "vertical": "v"}, {"id": "y", "vertical": "v"}]})
+    assert taxonomy.classes[0] == TaxonomyClass("x", "x", (), "v")
+
+
+ROBIN = {"id": "robin", "name": "Robin", "parents": [], "vertical": "birds"}
+WREN = {"id": "wren", "name": "Wren", "parents": [], "vertical": "birds"}
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        ([{**ROBIN, "parents": ["wren"]}, {**WREN, "parents": ["robin"]}], "cycle: robin -> wren -> robin"),
+        ([{**ROBIN, "parents": ["robin"]}, WREN], "cycle: robin -> robin"),
+        (
+            [
+                {**ROBIN, "id": "chick", "parents": ["robin"]},
+                {**ROBIN, "parents": ["wren"]},
+                {**WREN, "parents": ["robin"]},
+            ],
+            "cycle: robin -> wren -> robin",  # "chick" hangs below the cycle and is no part of it
+        ),
+        ([{**ROBIN, "parents": ["brid"]}, WREN], "class 'robin' has the parent 'brid', which is no class"),
+        ([ROBIN, WREN, {**WREN, "name": "Other"}], r"classes\[1\] and classes\[2\] share the id 'wren'"),
+        ([ROBIN, WREN, {**WREN, "id": "car", "vertical": "cars"}], "vertical 'cars' has 1 class, expected at least 2"),
+        ([ROBIN, {"id": "", "vertical": "birds"}], r"classes\[1\]: 'id' is '', expected a text"),
+        ([ROBIN, {"id": "wren"}], r"classes\[1\]: 'vertical' is None"),
+        ([ROBIN, {**WREN, "name": 7}], r"classes\[1\]: 'name' is 7"),
+        ([ROBIN, {**WREN, "parents": "robin"}], r"classes\[1\] \('wren'\): 'parents' is 'robin', expected a list"),
+        ([ROBIN, {**WREN, "parents": [0]}], r"classes\[1\] \('wren'\): 'parents' is \[0\], expected a list"),
+        ([ROBIN, "wren"], r"classes\[1\]: expected an object .*'wren'"),
+        ([], "'classes' is empty"),
+        ({}, r'expected \{"classes": \[...\]\}, found dict'),
+    ],
+)
+def test_a_wrong_file_is_an_error_that_names_it_and_the_entry(tmp_path: Path, classes: object, message: str) -> None:
+    path = tmp_path / "wrong.json"
+    path.write_text(json.dumps({"classes": classes}))
+    with pytest.raises(DataError, match=rf"wrong\.json: .*{message}") as caught:
+        Taxonomy.load(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"classes": [\n{"id": "robin"', r"not JSON \(.*line 2"),
+        (b"\xff\xfe", "not JSON"),
+        (b"[]", r'expected \{"classes": \[...\]\}, found list'),
+    ],
+)
+def test_a_file_that_is_no_taxonomy_is_an_error_that_names_it(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "wrong.json"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=rf"wrong\.json: {message}"):
+        Taxonomy.load(path)
+    with pytest.raises(DataError, match=r"absent\.json: no such file; `concentrate prepare` writes it"):
+        Taxonomy.load(tmp_path / "absent.json")
+
+
+def test_a_hundred_thousand_classes_are_indexed_and_smeared_in_a_few_seconds():
+    rng = random.Random(0)
+    classes = [
+        make_class(str(n), str(n % 20), *([str(rng.randrange(n % 20, n, 20))] if n >= 20 else []))
+        for n in range(100_000)
+    ]
+    taxonomy = Taxonomy(classes)
+    assert Counter(taxonomy.vertical_sizes) == {5000: 20}
+    assert max(map(len, taxonomy.ancestors)) < 60
