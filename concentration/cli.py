@@ -3,10 +3,11 @@
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from concentration.config import VERBS, check_config, describe_composition_error, find_config_directory
-from concentration.errors import ConcentrationError, ConfigError
+from concentration.errors import ConcentrationError, ConfigError, Preempted
 from concentration.schema import suggest
 
 #: Nothing of Hydra's own is written: a run's directory is its workdir, and its config is kept there by the stage.
@@ -66,10 +67,13 @@ def _run_hydra(verb: str, rest: list[str]) -> int:
     version.setbase("1.3")
     parser = get_args_parser()
     parser.prog = f"concentrate {verb}"
-    options = parser.parse_args(rest)
+    options = parser.parse_intermixed_args(rest)  # options may stand between overrides
     search_path: ConfigSearchPathImpl = create_config_search_path(str(find_config_directory()))
     if options.config_dir:
-        search_path.prepend(provider="command line", path=f"file://{options.config_dir}")
+        directory = Path(options.config_dir).resolve()
+        if not directory.is_dir():
+            raise ConfigError(f"--config-dir={options.config_dir}: no such directory")
+        search_path.prepend(provider="command line", path=f"file://{directory}")
     GlobalHydra.instance().clear()
     hydra = Hydra.create_main_hydra2(task_name="concentrate", config_search_path=search_path)
     overrides = [*HYDRA_OVERRIDES, *options.overrides]
@@ -96,9 +100,14 @@ class _Job:
 
     def __init__(self, verb: str):
         self._verb = verb
+        self._stopped = False
 
     def __call__(self, composed: Any) -> int:
-        return run_verb(self._verb, composed)
+        if self._stopped:  # the jobs that come after it in this process are not begun
+            return Preempted.exit_code
+        exit_code = run_verb(self._verb, composed)
+        self._stopped = exit_code == Preempted.exit_code
+        return exit_code
 
 
 def _worst(exit_codes: Sequence[int]) -> int:
@@ -125,6 +134,14 @@ Usage: concentrate VERB [KEY=VALUE ...]
 Start with:  concentrate run"""
 
 
+def _optional_groups(verb: str) -> set[str]:
+    """The groups of which a verb's defaults list takes nothing unless it is asked: `- experiment: null`."""
+    from omegaconf import OmegaConf
+
+    defaults = OmegaConf.load(find_config_directory() / f"{verb}.yaml").defaults
+    return {group for entry in defaults if not isinstance(entry, str) for group, option in entry.items() if option is None}
+
+
 def _verb_help(verb: str, composed: Any) -> str:
     from omegaconf import OmegaConf, open_dict
 
@@ -135,7 +152,7 @@ def _verb_help(verb: str, composed: Any) -> str:
     lines = [
         f"  {group}={'|'.join(choices)}"
         for group, choices in menus.items()
-        if group == "experiment" or group in composed
+        if group in composed or group in _optional_groups(verb)
     ]
     values = OmegaConf.to_yaml(composed)
     choices = "\n".join(lines)

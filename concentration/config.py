@@ -45,6 +45,8 @@ def describe_composition_error(error: Exception, verb: str) -> str:
     text = " ".join(str(error).split())
     if match := re.search(r"Missing mandatory value:.*full_key: (\S+)", text):
         return f"'{match[1]}' is missing: give {match[1]}=VALUE"
+    if match := re.search(r"No match in the defaults list\. To append to your default list use \+(\S+)", text):
+        return f"{match[1]}: `concentrate {verb}` has no such choice to make (`concentrate {verb} --help` shows all)"
     if match := re.search(r"Could not (?:override|append).*?'([\w@./]+)(?:=.*?)?'\.", text):
         key = match[1]
         return f"unknown key '{key}'{suggest(key, _known_keys(verb))} (`concentrate {verb} --help` shows all)"

@@ -27,8 +27,8 @@ ANIMALS_AND_CARS = (
     make_class("garden bird", "birds", "bird"),
     make_class("bird", "birds"),
     make_class("penguin", "birds", "swimmer", "bird"),
-    make_class("swimmer", "sports"),
-    make_class("diver", "sports", "swimmer"),
+    make_class("swimmer", "athletics"),
+    make_class("diver", "athletics", "swimmer"),
 )
 
 
@@ -60,7 +60,7 @@ def ids_of(taxonomy: Taxonomy, outputs: tuple[int, ...]) -> list[str]:
 
 def test_outputs_are_ordered_by_the_first_appearance_of_their_vertical_and_then_as_in_the_file():
     taxonomy = Taxonomy(ANIMALS_AND_CARS)
-    assert taxonomy.verticals == ("birds", "cars", "sports")
+    assert taxonomy.verticals == ("birds", "cars", "athletics")
     assert ids_of(taxonomy, range(9)) == [
         *("robin", "songbird", "garden bird", "bird", "penguin"),
         *("car", "taxi"),
@@ -110,6 +110,12 @@ def test_smearing_follows_several_parents_and_stays_inside_the_vertical():
     assert taxonomy.smear([]) == ()
 
 
+def test_a_parent_that_is_listed_twice_is_one_parent():
+    taxonomy = Taxonomy([make_class("robin", "birds", "bird", "bird"), make_class("bird", "birds")])
+    assert taxonomy.smear([0]) == (0, 1)
+    assert taxonomy.lineage(0) == ("Bird", "Robin")
+
+
 def test_an_ancestor_that_is_reached_through_another_vertical_only_is_left_out():
     taxonomy = Taxonomy(
         [make_class("a1", "a"), make_class("b1", "b", "a1"), make_class("a2", "a", "b1"), make_class("b2", "b")]
@@ -138,8 +144,8 @@ def test_a_chain_deeper_than_pythons_stack_is_smeared_whole():
 def test_a_sample_is_routed_to_the_vertical_of_each_of_its_labels_once_and_in_order():
     taxonomy = Taxonomy(ANIMALS_AND_CARS)
     labels = [taxonomy.output(class_id) for class_id in ("diver", "robin", "bird", "swimmer")]
-    assert taxonomy.route(labels) == ("birds", "sports")
-    assert taxonomy.route(labels[:1]) == ("sports",)
+    assert taxonomy.route(labels) == ("birds", "athletics")
+    assert taxonomy.route(labels[:1]) == ("athletics",)
     assert taxonomy.route([]) == ()
 
 
@@ -173,7 +179,7 @@ def test_a_restricted_taxonomy_is_its_slice_of_the_whole(taxonomy):
 def test_an_unknown_vertical_or_class_is_an_error_that_says_where_and_what_is_valid():
     taxonomy = Taxonomy(ANIMALS_AND_CARS, "animals.json")
     for look_up in (taxonomy.vertical_slice, taxonomy.vertical_number, taxonomy.restrict):
-        with pytest.raises(DataError, match=r"animals.json: no vertical 'fish'; valid: birds, cars, sports"):
+        with pytest.raises(DataError, match=r"animals.json: no vertical 'fish'; valid: birds, cars, athletics"):
             look_up("fish")
     with pytest.raises(DataError, match=r"animals.json: no class 'trout'"):
         taxonomy.output("trout")

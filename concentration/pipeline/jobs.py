@@ -39,6 +39,11 @@ class Job:
     summary: str
     processes: int = 1
 
+    def finished_at(self) -> int | None:
+        """When the job's result was finished, in nanoseconds; None where there is none."""
+        done = self.directory / "DONE.json"
+        return done.stat().st_mtime_ns if done.exists() else None
+
     def freeze(self) -> Path:
         """Writes what `run_frozen` needs."""
         path = self.directory / JOB_FILE

@@ -39,8 +39,8 @@ class LocalLauncher:
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(PRELOAD)
 
-    def run(self, jobs: Sequence[Job]) -> None:
-        """Returns when all have finished.
+    def run(self, jobs: Sequence[Job]) -> int:
+        """Returns when all have finished, with the number of those whose results were not there before.
 
         Raises:
             JobFailed: one or more failed; the others were run as far as they could be.
@@ -50,6 +50,7 @@ class LocalLauncher:
         running: list[_Running] = []
         finished: set[str] = set()
         failed: dict[str, int] = {}
+        num_new = 0
         with _catch_signals(running) as stop, _Display(len(jobs)) as display:
             while running or (waiting and not stop.is_set):
                 for job in [job for job in waiting if finished.issuperset(job.after)]:
@@ -61,7 +62,8 @@ class LocalLauncher:
                     display.update(process.job)
                     if (code := process.poll()) is not None:
                         running.remove(process)
-                        display.end(process.job, code, time.monotonic() - process.started)
+                        num_new += process.has_new_result()
+                        display.end(process, code)
                         if code == 0:
                             finished.add(process.job.name)
                         else:
@@ -73,9 +75,10 @@ class LocalLauncher:
             raise Preempted("stopped by a signal; what is done is kept: run the same command again")
         if failed:
             raise _describe_failures(jobs, failed, waiting)
+        return num_new
 
     def _start(self, job: Job) -> "_Running":
-        frozen = job.freeze()
+        frozen, earlier = job.freeze(), job.finished_at()
         if job.processes == 1:
             process = self._context.Process(target=run_forked, args=(frozen,), name=job.name)
             process.start()
@@ -91,7 +94,7 @@ class LocalLauncher:
                 process = subprocess.Popen(
                     [*command, "-m", "concentration.pipeline.jobs", str(frozen)], stdout=log, stderr=subprocess.STDOUT
                 )
-        return _Running(job, process, time.monotonic())
+        return _Running(job, process, time.monotonic(), earlier)
 
 
 @dataclass
@@ -99,6 +102,10 @@ class _Running:
     job: Job
     process: "multiprocessing.Process | subprocess.Popen"
     started: float
+    earlier: int | None
+
+    def has_new_result(self) -> bool:
+        return self.job.finished_at() != self.earlier
 
     def poll(self) -> int | None:
         """The exit code, negative for a signal, or None while it runs."""
@@ -166,10 +173,12 @@ class _Display:
             }
             self._bars.update(self._tasks[job.name], **values)
 
-    def end(self, job: Job, code: int, seconds: float) -> None:
-        self._bars.remove_task(self._tasks[job.name])
+    def end(self, process: _Running, code: int) -> None:
+        self._bars.remove_task(self._tasks[process.job.name])
         outcome = {0: "done", Preempted.exit_code: "stopped"}.get(code, f"FAILED (exit code {code})")
-        self._console.print(f"      {job.name}: {outcome} in {seconds:.0f} s")
+        if code == 0 and process.earlier is not None and not process.has_new_result():
+            outcome = "was done already, looked through"
+        self._console.print(f"      {process.job.name}: {outcome} in {time.monotonic() - process.started:.0f} s")
 
 
 def _describe_failures(jobs: Sequence[Job], failed: dict[str, int], waiting: Sequence[Job]) -> JobFailed:

@@ -23,9 +23,11 @@ def run(config: RunConfig) -> None:
         Preempted: a signal asked to stop.
     """
     launcher = LocalLauncher(config.num_processes or os.cpu_count() or 1)
-    launcher.run([build_prepare_job(config)])
+    num_new = launcher.run([build_prepare_job(config)])
     _, taxonomy, _ = load_prepared(config.workdir, DataOverrides())
-    launcher.run(build_jobs(config, taxonomy))
+    num_new += launcher.run(build_jobs(config, taxonomy))
+    if not num_new:
+        print("everything was done already: nothing is to do but to draw the report anew")
     _print_result(config)
 
 

@@ -73,15 +73,16 @@ def evaluate(config: EvaluateConfig) -> None:
         train = load_split(config.workdir / SHARDS, "train", taxonomy)
         outputs = slice(subject.first_output, subject.first_output + subject.taxonomy.num_classes)
         evaluator = Evaluator(subject.taxonomy, train.count_smeared()[outputs])
-        scores_NC = _score_samples(config, subject, evaluator, directory.path)
+        ordinals, scores_NC = _score_samples(config, subject, evaluator, directory.path)
         content = evaluator.compute().to_json()
         counts = {"num_train": train.count_smeared()[outputs], "num_test": split.count_smeared()[outputs]}
         content["classes"] = _describe_classes(subject.taxonomy, content.pop("ap_of_class"), counts)
         content |= _describe_cost(subject)
+        content["num_samples_skipped"] = len(subject.ordinals) - len(ordinals)
         content["split"] = config.split
         content["gallery"] = build_gallery(subject, config.gallery)
         if config.save_scores:
-            _save_scores(config, subject, scores_NC)
+            _save_scores(config, subject, ordinals, scores_NC)
         write_atomically(config.output.with_name(f"{config.output.name}.json"), content)
         directory.finish({"mpvap": content["mpvap"]})
 
@@ -122,21 +123,29 @@ def _load_subject(config: EvaluateConfig, taxonomy: Taxonomy, split: Split, chec
     return Subject(networks, checkpoint, taxonomy, first_output, split, ordinals)
 
 
-def _score_samples(config: EvaluateConfig, subject: Subject, evaluator: Evaluator, path: Path) -> np.ndarray | None:
-    """Feeds the evaluator; returns all scores (N, C) float32 where they are to be saved."""
+def _score_samples(
+    config: EvaluateConfig, subject: Subject, evaluator: Evaluator, path: Path
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Feeds the evaluator.
+
+    Returns:
+        (N,) the ordinals of the samples whose image could be decoded, and where they are to be saved all scores (N, C)
+        float32.
+    """
     order = SequentialOrder(subject.ordinals)
     batch_size = min(config.batch_size, len(order))
     batches = StepBatches(subject.build_reader(), order, batch_size, accumulate=1, rank=0, world_size=1)
-    kept = []
+    seen, kept = [], []
     with Progress(f"evaluate {config.name}", len(order), "images", path) as progress:
         for batch in build_loader(batches, range(batches.steps_per_epoch), config.num_workers):
             is_real_B = batch.weight_B > 0
             scores_BC = subject.score(batch.images)[is_real_B]
             evaluator.update(scores_BC, [subject.labels(int(ordinal)) for ordinal in batch.ordinal_B[is_real_B]])
+            seen.append(batch.ordinal_B[is_real_B].numpy())
             if config.save_scores:
                 kept.append(scores_BC.numpy())
             progress.advance(batch.global_count)
-    return np.concatenate(kept) if kept else None
+    return np.concatenate(seen), np.concatenate(kept) if kept else None
 
 
 def _describe_classes(taxonomy: Taxonomy, ap_C: list, counts: Mapping[str, np.ndarray]) -> list[dict]:
@@ -159,11 +168,11 @@ def _describe_cost(subject: Subject) -> dict:
     }
 
 
-def _save_scores(config: EvaluateConfig, subject: Subject, scores_NC: np.ndarray) -> None:
+def _save_scores(config: EvaluateConfig, subject: Subject, ordinals: np.ndarray, scores_NC: np.ndarray) -> None:
     """For anyone's own metrics: scores, and which classes each sample is labelled with; columns by output index."""
     taxonomy = subject.taxonomy
-    label_NC = np.zeros((len(subject.ordinals), taxonomy.num_classes), dtype=np.uint8)
-    for row, ordinal in enumerate(subject.ordinals):
+    label_NC = np.zeros((len(ordinals), taxonomy.num_classes), dtype=np.uint8)
+    for row, ordinal in enumerate(ordinals):
         label_NC[row, subject.labels(int(ordinal))] = 1
     ids = {"class_ids": "\n".join(taxonomy.class_of_output(output).id for output in range(taxonomy.num_classes))}
     content = safetensors.numpy.save({"scores": scores_NC, "labels": label_NC}, ids)

@@ -14,7 +14,7 @@ from concentration.stages.prepare import SHARDS, load_prepared
 from concentration.stages.run_directory import RunDirectory
 from concentration.stages.targets import TARGETS, SoftTargetsConfig
 from concentration.stages.teacher import TEACHERS
-from concentration.stages.train_network import NetworkStageConfig, Task, find_base_checkpoint, train_network
+from concentration.stages.train_network import NetworkStageConfig, Task, identify_base_checkpoint, train_network
 from concentration.taxonomy import Taxonomy
 
 STUDENTS = "students"
@@ -44,6 +44,12 @@ class StudentConfig(NetworkStageConfig):
             )
         return self
 
+    @pydantic.model_validator(mode="after")
+    def _check_name(self):
+        if self.name == "specialists":
+            raise ValueError("name=specialists means the teachers as an ensemble; give the student another name")
+        return self
+
 
 def student(config: StudentConfig) -> None:
     """Runs the stage.
@@ -54,7 +60,7 @@ def student(config: StudentConfig) -> None:
     distributed.start("nccl" if config.trainer.accelerator == "gpu" else "gloo")
     prepared, taxonomy, fingerprint = load_prepared(config.workdir, config.data)
     directory = RunDirectory(config.workdir / STUDENTS / config.name)
-    upstream = {"data": fingerprint, **find_base_checkpoint(config)}
+    upstream = {"data": fingerprint, **identify_base_checkpoint(config)}
     if config.targets.kind == "soft":
         upstream["targets"] = _identify_targets(config, taxonomy)
     with directory.begin(config, upstream) as is_due:
@@ -93,7 +99,7 @@ def _identify_targets(config: StudentConfig, taxonomy: Taxonomy) -> str:
     directories = {vertical: RunDirectory(root / vertical) for vertical in taxonomy.verticals}
     done = {v: d.load_done(f"concentrate targets vertical={v}") for v, d in directories.items()}
     for vertical, directory in directories.items():
-        _check_teacher(config, vertical, done[vertical]["teacher"])
+        _check_teacher(config, vertical, done[vertical].get("teacher"))
         made_with = directory.load_config()["targets"]["top_k"]
         if made_with != config.targets.top_k:
             raise ConfigError(
@@ -103,13 +109,13 @@ def _identify_targets(config: StudentConfig, taxonomy: Taxonomy) -> str:
     return hash_values({vertical: facts["targets"] for vertical, facts in done.items()})
 
 
-def _check_teacher(config: StudentConfig, vertical: str, made_by: str) -> None:
+def _check_teacher(config: StudentConfig, vertical: str, made_by: str | None) -> None:
     """Raises: ConfigError where the teacher is there, and is not the one that made the targets."""
     path = config.workdir / TEACHERS / vertical
     if not (path / "DONE.json").exists():
         return  # a teacher may be removed once its targets are made
     now = RunDirectory(path).load_done(f"concentrate teacher vertical={vertical}")["checkpoint"]
-    if now != made_by:
+    if made_by not in (now, None):
         raise ConfigError(
             f"targets.name={config.targets.name}: made by another teacher of {vertical} ({made_by}) than {path} holds now "
             f"({now}); run `concentrate targets vertical={vertical} overwrite=true`, or make targets of another name"

@@ -7,7 +7,7 @@ from concentration.data.index import load_split
 from concentration.data.sample_targets import LabelTargets
 from concentration.stages.prepare import SHARDS, load_prepared
 from concentration.stages.run_directory import RunDirectory
-from concentration.stages.train_network import NetworkStageConfig, Task, find_base_checkpoint, train_network
+from concentration.stages.train_network import NetworkStageConfig, Task, identify_base_checkpoint, train_network
 
 TEACHERS = "teachers"
 
@@ -29,7 +29,7 @@ def teacher(config: TeacherConfig) -> None:
     prepared, taxonomy, fingerprint = load_prepared(config.workdir, config.data)
     outputs = taxonomy.vertical_slice(config.vertical)
     directory = RunDirectory(config.workdir / TEACHERS / config.vertical)
-    upstream = {"data": fingerprint, **find_base_checkpoint(config)}
+    upstream = {"data": fingerprint, **identify_base_checkpoint(config)}
     with directory.begin(config, upstream) as is_due:
         if not is_due:
             return

@@ -68,19 +68,29 @@ class Task:
     vertical: str | None = None
 
 
-def find_base_checkpoint(config: NetworkStageConfig) -> dict[str, str]:
-    """The network file that `base.checkpoint` names, and its hash; empty where there is none.
+def identify_base_checkpoint(config: NetworkStageConfig) -> dict[str, str]:
+    """What a run with a `base.checkpoint` has upstream: the file's hash, wherever it lies; empty where none is given.
+
+    Raises: as `find_base_checkpoint`.
+    """
+    path = find_base_checkpoint(config)
+    return {} if path is None else {"base": hash_file(path)}
+
+
+def find_base_checkpoint(config: NetworkStageConfig) -> Path | None:
+    """The network file that `base.checkpoint` names; None where it is not given.
 
     Raises:
         ConfigError: no such run, or it has not finished.
     """
     name = config.base.checkpoint
     if name is None:
-        return {}
-    candidates = [config.workdir / kind / name / NETWORK_FILE for kind in ("students", "teachers")] + [Path(name)]
+        return None
+    candidates = [config.workdir / kind / name / NETWORK_FILE for kind in ("students", "teachers")]
+    candidates += [Path(name) / NETWORK_FILE, Path(name)]
     for path in candidates:
         if path.is_file():
-            return {"path": str(path), "hash": hash_file(path)}
+            return path
     tried = ", ".join(str(path) for path in candidates)
     raise ConfigError(
         f"base.checkpoint={name}: no finished run or file of that name (tried {tried}); train it first or correct the name"
@@ -95,7 +105,7 @@ def train_network(config: NetworkStageConfig, directory: RunDirectory, task: Tas
     torch.manual_seed(config.seed)
     student = build_network(config, task.taxonomy, prepared.image_size)
     if checkpoint := find_base_checkpoint(config):
-        student.load_base(Path(checkpoint["path"]))
+        student.load_base(checkpoint)
     if config.trainer.prior:
         student.set_prior(torch.from_numpy(task.counts_C / len(task.ordinals)))
     if config.trainer.class_weight == "inverse_sqrt":

@@ -75,7 +75,8 @@ class SkippedImages(Callback):
         self._num_samples = num_samples
         self._max_share = max_share
         self._path = path
-        self._seen: set[int] = set()
+        # The keys that are listed, also by a run that was killed and is continued.
+        self._seen = {line.partition(": ")[0] for line in path.read_text().splitlines()} if path.exists() else set()
         self._pending: list[int] = []
 
     def on_train_batch_end(
@@ -84,14 +85,15 @@ class SkippedImages(Callback):
         self._pending += batch.ordinal_B[batch.skipped_B].tolist()
         if not is_check_due(trainer):
             return
-        new = {ordinal for of_rank in gather_objects(self._pending) for ordinal in of_rank} - self._seen
+        ordinals = {ordinal for of_rank in gather_objects(self._pending) for ordinal in of_rank}
+        new = {self._split.key(ordinal) for ordinal in ordinals} - self._seen
         self._pending.clear()
         if not new:
             return
         self._seen |= new
         if trainer.is_global_zero:
             with open(self._path, "a") as file:
-                file.writelines(f"{self._split.key(ordinal)}: cannot be decoded\n" for ordinal in sorted(new))
+                file.writelines(f"{key}: cannot be decoded\n" for key in sorted(new))
         if len(self._seen) > self._allowed:
             raise DataError(
                 f"{len(self._seen)} of {self._num_samples} images cannot be decoded, more than "
@@ -214,6 +216,8 @@ class Curves(Callback):
         if not is_end_of_step(trainer, batch_idx) or trainer.global_step % self._every_steps:
             return
         loss, count = sum_over_ranks(torch.stack([self._loss_sum, self._loss_count]))
+        device = trainer.strategy.root_device
+        vertical_loss_M = sum_over_ranks(module.student.vertical_loss_M) / trainer.world_size
         seconds = time.monotonic() - self._started
         values = {
             "train/loss": loss / count,
@@ -222,8 +226,8 @@ class Curves(Callback):
             "train/samples_per_second": self._samples / seconds,
             "train/data_wait_share": self._waited_seconds / seconds,
         }
-        values |= self._by_vertical("loss", module.student.vertical_loss_M)
-        values |= self._by_vertical("routed", self._routed)
+        values |= self._by_vertical("loss", vertical_loss_M)
+        values |= self._by_vertical("routed", sum_over_ranks(self._routed.to(device)))
         if module.student.config.pace.kind != "none":
             values |= self._by_vertical("gamma", module.student.pace.gamma_by_vertical())
         for logger in trainer.loggers:
@@ -233,7 +237,7 @@ class Curves(Callback):
         self._started = time.monotonic()
 
     def _count_routed(self, batch: Batch) -> None:
-        """Adds this rank's samples to the verticals of their targets; the counts run on over the whole run."""
+        """Adds this rank's samples to the verticals of their targets; the counts run on until the run ends or is stopped."""
         verticals_BK = self._vertical_of_output[batch.targets.index_BK.cpu()]
         verticals_BK = torch.where(batch.targets.probability_BK.cpu() > 0, verticals_BK, len(self._verticals))
         member_BM = torch.zeros(len(verticals_BK), len(self._verticals) + 1)

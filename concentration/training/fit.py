@@ -19,7 +19,7 @@ from concentration.data.loader import SampleReader, StepBatches, StepLoader, bui
 from concentration.data.order import Order, SequentialOrder
 from concentration.data.views import Share
 from concentration.distributed import rank, world_size
-from concentration.errors import ConfigError
+from concentration.errors import ConfigError, DivergedError
 from concentration.networks.student import Student
 from concentration.progress import Progress
 from concentration.schema import Config
@@ -33,7 +33,7 @@ from concentration.training.callbacks import (
     SkippedImages,
 )
 from concentration.training.checkpoints import AtomicCheckpointIO, CheckpointDirectory
-from concentration.training.loggers import LoggerConfig, build_loggers
+from concentration.training.loggers import LoggerConfig, open_loggers
 from concentration.training.module import StudentModule
 from concentration.training.optimizers import ScheduleConfig
 
@@ -128,8 +128,10 @@ def fit(
     module = StudentModule(student, optimizer, data.taxonomy, total_steps, seed, config.accumulate)
     if config.compile:
         student.compile()
-    loggers = build_loggers(logger, run_path, first_step, {"trainer": config.model_dump(mode="json")})
-    with Progress(title, total_steps, "steps", run_path, quiet=rank() != 0) as progress:
+    with (
+        open_loggers(logger, run_path, first_step, {"trainer": config.model_dump(mode="json")}) as loggers,
+        Progress(title, total_steps, "steps", run_path, quiet=rank() != 0) as progress,
+    ):
         callbacks = [
             FiniteLoss(data.split),
             SkippedImages(data.split, len(data.order), run_path / "skipped.txt", config.max_skipped_share),
@@ -148,6 +150,10 @@ def fit(
         loader = StepLoader(batches, total_steps * config.accumulate, config.num_workers, config.accelerator == "gpu")
         val_loaders = _build_val_loaders(data, batch_size)
         trainer.fit(module, loader, val_loaders, ckpt_path=latest, weights_only=True)
+        if not all(tensor.isfinite().all() for tensor in student.state_dict().values()):
+            raise DivergedError(
+                f"step {total_steps}: the last step made weights that are not finite; lower optimizer.lr or set trainer.clip_norm"
+            )
     return total_steps
 
 

@@ -1,8 +1,10 @@
 """Where curves go: always `metrics.jsonl` in the run directory, and wandb or TensorBoard beside it."""
 
+import contextlib
 import json
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -66,14 +68,27 @@ def load_metrics(run_path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines() if _step_of(line) < float("inf")]
 
 
-def build_loggers(config: LoggerConfig, run_path: Path, first_step: int, values: dict) -> list[Logger]:
-    """The loggers of a run; what cannot be reached never ends or delays it."""
+@contextlib.contextmanager
+def open_loggers(config: LoggerConfig, run_path: Path, first_step: int, values: dict) -> Iterator[list[Logger]]:
+    """The loggers of a run, for as long as it lasts; what cannot be reached never ends or delays it."""
+    loggers = _build_loggers(config, run_path, first_step, values)
+    try:
+        yield loggers
+    finally:
+        if config.kind == "wandb" and rank_zero_only.rank == 0:
+            # NOTE: a job's process ends without Python's exit hooks, and a multirun's next job would write into this run.
+            import wandb
+
+            wandb.finish()
+
+
+def _build_loggers(config: LoggerConfig, run_path: Path, first_step: int, values: dict) -> list[Logger]:
     loggers: list[Logger] = [JsonlLogger(run_path / METRICS_FILE, first_step)]
     if config.kind == "tensorboard":
         from lightning.pytorch.loggers import TensorBoardLogger
 
         loggers.append(TensorBoardLogger(save_dir=run_path, name="tensorboard", version=""))
-    if config.kind == "wandb":
+    if config.kind == "wandb" and rank_zero_only.rank == 0:
         loggers.append(_build_wandb_logger(config, run_path, values))
     return loggers
 
@@ -102,6 +117,7 @@ def _build_wandb_logger(config: LoggerConfig, run_path: Path, values: dict) -> L
         run = wandb.init(mode=mode, settings=settings, **options)
     except (wandb.errors.Error, TimeoutError, OSError) as error:
         print(f"wandb: {error}; continuing offline: `wandb sync {run_path}/wandb/offline-*` sends the run later")
+        wandb.teardown()  # else the run that was not begun holds its id
         run = wandb.init(mode="offline", settings=settings, **options)
     return WandbLogger(experiment=run)
 

@@ -1,0 +1,262 @@
+"""Batches: the same global batches for any ranks, micro-batches and workers, exact resume, and images that are damaged."""
+
+import gc
+import itertools
+import multiprocessing
+import os
+import pickle
+import signal
+
+import numpy as np
+import pytest
+import torch
+
+from concentration.data.index import ShardIndex
+from concentration.data.loader import Batch, SampleReader, StepBatches, StepLoader, build_loader
+from concentration.data.order import SequentialOrder, WindowOrder
+from concentration.data.sample_targets import LabelTargets
+from concentration.data.views import ViewConfig, centre_views, decode_view, draw_views
+from concentration.errors import DataError
+
+LABELS = [
+    [["gull"], ["taxi", "osprey"], ["bird"], ["soup"], ["tram"]],
+    [["egg", "gull"], ["soup"], ["ramen"], ["car"], ["gull"], ["taxi"], ["raptor"]],
+    [["tram"], ["osprey"], ["ramen", "tram"], ["seabird"]],
+]
+NUM_SAMPLES = 16
+SIZE = 12
+VIEW = ViewConfig(crop_area=0.5, crop_aspect=1.5, flip=0.5, brightness=0.3)
+SEED = 4
+
+
+@pytest.fixture(scope="module")
+def split(make_split, tmp_path_factory):
+    return make_split(tmp_path_factory.mktemp("split"), LABELS)
+
+
+@pytest.fixture
+def order(split):
+    return WindowOrder(split.by_shard(np.arange(NUM_SAMPLES)), seed=SEED, window_shards=2)
+
+
+def build_reader(split, views=VIEW) -> SampleReader:
+    return SampleReader(split, LabelTargets(split, smear=True), SIZE, views, SEED)
+
+
+def join_global_batch(batches_of_rank: list[StepBatches], step: int, accumulate: int) -> Batch:
+    """What all ranks see in all micro-batches of a step, in order of the places."""
+    parts = [batches[step * accumulate + micro] for batches in batches_of_rank for micro in range(accumulate)]
+    assert len({part.global_count for part in parts}) == 1
+    targets = torch.cat([part.targets.dense(11) for part in parts])
+    joined = [
+        torch.cat([getattr(part, name) for part in parts]) for name in ("images", "weight_B", "skipped_B", "ordinal_B")
+    ]
+    images, weight_B, skipped_B, ordinal_B = joined
+    return Batch(images, targets, weight_B, skipped_B, ordinal_B, parts[0].global_count)
+
+
+def assert_same(left: Batch, right: Batch) -> None:
+    assert left.ordinal_B.tolist() == right.ordinal_B.tolist()
+    assert left.weight_B.tolist() == right.weight_B.tolist()
+    assert left.skipped_B.tolist() == right.skipped_B.tolist()
+    assert left.global_count == right.global_count
+    assert torch.equal(left.images, right.images)
+    if isinstance(left.targets, torch.Tensor):
+        assert torch.equal(left.targets, right.targets)
+    else:
+        assert torch.equal(left.targets.index_BK, right.targets.index_BK)
+        assert torch.equal(left.targets.probability_BK, right.targets.probability_BK)
+
+
+def test_a_reader_gives_the_view_of_the_images_own_bytes(split):
+    ordinals = np.array([15, 0, 7, 7])
+    for views, drawn in ((None, centre_views(4)), (VIEW, draw_views(VIEW, SEED, 3, ordinals))):
+        reader = build_reader(split, views)
+        images, targets, skipped = reader.read(ordinals, epoch=3)
+        assert images.shape == (4, 3, SIZE, SIZE)
+        assert images.dtype == torch.uint8
+        assert not skipped.any()
+        for row, ordinal in enumerate(ordinals.tolist()):
+            shard = split.shards[split.shard_of(ordinal)]
+            within = ordinal - split.shard_start[split.shard_of(ordinal)]
+            start, size = int(shard.image_offset[within]), int(shard.image_size[within])
+            content = shard.path.read_bytes()[start : start + size]
+            assert reader.read_encoded(ordinal) == content
+            np.testing.assert_array_equal(images[row].numpy(), decode_view(content, drawn, row, SIZE))
+            own = {output for output, value in enumerate(targets.dense(11)[row].tolist()) if value}
+            assert own == set(split.taxonomy.smear(split.labels(ordinal)))
+
+
+@pytest.mark.parametrize("batch_size", [5, 7, 12, 16, 40])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("accumulate", [1, 2, 3])
+def test_all_ranks_and_micro_batches_together_are_the_slices_of_the_order(
+    batch_size, world_size, accumulate, split, order
+):
+    """Also where the ranks do not divide the batch, nor the batch the epoch."""
+    if batch_size < world_size * accumulate:
+        with pytest.raises(DataError, match=f"batch_size={batch_size} .*{world_size} processes.*{accumulate} micro"):
+            StepBatches(build_reader(split), order, batch_size, accumulate, 0, world_size)
+        return
+    reader = build_reader(split)
+    batches = [StepBatches(reader, order, batch_size, accumulate, rank, world_size) for rank in range(world_size)]
+    (one,) = (StepBatches(build_reader(split), order, batch_size, 1, 0, 1),)
+    steps_per_epoch = -(-NUM_SAMPLES // batch_size)
+    assert {b.steps_per_epoch for b in batches} == {steps_per_epoch}
+    for epoch in (0, 1):
+        seen = []
+        whole = order.take(epoch, np.arange(NUM_SAMPLES)).tolist()
+        for step_of_epoch in range(steps_per_epoch):
+            step = epoch * steps_per_epoch + step_of_epoch
+            batch = join_global_batch(batches, step, accumulate)
+            assert_same(batch, join_global_batch([one], step, 1))
+            real = whole[step_of_epoch * batch_size : (step_of_epoch + 1) * batch_size]
+            num_padded = batch_size - len(real)
+            assert batch.ordinal_B[: len(real)].tolist() == real
+            assert len(batch.ordinal_B) == batch_size
+            assert batch.weight_B.tolist() == [1.0] * len(real) + [0.0] * num_padded
+            assert batch.weight_B.dtype == torch.float32
+            assert batch.global_count == len(real)
+            seen += batch.ordinal_B[batch.weight_B == 1].tolist()
+        assert sorted(seen) == list(range(NUM_SAMPLES))
+
+
+def test_micro_batches_of_ranks_differ_by_one_at_most(split, order):
+    sizes = {
+        len(StepBatches(build_reader(split), order, 13, 2, rank, 3)[micro].ordinal_B)
+        for rank in range(3)
+        for micro in (0, 1)
+    }
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_a_sequence_is_seen_in_its_order_once(split):
+    ordinals = np.array([3, 1, 8, 15, 0])
+    batches = StepBatches(build_reader(split, None), SequentialOrder(ordinals), 2, 1, 0, 1)
+    loaded = list(build_loader(batches, range(batches.steps_per_epoch), num_workers=0))
+    assert [batch.ordinal_B[: batch.global_count].tolist() for batch in loaded] == [[3, 1], [8, 15], [0]]
+
+
+@pytest.fixture
+def batches(split, order):
+    return StepBatches(build_reader(split), order, batch_size=6, accumulate=2, rank=1, world_size=2)
+
+
+def test_any_number_of_workers_gives_the_same_batches(batches):
+    alone, shared = (list(StepLoader(batches, 9, num_workers, pin_memory=False)) for num_workers in (0, 2))
+    assert len(alone) == len(shared) == 9
+    for number, (left, right) in enumerate(zip(alone, shared, strict=True)):
+        assert_same(left, right)
+        assert_same(left, batches[number])
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_resumed_loader_gives_the_remaining_batches_exactly(num_workers, batches):
+    expected = [batches[number] for number in range(9)]
+    for num_seen in (0, 1, 5, 9):
+        loader = StepLoader(batches, 9, num_workers, pin_memory=False)
+        seen = list(itertools.islice(loader, num_seen))
+        state = loader.state_dict()
+        assert state == {"num_yielded": num_seen}, "what is read ahead does not count"
+        resumed = StepLoader(batches, 9, 2 - num_workers, pin_memory=False)
+        resumed.load_state_dict(state)
+        assert len(resumed) == 9
+        for left, right in zip(itertools.chain(seen, resumed), expected, strict=True):
+            assert_same(left, right)
+        assert resumed.state_dict() == {"num_yielded": 9}
+        assert list(resumed) == []
+
+
+def test_batches_are_a_function_of_their_number_alone(batches):
+    expected = [batches[number] for number in range(8)]
+    for number in (7, 0, 3, 3, 6):
+        assert_same(batches[number], expected[number])
+
+
+def test_epochs_see_other_views_of_a_sample(split, order):
+    batches = StepBatches(build_reader(split), order, NUM_SAMPLES, 1, 0, 1)
+    first, second = (batches[epoch] for epoch in (0, 1))
+    assert first.ordinal_B.tolist() != second.ordinal_B.tolist()
+    images = [dict(zip(batch.ordinal_B.tolist(), batch.images, strict=True)) for batch in (first, second)]
+    assert any(not torch.equal(images[0][ordinal], images[1][ordinal]) for ordinal in range(NUM_SAMPLES))
+
+
+@pytest.fixture
+def damaged(make_split, tmp_path):
+    """A split whose sample 6 cannot be decoded, with its shard's file."""
+    split = make_split(tmp_path, LABELS)
+    path = split.shards[1].path
+    with open(path, "r+b") as file:
+        file.seek(int(split.shards[1].image_offset[1]))
+        file.write(b"?" * int(split.shards[1].image_size[1]))
+    return split, path
+
+
+def test_an_undecodable_image_is_black_has_no_weight_and_is_marked(damaged):
+    split, _ = damaged
+    batches = StepBatches(build_reader(split), SequentialOrder(np.arange(NUM_SAMPLES)), NUM_SAMPLES, 1, 0, 1)
+    batch = batches[0]
+    others = np.arange(NUM_SAMPLES) != 6
+    assert batch.weight_B.tolist() == others.astype(float).tolist()
+    assert batch.skipped_B.tolist() == (~others).tolist()
+    assert not batch.images[6].any()
+    assert all(image.any() for image in batch.images[others])
+    assert batch.global_count == NUM_SAMPLES, "it keeps its slot"
+    assert batch.targets.probability_BK[6].any()
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_shard_that_is_shortened_while_it_is_read_is_one_line(num_workers, damaged):
+    split, path = damaged
+    batches = StepBatches(build_reader(split), SequentialOrder(np.arange(NUM_SAMPLES)), 4, 1, 0, 1)
+    batches[0]
+    os.truncate(path, int(split.shards[1].image_offset[3]) + 10)
+    with pytest.raises(DataError) as caught:
+        list(build_loader(batches, range(4), num_workers))
+    message = str(caught.value)
+    assert message.startswith(f"{path}: ends inside the sample 'train-000001-3'; the shard changed while it was read")
+    assert "\n" not in message
+
+
+def test_a_shard_that_is_gone_is_named(damaged):
+    split, path = damaged
+    path.unlink()
+    with pytest.raises(DataError, match=rf"{path}: cannot be read \(No such file or directory\); bring it back"):
+        build_reader(split).read(np.array([6]), epoch=0)
+
+
+def count_open_files() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_readers_keep_few_files_open_and_close_them(split):
+    """A run has a reader for each vertical, and a split may have thousands of shards."""
+    (only,) = {shard.path for shard in split.shards[:1]}
+    index = ShardIndex.load(only.with_suffix(".index"))
+    many = type(split)("train", [index] * 300, [f"train-{n:06d}" for n in range(300)], split.taxonomy)
+    gc.collect()
+    before = count_open_files()
+    reader = SampleReader(many, LabelTargets(many, smear=False), SIZE, None, 0)
+    first = reader.read_encoded(0)
+    assert all(reader.read_encoded(5 * shard) == first for shard in range(300))
+    assert before < count_open_files() <= before + 256
+    assert reader.read_encoded(0) == first, "a file that was closed is opened again"
+    copy = pickle.loads(pickle.dumps(reader))
+    assert copy.read_encoded(0) == first
+    assert count_open_files() <= before + 257, "open files do not travel"
+    del reader, copy
+    assert count_open_files() == before
+
+
+def test_workers_outlive_the_signals_that_ask_the_main_process_to_stop(batches):
+    loaded = []
+    for batch in StepLoader(batches, 40, num_workers=2, pin_memory=False):
+        if not loaded:
+            workers = multiprocessing.active_children()
+            assert len(workers) == 2
+            for worker, number in itertools.product(workers, (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)):
+                os.kill(worker.pid, number)
+        loaded.append(batch)
+    assert len(loaded) == 40
+    for number, batch in enumerate(loaded):
+        assert_same(batch, batches[number])

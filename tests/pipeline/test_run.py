@@ -1,0 +1,148 @@
+"""`concentrate run`: everything from drawn characters to the report, stopped, continued, changed and failing."""
+
+import re
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from runs import Finished, Running, load_json, run_command
+
+PREPARE = ("data.verticals=[greek,arrows]", "data.num_classes=12", "data.num_drawings=20", "data.image_size=16",
+           "samples_per_shard=100")  # fmt: skip
+NETWORKS = ("base.channels=[4,8]", "top.top1=12", "top.top2=8", "teacher.top.top1=12", "teacher.top.top2=8",
+            "trainer.max_epochs=3", "teacher.trainer.max_epochs=3", "trainer.batch_size=32",
+            "teacher.trainer.batch_size=32", "num_processes=2")  # fmt: skip
+COMMAND = ("run", *PREPARE, *NETWORKS)
+
+
+def run(workdir: Path, *options: str, code: int = 0) -> Finished:
+    finished = Running((*COMMAND, f"workdir={workdir}", *options), workdir.parent).wait(300)
+    assert finished.code == code, f"{finished.code}:\n{finished.out}\n{finished.err}"
+    assert "Traceback" not in finished.err
+    return finished
+
+
+def status(workdir: Path) -> dict[str, str]:
+    """The state of every stage, as `concentrate status` shows it."""
+    shown = Running(("status", f"workdir={workdir}"), workdir.parent).wait().out
+    rows = [re.split(r"\s*│\s*", line.strip("│ \n")) for line in shown.splitlines() if line.startswith("│")]
+    return {row[0]: row[1] for row in rows}
+
+
+def snapshot(workdir: Path) -> dict[str, int]:
+    """When each file that holds a result was written."""
+    results = ("*.tar", "*.index", "model.safetensors", "DONE.json", "config.json", "metrics.jsonl", "targets/*/*/*.safetensors",
+               "evaluations/*.json")  # fmt: skip
+    paths = {path for pattern in results for path in workdir.rglob(pattern)}
+    return {str(path.relative_to(workdir)): path.stat().st_mtime_ns for path in paths}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> tuple[Path, Finished]:
+    """A working directory in which the whole run has finished, and what it printed."""
+    workdir = tmp_path_factory.mktemp("run") / "work"
+    return workdir, run(workdir)
+
+
+@pytest.fixture
+def workdir(finished, tmp_path) -> Path:
+    return Path(shutil.copytree(finished[0], tmp_path / "work"))
+
+
+def test_the_whole_run_goes_from_characters_to_a_report(finished):
+    workdir, printed = finished
+    for stage in ("shards", "students/generalist", "students/student", "teachers/greek", "teachers/arrows",
+                  "targets/default/greek", "targets/default/arrows", "evaluations/student"):  # fmt: skip
+        assert (workdir / stage / "DONE.json").exists(), stage
+    page = (workdir / "report/index.html").read_text()
+    assert "<html" in page
+    assert set(load_json(workdir / "report/metrics.json")) == {"generalist", "student", "specialists"}
+    for name in ("generalist", "student", "specialists"):
+        mpvap = load_json(workdir / "evaluations" / f"{name}.json")["mpvap"]
+        assert f"{100 * mpvap:.1f} %" in next(line for line in printed.out.splitlines() if f" {name} " in line)
+    assert "report/index.html" in printed.out
+
+
+def test_a_second_run_does_nothing_and_says_so(finished):
+    workdir, _ = finished
+    before = snapshot(workdir)
+    started = time.monotonic()
+    again = run(workdir)
+    assert time.monotonic() - started < 30
+    assert snapshot(workdir) == before
+    assert "nothing is to do" in again.err + again.out
+
+
+def test_a_changed_key_is_refused_by_name_and_overwrite_replaces(workdir):
+    before = snapshot(workdir)
+    refused = run(workdir, "optimizer.lr=0.1", code=2)
+    assert "optimizer.lr was 0.2, is 0.1" in refused.err
+    assert snapshot(workdir) == before
+    run(workdir, "optimizer.lr=0.1", "overwrite=true")
+    changed = {path for path, when in snapshot(workdir).items() if before.get(path) != when}
+    assert "students/student/model.safetensors" in changed
+    assert not {path for path in changed if path.startswith(("shards/", "teachers/", "targets/"))}
+
+
+def test_another_student_shares_teachers_and_targets(workdir):
+    before = snapshot(workdir)
+    run(workdir, "name=other", "top=fc_fc", "top.top1=12", "top.top2=8")
+    changed = {path for path, when in snapshot(workdir).items() if before.get(path) != when}
+    assert {path.split("/")[1].removesuffix(".json") for path in changed} == {"other"}
+    assert "other" in load_json(workdir / "report/metrics.json")
+
+
+def test_a_failing_teacher_stops_only_what_depends_on_it(workdir):
+    for stage in ("teachers", "targets", "students", "evaluations", "report"):
+        shutil.rmtree(workdir / stage)
+    # The impossible rate is the teachers' alone.
+    failed = run(workdir, "teacher.optimizer.lr=1e30", code=2)
+    assert "teacher greek failed (exit code 2); the end of" in failed.err
+    assert "the loss is not finite" in failed.err or "not finite" in failed.err, "the end of its log is shown"
+    waiting = next(line for line in failed.err.splitlines() if "not run because of it" in line)
+    assert all(job in waiting for job in ("targets greek", "student student", "evaluate specialists", "report"))
+    assert (workdir / "students/generalist/DONE.json").exists()
+    assert (workdir / "evaluations/generalist.json").exists()
+    states = status(workdir)
+    assert states["students/generalist"] == "done"
+    assert states["teachers/greek"] == "failed"
+    run(workdir, "overwrite=true")
+
+
+def test_a_signal_stops_the_run_with_75_and_the_next_one_finishes(finished, tmp_path):
+    expected, _ = finished
+    workdir = tmp_path / "work"
+    shutil.copytree(expected / "shards", workdir / "shards")
+    # Training for longer than the test waits: only a signal ends it.
+    running = Running((*COMMAND, f"workdir={workdir}"), tmp_path)
+    running.wait_for(lambda: any(workdir.glob("*/*/status.json")))
+    running.send(signal.SIGTERM)
+    stopped = running.wait(60)
+    assert stopped.code == 75, stopped.err
+    assert "run the same command again" in stopped.err
+    assert not (workdir / "report/index.html").exists()
+    assert "running" not in status(workdir).values()
+    run(workdir)
+    for name in ("students/student", "students/generalist", "teachers/greek"):
+        found, undisturbed = ((root / name / "model.safetensors").read_bytes() for root in (workdir, expected))
+        assert found == undisturbed, f"{name} is not what an undisturbed run makes"
+    assert set(status(workdir).values()) == {"done"}
+
+
+def test_status_shows_every_stage(finished):
+    states = status(finished[0])
+    assert states.keys() >= {"shards", "teachers/greek", "students/student", "targets/default/arrows", "evaluations/student"}
+    assert set(states.values()) == {"done"}
+
+
+@pytest.mark.long
+def test_the_run_works_by_its_installed_name_in_another_directory(tmp_path):
+    import sys
+
+    command = Path(sys.executable).with_name("concentrate")
+    if not command.exists():
+        pytest.skip(f"NOT TESTED: no {command}: the package is not installed in this environment")
+    run_command(command, *COMMAND, "workdir=here", directory=tmp_path)
+    assert (tmp_path / "here/report/index.html").exists()

@@ -1,0 +1,162 @@
+"""`concentrate evaluate`: its numbers are those of scikit-learn on the saved scores."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors
+import safetensors.numpy
+from runs import (
+    TINY,
+    concentrate,
+    load_json,
+    one_line,
+    prepare_shards,
+    read_labels,
+    smear_by_walking,
+    taxonomy_of_fruit_and_tools,
+)
+from sklearn.metrics import average_precision_score
+
+TAXONOMY = taxonomy_of_fruit_and_tools()
+VERTICALS = ("fruit", "tools")
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory) -> Path:
+    """A generalist, two teachers, and the evaluations of all three and of the ensemble."""
+    directory = tmp_path_factory.mktemp("evaluate")
+    workdir = prepare_shards(directory)
+    common = (f"workdir={workdir}", *TINY)
+    concentrate("student", "name=generalist", "targets=labels", *common, directory=directory)
+    for vertical in VERTICALS:
+        concentrate("teacher", f"vertical={vertical}", *common, directory=directory)
+    for name in ("generalist", "specialists", "tools"):
+        # 60 images in batches of 25: the last batch is padded.
+        concentrate("evaluate", f"name={name}", "save_scores=true", "batch_size=25", f"workdir={workdir}",
+                    directory=directory)  # fmt: skip
+    return workdir
+
+
+def load_scores(workdir: Path, name: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Scores and labels (N, C), and the class id of every column."""
+    path = workdir / "evaluations" / f"{name}.safetensors"
+    with safetensors.safe_open(path, framework="numpy") as file:
+        ids = file.metadata()["class_ids"].split("\n")
+    arrays = safetensors.numpy.load_file(path)
+    return arrays["scores"], arrays["labels"], ids
+
+
+def compute_expected(scores_NC: np.ndarray, labels: list[list[str]], ids: list[str]) -> dict:
+    """pvap, mpvap and top-1 by scikit-learn, smearing by walking up the parents."""
+    vertical_of = {c["id"]: c["vertical"] for c in TAXONOMY["classes"]}
+    parents = {parent for c in TAXONOMY["classes"] for parent in c["parents"]}
+    smeared = [smear_by_walking(of_sample, TAXONOMY) for of_sample in labels]
+    pvap = {}
+    for vertical in VERTICALS:
+        rows = [n for n, of_sample in enumerate(labels) if any(vertical_of[label] == vertical for label in of_sample)]
+        precisions = []
+        for column, class_id in enumerate(ids):
+            truth = [class_id in smeared[row] for row in rows]
+            if vertical_of[class_id] == vertical and any(truth):
+                precisions.append(average_precision_score(truth, scores_NC[rows, column]))
+        pvap[vertical] = float(np.mean(precisions))
+    leaves = [column for column, class_id in enumerate(ids) if class_id not in parents]
+    right = []
+    for row, of_sample in enumerate(labels):
+        if any(label not in parents for label in of_sample):
+            best = leaves[int(np.argmax(scores_NC[row, leaves]))]
+            right.append(ids[best] in of_sample)
+    return {"pvap": pvap, "mpvap": float(np.mean(list(pvap.values()))), "top1": float(np.mean(right))}
+
+
+@pytest.mark.parametrize("name", ["generalist", "specialists"])
+def test_the_metrics_are_those_of_scikit_learn_on_the_saved_scores(workdir, name):
+    scores_NC, label_NC, ids = load_scores(workdir, name)
+    labels = read_labels(workdir.parent / "given", "test")
+    assert scores_NC.shape == label_NC.shape == (60, 10)
+    assert [{ids[c] for c in np.flatnonzero(row)} for row in label_NC] == [set(of_sample) for of_sample in labels]
+    assert sum(len(of_sample) > 1 for of_sample in labels) >= 5, "samples of both verticals are among them"
+    found, expected = load_json(workdir / "evaluations" / f"{name}.json"), compute_expected(scores_NC, labels, ids)
+    assert found["pvap"] == pytest.approx(expected["pvap"], abs=1e-6)
+    assert found["mpvap"] == pytest.approx(expected["mpvap"], abs=1e-6)
+    assert found["top1"] == pytest.approx(expected["top1"], abs=1e-6)
+    assert 0.2 < found["mpvap"] < 1, "a number that could be wrong"
+    assert found["num_samples"] == 60
+    assert found["num_classes"] == 10
+
+
+def test_the_specialists_are_their_teachers_side_by_side(workdir):
+    specialists, _, ids = load_scores(workdir, "specialists")
+    alone, _, tools = load_scores(workdir, "tools")
+    assert set(tools) == {"hammer", "saw", "drill", "file"}
+    rows = [n for n, of_sample in enumerate(read_labels(workdir.parent / "given", "test")) if set(of_sample) & set(tools)]
+    np.testing.assert_allclose(specialists[rows][:, [ids.index(class_id) for class_id in tools]], alone, atol=1e-5)
+    assert np.isfinite(specialists).all()
+    counted = load_json(workdir / "evaluations/specialists.json")
+    assert counted["num_networks"] == 2
+
+
+def test_one_teacher_is_measured_on_its_own_vertical(workdir):
+    scores_NC, _, _ = load_scores(workdir, "tools")
+    alone, together = (load_json(workdir / "evaluations" / f"{name}.json") for name in ("tools", "specialists"))
+    assert alone["pvap"]["tools"] == pytest.approx(together["pvap"]["tools"], abs=1e-3)
+    assert alone["pvap"].keys() == {"tools"}
+    assert alone["num_networks"] == 1
+    assert alone["num_classes"] == scores_NC.shape[1] == 4
+    assert alone["num_samples"] == len(scores_NC) < 60
+
+
+def test_the_evaluation_says_which_network_and_what_it_costs(workdir):
+    found = load_json(workdir / "evaluations/generalist.json")
+    assert found["checkpoint"] == load_json(workdir / "students/generalist/DONE.json")["checkpoint"]
+    assert found["split"] == "test"
+    wanted = {"mpvap_log_softmax", "mpvap_unsmeared", "top5", "map_at_50", "multiply_adds", "num_parameters"}
+    assert wanted <= found.keys()
+    parameters = safetensors.numpy.load_file(workdir / "students/generalist/model.safetensors")
+    assert found["num_parameters"].keys() == {"base", "top", "total"}
+    assert 0 < found["num_parameters"]["total"] <= sum(array.size for array in parameters.values())
+    assert len(found["classes"]) == 10
+
+
+def test_an_unknown_name_lists_the_valid_ones(workdir):
+    message = one_line(concentrate("evaluate", "name=studnet", f"workdir={workdir}", directory=workdir.parent, code=2))
+    assert "name=studnet" in message
+    for name in ("specialists", "generalist", "fruit", "tools"):
+        assert name in message
+
+
+def test_the_validation_split_is_evaluated_beside_the_test_split(workdir):
+    before = (workdir / "evaluations/generalist.json").read_bytes()
+    concentrate("evaluate", "name=generalist", "split=val", f"workdir={workdir}", directory=workdir.parent)
+    assert (workdir / "evaluations/generalist.json").read_bytes() == before
+    found = load_json(workdir / "evaluations/generalist.val.json")
+    assert found["split"] == "val"
+    assert found["num_samples"] == 40
+
+
+def test_a_changed_network_file_is_refused(workdir, tmp_path):
+    path = workdir / "students/generalist/model.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[:-4] + b"\0\0\0\0")
+    try:
+        finished = concentrate("evaluate", "name=generalist", "gallery=3", "overwrite=true", f"workdir={workdir}",
+                               directory=workdir.parent, code=2)  # fmt: skip
+    finally:
+        path.write_bytes(content)
+    assert "missing or changed since training finished" in one_line(finished)
+
+
+def test_damaged_test_images_are_left_out_of_scores_and_labels_alike(tmp_path):
+    """Scores and labels that are saved stay row by row those of the same images."""
+    workdir = prepare_shards(tmp_path, damaged_test=(5, 17))
+    concentrate("student", "targets=labels", f"workdir={workdir}", *TINY, directory=tmp_path)
+    concentrate("evaluate", "save_scores=true", "batch_size=25", f"workdir={workdir}", directory=tmp_path)
+    scores_NC, label_NC, ids = load_scores(workdir, "student")
+    labels = [of_sample for n, of_sample in enumerate(read_labels(tmp_path / "given", "test")) if n not in (5, 17)]
+    assert len(scores_NC) == 58
+    assert [{ids[c] for c in np.flatnonzero(row)} for row in label_NC] == [set(of_sample) for of_sample in labels]
+    found = load_json(workdir / "evaluations/student.json")
+    assert found["num_samples"] == 58
+    assert found["num_samples_skipped"] == 2
+    assert found["mpvap"] == pytest.approx(compute_expected(scores_NC, labels, ids)["mpvap"], abs=1e-6)

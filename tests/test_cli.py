@@ -1,0 +1,224 @@
+"""The command line: what it answers, with which exit code, and that every config under conf/ is a config of its verb."""
+
+import re
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+from runs import IMAGE_SIZE, TINY, Running, concentrate, one_line, prepare_shards, run_command
+
+from concentration.config import VERBS, check_config, find_config_directory
+from concentration.errors import ConfigError
+
+CONF = find_config_directory()
+PRIMARY = sorted(path.stem for path in CONF.glob("*.yaml"))
+GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir())
+#: What a config leaves for the user to give.
+MANDATORY = {"vertical=fruit", "data.path=there", "base.name=resnet18"}
+
+
+def options_of(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+def defaults_of(verb: str) -> set[str]:
+    """The groups that a primary config takes an option of, or may take one of."""
+    defaults = yaml.safe_load((CONF / f"{verb}.yaml").read_text())["defaults"]
+    return {group for entry in defaults if isinstance(entry, dict) for group in entry if group in GROUPS}
+
+
+def verb_of(experiment: str) -> str:
+    """The verb in the `concentrate VERB experiment=NAME` of the file's comment, or `run`."""
+    text = (CONF / "experiment" / f"{experiment}.yaml").read_text()
+    found = re.search(rf"concentrate (\w+)[^\n]*experiment={experiment}\b", text)
+    return found[1] if found else "run"
+
+
+def check(verb: str, *overrides: str):
+    """Composes and checks; what is mandatory is given where the config asks for it."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        given = list(overrides)
+        for _ in range(3):
+            try:
+                return check_config(verb, compose(verb, given))
+            except ConfigError as error:
+                asked = re.search(r"'([\w.]+)' is missing", str(error))
+                answer = [option for option in MANDATORY if asked and option.startswith(f"{asked[1]}=")]
+                if not answer:
+                    raise
+                given += answer
+        raise AssertionError(f"{verb} {given}: does not end asking")
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory) -> Path:
+    return prepare_shards(tmp_path_factory.mktemp("cli"))
+
+
+def mistake(*arguments: str, directory: Path) -> str:
+    return one_line(concentrate(*arguments, directory=directory, code=2))
+
+
+def test_every_verb_has_a_primary_config_and_the_other_way_round():
+    assert set(PRIMARY) == set(VERBS)
+
+
+@pytest.mark.parametrize("verb", PRIMARY)
+def test_every_primary_config_is_valid(verb):
+    check(verb)
+
+
+@pytest.mark.parametrize(
+    ("verb", "group", "option"),
+    [
+        (verb, group, option)
+        for verb in PRIMARY
+        for group in sorted(defaults_of(verb) - {"experiment"})
+        for option in options_of(group)
+        if (verb, option) != ("targets", "labels")  # there is nothing to store
+    ],
+)
+def test_every_option_of_every_group_is_valid(verb, group, option):
+    check(verb, f"{group}={option}")
+
+
+@pytest.mark.parametrize("experiment", options_of("experiment") if (CONF / "experiment").is_dir() else [])
+def test_every_experiment_is_valid(experiment):
+    check(verb_of(experiment), f"experiment={experiment}")
+
+
+def test_without_a_verb_the_usage_is_shown(tmp_path):
+    finished = concentrate(directory=tmp_path, code=2)
+    assert "Usage: concentrate VERB" in finished.out + finished.err
+    for word in ("--help", "-h"):
+        shown = concentrate(word, directory=tmp_path).out
+        assert all(f"  {verb} " in shown for verb in VERBS)
+
+
+@pytest.mark.parametrize("verb", PRIMARY)
+def test_help_of_every_verb_shows_its_choices_and_keys(verb, tmp_path):
+    shown = concentrate(verb, "--help", directory=tmp_path).out
+    assert VERBS[verb].summary in shown
+    assert re.search(r"^workdir: ", shown, re.MULTILINE)
+    for group in defaults_of(verb):
+        assert re.search(rf"^  {group}=.*{options_of(group)[0]}", shown, re.MULTILINE), group
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["techer"], "no verb 'techer'; did you mean 'teacher'?"),
+        (["techer", "vertical=x"], "did you mean 'teacher'?"),
+        (["student", "trainr.max_epochs=3"], "did you mean 'trainer.max_epochs'?"),
+        (["student", "trainer.max_epoch=3"], "unknown key 'trainer.max_epoch'; did you mean 'trainer.max_epochs'?"),
+        (["student", "+trainer.max_epoch=3"], "unknown key 'trainer.max_epoch'; did you mean 'trainer.max_epochs'?"),
+        (["student", "trainer.warmup_steps=3"], "unknown key 'trainer.warmup_steps'"),
+        (["student", "top=fc_cs"], "top=fc_cs: no such choice; did you mean 'fc_sc'?"),
+        (["run", "top@teacher.top=fc_cs"], "fc_cs: no such choice; did you mean 'fc_sc'?"),
+        (["prepare", "data=glyph"], "data=glyph: no such choice; did you mean 'glyphs'?"),
+        (["prepare", "data=image_folder"], "'data.path' is missing: give data.path=VALUE"),
+        (["teacher"], "'vertical' is missing: give vertical=VALUE"),
+        (["student", "trainer.max_epochs=many"], "trainer.max_epochs='many'"),
+        (["student", "trainer.max_epochs=-1"], "trainer.max_epochs=-1"),
+        (["student", "trainer.sampling=class_balancd"], "did you mean 'class_balanced'?"),
+        (["student", "top=fc_sc", "+top.generic=3"], "top.generic=3 with top=fc_sc"),
+        (["student", "pace=none", "pace.lr=0.1"], "pace.lr=0.1 has no effect with pace=none"),
+        (["student", "smear=true"], "smear=true with targets=soft"),
+        (["student", "optimizer.lr=nan"], "optimizer.lr"),
+        (["student", "name=specialists"], "name=specialists"),
+        (["run", "name=generalist"], "name=generalist is taken"),
+        (["student", "workdir"], "workdir"),
+        (["student", "trainer=[1,2"], "'[1,2'"),
+        (["student", "trainer=cpu2"], "trainer=cpu2: no such choice; did you mean 'cpu'?"),
+        (["run", "experiment=nothing_of_the_kind"], "experiment=nothing_of_the_kind: no such choice"),
+        (["student", "data=glyphs"], "data=glyphs"),
+        (["student", "experiment=table1"], "experiment=table1"),
+        (["status", "workdir=not/there"], "not/there: no such directory"),
+        (["student"], "shards: not there or not finished; run `concentrate prepare` first"),
+        (["evaluate"], "run `concentrate prepare` first"),
+        (["student", "--config-dir=not_there"], "--config-dir=not_there: no such directory"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_mistake_is_answered_with_one_line_and_exit_code_2(arguments, expected, tmp_path):
+    assert expected in mistake(*arguments, directory=tmp_path)
+
+
+def test_an_unknown_option_names_the_options(tmp_path):
+    finished = concentrate("student", "--overwrite", directory=tmp_path, code=2)
+    assert "--overwrite" in finished.err
+    assert "Traceback" not in finished.err
+
+
+def test_an_unknown_vertical_lists_the_verticals(workdir, tmp_path):
+    message = mistake("teacher", "vertical=fruits", f"workdir={workdir}", *TINY, directory=tmp_path)
+    assert "no vertical 'fruits'; valid: fruit, tools" in message
+
+
+def test_a_multirun_runs_every_job(workdir, tmp_path):
+    options = ("-m", "vertical=fruit,tools", f"workdir={tmp_path}/work", *TINY)
+    prepare_as(workdir, tmp_path)
+    concentrate("teacher", *options, directory=tmp_path)
+    assert {path.parent.name for path in (tmp_path / "work/teachers").glob("*/DONE.json")} == {"fruit", "tools"}
+    assert not [path for path in tmp_path.rglob("*") if path.name in ("multirun", "outputs", ".hydra")]
+
+
+@pytest.mark.parametrize("launcher", [(), ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2")], ids=["basic", "joblib"])
+def test_a_multirun_exits_with_its_worst_job(workdir, tmp_path, launcher):
+    prepare_as(workdir, tmp_path)
+    options = ("-m", "vertical=fruits,tools", f"workdir={tmp_path}/work", *TINY, *launcher)
+    # NOTE: joblib's processes outlive their work, and a process that multiprocessing has forked waits for them.
+    command = (sys.executable, "-m", "concentration.cli", "teacher", *options)
+    finished = run_command(*command, directory=tmp_path, code=2)
+    assert "no vertical 'fruits'; valid: fruit, tools" in finished.err + finished.out
+    assert "Traceback" not in finished.err
+    assert {path.parent.name for path in (tmp_path / "work/teachers").glob("*/DONE.json")} == {"tools"}
+
+
+def test_a_multirun_that_is_asked_to_stop_does_not_begin_the_next_job(workdir, tmp_path):
+    prepare_as(workdir, tmp_path)
+    options = ("-m", "vertical=fruit,tools", f"workdir={tmp_path}/work", *TINY, "trainer.max_epochs=300")
+    running = Running(("teacher", *options), tmp_path)
+    running.wait_for((tmp_path / "work/teachers/fruit/metrics.jsonl").exists)
+    running.send(signal.SIGTERM)
+    assert running.wait().code == 75
+    assert not (tmp_path / "work/teachers/tools").exists()
+
+
+def test_a_directory_of_configs_can_be_added(workdir, tmp_path):
+    prepare_as(workdir, tmp_path)
+    (tmp_path / "mine/top").mkdir(parents=True)
+    (tmp_path / "mine/top/thin.yaml").write_text("kind: fc_fc\ntop1: 4\ntop2: 3\nnorm: layer\n")
+    for where in (str(tmp_path / "mine"), "mine"):
+        options = (f"workdir={tmp_path}/work", f"--config-dir={where}", "top=thin", "trainer.max_steps=1")
+        concentrate("teacher", "vertical=tools", *options, directory=tmp_path)
+        shown = concentrate("teacher", "vertical=tools", *options, "--help", directory=tmp_path).out
+        assert "top1: 4" in shown
+    assert '"top1": 4' in (tmp_path / "work/teachers/tools/config.json").read_text()
+
+
+def test_the_composed_config_can_be_printed(tmp_path):
+    shown = concentrate("student", "--cfg", "job", "trainer.batch_size=77", directory=tmp_path).out
+    assert "batch_size: 77" in shown
+
+
+def test_the_installed_command_works_outside_the_checkout(workdir, tmp_path):
+    command = Path(sys.executable).with_name("concentrate")
+    if not command.exists():
+        pytest.skip(f"NOT TESTED: no {command}: the package is not installed in this environment")
+    finished = run_command(command, "status", f"workdir={workdir}", directory=tmp_path, PYTHONPATH=None)
+    assert "shards" in finished.out
+    assert "done" in finished.out
+    assert list(tmp_path.iterdir()) == []
+
+
+def prepare_as(workdir: Path, tmp_path: Path) -> None:
+    """The module's shards, prepared in `tmp_path/work`."""
+    given = workdir.parent / "given"
+    concentrate("prepare", "data=shards", f"data.path={given}", f"data.image_size={IMAGE_SIZE}", "num_processes=1",
+                f"workdir={tmp_path}/work", directory=tmp_path)  # fmt: skip
+    for path in tmp_path.glob(".*.err"):
+        path.unlink()

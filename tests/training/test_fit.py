@@ -1,0 +1,386 @@
+"""Training by the real command line: several processes, micro-batches, averages, clipping, failures, and every switch."""
+
+import collections
+import math
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from runs import (
+    LEAVES,
+    TINY,
+    TINY_NETWORK,
+    Plant,
+    Running,
+    concentrate,
+    draw_image,
+    load_json,
+    load_lines,
+    load_weights,
+    one_line,
+    prepare_shards,
+    read_labels,
+    smear_by_walking,
+    taxonomy_of_fruit_and_tools,
+    write_shards,
+    write_tar,
+)
+
+LABELS = ("targets=labels",)
+#: Five steps, each of them logged.
+FEW = (*TINY_NETWORK, *LABELS, "trainer.batch_size=16", "trainer.max_steps=5", "trainer.log_every_steps=1")
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory) -> Path:
+    return prepare_shards(tmp_path_factory.mktemp("fit"))
+
+
+def train(workdir: Path, name: str, *options: str, code: int = 0, **more):
+    """Trains a generalist; returns its run directory, or how it ended where `code` is not 0."""
+    finished = concentrate("student", f"name={name}", f"workdir={workdir}", *options, directory=workdir.parent,
+                           code=code, **more)  # fmt: skip
+    return workdir / "students" / name if code == 0 else finished
+
+
+def curve(run_path: Path, name: str) -> list[float]:
+    return [line[name] for line in load_lines(run_path) if name in line]
+
+
+def assert_close_weights(found: Path, expected: Path, tolerance: float) -> None:
+    weights, other = load_weights(found), load_weights(expected)
+    assert weights.keys() == other.keys()
+    for name in weights:
+        np.testing.assert_allclose(weights[name], other[name], rtol=tolerance, atol=tolerance, err_msg=name)
+
+
+def largest_difference(found: Path, expected: Path) -> float:
+    weights, other = load_weights(found), load_weights(expected)
+    return max(float(np.abs(weights[name] - other[name]).max()) for name in weights)
+
+
+@pytest.fixture(scope="module")
+def two_processes(prepared) -> Path:
+    """`students/two1` and `students/two2`, with 1 and 2 micro-batches, each trained by two processes.
+
+    200 samples in batches of 15 leave a last batch of 5; the ranks hold 7 and 8 samples of every batch.
+    """
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "concentration.cli"]
+    options = ["student", "-m", f"workdir={prepared}", "trainer.devices=2", *UNEVEN]
+    options += ["trainer.accumulate=1,2", "name=two${trainer.accumulate}"]
+    done = subprocess.run([*command, *options], cwd=prepared.parent, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return prepared / "students"
+
+
+UNEVEN = (*TINY, *LABELS, "trainer.batch_size=15", "optimizer.lr=0.05")
+
+
+def test_two_processes_give_the_losses_and_weights_of_one(prepared, two_processes):
+    one = train(prepared, "one", *UNEVEN)
+    two = two_processes / "two1"
+    for name in ("train/loss", "train/gradient_norm"):
+        np.testing.assert_allclose(curve(two, name), curve(one, name), rtol=1e-4)
+    np.testing.assert_allclose(curve(two, "val/mpvap"), curve(one, "val/mpvap"), atol=1e-3)
+    assert curve(two, "train/fruit/routed") == curve(one, "train/fruit/routed")
+    assert_close_weights(two, one, tolerance=1e-4)
+    assert largest_difference(one, train(prepared, "start", *UNEVEN, "trainer.max_steps=1")) > 0.01, "it has trained"
+
+
+def test_two_processes_with_two_micro_batches_give_the_weights_of_one(prepared, two_processes):
+    one = train(prepared, "one", *UNEVEN)
+    two = two_processes / "two2"
+    np.testing.assert_allclose(curve(two, "train/loss"), curve(one, "train/loss"), rtol=1e-4)
+    assert_close_weights(two, one, tolerance=1e-4)
+
+
+def test_two_micro_batches_give_the_weights_of_one_batch(prepared):
+    one = train(prepared, "one", *UNEVEN)
+    accumulated = train(prepared, "accumulated", *UNEVEN, "trainer.accumulate=2")
+    assert curve(accumulated, "train/loss") == pytest.approx(curve(one, "train/loss"), rel=1e-4)
+    assert_close_weights(accumulated, one, tolerance=1e-4)
+
+
+@pytest.mark.long
+def test_two_processes_note_damaged_images_and_divergence_at_the_last_step(tmp_path):
+    """With several ranks, checks are made seldom; the last step is one of those at which they are."""
+    workdir = prepare_shards(tmp_path, damaged=(3, 4))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "concentration.cli"]
+    command += ["student", f"workdir={workdir}", "trainer.devices=2", *TINY, *LABELS]
+    options = [*command, "name=damaged", "trainer.max_epochs=1", "trainer.max_skipped_share=0.02"]
+    done = subprocess.run(options, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert len((workdir / "students/damaged/skipped.txt").read_text().splitlines()) == 2
+    options = [*command, "name=diverged", "trainer.max_steps=7", "optimizer=sgd", "optimizer.lr=1e30", "trainer.max_skipped_share=1"]
+    done = subprocess.run(options, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert done.returncode != 0
+    assert "the loss is not finite" in done.stderr
+    assert not (workdir / "students/diverged/DONE.json").exists()
+
+
+def test_more_processes_than_were_started_are_refused(prepared):
+    message = one_line(train(prepared, "lonely", *FEW, "trainer.devices=2", code=2))
+    assert "trainer.devices=2" in message
+    assert "torchrun --nproc-per-node=2" in message
+
+
+def test_the_moving_average_is_that_of_the_weights_after_every_step(prepared, tmp_path):
+    steps, decay = 4, 0.7
+    options = (*TINY_NETWORK, *LABELS, "trainer.batch_size=16", "trainer.validate_every_epochs=1000")
+    averaged = train(prepared, "averaged", *options, f"trainer.max_steps={steps}", f"trainer.ema_decay={decay}")
+    found = load_weights(averaged)
+    after = [load_weights(train(prepared, f"steps{n}", *options, f"trainer.max_steps={n}")) for n in range(1, steps + 1)]
+    for name in found:
+        expected = after[0][name].astype(np.float64)
+        for weights in after[1:]:
+            expected = decay * expected + (1 - decay) * weights[name]
+        np.testing.assert_allclose(found[name], expected, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def test_clipping_bounds_the_step(prepared):
+    """Plain gradient descent moves by lr * gradient: the first step is as long as the clipped norm allows."""
+    options = (*FEW, "optimizer=sgd", "optimizer.momentum=0", "optimizer.weight_decay=0", "optimizer.schedule=constant")
+    options = (*options, "optimizer.lr=0.01", "trainer.max_steps=1")
+    start = load_weights(train(prepared, "still", *options, "optimizer.lr=1e-12"))
+    moved = {}
+    for name, clip in (("free", "null"), ("clipped", "0.25")):
+        run_path = train(prepared, name, *options, f"trainer.clip_norm={clip}")
+        now = load_weights(run_path)
+        moved[name] = math.sqrt(sum(float(np.square(now[key] - start[key]).sum()) for key in now))
+        norm = curve(run_path, "train/gradient_norm")[0]
+    assert norm > 1, "the norm that is logged is the one before clipping"
+    assert moved["free"] == pytest.approx(0.01 * norm, rel=1e-2)
+    assert moved["clipped"] == pytest.approx(0.01 * 0.25, rel=1e-2)
+
+
+def test_gamma_has_a_learning_rate_of_its_own(prepared):
+    options = (*FEW, "optimizer=sgd", "optimizer.momentum=0", "optimizer.schedule=constant", "optimizer.lr=1e-12",
+               "pace=vertical", "pace.log=false", "pace.offset=none")  # fmt: skip
+    still = load_weights(train(prepared, "gamma0", *options))
+    moving = load_weights(train(prepared, "gamma1", *options, "pace.lr=0.1"))
+    changed = {name for name in still if np.abs(still[name] - moving[name]).max() > 1e-6}
+    assert changed == {"pace.gamma"}
+
+
+@pytest.mark.parametrize("optimizer", ["adagrad", "adamw", "sgd", "paper"])
+def test_every_optimizer_takes_steps(prepared, optimizer):
+    run_path = train(prepared, optimizer, *FEW, f"optimizer={optimizer}")
+    losses = curve(run_path, "train/loss")
+    assert len(losses) == 5
+    assert np.isfinite(losses).all()
+    rates = curve(run_path, "train/learning_rate")
+    assert all(rate > 0 for rate in rates[:-1])
+    if optimizer in ("adamw", "sgd"):
+        assert rates == sorted(rates, reverse=True)
+        assert rates[-1] < rates[0] / 2
+    else:
+        assert len(set(rates)) == 1
+
+
+def test_a_balanced_order_shows_rare_classes_as_often_as_common_ones(tmp_path):
+    """fruit's classes hold 1 sample in 20: one in seven of what a balanced epoch shows is each class's, nearly."""
+    given = write_shards(tmp_path / "given")
+    for path in given.glob("train-*.tar"):
+        path.unlink()
+    rare = [label if number % 20 == 0 else "saw" for number, label in zip(range(200), LEAVES * 30, strict=False)]
+    write_tar(given / "train-000000.tar", [(f"t{n}", [label], draw_image(label, n)) for n, label in enumerate(rare)])
+    concentrate("prepare", "data=shards", f"data.path={given}", "data.image_size=16", f"workdir={tmp_path}/work",
+                directory=tmp_path)  # fmt: skip
+    options = (*FEW, "trainer.max_steps=12", "trainer.log_every_steps=12")
+    shares = {}
+    for sampling in ("natural", "class_balanced"):
+        run_path = train(tmp_path / "work", sampling, *options, f"trainer.sampling={sampling}")
+        routed = {vertical: curve(run_path, f"train/{vertical}/routed")[-1] for vertical in ("fruit", "tools")}
+        shares[sampling] = routed["fruit"] / sum(routed.values())
+    present = set(rare)
+    assert shares["natural"] < 0.08
+    expected = len(present & {"lemon", "yuzu", "cherry"}) / len(present)
+    assert shares["class_balanced"] == pytest.approx(expected, abs=0.12)
+
+
+def test_class_weights_change_the_loss_as_the_formula_says(prepared):
+    """At the first step, before anything is learnt, both runs have the same logits."""
+    options = (*FEW, "trainer.max_steps=1", "trainer.prior=false", "pace=fixed", "trainer.batch_size=200")
+    plain = curve(train(prepared, "unweighted", *options), "train/loss")[0]
+    weighted = curve(train(prepared, "weighted", *options, "trainer.class_weight=inverse_sqrt"), "train/loss")[0]
+    assert weighted != pytest.approx(plain, rel=1e-3)
+    assert 0.5 * plain < weighted < 2 * plain  # the mean weight is 1
+
+
+def test_the_prior_starts_the_outputs_at_the_frequencies(prepared):
+    options = (*FEW, "trainer.max_steps=1", "optimizer.lr=1e-12", "pace=none")
+    weights = load_weights(train(prepared, "prior", *options))
+    without = load_weights(train(prepared, "no_prior", *options, "trainer.prior=false"))
+    taxonomy, count = taxonomy_of_fruit_and_tools(), collections.Counter()
+    for labels in read_labels(prepared.parent / "given", "train"):
+        count.update(smear_by_walking(labels, taxonomy))
+    for number, vertical in enumerate(("fruit", "tools")):
+        name = f"top.classifiers.{number}.bias"
+        frequency_V = np.array([count[c["id"]] / 200 for c in taxonomy["classes"] if c["vertical"] == vertical])
+        np.testing.assert_allclose(weights[name], np.log(frequency_V / (1 - frequency_V)), atol=1e-5)
+        assert np.abs(without[name]).max() < 1e-6
+
+
+@pytest.mark.long
+@pytest.mark.skipif(
+    not (shutil.which("g++") or shutil.which("clang++")),
+    reason="NOT TESTED: trainer.compile=true, because neither g++ nor clang++ is installed",
+)
+def test_a_compiled_network_learns_the_same(prepared):
+    eager = train(prepared, "eager", *FEW, "optimizer.lr=0.01")
+    compiled = train(prepared, "compiled", *FEW, "optimizer.lr=0.01", "trainer.compile=true")
+    assert curve(compiled, "train/loss") == pytest.approx(curve(eager, "train/loss"), rel=1e-3)
+
+
+def test_compiling_without_a_compiler_is_refused_at_once(prepared, tmp_path):
+    finished = train(prepared, "no_compiler", *FEW, "trainer.compile=true", code=2, PATH=str(tmp_path))
+    assert "needs a C++ compiler" in one_line(finished)
+
+
+def test_bf16_learns_nearly_the_same(prepared):
+    full = train(prepared, "float32", *FEW, "optimizer.lr=0.01")
+    half = train(prepared, "bf16", *FEW, "optimizer.lr=0.01", "trainer.precision=bf16-mixed")
+    assert curve(half, "train/loss") == pytest.approx(curve(full, "train/loss"), rel=0.03)
+    assert curve(half, "train/loss") != curve(full, "train/loss")
+    assert {array.dtype for array in load_weights(half).values()} == {np.dtype("float32")}
+
+
+def test_a_gpu_where_there_is_none_is_refused(prepared):
+    if torch.cuda.is_available():
+        pytest.skip("NOT TESTED: the refusal of trainer=gpu, because this machine has one")
+    assert "torch finds no GPU here" in one_line(train(prepared, "gpu", *FEW, "trainer=gpu", code=2))
+
+
+def test_a_diverging_run_names_step_and_samples_and_keeps_the_last_good_checkpoint(prepared):
+    options = (*TINY_NETWORK, *LABELS, "trainer.batch_size=16", "optimizer=sgd", "optimizer.warmup_steps=20",
+               "optimizer.lr=1e30", "trainer.checkpoint_every_seconds=0", "trainer.max_steps=30")  # fmt: skip
+    # lr rises linearly over the warm-up: the first step alone is already far too long.
+    finished = train(prepared, "diverged", *options, code=2)
+    assert "Traceback" not in finished.err
+    message = next(line for line in finished.err.splitlines() if line.startswith("concentrate: "))
+    assert "step " in message
+    assert "train-00000" in message  # SHARD/KEY of samples
+    assert "the last good checkpoint is kept" in message
+    run_path = prepared / "students" / "diverged"
+    assert not (run_path / "DONE.json").exists()
+    for path in (run_path / "checkpoints").glob("*.ckpt"):
+        state = torch.load(path, weights_only=True)["state_dict"]
+        assert all(tensor.isfinite().all() for tensor in state.values()), f"{path.name} is no good checkpoint"
+
+
+def test_damaged_images_are_skipped_counted_and_named(tmp_path):
+    workdir = prepare_shards(tmp_path, damaged=(3, 42, 77))
+    run_path = train(workdir, "skips", *TINY, *LABELS, "trainer.max_skipped_share=0.02")
+    lines = (run_path / "skipped.txt").read_text().splitlines()
+    assert sorted(line.partition(":")[0].partition("/")[2] for line in lines) == ["train3", "train42", "train77"]
+    finished = train(workdir, "fails", *TINY, *LABELS, "trainer.max_skipped_share=0.01", code=2)
+    message = finished.err.splitlines()[-1]
+    assert message.startswith("concentrate: 3 of 200 images cannot be decoded")
+    assert "skipped.txt" in message
+
+
+def test_a_resumed_run_names_each_damaged_image_once(tmp_path):
+    workdir = prepare_shards(tmp_path, damaged=(3, 42, 77))
+    options = (*TINY, *LABELS, "trainer.max_skipped_share=0.02", "trainer.checkpoint_every_seconds=0")
+    plant = Plant("concentration.training.checkpoints:CheckpointDirectory.save", 15, "after")
+    train(workdir, "skips", *options, code=-signal.SIGKILL, plant=plant)
+    run_path = train(workdir, "skips", *options)
+    assert len((run_path / "skipped.txt").read_text().splitlines()) == 3
+
+
+def test_a_damaged_image_adds_nothing_to_the_loss(tmp_path, prepared):
+    """A step over one good and one damaged image is a step over the good one, with half its gradient."""
+    given = write_shards(tmp_path / "given")
+    for path in given.glob("train-*.tar"):
+        path.unlink()
+    pictures = {"saw": draw_image("saw", 0), "lemon": b"no image", "hammer": draw_image("hammer", 0)}
+    write_tar(given / "train-000000.tar", [(label, [label], content) for label, content in pictures.items()])
+    concentrate("prepare", "data=shards", f"data.path={given}", "data.image_size=16", f"workdir={tmp_path}/work",
+                directory=tmp_path)  # fmt: skip
+    options = (*FEW, "trainer.max_skipped_share=1", "trainer.max_steps=1", "trainer.prior=false")
+    run_path = train(tmp_path / "work", "damaged", *options)
+    assert np.isfinite(curve(run_path, "train/loss")).all()
+    assert len((run_path / "skipped.txt").read_text().splitlines()) == 1
+
+
+@pytest.fixture(scope="module")
+def generalist(prepared) -> Path:
+    return train(prepared, "generalist", *TINY, *LABELS)
+
+
+@pytest.mark.parametrize("how", ["name", "directory", "file"])
+def test_a_base_checkpoint_is_where_training_starts(prepared, generalist, how):
+    checkpoint = {"name": "generalist", "directory": generalist, "file": generalist / "model.safetensors"}[how]
+    options = (*FEW, "optimizer=sgd", "optimizer.lr=1e-12", "optimizer.weight_decay=0", "trainer.max_steps=1")
+    run_path = train(prepared, f"from_{how}", *options, f"base.checkpoint={checkpoint}")
+    expected, found = load_weights(generalist), load_weights(run_path)
+    bases = [name for name in found if name.startswith("base.")]
+    assert len(bases) >= 4
+    for name in bases:
+        np.testing.assert_allclose(found[name], expected[name], atol=1e-7, err_msg=name)
+    assert any(not np.allclose(found[name], expected[name]) for name in found if name.startswith("top."))
+
+
+def test_a_base_checkpoint_of_another_base_is_refused(prepared, generalist):
+    for other in ("base.channels=[4,16]", "base.norm=batch"):
+        finished = train(prepared, "mismatch", *FEW, other, "base.checkpoint=generalist", "overwrite=true", code=2)
+        message = one_line(finished)
+        assert "another base network" in message
+        assert "give the same base=" in message
+
+
+def test_a_base_checkpoint_that_is_not_there_is_refused(prepared):
+    message = one_line(train(prepared, "missing", *FEW, "base.checkpoint=genralist", code=2))
+    assert "base.checkpoint=genralist: no finished run or file of that name" in message
+
+
+def test_a_base_checkpoint_that_is_no_network_is_refused(prepared, tmp_path):
+    (tmp_path / "other.safetensors").write_bytes(b"nothing of the kind" * 10)
+    finished = train(prepared, "nonsense", *FEW, f"base.checkpoint={tmp_path}/other.safetensors", code=2)
+    assert "other.safetensors" in one_line(finished)
+
+
+def test_a_run_with_a_base_checkpoint_is_known_again_from_another_directory(prepared, generalist, tmp_path):
+    """A working directory given as a relative path is the same working directory."""
+    options = ("name=moved", *FEW, "base.checkpoint=generalist")
+    concentrate("student", f"workdir={prepared}", *options, directory=tmp_path)
+    concentrate("student", f"workdir={prepared.name}", *options, directory=prepared.parent)
+
+
+def test_a_split_without_validation_trains(tmp_path):
+    given = write_shards(tmp_path / "given")
+    (given / "val-000000.tar").unlink()
+    concentrate("prepare", "data=shards", f"data.path={given}", "data.image_size=16", f"workdir={tmp_path}/work",
+                directory=tmp_path)  # fmt: skip
+    run_path = train(tmp_path / "work", "blind", *TINY, *LABELS)
+    assert load_json(run_path / "DONE.json")["step"] == 26
+    assert not curve(run_path, "val/mpvap")
+    # No validation can see what the last step did: the weights themselves are looked at.
+    options = (*FEW, "trainer.max_steps=1", "optimizer=sgd", "optimizer.lr=3e38", "optimizer.weight_decay=1000")
+    finished = train(tmp_path / "work", "last_step", *options, code=2)
+    assert "the last step made weights that are not finite" in finished.err
+    assert not (tmp_path / "work/students/last_step/model.safetensors").exists()
+
+
+def test_a_batch_larger_than_the_data_is_the_data(prepared):
+    run_path = train(prepared, "large", *TINY_NETWORK, *LABELS, "trainer.batch_size=1000", "trainer.max_epochs=3")
+    assert load_json(run_path / "DONE.json")["step"] == 3
+
+
+def test_the_curves_of_a_run_that_is_going_on_can_be_read(prepared):
+    running = Running(("student", "name=going", f"workdir={prepared}", *TINY_NETWORK, *LABELS, "trainer.max_epochs=400",
+                       "trainer.log_every_steps=1"), prepared.parent)  # fmt: skip
+    path = prepared / "students/going/metrics.jsonl"
+    running.wait_for(lambda: path.exists() and len(path.read_text().splitlines()) > 3)
+    shown = concentrate("status", f"workdir={prepared}", directory=prepared.parent).out
+    running.send(signal.SIGKILL)
+    running.wait()
+    line = next(line for line in shown.splitlines() if "students/going" in line)
+    assert "running" in line
+    shown = concentrate("status", f"workdir={prepared}", directory=prepared.parent).out
+    assert "stopped" in next(line for line in shown.splitlines() if "students/going" in line)
