@@ -1,5 +1,6 @@
 """`concentrate VERB [overrides]`: the command line. Hydra composes, the config is checked, one stage runs."""
 
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -24,6 +25,8 @@ BUG_EXIT_CODE = 1
 def main(arguments: Sequence[str] | None = None) -> None:
     """Exits with 0 when finished, 2 for the user's mistake, 75 when preempted, 1 for a bug."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    # Read when torch is imported: with two threads on a small shared machine a step was seen to take 20 to 100 times longer.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_usage())
         sys.exit(0 if arguments else ConfigError.exit_code)
@@ -34,6 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         exit_code = _run_hydra(verb, rest)
     except ConcentrationError as error:
         exit_code = _say(error)
+    except BrokenPipeError:  # `concentrate run --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        exit_code = 0
     sys.exit(exit_code)
 
 
@@ -134,30 +140,22 @@ Usage: concentrate VERB [KEY=VALUE ...]
 Start with:  concentrate run"""
 
 
-def _optional_groups(verb: str) -> set[str]:
-    """The groups of which a verb's defaults list takes nothing unless it is asked: `- experiment: null`."""
-    from omegaconf import OmegaConf
-
-    defaults = OmegaConf.load(find_config_directory() / f"{verb}.yaml").defaults
-    return {group for entry in defaults if not isinstance(entry, str) for group, option in entry.items() if option is None}
-
-
 def _verb_help(verb: str, composed: Any) -> str:
     from omegaconf import OmegaConf, open_dict
 
+    # Every group of the verb's defaults list, with where it goes: "top", "top@teacher.top", "experiment".
+    groups = [group for group in reversed(list(composed.hydra.runtime.choices)) if not group.startswith("hydra/")]
     with open_dict(composed):
         del composed["hydra"]
-    groups = sorted(path.name for path in find_config_directory().iterdir() if path.is_dir())
-    menus = {group: sorted(path.stem for path in (find_config_directory() / group).glob("*.yaml")) for group in groups}
-    lines = [
-        f"  {group}={'|'.join(choices)}"
-        for group, choices in menus.items()
-        if group in composed or group in _optional_groups(verb)
-    ]
-    values = OmegaConf.to_yaml(composed)
-    choices = "\n".join(lines)
-    summary = f"concentrate {verb}: {VERBS[verb].summary}"
-    return f"{summary}\n\nChoices:\n{choices}\n\nKeys and their values (KEY=VALUE changes one):\n{values}"
+    lines = []
+    for group in groups:
+        options = sorted(path.stem for path in (find_config_directory() / group.partition("@")[0]).glob("*.yaml"))
+        lines.append(f"  {group}={'|'.join(options)}")
+    parts = [f"concentrate {verb}: {VERBS[verb].summary}"]
+    if lines:
+        parts.append("Choices:\n" + "\n".join(lines))
+    parts.append(f"Keys and their values (KEY=VALUE changes one):\n{OmegaConf.to_yaml(composed)}")
+    return "\n\n".join(parts)
 
 
 if __name__ == "__main__":

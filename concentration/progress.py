@@ -9,7 +9,7 @@ from pathlib import Path
 import rich.progress
 from rich.console import Console
 
-from concentration.errors import DataError
+from concentration.errors import DataError, Preempted
 from concentration.targets import write_atomically
 
 #: Seconds between two writes of the status file, and between two lines where there is no terminal.
@@ -49,7 +49,7 @@ class Progress:
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
-        self._publish("done" if error is None else "failed", force=True)
+        self._publish("done" if error is None else "stopped" if isinstance(error, Preempted) else "failed", force=True)
         if self._bar is not None:
             self._bar.stop()
 

@@ -104,7 +104,9 @@ def concentrate(*arguments: str | Path, directory: Path, code: int = 0, plant: P
 def run_command(*command: str | Path, directory: Path, code: int = 0, **environment: str | None) -> Finished:
     """Runs a command that a user would type, from the start of its interpreter: seconds slower than `concentrate`."""
     values = {name: value for name, value in {**os.environ, **environment}.items() if value is not None}
-    done = subprocess.run([str(c) for c in command], cwd=directory, env=values, text=True, capture_output=True, timeout=300)
+    done = subprocess.run(
+        [str(c) for c in command], cwd=directory, env=values, text=True, capture_output=True, timeout=300
+    )
     assert done.returncode == code, f"exit code {done.returncode} of {command}:\n{done.stdout}\n{done.stderr}"
     return Finished(done.returncode, done.stdout, done.stderr)
 
@@ -193,7 +195,9 @@ def write_tar(path: Path, samples: Sequence[tuple[str, Sequence[str], bytes]]) -
                 tar.addfile(member, io.BytesIO(content))
 
 
-def write_shards(folder: Path, num_train: int = 200, damaged: Sequence[int] = (), damaged_test: Sequence[int] = ()) -> Path:
+def write_shards(
+    folder: Path, num_train: int = 200, damaged: Sequence[int] = (), damaged_test: Sequence[int] = ()
+) -> Path:
     """Shards of fruit and tools: train in 4, val and test in 1 each; `damaged` training images cannot be decoded.
 
     Every tenth image is labelled with an inner class, every seventh with a class of the other vertical, too.
@@ -209,7 +213,9 @@ def write_shards(folder: Path, num_train: int = 200, damaged: Sequence[int] = ()
             if number % 7 == 6:
                 labels = [label, "cherry" if label in ("hammer", "saw", "drill", "file") else "saw"]
             is_damaged = number in {"train": damaged, "val": (), "test": damaged_test}[split]
-            samples.append((f"{split}{number}", labels, b"no image" if is_damaged else draw_image(label, start + number)))
+            samples.append(
+                (f"{split}{number}", labels, b"no image" if is_damaged else draw_image(label, start + number))
+            )
         start += count
         for shard in range(num_shards):
             write_tar(folder / f"{split}-{shard:06d}.tar", samples[shard::num_shards])

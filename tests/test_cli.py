@@ -166,7 +166,9 @@ def test_a_multirun_runs_every_job(workdir, tmp_path):
     assert not [path for path in tmp_path.rglob("*") if path.name in ("multirun", "outputs", ".hydra")]
 
 
-@pytest.mark.parametrize("launcher", [(), ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2")], ids=["basic", "joblib"])
+@pytest.mark.parametrize(
+    "launcher", [(), ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2")], ids=["basic", "joblib"]
+)
 def test_a_multirun_exits_with_its_worst_job(workdir, tmp_path, launcher):
     prepare_as(workdir, tmp_path)
     options = ("-m", "vertical=fruits,tools", f"workdir={tmp_path}/work", *TINY, *launcher)

@@ -39,7 +39,8 @@ def describe_stage(directory: Path) -> tuple[str, str, str, str]:
     latest = load_status(directory)
     assert latest is not None
     done = f"{latest['done']}/{latest['total']} {latest['unit']}"
-    if (directory / "DONE.json").exists():
+    is_only_a_sum = not (directory / "config.json").exists()  # of several stages: `targets` of all verticals
+    if (directory / "DONE.json").exists() or (is_only_a_sum and latest["state"] == "done"):
         return "done", done, "", ""
     if latest["state"] != "running" or not _is_alive(latest["process"]):
         return ("failed" if latest["state"] == "failed" else "stopped"), done, "", ""

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from concentration.distributed import from_rank_zero
+from concentration.distributed import from_rank_zero, rank
 from concentration.errors import ConfigError, DataError
 from concentration.schema import Config, flatten, hash_values
 from concentration.targets import write_atomically
@@ -53,7 +53,10 @@ class RunDirectory:
             ) from None
         # The lock is rank 0's; the other ranks hear from it whether there is work.
         with contextlib.ExitStack() as stack:
-            yield from_rank_zero(lambda: stack.enter_context(self._lock()) or self._enter(config, upstream))
+            is_due = from_rank_zero(lambda: stack.enter_context(self._lock()) or self._enter(config, upstream))
+            if not is_due and rank() == 0:
+                print(f"{self.path}: finished already, nothing is to do")
+            yield is_due
 
     def _enter(self, config: StageConfig, upstream: Mapping[str, str]) -> bool:
         identity = {**config.identity(), "upstream": dict(upstream)}

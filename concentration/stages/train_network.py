@@ -179,6 +179,9 @@ def _build_order(config: NetworkStageConfig, task: Task) -> Order:
     if config.trainer.sampling == "natural":
         return WindowOrder(split.by_shard(task.ordinals), config.seed, config.trainer.window_shards)
     takes_part = np.isin(split.sample_of_label, task.ordinals)
+    if task.vertical is not None:  # the sample's labels in other verticals are not what this teacher learns
+        number = split.taxonomy.vertical_number(task.vertical)
+        takes_part &= split.taxonomy.vertical_of_output[split.label_output] == number
     outputs, samples = split.label_output[takes_part], split.sample_of_label[takes_part]
     by_class = np.argsort(outputs, kind="stable")
     bounds = np.flatnonzero(np.diff(outputs[by_class])) + 1

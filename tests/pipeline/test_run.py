@@ -133,7 +133,13 @@ def test_a_signal_stops_the_run_with_75_and_the_next_one_finishes(finished, tmp_
 
 def test_status_shows_every_stage(finished):
     states = status(finished[0])
-    assert states.keys() >= {"shards", "teachers/greek", "students/student", "targets/default/arrows", "evaluations/student"}
+    assert states.keys() >= {
+        "shards",
+        "teachers/greek",
+        "students/student",
+        "targets/default/arrows",
+        "evaluations/student",
+    }
     assert set(states.values()) == {"done"}
 
 

@@ -90,7 +90,9 @@ def test_the_specialists_are_their_teachers_side_by_side(workdir):
     specialists, _, ids = load_scores(workdir, "specialists")
     alone, _, tools = load_scores(workdir, "tools")
     assert set(tools) == {"hammer", "saw", "drill", "file"}
-    rows = [n for n, of_sample in enumerate(read_labels(workdir.parent / "given", "test")) if set(of_sample) & set(tools)]
+    rows = [
+        n for n, of_sample in enumerate(read_labels(workdir.parent / "given", "test")) if set(of_sample) & set(tools)
+    ]
     np.testing.assert_allclose(specialists[rows][:, [ids.index(class_id) for class_id in tools]], alone, atol=1e-5)
     assert np.isfinite(specialists).all()
     counted = load_json(workdir / "evaluations/specialists.json")

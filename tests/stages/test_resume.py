@@ -68,7 +68,13 @@ def test_a_student_killed_at_random_moments_ends_with_the_same_weights(
     undisturbed, workdir, tmp_path, every_seconds, seed
 ):
     rng = random.Random(seed)
-    command = ("student", "name=killed", f"workdir={workdir}", f"trainer.checkpoint_every_seconds={every_seconds}", *FULL)
+    command = (
+        "student",
+        "name=killed",
+        f"workdir={workdir}",
+        f"trainer.checkpoint_every_seconds={every_seconds}",
+        *FULL,
+    )
     run_path = workdir / "students" / "killed"
     num_kills = 0
     for _ in range(4):
@@ -122,7 +128,9 @@ def test_a_kill_at_an_awkward_moment_changes_nothing(undisturbed, workdir, tmp_p
     _assert_same_run(workdir / "students" / "killed", undisturbed)
 
 
-@pytest.mark.parametrize("left", [lambda size: 0, lambda size: size // 2, lambda size: size - 1], ids=["0", "half", "all-1"])
+@pytest.mark.parametrize(
+    "left", [lambda size: 0, lambda size: size // 2, lambda size: size - 1], ids=["0", "half", "all-1"]
+)
 def test_a_truncated_checkpoint_is_not_taken_for_whole(undisturbed, workdir, tmp_path, left):
     command = ("student", "name=killed", f"workdir={workdir}", "trainer.checkpoint_every_seconds=0", *FULL)
     concentrate(*command, directory=tmp_path, plant=Plant(f"{CHECKPOINTS}.save", 20, "after"), code=-signal.SIGKILL)
@@ -142,9 +150,14 @@ def test_where_every_checkpoint_is_truncated_training_begins_again(undisturbed, 
     _assert_same_run(workdir / "students" / "killed", undisturbed)
 
 
-@pytest.mark.parametrize("options", [("trainer.ema_decay=0.9", "trainer.accumulate=2"), ("trainer.num_workers=2",),
-                                     ("trainer.sampling=class_balanced", "trainer.clip_norm=0.5", "pace.lr=0.01")],
-                         ids=["ema", "workers", "balanced"])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param(("trainer.ema_decay=0.9", "trainer.accumulate=2"), id="ema"),
+        pytest.param(("trainer.num_workers=1",), id="workers", marks=pytest.mark.long),
+        pytest.param(("trainer.sampling=class_balanced", "trainer.clip_norm=0.5", "pace.lr=0.01"), id="balanced"),
+    ],
+)
 def test_resume_is_exact_with(prepared, workdir, tmp_path, options):
     expected = _train_undisturbed(prepared, options[0].replace("=", "-"), *options)
     command = ("student", "name=k", f"workdir={workdir}", "trainer.checkpoint_every_seconds=0", *FULL, *options)
@@ -167,6 +180,9 @@ def test_a_signal_saves_exits_with_75_and_the_next_run_finishes(undisturbed, wor
     assert "which is saved; run the same command again" in finished.err
     assert "Traceback" not in finished.err
     assert any((run_path / "checkpoints").glob("*.ckpt"))
+    shown = concentrate("status", f"workdir={workdir}", directory=tmp_path).out.splitlines()
+    assert "stopped" in next(line for line in shown if "students/stopped" in line)
+    assert " done " in next(line for line in shown if "targets/default " in line)
     assert not (run_path / "DONE.json").exists()
     concentrate(*command, directory=tmp_path)
     _assert_same_run(run_path, undisturbed)
@@ -184,7 +200,8 @@ def test_two_processes_do_not_work_in_one_directory(workdir, tmp_path):
 
 def test_a_finished_stage_is_left_as_it_is(undisturbed, prepared):
     before = {path: path.stat().st_mtime_ns for path in undisturbed.iterdir() if path.name != ".lock"}
-    _train_undisturbed(prepared, "undisturbed")
+    finished = concentrate("student", "name=undisturbed", f"workdir={prepared}", *FULL, directory=prepared.parent)
+    assert "finished already, nothing is to do" in finished.out
     assert {path: path.stat().st_mtime_ns for path in undisturbed.iterdir() if path.name != ".lock"} == before
 
 
@@ -279,7 +296,9 @@ def test_targets_of_a_teacher_that_was_retrained_are_refused_until_they_are_over
     assert "concentrate targets" in message
     tools = _contents(workdir / "targets/default/tools", "*.safetensors", "*.json")
     concentrate(*make_targets, "overwrite=true", directory=tmp_path)
-    assert _contents(workdir / "targets/default/tools", "*.safetensors", "*.json") == tools, "only what has changed is made again"
+    assert _contents(workdir / "targets/default/tools", "*.safetensors", "*.json") == tools, (
+        "only what has changed is made again"
+    )
     assert "upstream.targets was " in one_line(concentrate(*train, directory=tmp_path, code=2))
     concentrate(*train, "overwrite=true", directory=tmp_path)
 

@@ -71,7 +71,9 @@ def test_every_record_is_the_top_of_the_teachers_own_sigmoids(workdir, images, l
             probability_SV = teacher(pictures).sigmoid().numpy()
         expected_rows = [n for n, ids in enumerate(labels[shard]) if set(ids) & set(CLASSES[vertical])]
         assert records["row"].tolist() == expected_rows, "F_map: the samples with a label in the vertical"
-        for row, index_K, kept_K, tail in zip(*(records[n] for n in ("row", "index", "probability", "tail")), strict=True):
+        for row, index_K, kept_K, tail in zip(
+            *(records[n] for n in ("row", "index", "probability", "tail")), strict=True
+        ):
             if shard == "train-000000" and row == 2:  # image 8 cannot be decoded
                 assert not kept_K.any()
                 assert tail == 0

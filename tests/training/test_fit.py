@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
@@ -70,7 +72,15 @@ def two_processes(prepared) -> Path:
 
     200 samples in batches of 15 leave a last batch of 5; the ranks hold 7 and 8 samples of every batch.
     """
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "concentration.cli"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        "-m",
+        "concentration.cli",
+    ]
     options = ["student", "-m", f"workdir={prepared}", "trainer.devices=2", *UNEVEN]
     options += ["trainer.accumulate=1,2", "name=two${trainer.accumulate}"]
     done = subprocess.run([*command, *options], cwd=prepared.parent, capture_output=True, text=True, timeout=300)
@@ -110,13 +120,28 @@ def test_two_micro_batches_give_the_weights_of_one_batch(prepared):
 def test_two_processes_note_damaged_images_and_divergence_at_the_last_step(tmp_path):
     """With several ranks, checks are made seldom; the last step is one of those at which they are."""
     workdir = prepare_shards(tmp_path, damaged=(3, 4))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "concentration.cli"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        "-m",
+        "concentration.cli",
+    ]
     command += ["student", f"workdir={workdir}", "trainer.devices=2", *TINY, *LABELS]
     options = [*command, "name=damaged", "trainer.max_epochs=1", "trainer.max_skipped_share=0.02"]
     done = subprocess.run(options, cwd=tmp_path, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     assert len((workdir / "students/damaged/skipped.txt").read_text().splitlines()) == 2
-    options = [*command, "name=diverged", "trainer.max_steps=7", "optimizer=sgd", "optimizer.lr=1e30", "trainer.max_skipped_share=1"]
+    options = [
+        *command,
+        "name=diverged",
+        "trainer.max_steps=7",
+        "optimizer=sgd",
+        "optimizer.lr=1e30",
+        "trainer.max_skipped_share=1",
+    ]
     done = subprocess.run(options, cwd=tmp_path, capture_output=True, text=True, timeout=200)
     assert done.returncode != 0
     assert "the loss is not finite" in done.stderr
@@ -134,7 +159,9 @@ def test_the_moving_average_is_that_of_the_weights_after_every_step(prepared, tm
     options = (*TINY_NETWORK, *LABELS, "trainer.batch_size=16", "trainer.validate_every_epochs=1000")
     averaged = train(prepared, "averaged", *options, f"trainer.max_steps={steps}", f"trainer.ema_decay={decay}")
     found = load_weights(averaged)
-    after = [load_weights(train(prepared, f"steps{n}", *options, f"trainer.max_steps={n}")) for n in range(1, steps + 1)]
+    after = [
+        load_weights(train(prepared, f"steps{n}", *options, f"trainer.max_steps={n}")) for n in range(1, steps + 1)
+    ]
     for name in found:
         expected = after[0][name].astype(np.float64)
         for weights in after[1:]:
@@ -201,6 +228,27 @@ def test_a_balanced_order_shows_rare_classes_as_often_as_common_ones(tmp_path):
     assert shares["natural"] < 0.08
     expected = len(present & {"lemon", "yuzu", "cherry"}) / len(present)
     assert shares["class_balanced"] == pytest.approx(expected, abs=0.12)
+
+
+def test_a_balanced_teacher_counts_the_classes_of_its_own_vertical_alone(prepared):
+    """Every seventh image has a label of the other vertical, too, by which no sample is drawn."""
+    import concentration.data.index as index
+    from concentration.stages.train_network import NetworkStageConfig, Task, _build_order
+    from concentration.taxonomy import Taxonomy
+
+    taxonomy = Taxonomy.load(prepared / "shards" / "taxonomy.json")
+    split = index.load_split(prepared / "shards", "train", taxonomy)
+    trainer = SimpleNamespace(sampling="class_balanced", window_shards=1)
+    task = Task("", taxonomy, split, split.routed("tools"), None, split.count_labels(), "tools")
+    order = _build_order(cast(NetworkStageConfig, SimpleNamespace(trainer=trainer, seed=0)), task)
+    drawn = order.take(0, np.arange(4000) % len(order)) if len(order) >= 4000 else np.concatenate(
+        [order.take(epoch, np.arange(len(order))) for epoch in range(40)])  # fmt: skip
+    tools = range(*taxonomy.vertical_slice("tools").indices(taxonomy.num_classes))
+    counts = np.bincount(
+        [min(o for o in split.labels(int(n)) if o in tools) for n in drawn], minlength=taxonomy.num_classes
+    )
+    shares = counts[tools.start : tools.stop] / counts.sum()
+    np.testing.assert_allclose(shares, 0.25, atol=0.03)
 
 
 def test_class_weights_change_the_loss_as_the_formula_says(prepared):

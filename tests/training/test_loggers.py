@@ -12,7 +12,13 @@ from runs import TINY_NETWORK, concentrate, load_json, load_lines, prepare_shard
 from concentration.training.loggers import JsonlLogger, load_metrics
 
 #: Ten steps, every second of them logged, then a validation.
-OPTIONS = (*TINY_NETWORK, "targets=labels", "trainer.batch_size=20", "trainer.max_epochs=1", "trainer.log_every_steps=2")
+OPTIONS = (
+    *TINY_NETWORK,
+    "targets=labels",
+    "trainer.batch_size=20",
+    "trainer.max_epochs=1",
+    "trainer.log_every_steps=2",
+)
 NO_WANDB = {"WANDB_API_KEY": None, "WANDB_MODE": None, "WANDB_BASE_URL": None, "NETRC": "/nowhere"}
 
 
@@ -53,7 +59,9 @@ def test_what_is_logged_is_what_it_says(plain):
     assert last["train/learning_rate"] == pytest.approx(0.2)
     assert 0 <= last["train/data_wait_share"] <= 1
     assert last["train/samples_per_second"] > 1
-    assert last["train/fruit/routed"] + last["train/tools/routed"] == 200 + 28, "every seventh image is in both verticals"
+    assert last["train/fruit/routed"] + last["train/tools/routed"] == 200 + 28, (
+        "every seventh image is in both verticals"
+    )
     # Each vertical's part is of the latest step alone, the whole of the steps since the last line.
     assert last["train/fruit/loss"] + last["train/tools/loss"] == pytest.approx(last["train/loss"], rel=0.4)
     assert last["train/fruit/gamma"] == pytest.approx(6**0.5, rel=0.5)
@@ -91,9 +99,15 @@ def test_wandb_without_a_key_is_offline(workdir):
 @pytest.mark.long
 def test_wandb_with_a_key_and_no_network_goes_on_offline(workdir):
     started = time.monotonic()
-    environment = {**NO_WANDB, "WANDB_API_KEY": "0123456789abcdef" * 2 + "01234567", "WANDB_BASE_URL": "http://127.0.0.1:9"}
+    environment = {
+        **NO_WANDB,
+        "WANDB_API_KEY": "0123456789abcdef" * 2 + "01234567",
+        "WANDB_BASE_URL": "http://127.0.0.1:9",
+    }
     command = (sys.executable, "-m", "concentration.cli", "student", "name=cut_off", f"workdir={workdir}")
-    finished = run_command(*command, *OPTIONS, "logger=wandb", directory=workdir.parent, HOME=str(workdir), **environment)
+    finished = run_command(
+        *command, *OPTIONS, "logger=wandb", directory=workdir.parent, HOME=str(workdir), **environment
+    )
     assert time.monotonic() - started < 120, "20 seconds of trying, and the run"
     assert "continuing offline" in finished.out + finished.err
     run_path = workdir / "students" / "cut_off"
@@ -131,5 +145,7 @@ def test_a_line_that_a_kill_cut_off_is_not_read(tmp_path):
 
 
 def test_no_logger_is_asked_for_what_it_is_not(workdir):
-    finished = concentrate("student", "name=odd", f"workdir={workdir}", "logger=wandbb", directory=workdir.parent, code=2)
+    finished = concentrate(
+        "student", "name=odd", f"workdir={workdir}", "logger=wandbb", directory=workdir.parent, code=2
+    )
     assert re.search(r"logger=wandbb: no such choice; did you mean 'wandb'\?", finished.err)

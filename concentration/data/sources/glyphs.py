@@ -70,7 +70,7 @@ class GlyphsConfig(Config):
     #: At most this many leaves, spread over the verticals in proportion; null keeps all.
     num_classes: int | None = Field(None, ge=2)
     #: Training drawings per leaf, spread over its training faces.
-    num_drawings: int = Field(150, ge=1)
+    num_drawings: int = Field(100, ge=1)
     #: Drawings per leaf and held-out face.
     num_val_drawings: int = Field(2, ge=1)
     num_test_drawings: int = Field(3, ge=1)
