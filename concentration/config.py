@@ -12,7 +12,9 @@ from concentration.stages.verbs import STAGE_VERBS, Verb
 VERBS: Mapping[str, Verb] = {
     **STAGE_VERBS,
     "run": Verb("all of the above, skipping what is done", "concentration.pipeline.run", "run", "RunConfig"),
-    "status": Verb("what stands where in a working directory", "concentration.pipeline.status", "status", "StatusConfig"),
+    "status": Verb(
+        "what stands where in a working directory", "concentration.pipeline.status", "status", "StatusConfig"
+    ),
 }
 
 

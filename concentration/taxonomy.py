@@ -3,6 +3,7 @@
 Shapes: C all classes, M verticals, V classes of one vertical.
 """
 
+import difflib
 import functools
 import hashlib
 import json
@@ -32,7 +33,8 @@ class Taxonomy:
     are only ever appended to a file, so a class keeps its position inside its vertical for ever.
 
     Raises:
-        DataError: two classes with one id, an unknown parent, a cycle among the parents, a vertical with one class.
+        DataError: two classes with one id, an unknown parent, a cycle among the parents, a vertical with one class
+            or with a name that cannot be a folder's.
     """
 
     def __init__(self, classes: Sequence[TaxonomyClass], where: str = "taxonomy"):
@@ -55,6 +57,10 @@ class Taxonomy:
         #: (M + 1,) first output of every vertical, and C.
         self.vertical_starts = tuple(int(n) for n in np.concatenate([[0], np.cumsum(self.vertical_sizes)]))
         for name, size in zip(self.verticals, self.vertical_sizes, strict=True):
+            if "/" in name or name.startswith("."):
+                raise DataError(
+                    f"{where}: vertical '{name}' cannot name a folder; leave out '/' and a dot at the start"
+                )
             if size < 2:
                 raise DataError(
                     f"{where}: vertical '{name}' has {size} class, expected at least 2; "
@@ -183,9 +189,17 @@ class Taxonomy:
         return cls.from_json(content, str(path))
 
 
+_KEYS = ("id", "name", "parents", "vertical")
+
+
 def _parse_class(entry: object, where: str) -> TaxonomyClass:
     if not isinstance(entry, Mapping):
         raise DataError(f"{where}: expected an object with id, name, parents, vertical; found {entry!r}")
+    for key in entry:
+        # Keys of the user's own are fine; "parent" for "parents" would lose the hierarchy without a word.
+        near = difflib.get_close_matches(key.lower(), _KEYS, n=1, cutoff=0.75)
+        if near and key not in _KEYS:
+            raise DataError(f"{where}: unknown key '{key}'; did you mean '{near[0]}'?")
     class_id, vertical = entry.get("id"), entry.get("vertical")
     name, parents = entry.get("name", class_id), entry.get("parents", [])
     for key, value in (("id", class_id), ("vertical", vertical), ("name", name)):

@@ -28,7 +28,7 @@ IMAGE_SIZE = 16
 #: A network that one thread trains at some 100 steps a second, without batch statistics.
 TINY_NETWORK = ("base.channels=[4,8]", "base.norm=group", "top.top1=12", "top.top2=8", "top.norm=layer")
 #: 13 steps an epoch over the 200 images of `write_shards`.
-TINY_TRAINER = ("trainer.batch_size=16", "trainer.max_epochs=2", "trainer.log_every_steps=5")
+TINY_TRAINER = ("trainer.num_workers=0", "trainer.batch_size=16", "trainer.max_epochs=2", "trainer.log_every_steps=5")
 TINY = (*TINY_NETWORK, *TINY_TRAINER)
 
 _CONTEXT = multiprocessing.get_context("forkserver")

@@ -167,7 +167,11 @@ def test_a_multirun_runs_every_job(workdir, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "launcher", [(), ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2")], ids=["basic", "joblib"]
+    "launcher",
+    [
+        pytest.param((), id="basic"),
+        pytest.param(("hydra/launcher=joblib", "hydra.launcher.n_jobs=2"), id="joblib", marks=pytest.mark.long),
+    ],
 )
 def test_a_multirun_exits_with_its_worst_job(workdir, tmp_path, launcher):
     prepare_as(workdir, tmp_path)

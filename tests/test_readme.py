@@ -16,7 +16,9 @@ README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8"
 def _commands() -> list[str]:
     """Lines, and code in lines, that start with `concentrate VERB`; lines that end in a backslash are joined."""
     text = README.replace("\\\n", " ")
-    found = re.findall(r"^    (concentrate \w+ .*)$", text, re.MULTILINE) + re.findall(r"`(concentrate \w+ [^`]*)`", text)
+    found = re.findall(r"^    (concentrate \w+ .*)$", text, re.MULTILINE) + re.findall(
+        r"`(concentrate \w+ [^`]*)`", text
+    )
     return [command for command in found if "KEY=" not in command and command.split()[1] in VERBS]
 
 

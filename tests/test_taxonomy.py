@@ -283,3 +283,17 @@ def test_a_hundred_thousand_classes_are_indexed_and_smeared_in_a_few_seconds():
     taxonomy = Taxonomy(classes)
     assert Counter(taxonomy.vertical_sizes) == {5000: 20}
     assert max(map(len, taxonomy.ancestors)) < 60
+
+
+def test_a_key_that_is_nearly_a_known_one_is_refused_and_a_users_own_key_is_not():
+    classes = [{"id": "a", "vertical": "v", "note": "mine"}, {"id": "b", "vertical": "v", "parent": ["a"]}]
+    with pytest.raises(DataError, match=r"classes\[1\].*'parent'; did you mean 'parents'"):
+        Taxonomy.from_json({"classes": classes})
+    del classes[1]["parent"]
+    assert Taxonomy.from_json({"classes": classes}).num_classes == 2
+
+
+@pytest.mark.parametrize("name", ["home/garden", ".hidden"])
+def test_a_vertical_whose_name_cannot_be_a_folder_is_refused(name):
+    with pytest.raises(DataError, match="cannot name a folder"):
+        Taxonomy.from_json({"classes": [{"id": "a", "vertical": name}, {"id": "b", "vertical": name}]})

@@ -3,6 +3,8 @@
 Shapes: B samples of a rank's micro-batch, G samples of a global batch.
 """
 
+import multiprocessing
+import multiprocessing.util
 import os
 import signal
 from collections.abc import Iterator
@@ -182,11 +184,14 @@ def build_loader(
     batches: StepBatches, numbers: range, num_workers: int, pin_memory: bool = False
 ) -> torch.utils.data.DataLoader:
     """The micro-batches with these numbers, in order, read ahead by worker processes."""
-    return torch.utils.data.DataLoader(
-        batches,
+    return _Loader(
+        _Returned(batches),
         sampler=numbers,
         batch_size=None,
         num_workers=num_workers,
+        # NOTE: said here, since a pipeline's jobs would take their own way of starting, a server that first imports torch
+        # for seconds; and its workers would outlive a killed job, as they look for its server, not for it.
+        multiprocessing_context="fork" if num_workers else None,
         pin_memory=pin_memory,
         worker_init_fn=_start_worker,
         prefetch_factor=4 if num_workers else None,
@@ -194,7 +199,47 @@ def build_loader(
     )
 
 
-def _identity(batch: Batch) -> Batch:
+class _Loader(torch.utils.data.DataLoader):
+    """Raises the workers' errors as they were, and ends the workers with this process."""
+
+    def __iter__(self) -> Iterator[Batch]:
+        others = set(multiprocessing.active_children())
+        batches = super().__iter__()
+        # NOTE: a process that exits with a loader still in use (an error keeps all that was in use) asks workers to end by
+        # a signal, which they ignore, and would wait for ever.
+        workers = set(multiprocessing.active_children()) - others
+        end = multiprocessing.util.Finalize(None, _kill, args=(workers,), exitpriority=1)
+        try:
+            for batch in batches:
+                if isinstance(batch, DataError):
+                    raise batch
+                yield batch
+        finally:
+            batches = None  # ends the workers, unless an error keeps hold of it
+            if not any(worker.is_alive() for worker in workers):
+                end.cancel()
+
+
+class _Returned(torch.utils.data.Dataset):
+    """Returns a DataError instead of raising it: torch would put the worker's whole traceback into its one line."""
+
+    def __init__(self, batches: StepBatches):
+        self._batches = batches
+
+    def __getitem__(self, number: int) -> Batch | DataError:
+        try:
+            return self._batches[number]
+        except DataError as error:
+            return error
+
+
+def _kill(workers: set[multiprocessing.Process]) -> None:
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would take the end of a worker for an accident
+    for worker in workers:
+        worker.kill()
+
+
+def _identity(batch: Batch | DataError) -> Batch | DataError:
     return batch
 
 

@@ -43,9 +43,6 @@ def sigmoid_cross_entropy_by_vertical(
         weights = class_weight_C.split([logits_BV.shape[1] for logits_BV in logits])
         absent = [softplus_BV * weight_V for softplus_BV, weight_V in zip(absent, weights, strict=True)]
     loss_BM = torch.stack([softplus_BV.sum(1) for softplus_BV in absent], dim=1)
-    vertical_BK = _vertical_of_output(logits).to(logits_BC.device)[targets.index_BK]
+    ends_M = torch.tensor([logits_BV.shape[1] for logits_BV in logits], device=logits_BC.device).cumsum(0)
+    vertical_BK = torch.bucketize(targets.index_BK, ends_M, right=True)
     return loss_BM.scatter_add(1, vertical_BK, -listed_BK)
-
-
-def _vertical_of_output(logits: Sequence[Tensor]) -> Tensor:
-    return torch.repeat_interleave(torch.tensor([logits_BV.shape[1] for logits_BV in logits]))

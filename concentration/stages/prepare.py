@@ -64,12 +64,10 @@ def prepare(config: PrepareConfig) -> None:
             return
         if isinstance(config.data, ShardsConfig):
             taxonomy = load_shards_taxonomy(config.data)
-            write_atomically(directory.path / "taxonomy.json", taxonomy.to_json())
             _index_given_shards(config.data, directory.path, taxonomy, config.num_processes)
         else:
             source = build_source(config.data)
             taxonomy = source.build_taxonomy()
-            write_atomically(directory.path / "taxonomy.json", taxonomy.to_json())
             _write_shards(source, config, directory.path, taxonomy)
         directory.finish(_summarise(directory.path, taxonomy))
 
@@ -118,9 +116,7 @@ def _write_shards(source: Source, config: PrepareConfig, path: Path, taxonomy: T
     items_of = {split: source.list_items(split) for split in SPLITS}
     if not items_of["train"]:
         raise DataError("data: no training image; lower the shares of the other splits, or give more images")
-    _clear_other_listing(
-        path, taxonomy, (f"{s} {item.key} {item.labels}" for s, items in items_of.items() for item in items)
-    )
+    _begin_listing(path, taxonomy, (f"{s} {item.key} {item.labels}" for s, items in items_of.items() for item in items))
     tasks, sizes = [], {}
     num_items = sum(len(items) for items in items_of.values())
     for split, items in items_of.items():
@@ -151,10 +147,10 @@ def _balance(items: Sequence[Item], samples_per_shard: int) -> list[list[Item]]:
     return [shuffled[start:stop] for start, stop in itertools.pairwise(bounds)]
 
 
-def _clear_other_listing(path: Path, taxonomy: Taxonomy, listing: Iterable[str]) -> None:
-    """Removes what an earlier, unfinished run wrote from another listing: with today's, samples would be lost or double.
+def _begin_listing(path: Path, taxonomy: Taxonomy, listing: Iterable[str]) -> None:
+    """Notes what is to be done, and removes what an earlier, unfinished run wrote if that was to do something else.
 
-    Images may have come or gone since, or classes: indices hold positions in the taxonomy.
+    Images may have come or gone since, and would be lost or double; or classes: indices hold positions in the taxonomy.
     """
     digest = hashlib.sha256(taxonomy.fingerprint.encode())
     for line in listing:
@@ -166,12 +162,15 @@ def _clear_other_listing(path: Path, taxonomy: Taxonomy, listing: Iterable[str])
         for stale in path.glob(pattern):
             stale.unlink()
     write_atomically(kept, digest.hexdigest())
+    write_atomically(path / "taxonomy.json", taxonomy.to_json())
 
 
 def _write_and_index(shard: Path, items: Sequence[Item], source: Source, taxonomy: Taxonomy) -> None:
     """Writes the tar, its index, and last the list of what is missing in it, which says that the other two are whole."""
     marker, index = shard.with_suffix(".skipped"), shard.with_suffix(".index")
-    if marker.exists() and _is_whole(index, num_expected=len(items) - len(marker.read_text().splitlines())):
+    if marker.exists() and _is_whole(
+        index, num_expected=len(items) - len(marker.read_text(encoding="utf-8").splitlines())
+    ):
         return
     skipped = write_shard(shard, items, source)
     if len(skipped) < len(items):
@@ -192,7 +191,7 @@ def _index_given_shards(config: ShardsConfig, path: Path, taxonomy: Taxonomy, nu
     shards_of = {split: list_shards(config, split) for split in SPLITS}
     _check_owners(config, shards_of)
     states = ((split, shard, shard.stat()) for split, shards in shards_of.items() for shard in shards)
-    _clear_other_listing(path, taxonomy, (f"{s} {p} {state.st_size} {state.st_mtime_ns}" for s, p, state in states))
+    _begin_listing(path, taxonomy, (f"{s} {p} {state.st_size} {state.st_mtime_ns}" for s, p, state in states))
     tasks = []
     for split, shards in shards_of.items():
         for number, shard in enumerate(shards):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from concentration.distributed import from_rank_zero, rank
-from concentration.errors import ConfigError, DataError
+from concentration.errors import ConcentrationError, ConfigError, DataError
 from concentration.schema import Config, flatten, hash_values
 from concentration.targets import write_atomically
 
@@ -56,7 +56,12 @@ class RunDirectory:
             is_due = from_rank_zero(lambda: stack.enter_context(self._lock()) or self._enter(config, upstream))
             if not is_due and rank() == 0:
                 print(f"{self.path}: finished already, nothing is to do")
-            yield is_due
+            try:
+                yield is_due
+            except ConcentrationError:
+                if rank() == 0:
+                    self._forget_unless_begun()
+                raise
 
     def _enter(self, config: StageConfig, upstream: Mapping[str, str]) -> bool:
         identity = {**config.identity(), "upstream": dict(upstream)}
@@ -101,6 +106,11 @@ class RunDirectory:
             f"{self.path}: begun with another configuration: {shown}; "
             "give it another name or workdir, restore the values, or replace it with overwrite=true"
         )
+
+    def _forget_unless_begun(self) -> None:
+        """A mistake that was found before anything was written may be corrected without `overwrite`."""
+        if {path.name for path in self.path.iterdir()} == {".lock", "config.json"}:
+            (self.path / "config.json").unlink()
 
     def _clear(self) -> None:
         # NOTE: DONE.json first and config.json last, so that a kill in between leaves a run that is begun, not finished,

@@ -11,7 +11,7 @@ from concentration.schema import Config
 
 
 class ScheduleConfig(Config):
-    """`schedule` after a linear rise over the first `warmup_steps`; cosine falls to 0 at the last step."""
+    """`schedule` after a linear rise over the first `warmup_steps`; cosine falls towards 0 over the rest."""
 
     lr: pydantic.PositiveFloat
     warmup_steps: pydantic.NonNegativeInt = 0

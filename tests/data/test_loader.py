@@ -249,10 +249,11 @@ def test_readers_keep_few_files_open_and_close_them(split):
 
 
 def test_workers_outlive_the_signals_that_ask_the_main_process_to_stop(batches):
+    others = set(multiprocessing.active_children())
     loaded = []
     for batch in StepLoader(batches, 40, num_workers=2, pin_memory=False):
         if not loaded:
-            workers = multiprocessing.active_children()
+            workers = set(multiprocessing.active_children()) - others
             assert len(workers) == 2
             for worker, number in itertools.product(workers, (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)):
                 os.kill(worker.pid, number)
@@ -260,3 +261,21 @@ def test_workers_outlive_the_signals_that_ask_the_main_process_to_stop(batches):
     assert len(loaded) == 40
     for number, batch in enumerate(loaded):
         assert_same(batch, batches[number])
+
+
+IN_USE = []  # keeps a loader, as the traceback of an error does
+
+
+def leave_in_use(batches: StepBatches) -> None:
+    IN_USE.append(iter(StepLoader(batches, 40, num_workers=2, pin_memory=False)))
+    next(IN_USE[0])
+
+
+def test_a_process_that_exits_with_a_loader_in_use_does_not_wait_for_its_workers(batches):
+    process = multiprocessing.get_context("fork").Process(target=leave_in_use, args=(batches,))
+    process.start()
+    process.join(20)
+    is_alive = process.is_alive()
+    process.kill()
+    assert not is_alive
+    assert process.exitcode == 0

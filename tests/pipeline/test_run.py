@@ -3,7 +3,6 @@
 import re
 import shutil
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,8 @@ PREPARE = ("data.verticals=[greek,arrows]", "data.num_classes=12", "data.num_dra
            "samples_per_shard=100")  # fmt: skip
 NETWORKS = ("base.channels=[4,8]", "top.top1=12", "top.top2=8", "teacher.top.top1=12", "teacher.top.top2=8",
             "trainer.max_epochs=3", "teacher.trainer.max_epochs=3", "trainer.batch_size=32",
-            "teacher.trainer.batch_size=32", "num_processes=2")  # fmt: skip
+            "teacher.trainer.batch_size=32", "trainer.num_workers=0", "teacher.trainer.num_workers=0",
+            "num_processes=2")  # fmt: skip
 COMMAND = ("run", *PREPARE, *NETWORKS)
 
 
@@ -68,13 +68,12 @@ def test_the_whole_run_goes_from_characters_to_a_report(finished):
 def test_a_second_run_does_nothing_and_says_so(finished):
     workdir, _ = finished
     before = snapshot(workdir)
-    started = time.monotonic()
     again = run(workdir)
-    assert time.monotonic() - started < 30
     assert snapshot(workdir) == before
     assert "nothing is to do" in again.err + again.out
 
 
+@pytest.mark.long
 def test_a_changed_key_is_refused_by_name_and_overwrite_replaces(workdir):
     before = snapshot(workdir)
     refused = run(workdir, "optimizer.lr=0.1", code=2)
@@ -86,6 +85,7 @@ def test_a_changed_key_is_refused_by_name_and_overwrite_replaces(workdir):
     assert not {path for path in changed if path.startswith(("shards/", "teachers/", "targets/"))}
 
 
+@pytest.mark.long
 def test_another_student_shares_teachers_and_targets(workdir):
     before = snapshot(workdir)
     run(workdir, "name=other", "top=fc_fc", "top.top1=12", "top.top2=8")

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 from runs import (
     TINY,
-    TINY_NETWORK,
     Plant,
     Running,
     concentrate,
@@ -28,6 +27,7 @@ FULL = (
     "top.top2=8",
     "optimizer=adamw",
     "optimizer.warmup_steps=5",
+    "trainer.num_workers=0",
     "trainer.batch_size=16",
     "trainer.max_epochs=6",
     "trainer.log_every_steps=5",
@@ -189,7 +189,7 @@ def test_a_signal_saves_exits_with_75_and_the_next_run_finishes(undisturbed, wor
 
 
 def test_two_processes_do_not_work_in_one_directory(workdir, tmp_path):
-    command = ("student", "name=twice", f"workdir={workdir}", *TINY_NETWORK, "trainer.max_epochs=500")
+    command = ("student", "name=twice", f"workdir={workdir}", *TINY, "trainer.max_epochs=500")
     first = Running(command, tmp_path)
     first.wait_for((workdir / "students/twice/metrics.jsonl").exists)
     second = concentrate(*command, directory=tmp_path, code=2)

@@ -35,7 +35,14 @@ from runs import (
 
 LABELS = ("targets=labels",)
 #: Five steps, each of them logged.
-FEW = (*TINY_NETWORK, *LABELS, "trainer.batch_size=16", "trainer.max_steps=5", "trainer.log_every_steps=1")
+FEW = (
+    *TINY_NETWORK,
+    *LABELS,
+    "trainer.num_workers=0",
+    "trainer.batch_size=16",
+    "trainer.max_steps=5",
+    "trainer.log_every_steps=1",
+)
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +163,13 @@ def test_more_processes_than_were_started_are_refused(prepared):
 
 def test_the_moving_average_is_that_of_the_weights_after_every_step(prepared, tmp_path):
     steps, decay = 4, 0.7
-    options = (*TINY_NETWORK, *LABELS, "trainer.batch_size=16", "trainer.validate_every_epochs=1000")
+    options = (
+        *TINY_NETWORK,
+        *LABELS,
+        "trainer.num_workers=0",
+        "trainer.batch_size=16",
+        "trainer.validate_every_epochs=1000",
+    )
     averaged = train(prepared, "averaged", *options, f"trainer.max_steps={steps}", f"trainer.ema_decay={decay}")
     found = load_weights(averaged)
     after = [
@@ -305,8 +318,8 @@ def test_a_gpu_where_there_is_none_is_refused(prepared):
 
 
 def test_a_diverging_run_names_step_and_samples_and_keeps_the_last_good_checkpoint(prepared):
-    options = (*TINY_NETWORK, *LABELS, "trainer.batch_size=16", "optimizer=sgd", "optimizer.warmup_steps=20",
-               "optimizer.lr=1e30", "trainer.checkpoint_every_seconds=0", "trainer.max_steps=30")  # fmt: skip
+    options = (*TINY, *LABELS, "optimizer=sgd", "optimizer.warmup_steps=20", "optimizer.lr=1e30")
+    options = (*options, "trainer.checkpoint_every_seconds=0", "trainer.max_steps=30")
     # lr rises linearly over the warm-up: the first step alone is already far too long.
     finished = train(prepared, "diverged", *options, code=2)
     assert "Traceback" not in finished.err

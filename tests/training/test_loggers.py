@@ -15,6 +15,7 @@ from concentration.training.loggers import JsonlLogger, load_metrics
 OPTIONS = (
     *TINY_NETWORK,
     "targets=labels",
+    "trainer.num_workers=0",
     "trainer.batch_size=20",
     "trainer.max_epochs=1",
     "trainer.log_every_steps=2",
@@ -83,8 +84,8 @@ def test_tensorboard_gets_the_same_curves(workdir):
 
 def test_wandb_without_a_key_is_offline(workdir):
     started = time.monotonic()
-    command = (sys.executable, "-m", "concentration.cli", "student", "name=offline", f"workdir={workdir}")
-    run_command(*command, *OPTIONS, "logger=wandb", directory=workdir.parent, HOME=str(workdir), **NO_WANDB)
+    command = ("student", "name=offline", f"workdir={workdir}", *OPTIONS, "logger=wandb")
+    concentrate(*command, directory=workdir.parent, HOME=str(workdir), **NO_WANDB)
     assert time.monotonic() - started < 100
     run_path = workdir / "students" / "offline"
     assert load_json(run_path / "DONE.json")["step"] == 10

@@ -1,0 +1,274 @@
+"""Folders of images as people have them: one level or many, split or not, linked, with names of every kind."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from webdataset.tariterators import base_plus_ext
+
+from concentration.data.index import index_shard
+from concentration.data.shards import write_shard
+from concentration.data.sources.image_folder import ImageFolderConfig, ImageFolderSource
+from concentration.data.sources.source import SPLITS
+from concentration.errors import DataError
+
+
+@pytest.fixture
+def put(tmp_path, encode_image):
+    """(path, ...): writes an image of its own under each path below the root, and returns the root."""
+    root = tmp_path / "images"
+
+    def write(*paths: str) -> Path:
+        for relative in paths:
+            path = root / relative
+            path.parent.mkdir(parents=True, exist_ok=True)
+            extension = path.suffix[1:].lower().replace("jpeg", "jpg")
+            path.write_bytes(encode_image(extension, (9, 7), seed=sum(os.fsencode(relative))))
+        return root
+
+    return write
+
+
+def open_folder(root: Path, **options) -> ImageFolderSource:
+    return ImageFolderSource(ImageFolderConfig(path=root, **options))
+
+
+def list_all(source: ImageFolderSource) -> dict[str, tuple[str, tuple[str, ...]]]:
+    """By path: split and labels."""
+    return {item.locator: (split, item.labels) for split in SPLITS for item in source.list_items(split)}
+
+
+def describe(source: ImageFolderSource) -> list[tuple[str, tuple[str, ...], str]]:
+    return [(c.id, c.parents, c.vertical) for c in source.build_taxonomy().classes]
+
+
+def refuse(root: Path, *expected: str, **options) -> None:
+    with pytest.raises(DataError) as caught:
+        open_folder(root, **options).build_taxonomy()
+    for text in expected:
+        assert text in str(caught.value)
+
+
+def test_a_folder_per_class_is_one_vertical(put):
+    root = put("cat/1.jpg", "cat/2.png", "dog/1.webp", "ant/x.jpeg")
+    source = open_folder(root)
+    assert describe(source) == [("ant", (), "all"), ("cat", (), "all"), ("dog", (), "all")]
+    found = list_all(source)
+    assert {path: labels for path, (_, labels) in found.items()} == {
+        f"{root}/ant/x.jpeg": ("ant",),
+        f"{root}/cat/1.jpg": ("cat",),
+        f"{root}/cat/2.png": ("cat",),
+        f"{root}/dog/1.webp": ("dog",),
+    }
+
+
+def test_a_folder_per_vertical_holds_its_classes_and_deeper_ones_their_subclasses(put):
+    root = put(
+        "birds/gull/1.png",
+        "birds/raptor/2.png",
+        "birds/raptor/osprey/3.png",
+        "birds/raptor/kite/red/4.png",
+        "cars/taxi/1.png",
+        "cars/tram/1.png",
+    )
+    source = open_folder(root)
+    assert describe(source) == [
+        ("birds/gull", (), "birds"),
+        ("birds/raptor", (), "birds"),
+        ("birds/raptor/kite", ("birds/raptor",), "birds"),
+        ("birds/raptor/kite/red", ("birds/raptor/kite",), "birds"),
+        ("birds/raptor/osprey", ("birds/raptor",), "birds"),
+        ("cars/taxi", (), "cars"),
+        ("cars/tram", (), "cars"),
+    ]
+    taxonomy = source.build_taxonomy()
+    assert taxonomy.lineage(taxonomy.output("birds/raptor/kite/red")) == ("raptor", "kite", "red")
+    assert list_all(source)[f"{root}/birds/raptor/2.png"][1] == ("birds/raptor",), (
+        "an inner class has images of its own"
+    )
+
+
+def test_given_splits_are_kept_and_missing_ones_are_taken_from_train(put):
+    paths = [f"{split}/{c}/{n}.png" for split in SPLITS for c in ("a", "b") for n in range(20)]
+    root = put(*paths)
+    assert {path: split for path, (split, _) in list_all(open_folder(root)).items()} == {
+        f"{root}/{path}": path.split("/")[0] for path in paths
+    }
+    shutil.rmtree(root / "val")
+    found = list_all(open_folder(root, val_share=0.3))
+    assert {split for path, (split, _) in found.items() if path.startswith(f"{root}/train")} == {"train", "val"}
+    assert {split for path, (split, _) in found.items() if path.startswith(f"{root}/test")} == {"test"}
+    assert {labels for _, labels in found.values()} == {("a",), ("b",)}
+
+
+def test_a_sample_keeps_its_split_when_images_come_or_the_folder_is_moved(put, tmp_path):
+    root = put(*(f"c{n % 7}/{n}.png" for n in range(150)))
+    before = {str(Path(path).relative_to(root)): split for path, (split, _) in list_all(open_folder(root)).items()}
+    assert set(before.values()) == set(SPLITS)
+    put(*(f"c{n % 7}/0{n}.png" for n in range(60)), "new/1.png")
+    root.rename(tmp_path / "elsewhere")
+    after = list_all(open_folder(tmp_path / "elsewhere"))
+    assert len(after) == 211
+    for path, split in before.items():
+        assert after[f"{tmp_path}/elsewhere/{path}"][0] == split
+
+
+def test_the_shares_of_splits_are_those_of_the_config(put):
+    root = put(*(f"c{n % 2}/{n}.png" for n in range(600)))
+    splits = [split for split, _ in list_all(open_folder(root, val_share=0.2, test_share=0.3)).values()]
+    for split, share in (("train", 0.5), ("val", 0.2), ("test", 0.3)):
+        assert abs(splits.count(split) - 600 * share) < 4 * (600 * share * (1 - share)) ** 0.5
+    assert {split for split, _ in list_all(open_folder(root, val_share=0, test_share=0)).values()} == {"train"}
+
+
+def test_the_listing_does_not_depend_on_the_file_system(put, monkeypatch):
+    root = put("b/2.png", "a/1.png", "a/x/1.png", "a/10.png", "b/1.jpg")
+    listed = [open_folder(root).list_items(split) for split in SPLITS]
+    walk = os.walk
+
+    def walk_backwards(*args, **options):
+        for folder, inner, files in walk(*args, **options):
+            inner.reverse()
+            yield folder, inner, files[::-1]
+
+    monkeypatch.setattr(os, "walk", walk_backwards)
+    assert [open_folder(root).list_items(split) for split in SPLITS] == listed
+
+
+def test_images_are_stored_as_they_are_and_indexed_whatever_the_case_of_their_names(put, tmp_path):
+    root = put("a/1.JPG", "a/2.Jpeg", "a/3.PNG", "b/4.WebP")
+    source = open_folder(root, val_share=0, test_share=0)
+    items = source.list_items("train")
+    assert write_shard(tmp_path / "a.tar", items, source) == []
+    index = index_shard(tmp_path / "a.tar", source.build_taxonomy(), "a.tar")
+    assert index.keys == tuple(item.key for item in items)
+    content = (tmp_path / "a.tar").read_bytes()
+    for item, start, size in zip(items, index.image_offset, index.image_size, strict=True):
+        assert content[start : start + size] == Path(item.locator).read_bytes()
+        assert source.read(item) == (Path(item.locator).suffix[1:].lower(), Path(item.locator).read_bytes())
+
+
+def test_keys_are_unique_and_webdataset_reads_them_back_whole(put):
+    names = (
+        "鳥/カモメ/1.5.png",
+        "鳥/カモメ/1-5.png",
+        "鳥/カモメ/1_5.png",
+        "鳥/カラス/1.5.png",
+        "鳥/カラス/1.5.jpg",
+        "été/crêpe & co/a b.png",
+        "été/glace/a..b.png",
+        f"été/x/{'long' * 50}1.png",
+        f"été/x/{'long' * 50}2.png",
+    )
+    source = open_folder(put(*names))
+    keys = [item.key for split in SPLITS for item in source.list_items(split)]
+    assert len(set(keys)) == len(keys) == len(names)
+    for key in keys:
+        assert base_plus_ext(f"{key}.png") == (key, "png")
+        assert key.isascii()
+        assert len(key) < 90, "with its extension a name in the oldest tar format"
+    assert {c.vertical for c in source.build_taxonomy().classes} == {"鳥", "été"}
+
+
+def test_links_are_followed_and_loops_are_not(put, tmp_path, encode_image):
+    """As when a subset of a data set is made of links to its folders or images."""
+    root = put("birds/gull/1.png", "birds/kite/1.png")
+    elsewhere = tmp_path / "elsewhere" / "tram"
+    elsewhere.mkdir(parents=True)
+    (elsewhere / "1.png").write_bytes(encode_image())
+    (root / "cars").symlink_to(tmp_path / "elsewhere")
+    (root / "cars" / "taxi").symlink_to(elsewhere)
+    (root / "birds" / "kite" / "2.png").symlink_to(elsewhere / "1.png")
+    (root / "birds" / "gull" / "again").symlink_to(root / "birds")
+    (root / "birds" / "gull" / "self").symlink_to("self")
+    source = open_folder(root)
+    assert sorted(labels for _, labels in list_all(source).values()) == [
+        ("birds/gull",),
+        ("birds/kite",),
+        ("birds/kite",),
+        ("cars/taxi",),
+        ("cars/tram",),
+    ]
+
+
+def test_a_link_to_nowhere_is_an_image_that_cannot_be_had(put):
+    root = put("a/1.png", "b/1.png")
+    (root / "b" / "2.png").symlink_to(root / "gone.png")
+    source = open_folder(root, val_share=0, test_share=0)
+    items = {Path(item.locator).name: item for item in source.list_items("train")}
+    with pytest.raises(DataError, match=r"b/2\.png: cannot be decoded .*No such file"):
+        source.read(items["2.png"])
+
+
+@pytest.mark.parametrize("damage", [lambda c: c[: len(c) // 2], lambda c: b"", lambda c: b"<html>", lambda c: c[:40]])
+def test_an_image_that_cannot_be_decoded_is_named(damage, put):
+    root = put("a/1.png", "b/1.png")
+    path = root / "a" / "1.png"
+    path.write_bytes(damage(path.read_bytes()))
+    source = open_folder(root, val_share=0, test_share=0)
+    with pytest.raises(DataError, match=r"images/a/1\.png: cannot be decoded"):
+        source.read(source.list_items("train")[0])
+
+
+def test_an_image_beside_folders_of_classes_is_refused(put):
+    put("cat/1.png", "dog/1.png", "3.png")
+    refuse(put(), "images/3.png", "no class's folder", "move it")
+    shutil.rmtree(put())
+    put("birds/gull/1.png", "birds/kite/1.png", "birds/2.png")
+    refuse(put(), "images/birds", "VERTICAL/CLASS/IMAGE")
+
+
+def test_folders_without_images_are_refused(put, tmp_path):
+    refuse(tmp_path / "gone", "gone: no such folder", "data.path=FOLDER")
+    (tmp_path / "empty" / "cat").mkdir(parents=True)
+    (tmp_path / "empty" / "cat" / "notes.txt").write_text("text")
+    refuse(tmp_path / "empty", "no images", "CLASS/IMAGE.jpg")
+    (tmp_path / "file").write_text("text")
+    refuse(tmp_path / "file", "no such folder")
+
+
+def test_a_single_class_is_refused(put):
+    refuse(put("birds/gull/1.png", "cars/taxi/1.png", "cars/tram/1.png"), "vertical 'birds' has 1 class")
+
+
+def test_hidden_files_are_no_images_and_hidden_folders_are_refused(put):
+    root = put("a/1.png", "b/1.png")
+    (root / "a" / "._1.png").write_bytes(b"what macOS leaves beside every file on a foreign disk")
+    assert len(list_all(open_folder(root))) == 2
+    put("a/.ipynb_checkpoints/1-checkpoint.png")
+    refuse(root, "a/.ipynb_checkpoints/1-checkpoint.png", "hidden folder", "rename the folder, or remove it")
+    shutil.rmtree(root / "a" / ".ipynb_checkpoints")
+    put(".net/1.png")
+    refuse(root, ".net/1.png", "hidden folder")
+
+
+def test_names_that_are_not_utf_8_are_refused(put):
+    refuse(put("a/1.png", "b\udce9/1.png"), r"b\udce9/1.png", "not UTF-8", "rename")
+
+
+def test_a_folder_that_cannot_be_read_is_refused_and_not_left_out(put, monkeypatch):
+    root = put("a/1.png", "b/1.png", "c/1.png")
+    scandir = os.scandir
+
+    def refuse_one(folder):
+        if Path(folder).name == "b":
+            raise PermissionError(13, "Permission denied", folder)
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", refuse_one)
+    refuse(root, f"{root}/b: cannot be read (Permission denied)", "correct its permissions")
+
+
+def test_a_given_taxonomy_is_taken_as_it_is(put, tmp_path):
+    path = tmp_path / "taxonomy.json"
+    verticals = {"tram": "cars", "gull": "birds", "taxi": "cars", "kite": "birds"}
+    classes = [{"id": class_id, "vertical": vertical} for class_id, vertical in verticals.items()]
+    path.write_text(json.dumps({"classes": classes}))
+    root = put("gull/1.png", "tram/1.png")
+    source = open_folder(root, taxonomy=path)
+    assert [c.id for c in source.build_taxonomy().classes] == ["tram", "gull", "taxi", "kite"]
+    put("swan/1.png")
+    refuse(root, "images/swan: no class 'swan' in", "rename the folder or add the class", taxonomy=path)
+    refuse(root, "no such file", taxonomy=tmp_path / "gone.json")
