@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from concentration.errors import ConcentrationError
+from concentration.errors import ConcentrationError, ConfigError
 
 T = TypeVar("T")
 
@@ -17,6 +17,17 @@ def start(backend: str) -> None:
     """Joins the other processes when this one was started by torchrun; does nothing otherwise, or the second time."""
     if "TORCHELASTIC_RUN_ID" in os.environ and not _is_distributed():
         dist.init_process_group(backend)
+
+
+def choose_device(accelerator: str) -> torch.device:
+    """The device of this process for `accelerator` "cpu" or "gpu".
+
+    Raises:
+        ConfigError: a GPU is asked for, and torch finds none.
+    """
+    if accelerator == "gpu" and not torch.cuda.is_available():
+        raise ConfigError("a GPU is asked for, but torch finds no GPU here; use the CPU, or install torch for your GPU")
+    return torch.device("cuda" if accelerator == "gpu" else "cpu")
 
 
 def rank() -> int:

@@ -18,6 +18,7 @@ FLOORS = {
     "": 0,  # concentration/__init__.py
     "errors": 0,
     "distributed": 1,
+    "processes": 1,
     "progress": 1,
     "schema": 1,
     "targets": 1,

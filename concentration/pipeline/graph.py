@@ -118,7 +118,8 @@ def _teacher_job(config: RunConfig, vertical: str, num_classes: int) -> Job:
 
 
 def _targets_job(config: RunConfig, vertical: str) -> Job:
-    stage = TargetsConfig(**_shared(config), vertical=vertical, targets=config.targets)
+    accelerator = config.teacher.trainer.accelerator
+    stage = TargetsConfig(**_shared(config), vertical=vertical, targets=config.targets, accelerator=accelerator)
     directory = config.workdir / TARGETS / config.targets.name / vertical
     summary = f"storing the teacher's top {config.targets.top_k} classes for every image"
     return Job(f"targets {vertical}", "targets", stage, directory, (f"teacher {vertical}",), summary)
@@ -135,7 +136,7 @@ def _student_job(config: RunConfig, name: str, parts: NetworkParts, targets, aft
 
 
 def _evaluate_job(config: RunConfig, name: str, after: tuple[str, ...]) -> Job:
-    stage = EvaluateConfig(**_shared(config), name=name)
+    stage = EvaluateConfig(**_shared(config), name=name, accelerator=config.trainer.accelerator)
     return Job(
         f"evaluate {name}",
         "evaluate",

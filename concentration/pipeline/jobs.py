@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from concentration.errors import ConcentrationError, Preempted
+from concentration.processes import end_with_parent
 from concentration.schema import parse_config
 from concentration.stages.run_directory import StageConfig
 from concentration.stages.verbs import STAGE_VERBS
@@ -76,6 +77,7 @@ def run_forked(path: Path) -> None:
     sys.stderr.flush()
     os.dup2(log, 1)
     os.dup2(log, 2)
+    end_with_parent()
     import torch
 
     torch.set_num_threads(1)  # two threads on a small shared machine were seen 20 to 100 times slower than one

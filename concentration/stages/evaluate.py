@@ -11,6 +11,7 @@ import safetensors.numpy
 from concentration.data.index import Split, load_split
 from concentration.data.loader import StepBatches, build_loader
 from concentration.data.order import SequentialOrder
+from concentration.distributed import choose_device
 from concentration.errors import ConfigError
 from concentration.metrics.evaluation import Evaluator
 from concentration.networks.cost import count_multiply_adds, count_parameters
@@ -118,7 +119,7 @@ def _load_subject(config: EvaluateConfig, taxonomy: Taxonomy, split: Split, chec
         first_output, ordinals = taxonomy.vertical_slice(name).start, split.routed(name)
         taxonomy = taxonomy.restrict(name)
         networks = [load_network(workdir / TEACHERS / name, taxonomy)]
-    device = "cuda" if config.accelerator == "gpu" else "cpu"
+    device = choose_device(config.accelerator)
     networks = tuple(network.to(device) for network in networks)
     return Subject(networks, checkpoint, taxonomy, first_output, split, ordinals)
 

@@ -6,7 +6,6 @@ import hashlib
 import itertools
 import multiprocessing
 import os
-import threading
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import ClassVar
@@ -22,6 +21,7 @@ from concentration.data.sources.source import SPLITS, Item, Source
 from concentration.data.sources.webdataset_shards import ShardsConfig, list_shards, load_shards_taxonomy
 from concentration.data.views import Share, ViewConfig
 from concentration.errors import ConfigError, DataError
+from concentration.processes import end_with_parent
 from concentration.progress import Progress
 from concentration.schema import Config, parse_config
 from concentration.stages.run_directory import RunDirectory, StageConfig
@@ -228,9 +228,7 @@ def _run_all(tasks: Sequence[Callable], sizes: Sequence[int], num_processes: int
         return
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])  # torch is imported once, not by every worker
-    with concurrent.futures.ProcessPoolExecutor(
-        num_processes, mp_context=context, initializer=_end_with_parent
-    ) as pool:
+    with concurrent.futures.ProcessPoolExecutor(num_processes, mp_context=context, initializer=end_with_parent) as pool:
         size_of = {pool.submit(task): size for task, size in zip(tasks, sizes, strict=True)}
         try:
             for future in concurrent.futures.as_completed(size_of):
@@ -239,16 +237,6 @@ def _run_all(tasks: Sequence[Callable], sizes: Sequence[int], num_processes: int
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-
-
-def _end_with_parent() -> None:
-    """Ends this worker when the process that started it is gone, however it went: none must write beside the next run's."""
-
-    def wait() -> None:
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
 
 
 def _summarise(path: Path, taxonomy: Taxonomy) -> dict:

@@ -12,6 +12,7 @@ from concentration.data.index import Split, load_split
 from concentration.data.loader import SampleReader, StepBatches, build_loader
 from concentration.data.order import SequentialOrder
 from concentration.data.sample_targets import LabelTargets
+from concentration.distributed import choose_device
 from concentration.networks.student import Student
 from concentration.progress import Progress
 from concentration.schema import Config
@@ -35,10 +36,11 @@ class SoftTargetsConfig(Config):
 class TargetsConfig(StageConfig):
     """Writes `targets/NAME/VERTICAL/`, for one vertical or, where it is not given, for all."""
 
-    runtime_fields = StageConfig.runtime_fields | {"vertical", "batch_size", "num_workers"}
+    runtime_fields = StageConfig.runtime_fields | {"vertical", "accelerator", "batch_size", "num_workers"}
 
     vertical: str | None = None
     targets: SoftTargetsConfig = SoftTargetsConfig()
+    accelerator: Literal["cpu", "gpu"] = "cpu"
     batch_size: pydantic.PositiveInt = 256
     num_workers: pydantic.NonNegativeInt = 0
 
@@ -69,6 +71,7 @@ def _make_targets(config: TargetsConfig, vertical: str, split: Split, fingerprin
     with directory.begin(config, {"data": fingerprint, "teacher": teacher_hash}) as is_due:
         if is_due:
             network = load_network(teacher_path, split.taxonomy.restrict(vertical))
+            network.to(choose_device(config.accelerator))
             image_size = network.config.image_size
             reader = SampleReader(split, LabelTargets(split, smear=False), image_size, views=None, seed=0)
             digest = hashlib.sha256()
@@ -109,7 +112,7 @@ def _make_shard(
     batches = StepBatches(reader, SequentialOrder(ordinals), batch_size, accumulate=1, rank=0, world_size=1)
     kept = []
     for batch in build_loader(batches, range(batches.steps_per_epoch), config.num_workers):
-        probability_BV = network(batch.images).sigmoid()[: batch.global_count]
+        probability_BV = network(batch.images.to(network.mean.device)).sigmoid().cpu()[: batch.global_count]
         # An undecodable image teaches nothing: training skips it, and its record says so.
         probability_BV[batch.skipped_B[: batch.global_count]] = 0
         kept.append(keep_top_k(probability_BV, config.targets.top_k))

@@ -18,7 +18,7 @@ from concentration.data.index import Split
 from concentration.data.loader import SampleReader, StepBatches, StepLoader, build_loader
 from concentration.data.order import Order, SequentialOrder
 from concentration.data.views import Share
-from concentration.distributed import rank, world_size
+from concentration.distributed import choose_device, rank, world_size
 from concentration.errors import ConfigError, DivergedError
 from concentration.networks.student import Student
 from concentration.progress import Progress
@@ -202,8 +202,7 @@ def _build_val_loaders(data: TrainingData, batch_size: int) -> list[torch.utils.
 
 
 def _check_machine(config: TrainerConfig) -> None:
-    if config.accelerator == "gpu" and not torch.cuda.is_available():
-        raise ConfigError("trainer=gpu: torch finds no GPU here; use trainer=cpu, or install torch for your GPU")
+    choose_device(config.accelerator)
     if config.compile and config.accelerator == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
         raise ConfigError(
             "trainer.compile=true needs a C++ compiler and found neither g++ nor clang++; install one or set it to false"

@@ -3,6 +3,7 @@
 import re
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -129,6 +130,21 @@ def test_a_signal_stops_the_run_with_75_and_the_next_one_finishes(finished, tmp_
         found, undisturbed = ((root / name / "model.safetensors").read_bytes() for root in (workdir, expected))
         assert found == undisturbed, f"{name} is not what an undisturbed run makes"
     assert set(status(workdir).values()) == {"done"}
+
+
+def test_a_killed_run_takes_its_jobs_with_it_and_the_next_one_finishes(finished, tmp_path):
+    expected, _ = finished
+    workdir = tmp_path / "work"
+    shutil.copytree(expected / "shards", workdir / "shards")
+    running = Running((*COMMAND, f"workdir={workdir}"), tmp_path)
+    running.wait_for(lambda: any(workdir.glob("*/*/status.json")))
+    running.send(signal.SIGKILL)
+    running.wait(60)
+    time.sleep(2)
+    run(workdir)
+    for name in ("students/student", "students/generalist", "teachers/greek"):
+        found, undisturbed = ((root / name / "model.safetensors").read_bytes() for root in (workdir, expected))
+        assert found == undisturbed, f"{name} is not what an undisturbed run makes"
 
 
 def test_status_shows_every_stage(finished):

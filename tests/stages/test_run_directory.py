@@ -1,0 +1,241 @@
+"""A stage's directory: what is skipped, refused, replaced and locked, and what a kill leaves behind."""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+
+from concentration.errors import ConfigError, DataError
+from concentration.schema import Config
+from concentration.stages.run_directory import RunDirectory, StageConfig, hash_file
+
+_FORK = multiprocessing.get_context("fork")
+
+
+class OptimizerConfig(Config):
+    runtime_fields: ClassVar[frozenset[str]] = frozenset({"fused"})
+
+    lr: float = 0.1
+    betas: tuple[float, ...] = (0.9, 0.99)
+    fused: bool = False
+
+
+class TinyConfig(StageConfig):
+    runtime_fields: ClassVar[frozenset[str]] = StageConfig.runtime_fields | {"num_workers"}
+
+    seed: int = 0
+    base: str | None = None
+    num_workers: int = 0
+    optimizer: OptimizerConfig = OptimizerConfig()
+
+
+@pytest.fixture
+def directory(tmp_path) -> RunDirectory:
+    return RunDirectory(tmp_path / "students" / "a")
+
+
+def build(directory: RunDirectory, **values) -> TinyConfig:
+    return TinyConfig(workdir=directory.path.parent, **values)
+
+
+def is_due(directory: RunDirectory, upstream=None, **values) -> bool:
+    with directory.begin(build(directory, **values), upstream or {}) as due:
+        return due
+
+
+def finish(directory: RunDirectory, **values) -> None:
+    with directory.begin(build(directory, **values), {}) as due:
+        assert due
+        (directory.path / "model").write_text("weights")
+        directory.finish({"checkpoint": "abc"})
+
+
+def refuse(directory: RunDirectory, *expected: str, upstream=None, error=ConfigError, **values) -> None:
+    with pytest.raises(error) as caught:
+        is_due(directory, upstream, **values)
+    for text in (str(directory.path), *expected):
+        assert text in str(caught.value)
+
+
+def fail_inside(directory: RunDirectory, error: type[BaseException], writes: str | None = None, **values) -> None:
+    def work() -> None:
+        with directory.begin(build(directory, **values), {}) as due:
+            assert due
+            if writes is not None:
+                (directory.path / writes).write_text("half")
+            raise error("no such file")
+
+    with pytest.raises(error):
+        work()
+
+
+def test_what_is_finished_is_not_done_again(directory, capsys):
+    finish(directory)
+    done = (directory.path / "DONE.json").read_bytes()
+    assert capsys.readouterr().out == ""
+    assert not is_due(directory)
+    assert "finished already" in capsys.readouterr().out
+    assert directory.load_done("concentrate student")["checkpoint"] == "abc"
+    assert (directory.path / "DONE.json").read_bytes() == done
+
+
+def test_what_is_begun_is_continued_with_its_files(directory):
+    with directory.begin(build(directory), {}) as due:
+        assert due
+        (directory.path / "last.ckpt").write_text("half")
+    with directory.begin(build(directory), {}) as due:
+        assert due
+        assert (directory.path / "last.ckpt").read_text() == "half"
+
+
+@pytest.mark.parametrize("is_finished", [False, True])
+def test_another_config_is_refused_with_the_key_and_both_values(is_finished, directory):
+    finish(directory) if is_finished else is_due(directory)
+    before = (directory.path / "config.json").read_bytes()
+    refuse(directory, "seed was 0, is 1", "overwrite=true", "another name", seed=1)
+    refuse(directory, "optimizer.lr was 0.1, is 0.2", optimizer=OptimizerConfig(lr=0.2))
+    refuse(directory, "optimizer.betas was [0.9, 0.99], is [0.9]", optimizer=OptimizerConfig(betas=(0.9,)))
+    refuse(directory, "base was None, is 'small'", base="small")
+    refuse(directory, "base was None, is 'small'; seed was 0, is 1", base="small", seed=1)
+    refuse(directory, "upstream.data was None, is '12'", upstream={"data": "12"})
+    assert (directory.path / "config.json").read_bytes() == before
+    assert is_due(directory) is not is_finished, "it goes on with the config that it was begun with"
+
+
+def test_another_upstream_result_is_refused_with_both_hashes(directory):
+    assert is_due(directory, {"data": "12", "targets": "ab"})
+    assert is_due(directory, {"targets": "ab", "data": "12"})
+    refuse(directory, "upstream.targets was 'ab', is 'cd'", upstream={"data": "12", "targets": "cd"})
+    refuse(directory, "upstream.targets was 'ab', is None", upstream={"data": "12"})
+
+
+def test_what_changes_only_how_it_is_computed_may_change(directory, tmp_path):
+    finish(directory)
+    assert not is_due(directory, num_workers=8, optimizer=OptimizerConfig(fused=True), overwrite=True)
+    moved = directory.path.parent.rename(tmp_path / "moved")
+    assert not is_due(RunDirectory(moved / "a"))
+    assert (moved / "a" / "model").exists()
+
+
+def test_overwrite_replaces_everything(directory):
+    finish(directory)
+    (directory.path / "curves" / "deep").mkdir(parents=True)
+    (directory.path / "curves" / "deep" / "1").write_text("old")
+    (directory.path / "link").symlink_to(directory.path.parent)
+    with directory.begin(build(directory, seed=1, overwrite=True), {}) as due:
+        assert due
+        assert {path.name for path in directory.path.iterdir()} == {".lock", "config.json"}
+        directory.finish({})
+    assert directory.path.parent.exists(), "a link is removed, not what it leads to"
+    assert directory.load_config()["seed"] == 1
+    refuse(directory, "seed was 1, is 0")
+    assert not is_due(directory, seed=1, overwrite=True), "the same config needs no replacement"
+
+
+@pytest.mark.parametrize("num_removed", range(5))
+def test_a_kill_while_overwriting_leaves_a_run_that_is_begun_and_refused(num_removed, directory, monkeypatch):
+    """Never a finished one, and never files of the earlier config under the later one."""
+    finish(directory)
+    for name in ("1.ckpt", "2.ckpt", "metrics.csv"):
+        (directory.path / name).write_text("of the earlier config")
+    unlink, removed = Path.unlink, []
+
+    def unlink_some(path, *args, **kwargs):
+        if len(removed) == num_removed:
+            raise KeyboardInterrupt
+        removed.append(path.name)
+        unlink(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "unlink", unlink_some)
+    with pytest.raises(KeyboardInterrupt):
+        is_due(directory, seed=1, overwrite=True)
+    monkeypatch.undo()
+    refuse(directory, "seed was 0, is 1", seed=1)
+    assert is_due(directory) is (num_removed > 0)
+    finish(directory, seed=1, overwrite=True)
+    assert not (directory.path / "1.ckpt").exists()
+
+
+def test_a_mistake_that_is_found_before_anything_is_written_may_be_corrected(directory):
+    fail_inside(directory, ConfigError, seed=7)
+    fail_inside(directory, DataError, seed=8)
+    fail_inside(directory, DataError, writes="last.ckpt")
+    refuse(directory, "seed was 0, is 7", seed=7)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, DataError, KeyboardInterrupt])
+def test_an_error_leaves_the_stage_unfinished_and_the_directory_free(error, directory):
+    fail_inside(directory, error, writes="last.ckpt")
+    assert is_due(directory)
+    assert (directory.path / "last.ckpt").exists()
+    with pytest.raises(ConfigError, match=r"students/a: not there or not finished; run `concentrate student` first"):
+        directory.load_done("concentrate student")
+
+
+def hold(directory: RunDirectory) -> None:
+    with directory.begin(build(directory), {}):
+        (directory.path / "held").write_text("")
+        time.sleep(60)
+
+
+def test_a_directory_in_which_another_process_works_is_refused_until_it_is_killed(directory):
+    process = _FORK.Process(target=hold, args=(directory,))
+    process.start()
+    deadline = time.monotonic() + 20
+    while not (directory.path / "held").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    refuse(directory, "another process works here; wait for it or end it")
+    refuse(directory, "another process works here", seed=1, overwrite=True)
+    assert (directory.path / "held").exists()
+    is_due(RunDirectory(directory.path.with_name("b")))  # other directories are free
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert is_due(directory)
+
+
+def test_a_file_system_without_locks_is_named_as_such(directory, monkeypatch):
+    def fail(*_):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr("fcntl.lockf", fail)
+    refuse(directory, "cannot be locked (No locks available)")
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"{}", b'{"identity": {}}', b"\xff\xfe\x00"])
+@pytest.mark.parametrize("name", ["config.json", "DONE.json"])
+def test_a_damaged_file_is_refused_with_what_to_do(content, name, directory):
+    finish(directory)
+    (directory.path / name).write_bytes(content)
+    refuse(directory, name, "run the stage again", error=DataError)
+    if name == "DONE.json":
+        with pytest.raises(DataError, match=r"DONE\.json"):
+            directory.load_done("concentrate student")
+
+
+def test_a_directory_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / "students").write_text("a file")
+    refuse(RunDirectory(tmp_path / "students" / "a"), "cannot be made (Not a directory)", "another workdir")
+
+
+def test_a_config_is_kept_whole_and_readable(directory):
+    is_due(directory, base="größe", num_workers=3)
+    content = (directory.path / "config.json").read_text(encoding="utf-8")
+    assert "größe" in content
+    assert json.loads(content)["config"]["num_workers"] == 3
+    assert "num_workers" not in json.loads(content)["identity"]
+    assert TinyConfig.model_validate(directory.load_config()) == build(directory, base="größe", num_workers=3)
+
+
+def test_a_files_hash_is_of_its_content(tmp_path):
+    (tmp_path / "a").write_bytes(b"weights")
+    (tmp_path / "b").write_bytes(b"weights!")
+    assert hash_file(tmp_path / "a") == hashlib.sha256(b"weights").hexdigest()[:16]
+    assert hash_file(tmp_path / "b") != hash_file(tmp_path / "a")
