@@ -21,7 +21,7 @@ from safetensors.numpy import save
 from webdataset.tariterators import base_plus_ext
 
 from concentration.errors import DataError
-from concentration.targets import load_arrays, load_metadata, write_atomically
+from concentration.targets import load_arrays, load_metadata, sort_metadata, write_atomically
 from concentration.taxonomy import Taxonomy
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
@@ -65,24 +65,22 @@ class ShardIndex:
             "label_start": self.label_start,
             "label_position": self.label_position,
         }
-        # NOTE: one key, because safetensors writes several in an order that changes from run to run.
-        header = {"shard": json.dumps({"path": str(self.path), "size_bytes": self.size_bytes})}
-        write_atomically(path, save(arrays, header))
+        header = {"path": str(self.path), "size_bytes": str(self.size_bytes)}
+        write_atomically(path, sort_metadata(save(arrays, header)))
 
     @classmethod
     def load(cls, path: Path) -> "ShardIndex":
         """Raises: DataError where the index is damaged, or its shard is gone or has changed."""
-        metadata = load_metadata(path)
+        header = load_metadata(path)
         names = ("keys", "image_offset", "image_size", "label_start", "label_position")
         arrays = load_arrays(path, names)
         again = f"or delete {path.parent} and run `concentrate prepare` again"
         try:
             keys = tuple(arrays.pop("keys").tobytes().decode().split("\n"))
-            header = json.loads(metadata["shard"])
             # A relative path is relative to the index: a working directory may be moved as a whole.
             index = cls(path.parent / header["path"], int(header["size_bytes"]), keys, **arrays)
             index._check()
-        except (KeyError, ValueError, TypeError) as error:
+        except (KeyError, ValueError) as error:
             raise DataError(f"{path}: damaged ({error}); bring it back, {again}") from None
         if not index.path.exists():
             raise DataError(f"{index.path}: no such file, but {path} describes it; bring it back, {again}")

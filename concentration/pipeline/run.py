@@ -2,6 +2,8 @@
 
 import json
 import os
+import shlex
+import sys
 
 from rich.console import Console
 from rich.table import Table
@@ -10,7 +12,8 @@ from concentration.pipeline.graph import GENERALIST, RunConfig, build_jobs, buil
 from concentration.pipeline.local import LocalLauncher
 from concentration.stages.evaluate import EVALUATIONS, SPECIALISTS
 from concentration.stages.prepare import DataOverrides, load_prepared
-from concentration.stages.report import REPORT
+from concentration.stages.report import COMMAND_FILE, REPORT
+from concentration.targets import write_atomically
 
 __all__ = ["RunConfig", "run"]
 
@@ -22,6 +25,8 @@ def run(config: RunConfig) -> None:
         JobFailed: with what failed and why.
         Preempted: a signal asked to stop.
     """
+    command = shlex.join(["concentrate", *sys.argv[1:]])
+    write_atomically(config.workdir / COMMAND_FILE, {"command": command})
     launcher = LocalLauncher(config.num_processes or os.cpu_count() or 1)
     num_new = launcher.run([build_prepare_job(config)])
     _, taxonomy, _ = load_prepared(config.workdir, DataOverrides())

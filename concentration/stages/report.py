@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import math
 import platform
+import subprocess
 from pathlib import Path
 
 import torch
@@ -19,6 +20,8 @@ from concentration.targets import write_atomically
 from concentration.training.loggers import load_metrics
 
 REPORT = "report"
+#: In the working directory: the command line of the latest `concentrate run`.
+COMMAND_FILE = "run.json"
 #: Shown first, in this order, around the student's own name.
 FIRST, LAST = "generalist", "specialists"
 
@@ -81,10 +84,19 @@ def _load_configs(workdir: Path) -> dict[str, dict]:
 
 
 def _describe_commands(config: ReportConfig) -> list[str]:
-    return [
-        f"concentrate run workdir={config.workdir} name={config.name}",
-        f"concentrate report workdir={config.workdir}",
-    ]
+    """The command of the whole run, as it was given, where there was one; and the one that draws this page."""
+    path = config.workdir / COMMAND_FILE
+    run = [json.loads(path.read_text())["command"]] if path.exists() else []
+    return [*run, f"concentrate report workdir={config.workdir} name={config.name}"]
+
+
+def _find_commit() -> str | None:
+    """The commit of this package's checkout; None where it is installed without one."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def _gather_facts(workdir: Path) -> dict[str, str]:
@@ -95,6 +107,8 @@ def _gather_facts(workdir: Path) -> dict[str, str]:
         "python": platform.python_version(),
         "machine": f"{platform.machine()}, {platform.processor() or platform.system()}",
     }
+    if commit := _find_commit():
+        facts["commit"] = commit
     for path in _run_directories(workdir):
         seconds = [line["seconds"] for line in load_metrics(path) if "seconds" in line]
         if seconds and math.isfinite(seconds[-1]):

@@ -324,8 +324,8 @@ def test_a_damaged_index_is_refused_or_still_fits_together(small_split, taxonomy
         ({"keys": np.frombuffer(b"\xff\n\xff", dtype=np.uint8)}, "damaged"),
         ({"keys": None}, "lacks keys"),
         ({"header": None}, "damaged"),
-        ({"header": {"shard": "[]"}}, "damaged"),
-        ({"header": {"shard": "{"}}, "damaged"),
+        ({"header": {"path": "train-000000.tar"}}, "damaged"),
+        ({"header": {"path": "train-000000.tar", "size_bytes": "many"}}, "damaged"),
     ],
 )
 def test_an_index_whose_parts_do_not_fit_is_refused(changes, expected, make_split, taxonomy, tmp_path):
