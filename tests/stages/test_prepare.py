@@ -121,13 +121,33 @@ def test_a_finished_preparation_is_left_alone(images, workdir):
     assert {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in before} == before
 
 
-def test_any_number_of_processes_writes_the_same_bytes(images, tmp_path):
+def prepare_in_processes(good: PrepareConfig, bad: PrepareConfig) -> None:
+    prepare(good)
+    try:
+        prepare(bad)
+    except DataError as error:
+        (bad.workdir / "error").write_text(str(error))
+
+
+def test_several_processes_write_the_same_bytes_and_raise_the_same_errors(images, taxonomy, tmp_path):
+    """In a process of its own, so that the server of its workers is not the one of other tests."""
     prepare(build_config(images, tmp_path / "one"))
-    prepare(build_config(images, tmp_path / "two", num_processes=2))
+    good = build_config(images, tmp_path / "two", num_processes=2)
+    (tmp_path / "given").mkdir()
+    for number in range(3):
+        (tmp_path / "given" / f"train-{number}.tar").write_bytes(b"no tar " * 100)
+    (tmp_path / "given" / "taxonomy.json").write_text(json.dumps(taxonomy.to_json()))
+    bad = build_config(tmp_path / "given", tmp_path / "three", num_processes=2, data={"kind": "shards"})
+    process = multiprocessing.get_context("spawn").Process(target=prepare_in_processes, args=(good, bad))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
     assert read_results(tmp_path / "one") == read_results(tmp_path / "two")
-    for path in (images / "val" / "cars" / "tram").iterdir():
-        path.write_bytes(b"no image")
-    refuse(build_config(images, tmp_path / "three", num_processes=2), "5 of 80 images cannot be decoded")
+    assert len(read_results(tmp_path / "two")) == 12 + 12 + 3
+    error = (tmp_path / "three" / "error").read_text()
+    assert error.startswith(f"{tmp_path}/given/train-")
+    assert "no tar" in error
+    assert "\n" not in error
 
 
 def kill_at(owner, name: str, call: int, when: str, config: PrepareConfig) -> None:
