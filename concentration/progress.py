@@ -43,7 +43,7 @@ class Progress:
         console = Console(stderr=True)
         if console.is_terminal and not self._quiet:
             self._bar = build_bars(console)
-            self._task = self._bar.add_task(self._title, total=self._total, text="", unit=self._unit)
+            self._task = self._bar.add_task(self._title, total=self._total, amount="", text="")
             self._bar.start()
         self._publish("running", force=True)
         return self
@@ -73,7 +73,8 @@ class Progress:
         if self._quiet:
             return
         if self._bar is not None:
-            self._bar.update(self._task, completed=self._done, text=self._text)
+            amount = f"{self._done}/{self._total} {self._unit}"
+            self._bar.update(self._task, completed=self._done, amount=amount, text=self._text)
         elif force or now - self._wrote_line > LINE_SECONDS:
             self._wrote_line = now
             rate = f"{self.units_per_second:.0f} {self._unit}/s" if self._done > self._done_at_start else ""
@@ -100,11 +101,11 @@ class Progress:
 
 
 def build_bars(console: Console) -> rich.progress.Progress:
-    """The look of all progress bars; tasks carry the fields `text` and `unit`."""
+    """The look of all progress bars; tasks carry the fields `amount` ("20/400 steps") and `text`."""
     return rich.progress.Progress(
         rich.progress.TextColumn("{task.description:<22}"),
         rich.progress.BarColumn(bar_width=28),
-        rich.progress.TextColumn("{task.completed:>7.0f}/{task.total:.0f} {task.fields[unit]}"),
+        rich.progress.TextColumn("{task.fields[amount]:>20}"),
         rich.progress.TimeElapsedColumn(),
         rich.progress.TimeRemainingColumn(compact=True),
         rich.progress.TextColumn("{task.fields[text]}"),

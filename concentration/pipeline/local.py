@@ -160,18 +160,14 @@ class _Display:
     def start(self, job: Job) -> None:
         self._num_started += 1
         self._console.print(f"\\[{self._num_started}/{self._num_jobs}] {job.name}: {job.summary}")
-        self._tasks[job.name] = self._bars.add_task(job.name, total=None, text="", unit="")
+        self._tasks[job.name] = self._bars.add_task(job.name, total=None, amount="", text="")
 
     def update(self, job: Job) -> None:
         status = load_status(job.directory)
         if status is not None and self._console.is_terminal:
-            values = {
-                "completed": status["done"],
-                "total": status["total"],
-                "text": status["text"],
-                "unit": status["unit"],
-            }
-            self._bars.update(self._tasks[job.name], **values)
+            amount = f"{status['done']}/{status['total']} {status['unit']}"
+            values = {"completed": status["done"], "total": status["total"], "text": status["text"]}
+            self._bars.update(self._tasks[job.name], amount=amount, **values)
 
     def end(self, process: _Running, code: int) -> None:
         self._bars.remove_task(self._tasks[process.job.name])

@@ -1,8 +1,11 @@
 """`concentrate run`: everything from drawn characters to the report, stopped, continued, changed and failing."""
 
+import os
+import pty
 import re
 import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -145,6 +148,24 @@ def test_a_killed_run_takes_its_jobs_with_it_and_the_next_one_finishes(finished,
     for name in ("students/student", "students/generalist", "teachers/greek"):
         found, undisturbed = ((root / name / "model.safetensors").read_bytes() for root in (workdir, expected))
         assert found == undisturbed, f"{name} is not what an undisturbed run makes"
+
+
+def test_a_terminal_shows_a_bar_for_every_running_job(finished, tmp_path):
+    workdir = tmp_path / "work"
+    shutil.copytree(finished[0] / "shards", workdir / "shards")
+    command = [sys.executable, "-m", "concentration.cli", *COMMAND, f"workdir={workdir}"]
+    shown = bytearray()
+
+    def read(descriptor: int) -> bytes:
+        shown.extend(data := os.read(descriptor, 4096))
+        return data
+
+    status = pty.spawn(command, read)
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.decode(errors="replace"))
+    assert os.waitstatus_to_exitcode(status) == 0, text[-2000:]
+    assert "Traceback" not in text
+    assert re.search(r"student student +[━╸╺ ]+ +\d+/\d+ steps", text)
+    assert "report: " in text
 
 
 def test_status_shows_every_stage(finished):
