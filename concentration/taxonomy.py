@@ -184,8 +184,6 @@ class Taxonomy:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise DataError(f"{path}: no such file; bring it, or run `concentrate prepare`, which writes one") from None
-                f"{path}: no such file; bring it, or run `concentrate prepare`, which writes one into its shards"
-            ) from None
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise DataError(f"{path}: not JSON ({error}); write it again") from None
         return cls.from_json(content, str(path))
