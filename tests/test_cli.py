@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 from hydra import compose, initialize_config_dir
-from runs import IMAGE_SIZE, TINY, Running, concentrate, one_line, prepare_shards, run_command
+from real_runs import IMAGE_SIZE, TINY, Running, concentrate, one_line, prepare_shards, run_command
 
 from concentration.config import VERBS, check_config, find_config_directory
 from concentration.errors import ConfigError

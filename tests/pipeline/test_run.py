@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from runs import Finished, Running, load_json, run_command
+from real_runs import Finished, Running, load_json, run_command
 
 PREPARE = ("data.verticals=[greek,arrows]", "data.num_classes=12", "data.num_drawings=20", "data.image_size=16",
            "samples_per_shard=100")  # fmt: skip

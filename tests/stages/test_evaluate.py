@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import safetensors
 import safetensors.numpy
-from runs import (
+from real_runs import (
     TINY,
     concentrate,
     load_json,

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from runs import (
+from real_runs import (
     TINY,
     Plant,
     Running,

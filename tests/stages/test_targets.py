@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import torch
-from runs import TINY, concentrate, load_json, one_line, prepare_shards, read_labels, taxonomy_of_fruit_and_tools
+from real_runs import TINY, concentrate, load_json, one_line, prepare_shards, read_labels, taxonomy_of_fruit_and_tools
 
 from concentration.data.index import load_split
 from concentration.data.sample_targets import StoredTargets

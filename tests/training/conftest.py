@@ -1,4 +1,4 @@
-"""Makes `tests/runs.py` importable from here."""
+"""Makes `tests/real_runs.py` importable from here."""
 
 import sys
 from pathlib import Path

@@ -13,7 +13,7 @@ from typing import cast
 import numpy as np
 import pytest
 import torch
-from runs import (
+from real_runs import (
     LEAVES,
     TINY,
     TINY_NETWORK,

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from runs import TINY_NETWORK, concentrate, load_json, load_lines, prepare_shards, run_command
+from real_runs import TINY_NETWORK, concentrate, load_json, load_lines, prepare_shards, run_command
 
 from concentration.training.loggers import JsonlLogger, load_metrics
 
