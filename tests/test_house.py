@@ -4,6 +4,7 @@ import ast
 import graphlib
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -160,3 +161,11 @@ def test_a_module_is_short_and_says_what_it_is(module):
     assert source.count("\n") <= 450
     assert ast.get_docstring(ast.parse(source)) or not source.strip()
     assert not {"utils", "util", "common", "helpers", "misc"} & set(module.split("."))
+
+
+def test_the_wheel_holds_every_package_and_the_configs():
+    root = Path(__file__).parent.parent
+    setuptools = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]
+    found = {".".join(path.parent.relative_to(root).parts) for path in (root / "concentration").rglob("__init__.py")}
+    assert set(setuptools["packages"]) == found | {"concentration.conf"}
+    assert setuptools["package-dir"] == {"concentration.conf": "conf"}
