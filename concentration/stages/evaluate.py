@@ -73,10 +73,10 @@ def evaluate(config: EvaluateConfig) -> None:
         subject = _load_subject(config, taxonomy, split, checkpoint)
         train = load_split(config.workdir / SHARDS, "train", taxonomy)
         outputs = slice(subject.first_output, subject.first_output + subject.taxonomy.num_classes)
-        evaluator = Evaluator(subject.taxonomy, train.count_smeared()[outputs])
+        counts = {"num_train": train.count_smeared()[outputs], "num_test": split.count_smeared()[outputs]}
+        evaluator = Evaluator(subject.taxonomy, counts["num_train"])
         ordinals, scores_NC = _score_samples(config, subject, evaluator, directory.path)
         content = evaluator.compute().to_json()
-        counts = {"num_train": train.count_smeared()[outputs], "num_test": split.count_smeared()[outputs]}
         content["classes"] = _describe_classes(subject.taxonomy, content.pop("ap_of_class"), counts)
         content |= _describe_cost(subject)
         content["num_samples_skipped"] = len(subject.ordinals) - len(ordinals)

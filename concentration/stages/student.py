@@ -99,7 +99,7 @@ def _identify_targets(config: StudentConfig, taxonomy: Taxonomy) -> str:
     directories = {vertical: RunDirectory(root / vertical) for vertical in taxonomy.verticals}
     done = {v: d.load_done(f"concentrate targets vertical={v}") for v, d in directories.items()}
     for vertical, directory in directories.items():
-        _check_teacher(config, vertical, done[vertical].get("teacher"))
+        _check_teacher(config, vertical, done[vertical]["teacher"])
         made_with = directory.load_config()["targets"]["top_k"]
         if made_with != config.targets.top_k:
             raise ConfigError(
@@ -109,13 +109,13 @@ def _identify_targets(config: StudentConfig, taxonomy: Taxonomy) -> str:
     return hash_values({vertical: facts["targets"] for vertical, facts in done.items()})
 
 
-def _check_teacher(config: StudentConfig, vertical: str, made_by: str | None) -> None:
+def _check_teacher(config: StudentConfig, vertical: str, made_by: str) -> None:
     """Raises: ConfigError where the teacher is there, and is not the one that made the targets."""
     path = config.workdir / TEACHERS / vertical
     if not (path / "DONE.json").exists():
         return  # a teacher may be removed once its targets are made
     now = RunDirectory(path).load_done(f"concentrate teacher vertical={vertical}")["checkpoint"]
-    if made_by not in (now, None):
+    if made_by != now:
         raise ConfigError(
             f"targets.name={config.targets.name}: made by another teacher of {vertical} ({made_by}) than {path} holds now "
             f"({now}); run `concentrate targets vertical={vertical} overwrite=true`, or make targets of another name"

@@ -23,6 +23,7 @@ from concentration.stages.prepare import SHARDS, DataOverrides, PreparedData
 from concentration.stages.run_directory import RunDirectory, StageConfig, hash_file
 from concentration.targets import load_metadata
 from concentration.taxonomy import Taxonomy
+from concentration.training.checkpoints import CheckpointDirectory
 from concentration.training.fit import TrainerConfig, TrainingData, fit
 from concentration.training.loggers import LoggerConfig
 from concentration.training.optimizers import OptimizerConfig
@@ -116,8 +117,7 @@ def train_network(config: NetworkStageConfig, directory: RunDirectory, task: Tas
         path = directory.path / NETWORK_FILE
         student.save(path, {"taxonomy": task.taxonomy.fingerprint})
         directory.finish({"step": steps, "checkpoint": hash_file(path)})
-        for checkpoint_path in (directory.path / "checkpoints").glob("*.ckpt"):
-            checkpoint_path.unlink()
+        CheckpointDirectory(directory.path, config.trainer.keep_checkpoints).clear()
 
 
 def load_network(path: Path, taxonomy: Taxonomy) -> Student:

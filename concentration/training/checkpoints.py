@@ -21,10 +21,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 class CheckpointDirectory:
-    """The latest `keep` checkpoints of a run, named by step."""
+    """The latest `keep` checkpoints of a run, in `checkpoints/` of its directory, named by step."""
 
-    def __init__(self, path: Path, keep: int):
-        self._path = path
+    def __init__(self, run_path: Path, keep: int):
+        self._path = run_path / "checkpoints"
         self._keep = keep
 
     def save(self, trainer: pl.Trainer) -> None:

@@ -120,7 +120,7 @@ def fit(
     """
     _check_machine(config)
     _silence_libraries()
-    checkpoints = CheckpointDirectory(run_path / "checkpoints", config.keep_checkpoints)
+    checkpoints = CheckpointDirectory(run_path, config.keep_checkpoints)
     latest, first_step = checkpoints.find_latest()
     batch_size = min(config.batch_size, len(data.order))
     steps_per_epoch = -(-len(data.order) // batch_size)

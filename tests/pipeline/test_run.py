@@ -35,6 +35,20 @@ def status(workdir: Path) -> dict[str, str]:
     return {row[0]: row[1] for row in rows}
 
 
+def signal_in_the_middle(workdir: Path, number: int) -> Finished:
+    """Starts the whole run on prepared shards, signals it once a stage after `prepare` has begun, and waits for its end."""
+    running = Running((*COMMAND, f"workdir={workdir}"), workdir.parent)
+    running.wait_for(lambda: any(workdir.glob("*/*/status.json")))
+    running.send(number)
+    return running.wait(60)
+
+
+def assert_same_networks(workdir: Path, expected: Path) -> None:
+    for name in ("students/student", "students/generalist", "teachers/greek"):
+        found, undisturbed = ((root / name / "model.safetensors").read_bytes() for root in (workdir, expected))
+        assert found == undisturbed, f"{name} is not what an undisturbed run makes"
+
+
 def snapshot(workdir: Path) -> dict[str, int]:
     """When each file that holds a result was written."""
     results = ("*.tar", "*.index", "model.safetensors", "DONE.json", "config.json", "metrics.jsonl", "targets/*/*/*.safetensors",
@@ -119,19 +133,13 @@ def test_a_signal_stops_the_run_with_75_and_the_next_one_finishes(finished, tmp_
     expected, _ = finished
     workdir = tmp_path / "work"
     shutil.copytree(expected / "shards", workdir / "shards")
-    # Training for longer than the test waits: only a signal ends it.
-    running = Running((*COMMAND, f"workdir={workdir}"), tmp_path)
-    running.wait_for(lambda: any(workdir.glob("*/*/status.json")))
-    running.send(signal.SIGTERM)
-    stopped = running.wait(60)
+    stopped = signal_in_the_middle(workdir, signal.SIGTERM)
     assert stopped.code == 75, stopped.err
     assert "run the same command again" in stopped.err
     assert not (workdir / "report/index.html").exists()
     assert "running" not in status(workdir).values()
     run(workdir)
-    for name in ("students/student", "students/generalist", "teachers/greek"):
-        found, undisturbed = ((root / name / "model.safetensors").read_bytes() for root in (workdir, expected))
-        assert found == undisturbed, f"{name} is not what an undisturbed run makes"
+    assert_same_networks(workdir, expected)
     assert set(status(workdir).values()) == {"done"}
 
 
@@ -139,15 +147,10 @@ def test_a_killed_run_takes_its_jobs_with_it_and_the_next_one_finishes(finished,
     expected, _ = finished
     workdir = tmp_path / "work"
     shutil.copytree(expected / "shards", workdir / "shards")
-    running = Running((*COMMAND, f"workdir={workdir}"), tmp_path)
-    running.wait_for(lambda: any(workdir.glob("*/*/status.json")))
-    running.send(signal.SIGKILL)
-    running.wait(60)
+    signal_in_the_middle(workdir, signal.SIGKILL)
     time.sleep(2)
     run(workdir)
-    for name in ("students/student", "students/generalist", "teachers/greek"):
-        found, undisturbed = ((root / name / "model.safetensors").read_bytes() for root in (workdir, expected))
-        assert found == undisturbed, f"{name} is not what an undisturbed run makes"
+    assert_same_networks(workdir, expected)
 
 
 def test_a_terminal_shows_a_bar_for_every_running_job(finished, tmp_path):
