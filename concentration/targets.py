@@ -1,14 +1,15 @@
 """Soft targets: sparse (class, probability) pairs of a batch, and their file form.
 
-Shapes: B batch, K kept classes, V classes of one vertical, C all classes, R rows of a shard.
+Shapes: B batch, K kept classes, V classes of one vertical, C all classes, M verticals, R rows of a shard, N records.
 """
 
 import contextlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
 import numpy as np
 import safetensors
@@ -17,19 +18,31 @@ import torch
 from torch import Tensor
 
 from concentration.errors import DataError
+from concentration.packed_targets import PackedLayout, pack, unpack
+
+#: How stored targets are written.
+Codec = Literal["plain", "packed"]
+
+#: Of a stored view (`data.views.View`).
+VIEW_BYTES = 11
 
 
 @dataclass(frozen=True)
 class SoftTargets:
-    """Targets of a batch; classes that are not listed have target 0 (Gao et al., section 3.1).
+    """Targets of a batch; classes that are not listed have their vertical's background, 0 as a rule (Gao et al., section 3.1).
 
     Attributes:
         index_BK: int64 output indices. A class listed twice counts with the sum of its probabilities.
-        probability_BK: float32 in [0, 1]. Unused places hold index 0 and probability 0.
+        probability_BK: float32, what is added to the background of the listed classes. Unused places hold index 0 and
+            probability 0.
+        background_BM: float32, the target of every class of a vertical before the listed ones are added; None is 0.
+        weight_BM: float32, what a sample's loss in a vertical counts; None is 1.
     """
 
     index_BK: Tensor
     probability_BK: Tensor
+    background_BM: Tensor | None = None
+    weight_BM: Tensor | None = None
 
     @classmethod
     def from_labels(cls, labels: Sequence[Sequence[int]]) -> "SoftTargets":
@@ -43,18 +56,22 @@ class SoftTargets:
         return cls(index_BK, probability_BK)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "SoftTargets":
-        return SoftTargets(
-            self.index_BK.to(device, non_blocking=non_blocking),
-            self.probability_BK.to(device, non_blocking=non_blocking),
-        )
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "SoftTargets":
-        return SoftTargets(self.index_BK.pin_memory(), self.probability_BK.pin_memory())
+        return self._map(Tensor.pin_memory)
 
-    def dense(self, num_classes: int) -> Tensor:
-        """(B, C) float32, for tests and small problems."""
-        dense_BC = torch.zeros(len(self.index_BK), num_classes, device=self.index_BK.device)
+    def dense(self, *vertical_sizes: int) -> Tensor:
+        """(B, C) float32, for tests and small problems; with a background the sizes of all verticals are needed."""
+        dense_BC = torch.zeros(len(self.index_BK), sum(vertical_sizes), device=self.index_BK.device)
+        if self.background_BM is not None:
+            sizes_M = torch.tensor(vertical_sizes, device=self.index_BK.device)
+            dense_BC += self.background_BM.repeat_interleave(sizes_M, dim=1)
         return dense_BC.scatter_add_(1, self.index_BK, self.probability_BK)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "SoftTargets":
+        parts = (self.index_BK, self.probability_BK, self.background_BM, self.weight_BM)
+        return SoftTargets(*(None if part is None else change(part) for part in parts))
 
 
 def keep_top_k(probability_BV: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -74,63 +91,121 @@ def keep_top_k(probability_BV: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tens
 
 @dataclass(frozen=True)
 class TargetRecords:
-    """The stored targets of one vertical for one shard (`codec=plain`), one record a row.
+    """The stored targets of one vertical for one shard: for each row its views, for each view a record.
+
+    Record n is of row n // num_views and view n % num_views, num_views being N // R.
 
     Attributes:
-        row: (R,) int32 ordinals of the samples in the shard, rising.
-        index: (R, K) class indices inside the vertical; uint16, or uint32 in verticals of more than 65,536 classes.
-        probability: (R, K) float16.
-        tail: (R,) float16, the sum of the dropped sigmoids; larger ones are kept as 65,504.
+        row: (R,) ordinals of the samples in the shard, rising.
+        index: (N, K) class indices inside the vertical.
+        probability: (N, K) float32.
+        tail: (N,) float32, the sum of the dropped sigmoids.
+        view: (N, 11) uint8, which views these are, as `data.views.View` encodes them; None for the centre view.
     """
 
     row: np.ndarray
     index: np.ndarray
     probability: np.ndarray
     tail: np.ndarray
+    view: np.ndarray | None = None
 
-    @classmethod
-    def from_tensors(
-        cls, row: np.ndarray, index_RK: Tensor, probability_RK: Tensor, tail_R: Tensor, vertical_size: int
-    ):
-        """Narrows to the file's types; indices are exact, probabilities keep 11 significant bits."""
-        index_type = np.uint16 if vertical_size <= 2**16 else np.uint32
-        return cls(
-            row.astype(np.int32),
-            index_RK.numpy().astype(index_type),
-            probability_RK.numpy().astype(np.float16),
-            tail_R.clamp(max=torch.finfo(torch.float16).max).numpy().astype(np.float16),
-        )
+    def save(self, path: Path, codec: Codec, vertical_size: int) -> None:
+        """Writes the file whole or not at all.
 
-    def save(self, path: Path, metadata: Mapping[str, str]) -> None:
-        """Writes the file whole or not at all."""
-        arrays = {"row": self.row, "index": self.index, "probability": self.probability, "tail": self.tail}
-        content = safetensors.numpy.save({name: np.ascontiguousarray(a) for name, a in arrays.items()}, dict(metadata))
+        plain: numpy reads it. Indices are exact, probabilities and tails keep 11 bits; tails above 65,504 are kept as that.
+        packed: a third of that, see `packed_targets`.
+        """
+        narrow = np.uint16 if self.row.max(initial=0) < 2**16 else np.uint32
+        arrays = {"row": self.row.astype(narrow)}
+        if codec == "packed":
+            layout = PackedLayout(vertical_size, self.index.shape[1])
+            arrays["record"] = pack(layout, self.index, self.probability, self.tail)
+        else:
+            arrays["index"] = self.index.astype(np.uint16 if vertical_size <= 2**16 else np.uint32)
+            arrays["probability"] = self.probability.astype(np.float16)
+            arrays["tail"] = np.minimum(self.tail, np.finfo(np.float16).max).astype(np.float16)
+        if self.view is not None:
+            arrays["view"] = self.view
+        metadata = {"codec": codec, "vertical_size": str(vertical_size), "num_kept": str(self.index.shape[1])}
+        content = safetensors.numpy.save({name: np.ascontiguousarray(a) for name, a in arrays.items()}, metadata)
         write_atomically(path, sort_metadata(content))
 
-    @classmethod
-    def load(cls, path: Path, vertical_size: int) -> "TargetRecords":
-        """Raises: DataError where the file is missing, damaged, or names a class outside the vertical."""
-        arrays = load_arrays(path, ("row", "index", "probability", "tail"))
-        records = cls(**arrays)
-        num_rows = len(records.row)
-        if (
-            records.index.shape != records.probability.shape
-            or len(records.index) != num_rows
-            or len(records.tail) != num_rows
-        ):
-            raise DataError(f"{path}: rows, indices and probabilities have different lengths; make the targets again")
-        if records.index.dtype.kind != "u":
-            raise DataError(f"{path}: indices are {records.index.dtype}, expected uint16 or uint32; make them again")
-        if records.index.size and int(records.index.max()) >= vertical_size:
-            raise DataError(
-                f"{path}: class index {int(records.index.max())} in a vertical of {vertical_size} classes; "
-                "the targets belong to another taxonomy; make them again"
-            )
-        if not ((records.probability >= 0) & (records.probability <= 1)).all():  # also refuses NaN
-            raise DataError(f"{path}: a probability lies outside [0, 1]; make the targets again")
-        if not ((records.tail >= 0) & np.isfinite(records.tail)).all():
-            raise DataError(f"{path}: a tail mass is negative or not finite; make the targets again")
-        return records
+
+class TargetFile:
+    """A shard's stored targets, memory-mapped: any record is one look away, and nothing is read before it is asked for.
+
+    Attributes:
+        row: (R,) as in `TargetRecords`.
+        num_views: records of a row.
+
+    Raises:
+        DataError: the file is missing or damaged, or was made for a vertical of another size, or keeps other than `num_kept`
+            classes.
+    """
+
+    def __init__(self, path: Path, vertical_size: int, num_kept: int):
+        self._path = path
+        self._vertical_size = vertical_size
+        metadata, arrays = map_arrays(path)
+        found = {name: metadata.get(name) for name in ("codec", "vertical_size", "num_kept")}
+        wanted = {"vertical_size": str(vertical_size), "num_kept": str(num_kept)}
+        if found["codec"] not in get_args(Codec) or found != {"codec": found["codec"], **wanted}:
+            raise DataError(f"{path}: holds {found}, expected {wanted}; the targets belong to others: make them again")
+        self._layout = PackedLayout(vertical_size, num_kept) if found["codec"] == "packed" else None
+        self._arrays = arrays
+        self._check_form(num_kept)
+        self.row: np.ndarray = arrays["row"]
+        self.num_views = self._num_records // max(1, len(self.row))
+
+    def read(self, records: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Index (N, K) int64, probability (N, K) float32 and tail mass (N,) float32 of these records.
+
+        Raises:
+            DataError: a record names a class outside the vertical, or what it holds is no probability.
+        """
+        try:
+            if self._layout is not None:
+                index, probability, tail = unpack(self._layout, self._arrays["record"][records])
+            else:
+                index, probability, tail = (self._arrays[n][records] for n in ("index", "probability", "tail"))
+                self._check_values(index, probability, tail)
+        except ValueError as error:
+            raise DataError(f"{self._path}: damaged ({error}); make the targets again") from None
+        return index.astype(np.int64), probability.astype(np.float32), tail.astype(np.float32)
+
+    def read_views(self, records: np.ndarray) -> np.ndarray | None:
+        """The views of these records, (N, 11) uint8; None where they are of the centre."""
+        return self._arrays["view"][records] if "view" in self._arrays else None
+
+    @property
+    def _num_records(self) -> int:
+        return len(self._arrays["tail" if self._layout is None else "record"])
+
+    def _check_form(self, num_kept: int) -> None:
+        num_bytes = None if self._layout is None else self._layout.record_bytes
+        forms = {
+            "row": ("u", ()),
+            **({"view": ("u1", (VIEW_BYTES,))} if "view" in self._arrays else {}),
+            **({"record": ("u1", (num_bytes,))} if num_bytes else {}),
+            **({} if num_bytes else {"index": ("u", (num_kept,)), "probability": ("f2", (num_kept,)), "tail": ("f2", ())}),
+        }
+        found = {name: (array.dtype.str[1:], array.shape[1:]) for name, array in self._arrays.items()}
+        fits = found.keys() == forms.keys() and all(
+            found[name][0].startswith(kind) and found[name][1] == shape for name, (kind, shape) in forms.items()
+        )
+        if not fits:
+            raise DataError(f"{self._path}: holds {found}, expected {forms}; make the targets again")
+        num_rows, lengths = len(self._arrays["row"]), {len(self._arrays[name]) for name in forms if name != "row"}
+        if len(lengths) != 1 or (num_rows and (lengths == {0} or max(lengths) % num_rows)):
+            raise DataError(f"{self._path}: {num_rows} rows, but records {lengths}; make the targets again")
+
+    def _check_values(self, index: np.ndarray, probability: np.ndarray, tail: np.ndarray) -> None:
+        if index.size and int(index.max()) >= self._vertical_size:
+            raise ValueError(f"class index {int(index.max())} in a vertical of {self._vertical_size} classes")
+        if not ((probability >= 0) & (probability <= 1)).all():  # also refuses NaN
+            raise ValueError("a probability lies outside [0, 1]")
+        if not ((tail >= 0) & np.isfinite(tail)).all():
+            raise ValueError("a tail mass is negative or not finite")
 
 
 def sort_metadata(content: bytes) -> bytes:
@@ -165,6 +240,29 @@ def load_arrays(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
             f"{path}: lacks {', '.join(missing)}, found {', '.join(arrays)}; run the step that writes it again"
         )
     return {name: arrays[name] for name in names}
+
+
+def map_arrays(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
+    """The header and the arrays of a safetensors file, memory-mapped.
+
+    Raises:
+        DataError: the file is missing or damaged.
+    """
+    metadata = load_metadata(path)  # the library checks the header, and that the arrays fill the file
+    content = np.memmap(path, dtype=np.uint8, mode="r")
+    start = 8 + int.from_bytes(content[:8].tobytes(), "little")
+    header = json.loads(content[8:start].tobytes())
+    header.pop("__metadata__", None)
+    arrays = {}
+    for name, entry in header.items():
+        if entry["dtype"] not in _DTYPES:
+            raise DataError(f"{path}: '{name}' is {entry['dtype']}, expected one of {', '.join(_DTYPES)}; make it again")
+        first, last = entry["data_offsets"]
+        arrays[name] = content[start + first : start + last].view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
+    return metadata, arrays
+
+
+_DTYPES = {"U8": np.uint8, "U16": np.uint16, "U32": np.uint32, "F16": np.float16}
 
 
 def load_metadata(path: Path) -> dict[str, str]:

@@ -1,12 +1,14 @@
 """Soft targets: what top-K keeps and leaves out, and files that come back exactly or are refused by name."""
 
 import contextlib
+import dataclasses
 import json
 import os
 from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.numpy
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,6 +16,7 @@ from hypothesis import strategies as st
 from concentration.errors import DataError
 from concentration.targets import (
     SoftTargets,
+    TargetFile,
     TargetRecords,
     keep_top_k,
     load_arrays,
@@ -24,18 +27,23 @@ from concentration.targets import (
 
 def make_records(**changes: np.ndarray) -> TargetRecords:
     arrays = {
-        "row": np.array([0, 2, 5], dtype=np.int32),
-        "index": np.array([[3, 0], [9, 4], [1, 2]], dtype=np.uint16),
-        "probability": np.array([[0.9, 0.1], [0.5, 0.5], [1.0, 0.0]], dtype=np.float16),
-        "tail": np.array([0.25, 0.0, 3.0], dtype=np.float16),
+        "row": np.array([0, 2, 5]),
+        "index": np.array([[3, 0], [9, 4], [1, 2]]),
+        "probability": np.array([[0.875, 0.125], [0.5, 0.5], [1.0, 0.0]], dtype=np.float32),
+        "tail": np.array([0.25, 0.0, 3.0], dtype=np.float32),
     }
     return TargetRecords(**{**arrays, **changes})
 
 
-def save(directory: Path, records: TargetRecords) -> Path:
+def save(directory: Path, records: TargetRecords, codec: str = "plain", vertical_size: int = 10) -> Path:
     path = directory / "train-000000.safetensors"
-    records.save(path, {"codec": "plain"})
+    records.save(path, codec, vertical_size)
     return path
+
+
+def read_all(path: Path, vertical_size: int = 10, num_kept: int = 2) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    file = TargetFile(path, vertical_size, num_kept)
+    return file.read(np.arange(len(file.row) * file.num_views))
 
 
 @given(st.integers(1, 5), st.integers(1, 40), st.integers(1, 50), st.integers(0, 2**31))
@@ -80,25 +88,75 @@ def test_hard_labels_become_ones_whatever_their_number():
     assert SoftTargets.from_labels([]).dense(3).shape == (0, 3)
 
 
-def test_targets_move_with_both_their_tensors():
+def test_a_background_is_added_to_every_class_of_its_vertical():
+    background_BM = torch.tensor([[0.125, 0.25]])
+    targets = SoftTargets(torch.tensor([[1, 3]]), torch.tensor([[0.5, -0.25]]), background_BM)
+    assert targets.dense(2, 3).tolist() == [[0.125, 0.625, 0.25, 0, 0.25]]
+
+
+def test_targets_move_with_all_their_tensors():
     targets = SoftTargets.from_labels([(1,)]).to("meta")
     assert targets.index_BK.device.type == targets.probability_BK.device.type == "meta"
+    assert targets.background_BM is targets.weight_BM is None
+    targets = dataclasses.replace(targets, background_BM=torch.ones(1, 1), weight_BM=torch.ones(1, 1)).to("meta")
+    assert targets.background_BM.device.type == targets.weight_BM.device.type == "meta"
 
 
 def test_records_come_back_as_they_were(tmp_path):
     records = make_records()
-    loaded = TargetRecords.load(save(tmp_path, records), vertical_size=10)
-    for name in ("row", "index", "probability", "tail"):
-        np.testing.assert_array_equal(getattr(loaded, name), getattr(records, name))
-        assert getattr(loaded, name).dtype == getattr(records, name).dtype
-    assert load_metadata(tmp_path / "train-000000.safetensors") == {"codec": "plain"}
+    path = save(tmp_path, records)
+    assert TargetFile(path, 10, 2).row.tolist() == [0, 2, 5]
+    for found, expected in zip(read_all(path), (records.index, records.probability, records.tail), strict=True):
+        np.testing.assert_array_equal(found, expected)
+    assert load_metadata(path) == {"codec": "plain", "num_kept": "2", "vertical_size": "10"}
+
+
+@pytest.mark.parametrize("codec", ["plain", "packed"])
+def test_any_records_are_read_in_any_order_with_the_views_of_each(codec, tmp_path):
+    generator = np.random.default_rng(0)
+    num_rows, num_views, num_kept, vertical_size = 7, 3, 5, 40
+    num_records = num_rows * num_views
+    index = np.sort(np.stack([generator.permutation(vertical_size)[:num_kept] for _ in range(num_records)]), axis=1)
+    records = TargetRecords(
+        np.arange(num_rows) * 2,
+        index,
+        generator.uniform(0.01, 0.99, index.shape).astype(np.float32),
+        generator.uniform(0, 2, num_records).astype(np.float32),
+        generator.integers(0, 256, (num_records, 11), dtype=np.uint8),
+    )
+    file = TargetFile(save(tmp_path, records, codec, vertical_size), vertical_size, num_kept)
+    assert file.num_views == num_views
+    whole = file.read(np.arange(num_records))
+    asked = np.array([20, 3, 3, 0])
+    for part, all_of_it in zip(file.read(asked), whole, strict=True):
+        np.testing.assert_array_equal(part, all_of_it[asked])
+    np.testing.assert_array_equal(file.read_views(asked), records.view[asked])
+    np.testing.assert_array_equal(whole[0], index)
+    np.testing.assert_allclose(whole[1], records.probability, atol=0.02)
+    np.testing.assert_allclose(whole[2], records.tail, rtol=2**-10)
+
+
+def test_packed_records_take_no_more_than_200_bytes_of_the_disk(tmp_path):
+    """K=100 in a vertical of 5,000 classes, with a stored view; the header is shared by a shard's records."""
+    num_records = 2000
+    generator = torch.Generator().manual_seed(0)
+    index = torch.rand(num_records, 5000, generator=generator).topk(100).indices.numpy()
+    probability = torch.rand(num_records, 100, generator=generator).numpy()
+    view = np.full((num_records, 11), 7, dtype=np.uint8)
+    for view_or_none in (None, view):
+        records = TargetRecords(np.arange(num_records), index, probability, np.ones(num_records, np.float32), view_or_none)
+        path = save(tmp_path, records, "packed", 5000)
+        assert path.stat().st_size / num_records <= 200
+
+
+def test_nothing_of_a_file_is_read_before_it_is_asked_for(tmp_path):
+    file = TargetFile(save(tmp_path, make_records()), 10, 2)
+    assert all(isinstance(array.base, np.memmap) or isinstance(array, np.memmap) for array in file._arrays.values())
 
 
 def test_no_rows_are_records_too(tmp_path):
-    nothing = TargetRecords.from_tensors(
-        np.arange(0), torch.zeros(0, 3, dtype=torch.int64), torch.zeros(0, 3), torch.zeros(0), 10
-    )
-    assert TargetRecords.load(save(tmp_path, nothing), vertical_size=10).index.shape == (0, 3)
+    nothing = TargetRecords(np.arange(0), np.zeros((0, 2), int), np.zeros((0, 2), np.float32), np.zeros(0, np.float32))
+    assert read_all(save(tmp_path, nothing))[0].shape == (0, 2)
 
 
 def test_numpy_reads_a_file_in_three_lines(tmp_path):
@@ -108,80 +166,92 @@ def test_numpy_reads_a_file_in_three_lines(tmp_path):
 
     arrays = load_file(path)
     first = dict(zip(arrays["index"][0].tolist(), arrays["probability"][0].tolist(), strict=True))
-    assert first == pytest.approx({3: 0.9, 0: 0.1}, rel=2**-11)
+    assert first == {3: 0.875, 0: 0.125}
 
 
 def test_probabilities_keep_eleven_bits_and_indices_all(tmp_path):
     probability_BV = torch.rand(20, 300, generator=torch.Generator().manual_seed(0)) ** 8  # some are tiny
-    index_RK, probability_RK, tail_R = keep_top_k(probability_BV, 50)
-    records = TargetRecords.from_tensors(np.arange(20), index_RK, probability_RK, tail_R, 300)
-    loaded = TargetRecords.load(save(tmp_path, records), vertical_size=300)
-    np.testing.assert_array_equal(loaded.index, index_RK)
-    np.testing.assert_allclose(loaded.probability.astype(np.float64), probability_RK, rtol=2**-11, atol=2**-25)
-    np.testing.assert_allclose(loaded.tail.astype(np.float64), tail_R, rtol=2**-11)
+    index_RK, probability_RK, tail_R = (part.numpy() for part in keep_top_k(probability_BV, 50))
+    path = save(tmp_path, TargetRecords(np.arange(20), index_RK, probability_RK, tail_R), "plain", 300)
+    index, probability, tail = read_all(path, 300, 50)
+    np.testing.assert_array_equal(index, index_RK)
+    np.testing.assert_allclose(probability, probability_RK, rtol=2**-11, atol=2**-25)
+    np.testing.assert_allclose(tail, tail_R, rtol=2**-11)
 
 
 @pytest.mark.parametrize(
     ("vertical_size", "index_type"), [(5_000, np.uint16), (65_536, np.uint16), (65_537, np.uint32), (10**6, np.uint32)]
 )
-def test_large_class_indices_survive_the_file(tmp_path, vertical_size, index_type):
+@pytest.mark.parametrize("codec", ["plain", "packed"])
+def test_large_class_indices_and_rows_survive_the_file(codec, tmp_path, vertical_size, index_type):
     # Peers' bugs: 40,000 is negative as a signed 16-bit number, and no half-precision number above 2,048 is exact.
     kept = [i for i in (0, 2_049, 4_999, 32_768, 40_000, 65_535, 65_536, 999_999) if i < vertical_size]
-    records = TargetRecords.from_tensors(
-        np.arange(1), torch.tensor([kept]), torch.ones(1, len(kept)), torch.zeros(1), vertical_size
-    )
-    loaded = TargetRecords.load(save(tmp_path, records), vertical_size)
-    assert loaded.index.dtype == index_type
-    assert loaded.index.astype(np.int64).tolist() == [kept]
+    ones = np.ones((1, len(kept)), dtype=np.float32)
+    records = TargetRecords(np.array([40_000]), np.array([kept]), ones, np.zeros(1, np.float32))
+    path = save(tmp_path, records, codec, vertical_size)
+    assert read_all(path, vertical_size, len(kept))[0].tolist() == [kept]
+    assert TargetFile(path, vertical_size, len(kept)).row.tolist() == [40_000]
+    if codec == "plain":
+        assert load_arrays(path, ("index",))["index"].dtype == index_type
+    records = TargetRecords(np.array([70_000]), np.array([kept]), ones, np.zeros(1, np.float32))
+    path = save(tmp_path, records, codec, vertical_size)
+    assert TargetFile(path, vertical_size, len(kept)).row.tolist() == [70_000]
 
 
 def test_a_tail_mass_beyond_float16_is_kept_as_its_largest_number(tmp_path):
-    records = TargetRecords.from_tensors(
-        np.arange(1), torch.tensor([[0]]), torch.ones(1, 1), torch.tensor([5e5]), vertical_size=10**6
-    )
-    assert TargetRecords.load(save(tmp_path, records), 10**6).tail.tolist() == [65504.0]
+    records = make_records(tail=np.array([5e5, 0, 1], dtype=np.float32))
+    assert read_all(save(tmp_path, records))[2].tolist() == [65504.0, 0, 1]
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"index": np.array([[3, 0], [10, 4], [1, 2]], np.uint16)}, "class index 10 in a vertical of 10 classes"),
-        ({"index": np.array([[3, 0], [-1, 4], [1, 2]], np.int64)}, "indices are int64, expected uint16 or uint32"),
+        ({"index": np.array([[3, 0], [-1, 4], [1, 2]], np.int64)}, "'index' is I64, expected one of U8, U16, U32, F16"),
         ({"probability": np.full((3, 2), np.nan, np.float16)}, r"a probability lies outside \[0, 1\]"),
         ({"probability": np.full((3, 2), 1.001, np.float16)}, r"a probability lies outside \[0, 1\]"),
         ({"probability": np.full((3, 2), -0.1, np.float16)}, r"a probability lies outside \[0, 1\]"),
-        ({"probability": np.zeros((3, 1), np.float16)}, "have different lengths"),
-        ({"row": np.arange(2, dtype=np.int32)}, "have different lengths"),
-        ({"tail": np.zeros(4, np.float16)}, "have different lengths"),
-        ({"tail": np.array([0, np.nan, 0], np.float16)}, "a tail mass is negative or not finite"),
-        ({"tail": np.array([0, -1, 0], np.float16)}, "a tail mass is negative or not finite"),
+        ({"probability": np.zeros((3, 1), np.float16)}, r"holds .*'probability': \('f2', \(1,\)\)"),
+        ({"tail": np.full(3, -1, np.float16)}, "a tail mass is negative or not finite"),
+        ({"tail": np.full(3, np.inf, np.float16)}, "a tail mass is negative or not finite"),
+        ({"tail": np.zeros(4, np.float16)}, r"3 rows, but records \{3, 4\}"),
+        ({"row": np.zeros(2, np.uint16)}, r"2 rows, but records \{3\}"),
+        ({"row": np.zeros(0, np.uint16), "index": np.zeros((0, 2), np.uint16)}, "0 rows, but records"),
+        ({"view": np.zeros((3, 10), np.uint8)}, r"holds .*'view': \('u1', \(10,\)\)"),
+        ({"other": np.zeros(3, np.uint8)}, "holds .*'other'"),
+        ({"tail": None}, "holds "),
     ],
 )
-def test_records_that_cannot_be_targets_are_refused_by_name(tmp_path, changes, message):
-    path = save(tmp_path, make_records(**changes))
-    with pytest.raises(DataError, match=rf"train-000000\.safetensors: .*{message}"):
-        TargetRecords.load(path, vertical_size=10)
-
-
-def test_a_file_that_is_cut_anywhere_is_refused_by_name(tmp_path):
+def test_files_that_cannot_be_right_are_refused_by_name(tmp_path, changes, message):
     path = save(tmp_path, make_records())
-    whole = path.read_bytes()
-    for num_bytes in range(len(whole)):
-        path.write_bytes(whole[:num_bytes])
-        with pytest.raises(DataError, match=r"train-000000\.safetensors: damaged"):
-            TargetRecords.load(path, vertical_size=10)
-        with pytest.raises(DataError, match=r"train-000000\.safetensors: damaged"):
-            load_metadata(path)
+    metadata, arrays = load_metadata(path), load_arrays(path, ("row", "index", "probability", "tail"))
+    arrays = {name: array for name, array in {**arrays, **changes}.items() if array is not None}
+    safetensors.numpy.save_file(arrays, path, metadata)
+    with pytest.raises(DataError, match=message) as caught:
+        read_all(path)
+    assert str(path) in str(caught.value)
 
 
-def test_a_missing_file_or_array_is_named_with_what_was_found(tmp_path):
-    with pytest.raises(DataError, match=r"absent\.safetensors: no such file"):
-        TargetRecords.load(tmp_path / "absent.safetensors", vertical_size=10)
-    with pytest.raises(DataError, match=r"absent\.safetensors: no such file"):
-        load_metadata(tmp_path / "absent.safetensors")
+@pytest.mark.parametrize("changes", [{"codec": "new"}, {"codec": ""}, {"vertical_size": "11"}, {"num_kept": "3"}])
+def test_files_of_another_codec_or_size_are_refused(tmp_path, changes):
     path = save(tmp_path, make_records())
-    with pytest.raises(DataError, match=r"lacks view, found .*row"):
-        load_arrays(path, ("row", "view"))
+    arrays = load_arrays(path, ("row", "index", "probability", "tail"))
+    safetensors.numpy.save_file(arrays, path, load_metadata(path) | changes)
+    with pytest.raises(DataError, match="expected {'vertical_size': '10', 'num_kept': '2'}"):
+        read_all(path)
+
+
+@pytest.mark.parametrize("codec", ["plain", "packed"])
+def test_a_cut_or_missing_file_is_refused_by_name(codec, tmp_path):
+    path = save(tmp_path, make_records(), codec)
+    content = path.read_bytes()
+    for num_bytes in (0, 7, 8, 40, len(content) - 1):
+        path.write_bytes(content[:num_bytes])
+        with pytest.raises(DataError, match="damaged"):
+            read_all(path)
+    path.unlink()
+    with pytest.raises(DataError, match="no such file"):
+        read_all(path)
 
 
 @pytest.mark.parametrize("stops_in", ["fsync", "replace"])
@@ -194,12 +264,12 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch, stops_i
 
     monkeypatch.setattr(os, stops_in, stop)
     with contextlib.suppress(KeyboardInterrupt, DataError):
-        make_records(tail=np.ones(3, np.float16)).save(path, {})
+        make_records(tail=np.ones(3, np.float16)).save(path, "plain", 10)
         pytest.fail("the write was not interrupted")
     monkeypatch.undo()
-    np.testing.assert_array_equal(TargetRecords.load(path, vertical_size=10).tail, make_records().tail)
-    make_records(tail=np.ones(3, np.float16)).save(path, {})
-    np.testing.assert_array_equal(TargetRecords.load(path, vertical_size=10).tail, [1, 1, 1])
+    np.testing.assert_array_equal(read_all(path)[2], make_records().tail)
+    make_records(tail=np.ones(3, np.float16)).save(path, "plain", 10)
+    np.testing.assert_array_equal(read_all(path)[2], [1, 1, 1])
     assert [file.name for file in tmp_path.iterdir()] == ["train-000000.safetensors"]  # no litter
 
 

@@ -18,10 +18,10 @@ from torch import Tensor
 from concentration.data.index import Split
 from concentration.data.order import Order
 from concentration.data.sample_targets import SampleTargets
-from concentration.data.views import UNDECODABLE, ViewConfig, centre_views, decode_view, draw_views
+from concentration.data.views import UNDECODABLE, CentreView, ViewConfig, Views, decode_view, draw_views
 from concentration.distributed import slice_of_rank
 from concentration.errors import DataError
-from concentration.targets import SoftTargets
+from concentration.targets import VIEW_BYTES, SoftTargets
 
 
 class Batch(NamedTuple):
@@ -31,6 +31,7 @@ class Batch(NamedTuple):
     targets: of each sample.
     weight_B: float32, 1; 0 for an undecodable image and for places behind the end of an epoch.
     skipped_B: bool, where an image could not be decoded.
+    view_BV: (B, 11) uint8, the views that were seen, as `View.encode` writes them; zeros where skipped.
     ordinal_B: int64, which samples these are.
     global_count: samples with a place in this step's global batch, over all ranks and micro-batches.
     """
@@ -39,8 +40,18 @@ class Batch(NamedTuple):
     targets: SoftTargets
     weight_B: Tensor
     skipped_B: Tensor
+    view_BV: Tensor
     ordinal_B: Tensor
     global_count: int
+
+
+class ReadSamples(NamedTuple):
+    """Images (B, 3, H, W) uint8, targets, and (B,), (B, 11): as in `Batch`."""
+
+    images: Tensor
+    targets: SoftTargets
+    skipped_B: Tensor
+    view_BV: Tensor
 
 
 class SampleReader:
@@ -65,21 +76,29 @@ class SampleReader:
         for file in self._files.values():
             os.close(file)
 
-    def read(self, ordinals: np.ndarray, epoch: int) -> tuple[Tensor, SoftTargets, np.ndarray]:
-        """Images (B, 3, H, W) uint8, targets, and (B,) bool: which images could not be decoded."""
+    def read(self, ordinals: np.ndarray, epoch: int) -> ReadSamples:
+        """The samples' images and targets in this epoch."""
         size = self._image_size
         images = np.zeros((len(ordinals), 3, size, size), dtype=np.uint8)
-        skipped = np.zeros(len(ordinals), dtype=bool)
-        views = (
-            centre_views(len(ordinals)) if self._views is None else draw_views(self._views, self._seed, epoch, ordinals)
-        )
+        skipped_B = np.zeros(len(ordinals), dtype=bool)
+        view_BV = np.zeros((len(ordinals), VIEW_BYTES), dtype=np.uint8)
+        views = self._choose_views(ordinals, epoch)
         for row, ordinal in enumerate(ordinals):
             content = self.read_encoded(int(ordinal))
             try:
-                images[row] = decode_view(content, views, row, size)
+                images[row], view = decode_view(content, views, row, size)
             except UNDECODABLE:
-                skipped[row] = True
-        return torch.from_numpy(images), self._targets.lookup(ordinals), skipped
+                skipped_B[row] = True
+            else:
+                view_BV[row] = np.frombuffer(view.encode(), dtype=np.uint8)
+        targets = self._targets.lookup(ordinals, epoch)
+        return ReadSamples(torch.from_numpy(images), targets, torch.from_numpy(skipped_B), torch.from_numpy(view_BV))
+
+    def _choose_views(self, ordinals: np.ndarray, epoch: int) -> Views:
+        """The views that the targets are of, where they are of stored ones; else new ones."""
+        if stored := self._targets.views(ordinals, epoch):
+            return stored
+        return CentreView() if self._views is None else draw_views(self._views, self._seed, epoch, ordinals)
 
     def read_encoded(self, ordinal: int) -> bytes:
         """The image's bytes as they lie in the shard."""
@@ -139,12 +158,13 @@ class StepBatches(torch.utils.data.Dataset):
         places = np.arange(first + mine.start + part.start, first + mine.start + part.stop)
         is_real = places < len(self._order)
         ordinals = self._order.take(epoch, places % len(self._order))
-        images, targets, skipped = self._reader.read(ordinals, epoch)
+        read = self._reader.read(ordinals, epoch)
         return Batch(
-            images=images,
-            targets=targets,
-            weight_B=torch.from_numpy((is_real & ~skipped).astype(np.float32)),
-            skipped_B=torch.from_numpy(skipped),
+            images=read.images,
+            targets=read.targets,
+            weight_B=(torch.from_numpy(is_real) & ~read.skipped_B).float(),
+            skipped_B=read.skipped_B,
+            view_BV=read.view_BV,
             ordinal_B=torch.from_numpy(ordinals),
             global_count=min(self._batch_size, len(self._order) - first),
         )

@@ -1,24 +1,31 @@
 """The targets of samples by ordinal: from their labels, or from stored soft targets.
 
-Shapes: B batch, K targets a sample, R rows of a shard.
+Shapes: B batch, K targets a sample, M verticals.
 """
 
+import dataclasses
 import functools
 import json
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
 
 from concentration.data.index import Split
+from concentration.data.views import INTERPOLATION, StoredViews, describe_decoder
 from concentration.errors import DataError
-from concentration.targets import SoftTargets, TargetRecords
+from concentration.targets import VIEW_BYTES, SoftTargets, TargetFile
 
 
 class SampleTargets(Protocol):
-    def lookup(self, ordinals: np.ndarray) -> SoftTargets:
+    def lookup(self, ordinals: np.ndarray, epoch: int) -> SoftTargets:
         """The targets of these samples, one row each; the number of columns is the same for every batch."""
+
+    def views(self, ordinals: np.ndarray, epoch: int) -> StoredViews | None:
+        """The views that the targets are of; None where they hold for any view."""
 
 
 class LabelTargets:
@@ -41,7 +48,8 @@ class LabelTargets:
         self.__dict__.update(state)
         self._targets_of = functools.lru_cache(maxsize=2**18)(self._compute_targets)
 
-    def lookup(self, ordinals: np.ndarray) -> SoftTargets:
+    def lookup(self, ordinals: np.ndarray, epoch: int = 0) -> SoftTargets:
+        """As the protocol says; labels are the same in every epoch."""
         index_BK = np.zeros((len(ordinals), self._width), dtype=np.int64)
         probability_BK = np.zeros(index_BK.shape, dtype=np.float32)
         for row, ordinal in enumerate(ordinals):
@@ -49,6 +57,9 @@ class LabelTargets:
             index_BK[row, : len(outputs)] = outputs
             probability_BK[row, : len(outputs)] = 1.0
         return SoftTargets(torch.from_numpy(index_BK), torch.from_numpy(probability_BK))
+
+    def views(self, ordinals: np.ndarray, epoch: int) -> None:
+        return None
 
     def _compute_targets(self, labels: tuple[int, ...]) -> np.ndarray:
         outputs = self._split.taxonomy.smear(labels) if self._smear else labels
@@ -65,26 +76,46 @@ class LabelTargets:
         return max(widths) or 1
 
 
+class _ShardTargets(NamedTuple):
+    """What all verticals' teachers say of a shard's rows in one of their views, side by side.
+
+    Shapes: R rows, W the most targets that any sample has, M verticals.
+    """
+
+    index_RW: np.ndarray  # int32 outputs
+    probability_RW: np.ndarray  # float16
+    num_filled_R: np.ndarray  # of the W places; the others hold zeros
+    background_RM: np.ndarray | None  # float32
+    view_RV: np.ndarray | None  # uint8
+
+
 class StoredTargets:
     """The teachers' soft targets from `targets/NAME`; a sample with labels in several verticals gets all of theirs.
+
+    Where R views of every sample were stored, epoch e replays view e mod R.
 
     Args:
         directory: `targets/NAME`.
         split: whose samples the targets are of.
+        tail: `zero` leaves classes outside the top K at 0 (Gao et al., section 3.1); `spread` shares the stored tail mass out
+            evenly among those of the sample's own verticals.
 
     Raises:
         DataError: a vertical's targets are missing, or were made from another taxonomy or other data.
     """
 
-    def __init__(self, directory: Path, split: Split):
+    def __init__(self, directory: Path, split: Split, tail: Literal["zero", "spread"] = "zero"):
         self._directory = directory
         self._split = split
-        self._kept: dict[str, int] = {}
-        self._rows: dict[str, list[np.ndarray]] = {}
-        for vertical in split.taxonomy.verticals:
-            manifest = load_manifest(directory / vertical, split)
-            self._kept[vertical] = manifest["num_kept"]
-            self._rows[vertical] = split.by_shard(split.routed(vertical))
+        self._tail = tail
+        manifests = {vertical: load_manifest(directory / vertical, split) for vertical in split.taxonomy.verticals}
+        self._kept: dict[str, int] = {vertical: manifest["num_kept"] for vertical, manifest in manifests.items()}
+        views = {vertical: manifest["views"] for vertical, manifest in manifests.items()}
+        if len(set(views.values())) > 1:
+            raise DataError(f"{directory}: the verticals hold different numbers of views, {views}; make them alike")
+        self._num_views = next(iter(views.values()))
+        if self._num_views:
+            _compare_decoders(directory, manifests)
         self._width = self._compute_width()
         self._load_shard = functools.lru_cache(maxsize=64)(self._merge_shard)
 
@@ -95,50 +126,148 @@ class StoredTargets:
         self.__dict__.update(state)
         self._load_shard = functools.lru_cache(maxsize=64)(self._merge_shard)
 
-    def lookup(self, ordinals: np.ndarray) -> SoftTargets:
+    def lookup(self, ordinals: np.ndarray, epoch: int) -> SoftTargets:
         index_BK = np.empty((len(ordinals), self._width), dtype=np.int64)
         probability_BK = np.empty(index_BK.shape, dtype=np.float32)
+        background_BM = np.zeros((len(ordinals), self._split.taxonomy.num_verticals), dtype=np.float32)
+        num_filled_B = np.empty(len(ordinals), dtype=np.int64)
+        for inside, rows, stored in self._by_shard(ordinals, epoch):
+            index_BK[inside], probability_BK[inside] = stored.index_RW[rows], stored.probability_RW[rows]
+            if stored.background_RM is not None:
+                background_BM[inside], num_filled_B[inside] = stored.background_RM[rows], stored.num_filled_R[rows]
+        if self._tail == "zero":
+            return SoftTargets(torch.from_numpy(index_BK), torch.from_numpy(probability_BK))
+        # A listed class has its own probability, not the background's: SoftTargets adds the two.
+        vertical_BK = self._split.taxonomy.vertical_of_output[index_BK]
+        is_listed = np.arange(self._width) < num_filled_B[:, None]
+        probability_BK -= np.where(is_listed, np.take_along_axis(background_BM, vertical_BK, axis=1), 0)
+        return SoftTargets(*map(torch.from_numpy, (index_BK, probability_BK, background_BM)))
+
+    def views(self, ordinals: np.ndarray, epoch: int) -> StoredViews | None:
+        if self._num_views == 0:
+            return None
+        view_BV = np.empty((len(ordinals), VIEW_BYTES), dtype=np.uint8)
+        for inside, rows, stored in self._by_shard(ordinals, epoch):
+            view_BV[inside] = stored.view_RV[rows]
+        return StoredViews(view_BV)
+
+    def _by_shard(self, ordinals: np.ndarray, epoch: int) -> Iterator[tuple[np.ndarray, np.ndarray, _ShardTargets]]:
+        """Which of the batch's samples are of a shard, their rows in it, and the shard's targets in this epoch."""
         shards = np.searchsorted(self._split.shard_start, ordinals, side="right") - 1
+        view = epoch % max(1, self._num_views)
         for shard in np.unique(shards):
             inside = shards == shard
-            index_RK, probability_RK = self._load_shard(int(shard))
-            rows = ordinals[inside] - self._split.shard_start[shard]
-            index_BK[inside], probability_BK[inside] = index_RK[rows], probability_RK[rows]
-        return SoftTargets(torch.from_numpy(index_BK), torch.from_numpy(probability_BK))
+            yield inside, ordinals[inside] - self._split.shard_start[shard], self._load_shard(int(shard), view)
 
-    def _merge_shard(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
-        """All verticals' records of a shard side by side: int32 outputs and float16 probabilities, (R, width)."""
+    def _merge_shard(self, shard: int, view: int) -> _ShardTargets:
         split, taxonomy = self._split, self._split.taxonomy
         num_rows = split.shards[shard].num_samples
-        index_RK = np.zeros((num_rows, self._width), dtype=np.int32)
-        probability_RK = np.zeros((num_rows, self._width), dtype=np.float16)
-        filled = np.zeros(num_rows, dtype=np.int64)
-        for vertical, rows_by_shard in self._rows.items():
-            expected = rows_by_shard[shard] - split.shard_start[shard]
-            if not len(expected):
-                continue
-            outputs = taxonomy.vertical_slice(vertical)
-            path = self._directory / vertical / f"{split.index_names[shard]}.safetensors"
-            records = TargetRecords.load(path, outputs.stop - outputs.start)
-            if not np.array_equal(records.row, expected):
-                raise DataError(f"{path}: holds other rows than the shard has for '{vertical}'; make the targets again")
-            if records.index.shape[1] != self._kept[vertical]:
-                raise DataError(
-                    f"{path}: keeps {records.index.shape[1]} classes a sample, but its manifest says "
-                    f"{self._kept[vertical]}; make the targets again"
-                )
-            columns = filled[expected, None] + np.arange(records.index.shape[1])
-            index_RK[expected[:, None], columns] = records.index.astype(np.int32) + outputs.start
-            probability_RK[expected[:, None], columns] = records.probability
-            filled[expected] += records.index.shape[1]
-        return index_RK, probability_RK
+        merged = _ShardTargets(
+            index_RW=np.zeros((num_rows, self._width), dtype=np.int32),
+            probability_RW=np.zeros((num_rows, self._width), dtype=np.float16),
+            num_filled_R=np.zeros(num_rows, dtype=np.int64),
+            background_RM=np.zeros((num_rows, taxonomy.num_verticals), np.float32) if self._tail == "spread" else None,
+            view_RV=np.zeros((num_rows, VIEW_BYTES), dtype=np.uint8) if self._num_views else None,
+        )
+        for number, vertical in enumerate(taxonomy.verticals):
+            if len(rows := self._rows_in(shard, number)):
+                self._add_vertical(merged, shard, view, vertical, rows)
+        return merged
+
+    def _add_vertical(self, merged: _ShardTargets, shard: int, view: int, vertical: str, rows: np.ndarray) -> None:
+        outputs, num_kept = self._split.taxonomy.vertical_slice(vertical), self._kept[vertical]
+        vertical_size = outputs.stop - outputs.start
+        path = self._directory / vertical / f"{self._split.index_names[shard]}.safetensors"
+        file = TargetFile(path, vertical_size, num_kept)
+        if not np.array_equal(file.row, rows):
+            raise DataError(f"{path}: holds other rows than the shard has for '{vertical}'; make the targets again")
+        records = np.arange(len(rows)) * file.num_views + view
+        view_RV = file.read_views(records)
+        if (view_RV is None) != (self._num_views == 0) or file.num_views != max(1, self._num_views):
+            raise DataError(
+                f"{path}: {file.num_views} views of a sample, but its manifest says {self._num_views}; make the targets again"
+            )
+        index, probability, tail = file.read(records)
+        columns = merged.num_filled_R[rows, None] + np.arange(num_kept)
+        merged.index_RW[rows[:, None], columns] = index + outputs.start
+        merged.probability_RW[rows[:, None], columns] = probability
+        if merged.background_RM is not None and num_kept < vertical_size:
+            number = self._split.taxonomy.vertical_number(vertical)
+            merged.background_RM[rows, number] = tail / (vertical_size - num_kept)
+        if view_RV is not None:
+            _check_views(path, merged, rows, view_RV)
+            merged.view_RV[rows] = view_RV
+        merged.num_filled_R[rows] += num_kept
+
+    def _rows_in(self, shard: int, number: int) -> np.ndarray:
+        """The shard's rows with a label in a vertical, rising."""
+        split = self._split
+        first, last = split.shard_start[shard], split.shard_start[shard + 1]
+        labels = slice(split.label_start[first], split.label_start[last])
+        is_inside = split.taxonomy.vertical_of_output[split.label_output[labels]] == number
+        rows = np.repeat(np.arange(last - first), np.diff(split.label_start[first : last + 1]))
+        return np.unique(rows[is_inside])
 
     def _compute_width(self) -> int:
         """The most targets that any sample has."""
-        width = np.zeros(len(self._split), dtype=np.int64)
-        for vertical, rows_by_shard in self._rows.items():
-            width[np.concatenate(rows_by_shard)] += self._kept[vertical]
-        return int(width.max())
+        kept_M = np.array([self._kept[vertical] for vertical in self._split.taxonomy.verticals])
+        if len(self._split.label_output) == len(self._split):  # one label a sample
+            present = np.unique(self._split.taxonomy.vertical_of_output[self._split.label_output])
+            return int(kept_M[present].max())
+        width = 0
+        for shard, index in enumerate(self._split.shards):
+            width_R = np.zeros(index.num_samples, dtype=np.int64)
+            for number, kept in enumerate(kept_M):
+                width_R[self._rows_in(shard, number)] += kept
+            width = max(width, int(width_R.max()))
+        return width
+
+
+def _compare_decoders(directory: Path, manifests: Mapping[str, dict]) -> None:
+    """Warns where another version of the image libraries may decode other pixels than the teachers saw."""
+    here = describe_decoder()
+    for manifest in manifests.values():
+        made_with = manifest["preprocessing"].get("decoder")
+        if made_with != here:
+            warnings.warn(
+                f"{directory}: the teachers' views were decoded by {made_with}, here by {here}: their crops are exact, "
+                "their pixels may differ a little",
+                stacklevel=2,
+            )
+            return
+
+
+def _check_views(path: Path, merged: _ShardTargets, rows: np.ndarray, view_RV: np.ndarray) -> None:
+    """Raises: DataError where a crop is empty, or a sample of several verticals was shown to their teachers in other views."""
+    left, top, right, bottom = view_RV[:, :8].copy().view("<u2").T
+    is_stored = view_RV.any(axis=1)
+    if (is_stored & ((left >= right) | (top >= bottom))).any():
+        raise DataError(f"{path}: damaged (an empty crop); make the targets again")
+    differs = (merged.num_filled_R[rows] > 0) & (merged.view_RV[rows] != view_RV).any(axis=1)
+    if differs.any():
+        raise DataError(
+            f"{path}: row {rows[differs][0]} was seen in another view than by the teacher of another vertical; make the "
+            "targets of both again"
+        )
+
+
+class WeightedOutside:
+    """Targets whose loss counts with `weight` in the verticals that a sample has no label in; 0 masks them."""
+
+    def __init__(self, targets: SampleTargets, split: Split, weight: float):
+        self._targets = targets
+        self._split = split
+        self._weight = weight
+
+    def lookup(self, ordinals: np.ndarray, epoch: int) -> SoftTargets:
+        taxonomy = self._split.taxonomy
+        weight_BM = torch.full((len(ordinals), taxonomy.num_verticals), self._weight)
+        for row, ordinal in enumerate(ordinals):
+            weight_BM[row, taxonomy.vertical_of_output[list(self._split.labels(ordinal))]] = 1.0
+        return dataclasses.replace(self._targets.lookup(ordinals, epoch), weight_BM=weight_BM)
+
+    def views(self, ordinals: np.ndarray, epoch: int) -> StoredViews | None:
+        return self._targets.views(ordinals, epoch)
 
 
 def load_manifest(directory: Path, split: Split) -> dict:
@@ -150,11 +279,14 @@ def load_manifest(directory: Path, split: Split) -> dict:
     path = directory / "manifest.json"
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        is_complete = isinstance(manifest["num_kept"], int)
+        is_complete = all(type(manifest[name]) is int and manifest[name] >= 0 for name in ("num_kept", "views"))
+        is_complete = is_complete and isinstance(manifest["preprocessing"], dict)
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         is_complete = False
     if not is_complete:
         raise DataError(f"{path}: missing or damaged; run `concentrate targets vertical={directory.name}` first")
+    if manifest["preprocessing"].get("interpolation") != INTERPOLATION:
+        raise DataError(f"{path}: views are {manifest['preprocessing']}, expected {INTERPOLATION}; make the targets again")
     for what, found, expected in (
         ("taxonomy", manifest.get("taxonomy"), split.taxonomy.fingerprint),
         ("data", manifest.get("data"), split.fingerprint),

@@ -1,5 +1,8 @@
 """Views: what a network sees of an image. The parameters of a view are drawn from (seed, epoch, sample) alone.
 
+A drawn view is rounded to a record of 11 bytes before it is used, so that the view that a teacher saw is stored exactly, and the
+student that replays it sees the same pixels.
+
 Shapes: B batch.
 """
 
@@ -7,13 +10,16 @@ import io
 import math
 import struct
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
+import PIL
 import pydantic
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, features
 
 from concentration.data.order import uniforms
 from concentration.schema import Config
+from concentration.targets import VIEW_BYTES
 
 _CROP, _ASPECT, _LEFT, _TOP, _FLIP, _BRIGHTNESS, _CONTRAST = range(100, 107)
 
@@ -26,6 +32,9 @@ UNDECODABLE = (OSError, ValueError, SyntaxError, EOFError, TypeError, struct.err
 # raise anything at all for a damaged file.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 
+#: How a crop becomes the network's input: Pillow's antialiased bilinear filter.
+INTERPOLATION = "bilinear"
+
 #: By EXIF's orientation: what makes the image upright.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -36,6 +45,7 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_SIDEWAYS = (5, 6, 7, 8)  # width and height change places
 
 
 class ViewConfig(Config):
@@ -54,12 +64,62 @@ class ViewConfig(Config):
     contrast: Share = 0.0
 
 
-@dataclass(frozen=True)
-class Views:
-    """Parameters of B views; the crop is centred at (x, y) as shares of the free room, 0.5 being the middle.
+@dataclass(frozen=True, slots=True)
+class View:
+    """One view of one image.
 
     Attributes:
-        area, aspect, x, y, brightness, contrast: (B,) float64.
+        left, top, right, bottom: the crop, as shares of the upright image's width and height.
+        flip: whether the crop is mirrored.
+        brightness, contrast: factors, contrast about the crop's mean; 1 changes nothing.
+    """
+
+    left: float
+    top: float
+    right: float
+    bottom: float
+    flip: bool = False
+    brightness: float = 1.0
+    contrast: float = 1.0
+
+    def encode(self) -> bytes:
+        """The record: crop in 1/65,535 (4 x u16), flip (u8), brightness and contrast in 1/128 (u8), little-endian."""
+        crop = [round(share * _CROP_STEPS) for share in (self.left, self.top, self.right, self.bottom)]
+        factors = [min(255, round(factor * _FACTOR_STEPS)) for factor in (self.brightness, self.contrast)]
+        return _RECORD.pack(*crop, self.flip, *factors)
+
+    @classmethod
+    def decode(cls, record: bytes) -> "View":
+        left, top, right, bottom, flip, brightness, contrast = _RECORD.unpack(record)
+        crop = (left / _CROP_STEPS, top / _CROP_STEPS, right / _CROP_STEPS, bottom / _CROP_STEPS)
+        return cls(*crop, bool(flip), brightness / _FACTOR_STEPS, contrast / _FACTOR_STEPS)
+
+    def box(self, size: tuple[int, int]) -> tuple[float, float, float, float]:
+        """(left, top, right, bottom) in pixels of an upright image of this width and height."""
+        width, height = size
+        return self.left * width, self.top * height, self.right * width, self.bottom * height
+
+
+_RECORD = struct.Struct("<4H3B")
+assert _RECORD.size == VIEW_BYTES
+_CROP_STEPS, _FACTOR_STEPS = 65_535, 128
+
+
+class Views(Protocol):
+    """The views of a batch."""
+
+    def at(self, row: int, size: tuple[int, int]) -> View:
+        """The view of one sample of the batch, whose upright image has this width and height."""
+
+
+@dataclass(frozen=True)
+class DrawnViews:
+    """Random views; the crop is centred at (x, y) as shares of the free room, 0.5 being the middle.
+
+    Attributes:
+        area: (B,) of the crop, as a share of the largest square's.
+        aspect: (B,) its width over its height.
+        x, y, brightness, contrast: (B,) float64.
         flip: (B,) bool.
     """
 
@@ -71,15 +131,54 @@ class Views:
     brightness: np.ndarray
     contrast: np.ndarray
 
+    def at(self, row: int, size: tuple[int, int]) -> View:
+        """The view, rounded to its record."""
+        width, height = size
+        area = self.area[row] * min(width, height) ** 2
+        # At least two steps of the record: rounding must not make the crop empty.
+        share_x = max(2 / _CROP_STEPS, min(1, max(1, (area * self.aspect[row]) ** 0.5) / width))
+        share_y = max(2 / _CROP_STEPS, min(1, max(1, (area / self.aspect[row]) ** 0.5) / height))
+        left, top = (1 - share_x) * self.x[row], (1 - share_y) * self.y[row]
+        crop = (left, top, left + share_x, top + share_y)
+        exact = View(*crop, bool(self.flip[row]), self.brightness[row], self.contrast[row])
+        return View.decode(exact.encode())
 
-def draw_views(config: ViewConfig, seed: int, epoch: int, ordinals: np.ndarray) -> Views:
+
+@dataclass(frozen=True)
+class StoredViews:
+    """Views that were drawn earlier.
+
+    Attributes:
+        record_BV: (B, 11) uint8, as `View.encode` writes them.
+    """
+
+    record_BV: np.ndarray
+
+    def at(self, row: int, size: tuple[int, int]) -> View:
+        """Raises: ValueError, one of UNDECODABLE, where the image could not be decoded when its views were drawn."""
+        if not self.record_BV[row].any():
+            raise ValueError("the image could not be decoded when its views were drawn")
+        return View.decode(self.record_BV[row].tobytes())
+
+
+class CentreView:
+    """The largest square in the middle of each image, unchanged otherwise."""
+
+    def at(self, row: int, size: tuple[int, int]) -> View:
+        width, height = size
+        side = min(width, height)
+        left, top = (width - side) / 2 / width, (height - side) / 2 / height
+        return View(left, top, 1 - left, 1 - top)
+
+
+def draw_views(config: ViewConfig, seed: int, epoch: int, ordinals: np.ndarray) -> DrawnViews:
     """The views of these samples in this epoch, whatever the batch, rank or worker that asks."""
 
     def uniform(purpose: int) -> np.ndarray:
         return uniforms(seed, purpose, epoch, ordinals)
 
     log_aspect = np.log(config.crop_aspect)
-    return Views(
+    return DrawnViews(
         area=config.crop_area + (1 - config.crop_area) * uniform(_CROP),
         aspect=np.exp(log_aspect * (2 * uniform(_ASPECT) - 1)),
         x=uniform(_LEFT),
@@ -90,10 +189,11 @@ def draw_views(config: ViewConfig, seed: int, epoch: int, ordinals: np.ndarray) 
     )
 
 
-def centre_views(count: int) -> Views:
-    """The largest square in the middle of each image, unchanged otherwise."""
-    ones, half = np.ones(count), np.full(count, 0.5)
-    return Views(ones, ones, half, half, np.zeros(count, dtype=bool), ones, ones)
+def describe_decoder() -> dict[str, str]:
+    """The versions on which the pixels of a view depend; its parameters depend on none."""
+    versions = {"pillow": PIL.__version__}
+    versions |= {name: features.version(name) or "none" for name in ("libjpeg_turbo", "webp", "zlib")}
+    return versions
 
 
 def open_image(content: bytes) -> Image.Image:
@@ -105,40 +205,47 @@ def open_image(content: bytes) -> Image.Image:
     return Image.open(io.BytesIO(content), formats=_FORMATS)
 
 
-def decode_view(content: bytes, views: Views, row: int, image_size: int) -> np.ndarray:
-    """One view as uint8 (3, image_size, image_size).
+def decode_view(content: bytes, views: Views, row: int, image_size: int) -> tuple[np.ndarray, View]:
+    """One view as uint8 (3, image_size, image_size), and which view it is.
 
     Raises:
         one of UNDECODABLE: the image cannot be decoded.
     """
     image = open_image(content)
+    orientation = _read_orientation(image)
+    upright_size = image.size[::-1] if orientation in _SIDEWAYS else image.size
+    view = views.at(row, upright_size)
     if image.format == "JPEG":
         # Decodes large photographs at a half, quarter or eighth, as long as the crop keeps `image_size` pixels.
-        left, top, right, bottom = _crop_box(image.size, views, row)
+        left, top, right, bottom = view.box(upright_size)
         shrink = min(right - left, bottom - top) / image_size
         image.draft("RGB", (math.ceil(image.width / shrink), math.ceil(image.height / shrink)))
-    if image.format != "PNG" or "exif" in image.info:
-        image = _turn_upright(image)
-    box = _crop_box(image.size, views, row)
+    if orientation in _UPRIGHT:
+        image = image.transpose(_UPRIGHT[orientation])
     image = _reduce_to_8_bits(image)
+    box = view.box(image.size)
     if image.size != (image_size, image_size) or box != (0, 0, image_size, image_size):
         image = image.resize((image_size, image_size), Image.Resampling.BILINEAR, box=box)
     pixels = np.asarray(image)
-    if views.flip[row]:
+    if view.flip:
         pixels = pixels[:, ::-1]
-    if views.brightness[row] != 1 or views.contrast[row] != 1:
+    if view.brightness != 1 or view.contrast != 1:
         mean = pixels.mean()
-        changed = ((pixels - mean) * views.contrast[row] + mean) * views.brightness[row]
+        changed = ((pixels - mean) * view.contrast + mean) * view.brightness
         pixels = changed.clip(0, 255).astype(np.uint8)
     if pixels.ndim == 2:
-        return np.broadcast_to(pixels, (3, image_size, image_size))
-    return pixels.transpose(2, 0, 1)
+        return np.broadcast_to(pixels, (3, image_size, image_size)), view
+    return pixels.transpose(2, 0, 1), view
 
 
-def _turn_upright(image: Image.Image) -> Image.Image:
-    """NOTE: not `ImageOps.exif_transpose`, which also writes the other EXIF tags anew, and fails where it cannot."""
-    method = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
-    return image if method is None else image.transpose(method)
+def _read_orientation(image: Image.Image) -> int | None:
+    """EXIF's orientation.
+
+    NOTE: not `ImageOps.exif_transpose`, which also writes the other tags anew, and fails where it cannot.
+    """
+    if image.format == "PNG" and "exif" not in image.info:  # Pillow would read the whole file to look for it
+        return None
+    return image.getexif().get(ExifTags.Base.Orientation)
 
 
 def _reduce_to_8_bits(image: Image.Image) -> Image.Image:
@@ -148,14 +255,3 @@ def _reduce_to_8_bits(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # grey of 16 bits, all of which Pillow would turn white, but for the darkest
         return Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
     return image.convert("RGB")
-
-
-def _crop_box(size: tuple[int, int], views: Views, row: int) -> tuple[float, float, float, float]:
-    """(left, top, right, bottom) in pixels: at area 1 and aspect 1 the largest square in the middle."""
-    width, height = size
-    area = views.area[row] * min(width, height) ** 2
-    crop_width = min(width, max(1, (area * views.aspect[row]) ** 0.5))
-    crop_height = min(height, max(1, (area / views.aspect[row]) ** 0.5))
-    left = (width - crop_width) * views.x[row]
-    top = (height - crop_height) * views.y[row]
-    return left, top, left + crop_width, top + crop_height

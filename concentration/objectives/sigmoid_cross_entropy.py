@@ -21,7 +21,7 @@ def sigmoid_cross_entropy(
 
     Args:
         logits: per vertical, (B, V); their concatenation is in the order of the output index.
-        targets: sparse; classes that are not listed have z = 0.
+        targets: sparse; classes that are not listed have z = 0, or the background of their vertical.
         class_weight_C: multiplies both terms of a class.
 
     Source: Gao et al., Equations 1 and 2, without the mean over the batch.
@@ -38,11 +38,18 @@ def sigmoid_cross_entropy_by_vertical(
     logits_BC = torch.cat(logits, dim=1)
     listed_BK = targets.probability_BK * logits_BC.gather(1, targets.index_BK)
     absent = [softplus(logits_BV) for logits_BV in logits]
+    if targets.background_BM is not None:
+        backgrounds = targets.background_BM.split(1, dim=1)
+        absent = [
+            softplus_BV - background_B1 * logits_BV
+            for softplus_BV, background_B1, logits_BV in zip(absent, backgrounds, logits, strict=True)
+        ]
     if class_weight_C is not None:
         listed_BK = listed_BK * class_weight_C[targets.index_BK]
         weights = class_weight_C.split([logits_BV.shape[1] for logits_BV in logits])
-        absent = [softplus_BV * weight_V for softplus_BV, weight_V in zip(absent, weights, strict=True)]
-    loss_BM = torch.stack([softplus_BV.sum(1) for softplus_BV in absent], dim=1)
+        absent = [loss_BV * weight_V for loss_BV, weight_V in zip(absent, weights, strict=True)]
+    loss_BM = torch.stack([loss_BV.sum(1) for loss_BV in absent], dim=1)
     ends_M = torch.tensor([logits_BV.shape[1] for logits_BV in logits], device=logits_BC.device).cumsum(0)
     vertical_BK = torch.bucketize(targets.index_BK, ends_M, right=True)
-    return loss_BM.scatter_add(1, vertical_BK, -listed_BK)
+    loss_BM = loss_BM.scatter_add(1, vertical_BK, -listed_BK)
+    return loss_BM if targets.weight_BM is None else loss_BM * targets.weight_BM

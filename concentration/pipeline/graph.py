@@ -15,7 +15,7 @@ from concentration.stages.evaluate import EVALUATIONS, SPECIALISTS, EvaluateConf
 from concentration.stages.prepare import SHARDS, PrepareConfig
 from concentration.stages.report import REPORT, ReportConfig
 from concentration.stages.run_directory import StageConfig
-from concentration.stages.student import STUDENTS, HardTargetsConfig, StudentConfig, TargetsChoice
+from concentration.stages.student import STUDENTS, HardTargetsConfig, Outside, StudentConfig, TargetsChoice
 from concentration.stages.targets import TARGETS, TargetsConfig
 from concentration.stages.teacher import TEACHERS, TeacherConfig
 from concentration.taxonomy import Taxonomy
@@ -52,6 +52,8 @@ class RunConfig(StageConfig):
     top: TopConfig
     pace: PaceConfig
     targets: TargetsChoice
+    tail: Literal["zero", "spread"] = "zero"
+    outside: Outside = "zero"
     optimizer: OptimizerConfig
     trainer: TrainerConfig
     teacher: NetworkParts
@@ -87,9 +89,11 @@ def build_jobs(config: RunConfig, taxonomy: Taxonomy) -> list[Job]:
         [_targets_job(config, vertical) for vertical in taxonomy.verticals] if config.targets.kind == "soft" else []
     )
     generalist = _student_job(config, GENERALIST, config.generalist, HardTargetsConfig(), after=())
-    after = tuple(job.name for job in targets)
+    after = tuple(job.name for job in {"labels": [], "soft": targets, "online": teachers}[config.targets.kind])
     parts = NetworkParts(**{name: getattr(config, name) for name in NetworkParts.model_fields})
-    student = _student_job(config, config.name, parts, config.targets, after)
+    student = _student_job(
+        config, config.name, parts, config.targets, after, tail=config.tail, outside=config.outside
+    )
     evaluations = [
         _evaluate_job(config, GENERALIST, (generalist.name,)),
         _evaluate_job(config, SPECIALISTS, tuple(job.name for job in teachers)),
@@ -125,12 +129,14 @@ def _targets_job(config: RunConfig, vertical: str) -> Job:
     return Job(f"targets {vertical}", "targets", stage, directory, (f"teacher {vertical}",), summary)
 
 
-def _student_job(config: RunConfig, name: str, parts: NetworkParts, targets, after: tuple[str, ...]) -> Job:
+def _student_job(
+    config: RunConfig, name: str, parts: NetworkParts, targets: TargetsChoice, after: tuple[str, ...], **options
+) -> Job:
     stage = StudentConfig(
-        **_shared(config), **_parts(parts), seed=config.seed, logger=config.logger, name=name, targets=targets
+        **_shared(config), **_parts(parts), seed=config.seed, logger=config.logger, name=name, targets=targets, **options
     )
-    learns = "the labels" if targets.kind == "labels" else "the teachers' soft targets"
-    summary = f"training one network over all verticals on {learns}"
+    learns = {"labels": "the labels", "soft": "the teachers' soft targets", "online": "what the teachers say meanwhile"}
+    summary = f"training one network over all verticals on {learns[targets.kind]}"
     directory = config.workdir / STUDENTS / name
     return Job(f"student {name}", "student", stage, directory, after, summary, _count_processes(parts.trainer))
 

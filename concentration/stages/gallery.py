@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from concentration.data.order import permutation
-from concentration.data.views import centre_views, decode_view
+from concentration.data.views import CentreView, decode_view
 from concentration.stages.subject import Subject
 
 #: Pixels of a picture's side, at most.
@@ -30,7 +30,7 @@ def build_gallery(subject: Subject, num_pictures: int) -> list[dict]:
     reader = subject.build_reader()
     entries = []
     for ordinal in drawn[:num_pictures]:
-        images, _, skipped = reader.read(np.array([ordinal]), epoch=0)
+        images, _, skipped, _ = reader.read(np.array([ordinal]), epoch=0)
         if not skipped[0]:
             entries.append(_describe_sample(subject, ordinal, subject.score(images)[0], reader.read_encoded(ordinal)))
     return entries
@@ -61,7 +61,7 @@ def _describe_sample(subject: Subject, ordinal: int, scores_C: Tensor, encoded: 
 def _to_data_uri(encoded: bytes) -> str:
     with Image.open(io.BytesIO(encoded)) as image:
         size = min(GALLERY_PIXELS, max(image.size))
-    pixels = decode_view(encoded, centre_views(1), 0, size)
+    pixels, _ = decode_view(encoded, CentreView(), 0, size)
     buffer = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0))).save(buffer, "PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

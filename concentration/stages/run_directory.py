@@ -5,6 +5,7 @@ import fcntl
 import hashlib
 import json
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,6 +17,9 @@ from concentration.targets import write_atomically
 
 #: What every file of a run holds at least.
 _KEYS: Mapping[str, set[str]] = {"config.json": {"identity", "config"}, "DONE.json": {"config"}}
+
+#: How long a part of a stage waits for the others to look at the directory.
+_ENTER_SECONDS = 60.0
 
 
 class StageConfig(Config):
@@ -38,8 +42,10 @@ class RunDirectory:
         self.path = path
 
     @contextlib.contextmanager
-    def begin(self, config: StageConfig, upstream: Mapping[str, str]) -> Iterator[bool]:
+    def begin(self, config: StageConfig, upstream: Mapping[str, str], part: str | None = None) -> Iterator[bool]:
         """Gives whether there is work to do; holds the directory against other processes meanwhile.
+
+        Where several processes share the stage, each gives its `part` and holds that alone.
 
         Raises:
             ConfigError: another process works here; or the stage was begun with another config or other upstream results,
@@ -53,7 +59,7 @@ class RunDirectory:
             ) from None
         # The lock is rank 0's; the other ranks hear from it whether there is work.
         with contextlib.ExitStack() as stack:
-            is_due = from_rank_zero(lambda: stack.enter_context(self._lock()) or self._enter(config, upstream))
+            is_due = from_rank_zero(lambda: self._enter_locked(stack, config, upstream, part))
             if not is_due and rank() == 0:
                 print(f"{self.path}: finished already, nothing is to do")
             try:
@@ -63,6 +69,18 @@ class RunDirectory:
                     self._forget_unless_begun()
                 raise
 
+    def _enter_locked(
+        self, stack: contextlib.ExitStack, config: StageConfig, upstream: Mapping[str, str], part: str | None
+    ) -> bool:
+        if part is None:
+            stack.enter_context(self._lock(".lock"))
+            for left_by_a_kill in self.path.glob(".*.tmp"):
+                left_by_a_kill.unlink()
+            return self._enter(config, upstream)
+        stack.enter_context(self._lock(f".lock-{part}"))
+        with self._lock(".lock", wait_seconds=_ENTER_SECONDS):
+            return self._enter(config, upstream)
+
     def _enter(self, config: StageConfig, upstream: Mapping[str, str]) -> bool:
         identity = {**config.identity(), "upstream": dict(upstream)}
         earlier = self._load("config.json")
@@ -71,8 +89,6 @@ class RunDirectory:
                 self._refuse(earlier["identity"], identity)
             self._clear()
             earlier = None
-        for left_by_a_kill in self.path.glob(".*.tmp"):
-            left_by_a_kill.unlink()
         if earlier is None:
             values = {"identity": identity, "config": config.model_dump(mode="json")}
             write_atomically(self.path / "config.json", values)
@@ -109,7 +125,7 @@ class RunDirectory:
 
     def _forget_unless_begun(self) -> None:
         """A mistake that was found before anything was written may be corrected without `overwrite`."""
-        if {path.name for path in self.path.iterdir()} == {".lock", "config.json"}:
+        if [path.name for path in self.path.iterdir() if not path.name.startswith(".lock")] == ["config.json"]:
             (self.path / "config.json").unlink()
 
     def _clear(self) -> None:
@@ -117,7 +133,7 @@ class RunDirectory:
         # and still refused under another configuration.
         (self.path / "DONE.json").unlink(missing_ok=True)
         for path in self.path.iterdir():
-            if path.name not in (".lock", "config.json"):
+            if not path.name.startswith(".lock") and path.name != "config.json":
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         (self.path / "config.json").unlink()
 
@@ -136,17 +152,24 @@ class RunDirectory:
         return values
 
     @contextlib.contextmanager
-    def _lock(self) -> Iterator[None]:
-        with open(self.path / ".lock", "w") as file:
-            try:
-                # NOTE: not flock: a killed run's reading processes would go on holding it, for the seconds until they notice.
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ConfigError(f"{self.path}: another process works here; wait for it or end it") from None
-            except OSError as error:
-                raise ConfigError(
-                    f"{self.path}: cannot be locked ({error.strerror}); give a workdir on a file system with file locks"
-                ) from None
+    def _lock(self, name: str, wait_seconds: float = 0) -> Iterator[None]:
+        deadline = time.monotonic() + wait_seconds
+        with open(self.path / name, "w") as file:
+            while True:
+                try:
+                    # NOTE: not flock: a killed run's reading processes would go on holding it, for the seconds until they notice.
+                    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() >= deadline:
+                        raise ConfigError(
+                            f"{self.path}: another process works here; wait for it or end it"
+                        ) from None
+                    time.sleep(0.05)
+                except OSError as error:
+                    raise ConfigError(
+                        f"{self.path}: cannot be locked ({error.strerror}); give a workdir on a file system with file locks"
+                    ) from None
             yield  # released when the file is closed, also by kill -9
 
 

@@ -6,15 +6,22 @@ import numpy as np
 import pydantic
 
 from concentration import distributed
-from concentration.data.index import load_split
-from concentration.data.sample_targets import LabelTargets, SampleTargets, StoredTargets
+from concentration.data.index import Split, load_split
+from concentration.data.sample_targets import LabelTargets, SampleTargets, StoredTargets, WeightedOutside
 from concentration.errors import ConfigError
+from concentration.networks.routed_teachers import RoutedTeachers
 from concentration.schema import Config, hash_values
-from concentration.stages.prepare import SHARDS, load_prepared
+from concentration.stages.prepare import SHARDS, PreparedData, load_prepared
 from concentration.stages.run_directory import RunDirectory
 from concentration.stages.targets import TARGETS, SoftTargetsConfig
 from concentration.stages.teacher import TEACHERS
-from concentration.stages.train_network import NetworkStageConfig, Task, identify_base_checkpoint, train_network
+from concentration.stages.train_network import (
+    NetworkStageConfig,
+    Task,
+    identify_base_checkpoint,
+    load_network,
+    train_network,
+)
 from concentration.taxonomy import Taxonomy
 
 STUDENTS = "students"
@@ -26,21 +33,58 @@ class HardTargetsConfig(Config):
     kind: Literal["labels"] = "labels"
 
 
-TargetsChoice = Annotated[HardTargetsConfig | SoftTargetsConfig, pydantic.Field(discriminator="kind")]
+class OnlineTargetsConfig(Config):
+    """The teachers' top K of the student's own view, asked in every step and not stored."""
+
+    kind: Literal["online"] = "online"
+    top_k: pydantic.PositiveInt = 100
+
+
+TargetsChoice = Annotated[HardTargetsConfig | SoftTargetsConfig | OnlineTargetsConfig, pydantic.Field(discriminator="kind")]
+
+Outside = Literal["zero", "mask"] | Annotated[float, pydantic.Field(gt=0, lt=1)]
 
 
 class StudentConfig(NetworkStageConfig):
-    """Writes `students/NAME/`. `smear` is for labels, true where not given: soft targets carry their teachers' smearing."""
+    """Writes `students/NAME/`.
+
+    smear: for labels, true where not given: soft targets carry their teachers' smearing.
+    tail: classes of a sample's own verticals that are not among the teachers' top K: `zero` as in the paper, or `spread`, an
+        even share of the tail mass.
+    outside: the other verticals: `zero`, their classes are absent, as in the paper; `mask` leaves them out of the loss; a
+        number between 0 and 1 is the weight of their loss.
+    """
 
     name: str = "student"
     targets: TargetsChoice
     smear: bool | None = None
+    tail: Literal["zero", "spread"] = "zero"
+    outside: Outside = "zero"
+
+    @property
+    def outside_weight(self) -> float:
+        return {"zero": 1.0, "mask": 0.0}.get(self.outside, self.outside)
 
     @pydantic.model_validator(mode="after")
     def _check_smear(self):
-        if self.smear and self.targets.kind == "soft":
+        if self.smear and self.targets.kind != "labels":
             raise ValueError(
-                "smear=true with targets=soft: soft targets are never smeared; remove it (Gao et al., section 3.1)"
+                f"smear=true with targets={self.targets.kind}: soft targets are never smeared; remove it "
+                "(Gao et al., section 3.1)"
+            )
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _check_tail(self):
+        if self.tail == "spread" and self.targets.kind == "labels":
+            raise ValueError("tail=spread with targets=labels: labels have no tail mass; remove it")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _check_view(self):
+        if self.targets.kind == "soft" and self.targets.views and self.data.view is not None:
+            raise ValueError(
+                f"data.view with targets.views={self.targets.views}: the student replays the stored views; remove it"
             )
         return self
 
@@ -63,25 +107,60 @@ def student(config: StudentConfig) -> None:
     upstream = {"data": fingerprint, **identify_base_checkpoint(config)}
     if config.targets.kind == "soft":
         upstream["targets"] = _identify_targets(config, taxonomy)
+    elif config.targets.kind == "online":
+        upstream["teachers"] = hash_values(_identify_teachers(config, taxonomy))
     with directory.begin(config, upstream) as is_due:
         if not is_due:
             return
         split = load_split(config.workdir / SHARDS, "train", taxonomy)
         smear = config.smear is not False
-        targets: SampleTargets
-        if config.targets.kind == "soft":
-            targets = StoredTargets(config.workdir / TARGETS / config.targets.name, split)
-        else:
-            targets = LabelTargets(split, smear)
+        counts_C = split.count_smeared() if smear else split.count_labels()
         task = Task(
             title=f"student {config.name}",
             taxonomy=taxonomy,
             split=split,
             ordinals=np.arange(len(split)),
-            targets=targets,
-            counts_C=split.count_smeared() if smear else split.count_labels(),
+            targets=_build_targets(config, split, smear),
+            counts_C=counts_C,
+            frequency_C=counts_C / _count_seen(split, config.outside_weight),
+            teachers=_load_teachers(config, taxonomy, prepared) if config.targets.kind == "online" else None,
         )
         train_network(config, directory, task, prepared)
+
+
+def _build_targets(config: StudentConfig, split: Split, smear: bool) -> SampleTargets:
+    targets: SampleTargets
+    if config.targets.kind == "soft":
+        targets = StoredTargets(config.workdir / TARGETS / config.targets.name, split, config.tail)
+    else:
+        targets = LabelTargets(split, smear and config.targets.kind == "labels")
+    return targets if config.outside_weight == 1 else WeightedOutside(targets, split, config.outside_weight)
+
+
+def _count_seen(split: Split, outside_weight: float) -> np.ndarray:
+    """(C,) the samples whose loss a class is part of, by their weights."""
+    taxonomy = split.taxonomy
+    num_routed_M = np.array([len(split.routed(vertical)) for vertical in taxonomy.verticals])
+    num_seen_M = num_routed_M + outside_weight * (len(split) - num_routed_M)
+    return num_seen_M[taxonomy.vertical_of_output]
+
+
+def _identify_teachers(config: StudentConfig, taxonomy: Taxonomy) -> dict[str, str]:
+    """Raises: ConfigError where one has not finished."""
+    directories = {v: RunDirectory(config.workdir / TEACHERS / v) for v in taxonomy.verticals}
+    return {v: d.load_done(f"concentrate teacher vertical={v}")["checkpoint"] for v, d in directories.items()}
+
+
+def _load_teachers(config: StudentConfig, taxonomy: Taxonomy, prepared: PreparedData) -> RoutedTeachers:
+    """Raises: ConfigError where a teacher takes images of another size than the student."""
+    teachers = [load_network(config.workdir / TEACHERS / v, taxonomy.restrict(v)) for v in taxonomy.verticals]
+    for vertical, teacher in zip(taxonomy.verticals, teachers, strict=True):
+        if teacher.config.image_size != prepared.image_size:
+            raise ConfigError(
+                f"targets=online: the teacher of {vertical} takes images of {teacher.config.image_size} pixels, the student of "
+                f"{prepared.image_size}; give data.image_size={teacher.config.image_size}, or store targets (targets=soft)"
+            )
+    return RoutedTeachers(teachers, taxonomy.vertical_sizes, config.targets.top_k, config.tail)
 
 
 def _identify_targets(config: StudentConfig, taxonomy: Taxonomy) -> str:
@@ -100,12 +179,13 @@ def _identify_targets(config: StudentConfig, taxonomy: Taxonomy) -> str:
     done = {v: d.load_done(f"concentrate targets vertical={v}") for v, d in directories.items()}
     for vertical, directory in directories.items():
         _check_teacher(config, vertical, done[vertical]["teacher"])
-        made_with = directory.load_config()["targets"]["top_k"]
-        if made_with != config.targets.top_k:
-            raise ConfigError(
-                f"targets.top_k={config.targets.top_k}, but {directory.path} was made with {made_with}; "
-                "give that number, or make other targets under another targets.name"
-            )
+        made_with = directory.load_config()["targets"]
+        for key, wanted in config.targets.model_dump(exclude={"kind", "name"}).items():
+            if made_with[key] != wanted:
+                raise ConfigError(
+                    f"targets.{key}={wanted}, but {directory.path} was made with {made_with[key]}; "
+                    "give that, or make other targets under another targets.name"
+                )
     return hash_values({vertical: facts["targets"] for vertical, facts in done.items()})
 
 

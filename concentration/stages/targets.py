@@ -1,123 +1,198 @@
-"""`concentrate targets`: every training image goes to the teachers of its verticals, whose top-K answers are stored."""
+"""`concentrate targets`: every training image goes to the teachers of its verticals, whose top-K answers are stored.
+
+Shapes: B batch, R rows of a shard, N records (one for each row and view), V classes of the vertical.
+"""
 
 import hashlib
+import time
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pydantic
 import torch
 
 from concentration.data.index import Split, load_split
-from concentration.data.loader import SampleReader, StepBatches, build_loader
-from concentration.data.order import SequentialOrder
-from concentration.data.sample_targets import LabelTargets
+from concentration.data.views import INTERPOLATION, ViewConfig, describe_decoder
 from concentration.distributed import choose_device
-from concentration.networks.student import Student
 from concentration.progress import Progress
 from concentration.schema import Config
 from concentration.stages.prepare import SHARDS, DataOverrides, load_prepared
 from concentration.stages.run_directory import RunDirectory, StageConfig
 from concentration.stages.teacher import TEACHERS
+from concentration.stages.teacher_answers import TeacherAnswers
 from concentration.stages.train_network import load_network
-from concentration.targets import TargetRecords, keep_top_k, write_atomically
+from concentration.stages.verify_targets import verify_targets
+from concentration.targets import Codec, TargetRecords, keep_top_k, write_atomically
 
 TARGETS = "targets"
 
 
 class SoftTargetsConfig(Config):
-    """The name of a set of stored targets, and how many classes each record keeps (all of a smaller vertical)."""
+    """A set of stored targets.
+
+    name: of the set.
+    top_k: classes that each record keeps (all of a smaller vertical).
+    views: 0 stores what the teachers say of the centre view, and the student draws its own; R stores R augmented views of
+        every sample, and the student replays view (epoch mod R).
+    codec: `plain` for anyone with numpy; `packed` in a third of the bytes.
+    """
 
     kind: Literal["soft"] = "soft"
     name: str = "default"
     top_k: pydantic.PositiveInt = 100
+    views: pydantic.NonNegativeInt = 0
+    codec: Codec = "plain"
 
 
 class TargetsConfig(StageConfig):
-    """Writes `targets/NAME/VERTICAL/`, for one vertical or, where it is not given, for all."""
+    """Writes `targets/NAME/VERTICAL/`, for one vertical or, where it is not given, for all.
 
-    runtime_fields = StageConfig.runtime_fields | {"vertical", "accelerator", "batch_size", "num_workers"}
+    view: the augmentation of stored views; None is that of the prepared data.
+    part, num_parts: this process makes every `num_parts`-th shard; the part that ends last finishes the stage.
+    verify: instead of making targets, compares `num_verified` records of each vertical with what its teacher says now.
+    """
+
+    runtime_fields = StageConfig.runtime_fields | {
+        "vertical", "accelerator", "batch_size", "num_workers", "part", "num_parts", "verify", "num_verified"
+    }  # fmt: skip
 
     vertical: str | None = None
     targets: SoftTargetsConfig = SoftTargetsConfig()
+    view: ViewConfig | None = None
     accelerator: Literal["cpu", "gpu"] = "cpu"
     batch_size: pydantic.PositiveInt = 256
     num_workers: pydantic.NonNegativeInt = 0
+    part: pydantic.NonNegativeInt = 0
+    num_parts: pydantic.PositiveInt = 1
+    verify: bool = False
+    num_verified: pydantic.PositiveInt = 1000
+
+    @pydantic.model_validator(mode="after")
+    def _check_part(self):
+        if self.part >= self.num_parts:
+            raise ValueError(
+                f"part={self.part} with num_parts={self.num_parts}: parts count from 0 to {self.num_parts - 1}"
+            )
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _check_view(self):
+        if self.view is not None and self.targets.views == 0:
+            raise ValueError("view=... with targets.views=0: teachers see the centre view; remove it, or store views")
+        return self
 
 
 def targets(config: TargetsConfig) -> None:
-    """Runs the stage; shards whose file is written are not done again.
+    """Runs the stage; shards whose file is written are not done again. One teacher is in memory at a time.
 
     Raises:
         ConfigError: a teacher has not finished.
-        DataError: a teacher was made for another taxonomy, or too many images cannot be decoded.
+        DataError: a teacher was made for another taxonomy, or too many images cannot be decoded; or `verify` finds other
+            targets than the teacher gives.
     """
-    _, taxonomy, fingerprint = load_prepared(config.workdir, DataOverrides())
-    verticals = taxonomy.verticals if config.vertical is None else (config.vertical,)
+    prepared, taxonomy, fingerprint = load_prepared(config.workdir, DataOverrides(view=config.view))
     split = load_split(config.workdir / SHARDS, "train", taxonomy)
-    total = sum(len(split.routed(vertical)) for vertical in verticals)
+    verticals = taxonomy.verticals if config.vertical is None else (config.vertical,)
+    totals = [len(split.routed(vertical)) for vertical in verticals]
+    if config.verify:
+        totals = [min(config.num_verified, total * max(1, config.targets.views)) for total in totals]
     root = config.workdir / TARGETS / config.targets.name
     title = "targets" if config.vertical is None else f"targets {config.vertical}"
-    with Progress(title, total, "images", root / (config.vertical or "")) as progress:
+    said = []
+    with Progress(title, sum(totals), "images", root / (config.vertical or "")) as progress:
         for vertical in verticals:
-            _make_targets(config, vertical, split, fingerprint, progress)
+            work = _verify if config.verify else _make_targets
+            said.append(work(config, vertical, split, fingerprint, prepared.view, progress))
+    print(*filter(None, said), sep="\n", end="\n" if any(said) else "")
 
 
-def _make_targets(config: TargetsConfig, vertical: str, split: Split, fingerprint: str, progress: Progress) -> None:
-    teacher_path = config.workdir / TEACHERS / vertical
-    teacher_hash = RunDirectory(teacher_path).load_done(f"concentrate teacher vertical={vertical}")["checkpoint"]
+def _verify(
+    config: TargetsConfig, vertical: str, split: Split, _: str, view: ViewConfig, progress: Progress
+) -> str:
+    path = config.workdir / TARGETS / config.targets.name / vertical
+    RunDirectory(path).load_done(f"concentrate targets vertical={vertical}")
+    answers = _open_teacher(config, vertical, split, view)
+    return verify_targets(path, vertical, answers, config.num_verified, progress)
+
+
+def _make_targets(
+    config: TargetsConfig, vertical: str, split: Split, fingerprint: str, view: ViewConfig, progress: Progress
+) -> str | None:
+    """Makes one vertical's targets, or this process's part of them, and returns a line on what was made."""
+    teacher = RunDirectory(config.workdir / TEACHERS / vertical)
+    teacher_hash = teacher.load_done(f"concentrate teacher vertical={vertical}")["checkpoint"]
     directory = RunDirectory(config.workdir / TARGETS / config.targets.name / vertical)
-    by_shard = split.by_shard(split.routed(vertical))
-    with directory.begin(config, {"data": fingerprint, "teacher": teacher_hash}) as is_due:
-        if is_due:
-            network = load_network(teacher_path, split.taxonomy.restrict(vertical))
-            network.to(choose_device(config.accelerator))
-            image_size = network.config.image_size
-            reader = SampleReader(split, LabelTargets(split, smear=False), image_size, views=None, seed=0)
-            digest = hashlib.sha256()
-            for shard, ordinals in enumerate(by_shard):
-                path = directory.path / f"{split.index_names[shard]}.safetensors"
-                if len(ordinals) and not path.exists():
-                    _make_shard(network, reader, ordinals, split, shard, path, config)
-                if len(ordinals):
-                    digest.update(path.read_bytes())
-                progress.advance(len(ordinals))
-            manifest = {
-                "codec": "plain",
-                "top_k": config.targets.top_k,
-                "num_kept": min(config.targets.top_k, sum(network.config.verticals.values())),
-                "teacher": teacher_hash,
-                "taxonomy": split.taxonomy.fingerprint,
-                "data": split.fingerprint,
-                "preprocessing": {"image_size": image_size, "view": "centre"},
-            }
-            write_atomically(directory.path / "manifest.json", manifest)
-            directory.finish({"targets": digest.hexdigest()[:16], "teacher": teacher_hash})
-        else:
-            progress.advance(sum(len(ordinals) for ordinals in by_shard))
+    rows_of = {}  # by shard, of the samples that are routed to this teacher
+    for shard, ordinals in enumerate(split.by_shard(split.routed(vertical))):
+        if len(ordinals):
+            rows_of[directory.path / f"{split.index_names[shard]}.safetensors"] = (shard, ordinals)
+    part = f"{config.part}-of-{config.num_parts}" if config.num_parts > 1 else None
+    with directory.begin(config, {"data": fingerprint, "teacher": teacher_hash}, part) as is_due:
+        if not is_due:
+            progress.advance(sum(len(ordinals) for _, ordinals in rows_of.values()))
+            return None
+        answers = _open_teacher(config, vertical, split, view)
+        num_asked, start = 0, time.perf_counter()
+        for path, (shard, ordinals) in rows_of.items():
+            if shard % config.num_parts == config.part and not path.exists():
+                records = _ask(answers, ordinals, ordinals - split.shard_start[shard], config.targets.top_k)
+                records.save(path, config.targets.codec, len(split.taxonomy.vertical_slice(vertical)))
+                num_asked += len(records.index)
+            progress.advance(len(ordinals))
+        rate = round(num_asked / (time.perf_counter() - start), 1) if num_asked else None
+        missing = sum(not path.exists() for path in rows_of)
+        if missing:
+            return f"{directory.path}: this part is finished; {missing} of {len(rows_of)} shards belong to others"
+        write_atomically(directory.path / "manifest.json", _describe(config, answers, teacher_hash))
+        facts = _measure_files(list(rows_of), sum(len(ordinals) for _, ordinals in rows_of.values()), config)
+        directory.finish({**facts, "teacher": teacher_hash, "images_per_second": rate})
+        said = f"{directory.path}: {facts['num_records']} records of {facts['bytes_per_record']} bytes"
+        return said if rate is None else f"{said}, made at {rate} images/s"
 
 
-@torch.inference_mode()
-def _make_shard(
-    network: Student,
-    reader: SampleReader,
-    ordinals: np.ndarray,
-    split: Split,
-    shard: int,
-    path: Path,
-    config: TargetsConfig,
-) -> None:
-    """The teacher's answers on one shard's samples of its vertical, written as one file."""
-    batch_size = min(config.batch_size, len(ordinals))
-    batches = StepBatches(reader, SequentialOrder(ordinals), batch_size, accumulate=1, rank=0, world_size=1)
-    kept = []
-    for batch in build_loader(batches, range(batches.steps_per_epoch), config.num_workers):
-        probability_BV = network(batch.images.to(network.mean.device)).sigmoid().cpu()[: batch.global_count]
-        # An undecodable image teaches nothing: training skips it, and its record says so.
-        probability_BV[batch.skipped_B[: batch.global_count]] = 0
-        kept.append(keep_top_k(probability_BV, config.targets.top_k))
-    index_RK, probability_RK, tail_R = (torch.cat(parts) for parts in zip(*kept, strict=True))
-    rows = ordinals - split.shard_start[shard]
-    vertical_size = sum(network.config.verticals.values())
-    records = TargetRecords.from_tensors(rows, index_RK, probability_RK, tail_R, vertical_size)
-    records.save(path, {"codec": "plain", "shard": split.index_names[shard]})
+def _open_teacher(config: TargetsConfig, vertical: str, split: Split, view: ViewConfig) -> TeacherAnswers:
+    network = load_network(config.workdir / TEACHERS / vertical, split.taxonomy.restrict(vertical))
+    network.to(choose_device(config.accelerator))
+    return TeacherAnswers(network, split, config.targets.views, view, config.batch_size, config.num_workers)
+
+
+def _ask(answers: TeacherAnswers, ordinals: np.ndarray, rows: np.ndarray, top_k: int) -> TargetRecords:
+    """The teacher's answers on one shard's samples of its vertical."""
+    kept, views = [], []
+    for answer in answers.ask(ordinals):
+        kept.append(keep_top_k(answer.probability_BV, top_k))
+        views.append(answer.view_BV)
+    # The teacher was asked view by view; a sample's records lie together.
+    by_sample = np.arange(len(rows) * max(1, answers.num_views)).reshape(-1, len(rows)).T.ravel()
+    index, probability, tail = (torch.cat(parts).numpy()[by_sample] for parts in zip(*kept, strict=True))
+    view = torch.cat(views).numpy()[by_sample] if answers.num_views else None
+    return TargetRecords(rows, index, probability, tail, view)
+
+
+def _describe(config: TargetsConfig, answers: TeacherAnswers, teacher_hash: str) -> dict[str, Any]:
+    """The manifest: what a reader must know, and what must not have changed when the targets are used."""
+    views: dict[str, Any] = {"image_size": answers.network.config.image_size, "interpolation": INTERPOLATION}
+    if config.targets.views:
+        views |= {"view": answers.view.model_dump(), "decoder": describe_decoder()}
+    return {
+        "codec": config.targets.codec,
+        "top_k": config.targets.top_k,
+        "num_kept": min(config.targets.top_k, sum(answers.network.config.verticals.values())),
+        "views": config.targets.views,
+        "teacher": teacher_hash,
+        "taxonomy": answers.split.taxonomy.fingerprint,
+        "data": answers.split.fingerprint,
+        "preprocessing": views,
+    }
+
+
+def _measure_files(paths: list[Path], num_samples: int, config: TargetsConfig) -> dict[str, Any]:
+    digest, num_bytes = hashlib.sha256(), 0
+    for path in paths:
+        content = path.read_bytes()
+        digest.update(content)
+        num_bytes += len(content)
+    num_records = num_samples * max(1, config.targets.views)
+    per_record = round(num_bytes / num_records, 1)
+    return {"targets": digest.hexdigest()[:16], "num_records": num_records, "bytes_per_record": per_record}

@@ -34,14 +34,16 @@ def teacher(config: TeacherConfig) -> None:
         if not is_due:
             return
         split = load_split(config.workdir / SHARDS, "train", taxonomy)
-        counts_C: np.ndarray = split.count_smeared() if config.smear else split.count_labels()
+        counts_C: np.ndarray = (split.count_smeared() if config.smear else split.count_labels())[outputs]
+        ordinals = split.routed(config.vertical)
         task = Task(
             title=f"teacher {config.vertical}",
             taxonomy=taxonomy.restrict(config.vertical),
             split=split,
-            ordinals=split.routed(config.vertical),
+            ordinals=ordinals,
             targets=LabelTargets(split, config.smear, config.vertical),
-            counts_C=counts_C[outputs],
+            counts_C=counts_C,
+            frequency_C=counts_C / len(ordinals),
             vertical=config.vertical,
         )
         train_network(config, directory, task, prepared)

@@ -17,6 +17,7 @@ from concentration.data.sample_targets import LabelTargets, SampleTargets
 from concentration.errors import ConfigError, DataError
 from concentration.networks.bases import BaseConfig
 from concentration.networks.pace import PaceConfig
+from concentration.networks.routed_teachers import RoutedTeachers
 from concentration.networks.student import NetworkConfig, Student, load_student
 from concentration.networks.top_layers import TopConfig
 from concentration.stages.prepare import SHARDS, DataOverrides, PreparedData
@@ -56,8 +57,10 @@ class Task:
         split: of the training samples.
         ordinals: which of them take part, rising.
         targets: of each.
-        counts_C: training samples of every output, for the prior, the class weights and balanced sampling.
+        counts_C: training samples of every output, for the class weights.
+        frequency_C: the share of samples that every output is present in, for the prior.
         vertical: of a teacher; None for all.
+        teachers: where targets are asked for in every step; `targets` are then the samples' own labels.
     """
 
     title: str
@@ -66,7 +69,9 @@ class Task:
     ordinals: np.ndarray
     targets: SampleTargets
     counts_C: np.ndarray
+    frequency_C: np.ndarray
     vertical: str | None = None
+    teachers: RoutedTeachers | None = None
 
 
 def identify_base_checkpoint(config: NetworkStageConfig) -> dict[str, str]:
@@ -108,15 +113,16 @@ def train_network(config: NetworkStageConfig, directory: RunDirectory, task: Tas
     if checkpoint := find_base_checkpoint(config):
         student.load_base(checkpoint)
     if config.trainer.prior:
-        student.set_prior(torch.from_numpy(task.counts_C / len(task.ordinals)))
+        student.set_prior(torch.from_numpy(task.frequency_C))
     if config.trainer.class_weight == "inverse_sqrt":
         student.class_weight_C = compute_class_weights(task.counts_C)
     data = _build_training_data(config, task, prepared)
-    steps = fit(student, data, config.trainer, config.optimizer, config.logger, directory.path, config.seed, task.title)
+    fitted = fit(student, data, config.trainer, config.optimizer, config.logger, directory.path, config.seed, task.title)
     if distributed.rank() == 0:
         path = directory.path / NETWORK_FILE
         student.save(path, {"taxonomy": task.taxonomy.fingerprint})
-        directory.finish({"step": steps, "checkpoint": hash_file(path)})
+        speed = {"images_per_second": fitted.images_per_second}
+        directory.finish({"step": fitted.num_steps, "checkpoint": hash_file(path), **speed})
         CheckpointDirectory(directory.path, config.trainer.keep_checkpoints).clear()
 
 
@@ -171,6 +177,7 @@ def _build_training_data(config: NetworkStageConfig, task: Task, prepared: Prepa
         val_reader=val_reader,
         val_ordinals=val_ordinals,
         taxonomy=task.taxonomy,
+        teachers=task.teachers,
     )
 
 

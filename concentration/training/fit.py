@@ -2,10 +2,11 @@
 
 import logging
 import shutil
+import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import lightning.pytorch as pl
 import numpy as np
@@ -20,6 +21,7 @@ from concentration.data.order import Order, SequentialOrder
 from concentration.data.views import Share
 from concentration.distributed import choose_device, rank, world_size
 from concentration.errors import ConfigError, DivergedError
+from concentration.networks.routed_teachers import RoutedTeachers
 from concentration.networks.student import Student
 from concentration.progress import Progress
 from concentration.schema import Config
@@ -90,6 +92,7 @@ class TrainingData:
         val_reader: of the validation samples and their hard labels, not smeared; None where there are none.
         val_ordinals: which samples of the validation split.
         taxonomy: of the network's outputs.
+        teachers: give the targets in every step, from the reader's labels; None where the reader's targets are they.
     """
 
     split: Split
@@ -98,6 +101,14 @@ class TrainingData:
     val_reader: SampleReader | None
     val_ordinals: np.ndarray | None
     taxonomy: Taxonomy
+    teachers: RoutedTeachers | None = None
+
+
+class Fitted(NamedTuple):
+    """The steps of the whole run, and the images a second of this process's part of it (None where nothing was left to do)."""
+
+    num_steps: int
+    images_per_second: float | None
 
 
 def fit(
@@ -109,8 +120,8 @@ def fit(
     run_path: Path,
     seed: int,
     title: str,
-) -> int:
-    """Trains `student` in place and returns the number of steps; continues from the newest checkpoint under `run_path`.
+) -> Fitted:
+    """Trains `student` in place; continues from the newest checkpoint under `run_path`.
 
     Raises:
         ConfigError: a switch cannot be had on this machine.
@@ -125,7 +136,7 @@ def fit(
     batch_size = min(config.batch_size, len(data.order))
     steps_per_epoch = -(-len(data.order) // batch_size)
     total_steps = count_steps(config, steps_per_epoch)
-    module = StudentModule(student, optimizer, data.taxonomy, total_steps, seed, config.accumulate)
+    module = StudentModule(student, optimizer, data.taxonomy, total_steps, seed, config.accumulate, data.teachers)
     if config.compile:
         student.compile()
     with (
@@ -149,12 +160,15 @@ def fit(
         batches = StepBatches(data.reader, data.order, batch_size, config.accumulate, rank(), world_size())
         loader = StepLoader(batches, total_steps * config.accumulate, config.num_workers, config.accelerator == "gpu")
         val_loaders = _build_val_loaders(data, batch_size)
+        start = time.perf_counter()
         trainer.fit(module, loader, val_loaders, ckpt_path=latest, weights_only=True)
+        seconds = time.perf_counter() - start
         if not all(tensor.isfinite().all() for tensor in student.state_dict().values()):
             raise DivergedError(
                 f"step {total_steps}: the last step made weights that are not finite; lower optimizer.lr or set trainer.clip_norm"
             )
-    return total_steps
+    num_images = (total_steps - first_step) * batch_size
+    return Fitted(total_steps, round(num_images / seconds, 1) if num_images else None)
 
 
 def count_steps(config: TrainerConfig, steps_per_epoch: int) -> int:

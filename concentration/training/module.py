@@ -12,6 +12,7 @@ from concentration.data.loader import Batch
 from concentration.data.order import random_bits
 from concentration.distributed import gather_objects, rank
 from concentration.metrics.evaluation import Evaluator
+from concentration.networks.routed_teachers import RoutedTeachers
 from concentration.networks.student import Student
 from concentration.taxonomy import Taxonomy
 from concentration.training.optimizers import ScheduleConfig, build_optimizer, build_schedule
@@ -27,6 +28,7 @@ class StudentModule(pl.LightningModule):
         total_steps: of the whole run.
         seed: of dropout and the like; the step is mixed in, so that a resumed step draws what it would have drawn.
         accumulate: micro-batches a step.
+        teachers: give the targets of each batch from its labels; None where its targets are they.
     """
 
     def __init__(
@@ -37,6 +39,7 @@ class StudentModule(pl.LightningModule):
         total_steps: int,
         seed: int,
         accumulate: int,
+        teachers: RoutedTeachers | None = None,
     ):
         super().__init__()
         self.student = student
@@ -45,6 +48,7 @@ class StudentModule(pl.LightningModule):
         self._total_steps = total_steps
         self._seed = seed
         self._accumulate = accumulate
+        self._teachers = teachers
         #: (B,) the losses of the latest micro-batch, for the checks and logs of callbacks.
         self.latest_loss_B: Tensor | None = None
         self.latest_batch: Batch | None = None
@@ -54,11 +58,16 @@ class StudentModule(pl.LightningModule):
         schedule = build_schedule(self._optimizer, optimizer, self._total_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def on_fit_start(self) -> None:
+        if self._teachers is not None:
+            self._teachers.to(self.device)
+
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         torch.manual_seed(int(random_bits(self._seed, batch_idx, rank()) >> np.uint64(1)))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        loss_B = self.student(batch.images, batch.targets)
+        targets = batch.targets if self._teachers is None else self._teachers(batch.images, batch.targets)
+        loss_B = self.student(batch.images, targets)
         self.latest_loss_B, self.latest_batch = loss_B.detach(), batch
         return scale_loss(loss_B, batch.weight_B, batch.global_count, self.trainer.world_size, self._accumulate)
 

@@ -15,7 +15,7 @@ from concentration.data.index import ShardIndex
 from concentration.data.loader import Batch, SampleReader, StepBatches, StepLoader, build_loader
 from concentration.data.order import SequentialOrder, WindowOrder
 from concentration.data.sample_targets import LabelTargets
-from concentration.data.views import ViewConfig, centre_views, decode_view, draw_views
+from concentration.data.views import CentreView, ViewConfig, decode_view, draw_views
 from concentration.errors import DataError
 
 LABELS = [
@@ -49,10 +49,10 @@ def join_global_batch(batches_of_rank: list[StepBatches], step: int, accumulate:
     assert len({part.global_count for part in parts}) == 1
     targets = torch.cat([part.targets.dense(11) for part in parts])
     joined = [
-        torch.cat([getattr(part, name) for part in parts]) for name in ("images", "weight_B", "skipped_B", "ordinal_B")
+        torch.cat([getattr(part, name) for part in parts]) for name in Batch._fields if name not in ("targets", "global_count")
     ]
-    images, weight_B, skipped_B, ordinal_B = joined
-    return Batch(images, targets, weight_B, skipped_B, ordinal_B, parts[0].global_count)
+    images, *others = joined
+    return Batch(images, targets, *others, parts[0].global_count)
 
 
 def assert_same(left: Batch, right: Batch) -> None:
@@ -61,6 +61,7 @@ def assert_same(left: Batch, right: Batch) -> None:
     assert left.skipped_B.tolist() == right.skipped_B.tolist()
     assert left.global_count == right.global_count
     assert torch.equal(left.images, right.images)
+    assert torch.equal(left.view_BV, right.view_BV)
     if isinstance(left.targets, torch.Tensor):
         assert torch.equal(left.targets, right.targets)
     else:
@@ -70,9 +71,9 @@ def assert_same(left: Batch, right: Batch) -> None:
 
 def test_a_reader_gives_the_view_of_the_images_own_bytes(split):
     ordinals = np.array([15, 0, 7, 7])
-    for views, drawn in ((None, centre_views(4)), (VIEW, draw_views(VIEW, SEED, 3, ordinals))):
+    for views, drawn in ((None, CentreView()), (VIEW, draw_views(VIEW, SEED, 3, ordinals))):
         reader = build_reader(split, views)
-        images, targets, skipped = reader.read(ordinals, epoch=3)
+        images, targets, skipped, view_BV = reader.read(ordinals, epoch=3)
         assert images.shape == (4, 3, SIZE, SIZE)
         assert images.dtype == torch.uint8
         assert not skipped.any()
@@ -82,7 +83,9 @@ def test_a_reader_gives_the_view_of_the_images_own_bytes(split):
             start, size = int(shard.image_offset[within]), int(shard.image_size[within])
             content = shard.path.read_bytes()[start : start + size]
             assert reader.read_encoded(ordinal) == content
-            np.testing.assert_array_equal(images[row].numpy(), decode_view(content, drawn, row, SIZE))
+            pixels, view = decode_view(content, drawn, row, SIZE)
+            np.testing.assert_array_equal(images[row].numpy(), pixels)
+            assert view_BV[row].numpy().tobytes() == view.encode()
             own = {output for output, value in enumerate(targets.dense(11)[row].tolist()) if value}
             assert own == set(split.taxonomy.smear(split.labels(ordinal)))
 

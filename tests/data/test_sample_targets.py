@@ -31,7 +31,7 @@ def split(request, make_split, tmp_path_factory):
 
 def rows_of(targets, ordinals=ALL) -> list[list[tuple[int, float]]]:
     """(output, probability) of each sample, without the unused places."""
-    looked_up = targets.lookup(ordinals)
+    looked_up = targets.lookup(ordinals, 0)
     assert looked_up.index_BK.dtype.is_signed
     assert looked_up.index_BK.shape == looked_up.probability_BK.shape
     pairs = [
@@ -44,7 +44,7 @@ def rows_of(targets, ordinals=ALL) -> list[list[tuple[int, float]]]:
 
 
 def is_width_constant(targets) -> bool:
-    widths = {targets.lookup(np.array(list(some))).index_BK.shape[1] for some in ([0], [6], [3, 1], [2, 2, 4])}
+    widths = {targets.lookup(np.array(list(some)), 0).index_BK.shape[1] for some in ([0], [6], [3, 1], [2, 2, 4])}
     return len(widths) == 1
 
 
@@ -54,7 +54,7 @@ def test_labels_of_all_verticals_are_those_of_the_taxonomy(smear, split, taxonom
     expected = [taxonomy.smear(split.labels(o)) if smear else split.labels(o) for o in ALL.tolist()]
     assert rows_of(targets) == [sorted((output, 1.0) for output in outputs) for outputs in expected]
     assert is_width_constant(targets)
-    assert targets.lookup(ALL).index_BK.shape[1] == max(len(outputs) for outputs in expected), "no wider than needed"
+    assert targets.lookup(ALL, 0).index_BK.shape[1] == max(len(outputs) for outputs in expected), "no wider than needed"
 
 
 @pytest.mark.parametrize("smear", [False, True])
@@ -63,7 +63,7 @@ def test_labels_of_a_vertical_are_its_slice_of_all_labels(vertical, smear, split
     targets = LabelTargets(split, smear, vertical)
     outputs = taxonomy.vertical_slice(vertical)
     dense = LabelTargets(split, smear).lookup(ALL).dense(taxonomy.num_classes)[:, outputs]
-    assert (targets.lookup(ALL).dense(outputs.stop - outputs.start) == dense).all()
+    assert (targets.lookup(ALL, 0).dense(outputs.stop - outputs.start) == dense).all()
     assert is_width_constant(targets)
     routed = split.routed(vertical)
     assert all(rows_of(targets, routed)), "every routed sample has a target"
@@ -118,7 +118,7 @@ def test_stored_targets_of_all_verticals_of_a_sample_are_put_together(stored, sp
     assert rows_of(targets, ALL[::-1]) == [sorted(row.items()) for row in reversed(expected)]
     assert rows_of(targets, np.array([4, 4, 0])) == [sorted(expected[ordinal].items()) for ordinal in (4, 4, 0)]
     assert is_width_constant(targets)
-    assert targets.lookup(ALL).index_BK.shape[1] == max(len(row) for row in expected), "no wider than needed"
+    assert targets.lookup(ALL, 0).index_BK.shape[1] == max(len(row) for row in expected), "no wider than needed"
 
 
 def test_targets_travel_to_worker_processes(stored, split):
@@ -144,7 +144,7 @@ def rewrite(path, **changes) -> None:
 
 def refuse(stored, split, *expected: str) -> None:
     with pytest.raises(DataError) as caught:
-        StoredTargets(stored[0], split).lookup(ALL)
+        StoredTargets(stored[0], split).lookup(ALL, 0)
     for text in expected:
         assert text in str(caught.value)
 

@@ -6,19 +6,33 @@ import zlib
 
 import numpy as np
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from concentration.data.views import UNDECODABLE, ViewConfig, Views, centre_views, decode_view, draw_views
+from concentration.data.views import (
+    UNDECODABLE,
+    CentreView,
+    DrawnViews,
+    StoredViews,
+    View,
+    ViewConfig,
+    Views,
+    decode_view,
+    draw_views,
+)
 
-CENTRE = centre_views(1)
+CENTRE = CentreView()
 PHOTO = {"crop_area": 0.3, "crop_aspect": 2.0, "flip": 0.25, "brightness": 0.4, "contrast": 0.2}
 
 
-def one_view(area=1.0, aspect=1.0, x=0.5, y=0.5, flip=False, brightness=1.0, contrast=1.0) -> Views:
+def one_view(area=1.0, aspect=1.0, x=0.5, y=0.5, flip=False, brightness=1.0, contrast=1.0) -> DrawnViews:
     values = (area, aspect, x, y, flip, brightness, contrast)
-    return Views(*(np.array([value]) for value in values))
+    return DrawnViews(*(np.array([value]) for value in values))
+
+
+def see(content: bytes, views: Views, size: int) -> np.ndarray:
+    return decode_view(content, views, 0, size)[0]
 
 
 def encode(image: Image.Image, format: str, **options) -> bytes:
@@ -47,7 +61,7 @@ def picture() -> Image.Image:
 @pytest.mark.parametrize("image_size", [(48, 36), (36, 48), (30, 30), (31, 200), (1, 50), (300, 7)])
 def test_the_centre_view_is_the_largest_square_in_the_middle(format, image_size, picture):
     content = encode(picture.resize(image_size), format)
-    view = decode_view(content, CENTRE, 0, 30)
+    view = see(content, CENTRE, 30)
     assert view.dtype == np.uint8
     assert view.shape == (3, 30, 30)
     np.testing.assert_array_equal(view, centre_slowly(content, 30))
@@ -56,7 +70,7 @@ def test_the_centre_view_is_the_largest_square_in_the_middle(format, image_size,
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 def test_a_png_of_the_right_size_is_seen_as_it_is(mode, picture):
     pixels = np.asarray(picture.resize((32, 32)).convert(mode))
-    view = decode_view(encode(Image.fromarray(pixels), "png"), CENTRE, 0, 32)
+    view = see(encode(Image.fromarray(pixels), "png"), CENTRE, 32)
     expected = pixels.transpose(2, 0, 1) if mode == "RGB" else np.stack([pixels] * 3)
     np.testing.assert_array_equal(view, expected)
 
@@ -72,12 +86,12 @@ def test_every_mode_becomes_the_rgb_of_pillow(mode, format, picture):
         image.putalpha(Image.linear_gradient("L").resize(image.size))
     content = encode(image, format)
     assert Image.open(io.BytesIO(content)).mode == ("RGB" if mode == "YCbCr" else mode)
-    np.testing.assert_array_equal(decode_view(content, CENTRE, 0, 20), centre_slowly(content, 20))
+    np.testing.assert_array_equal(see(content, CENTRE, 20), centre_slowly(content, 20))
 
 
 def test_transparent_palettes_become_the_rgb_of_pillow(picture):
     content = encode(picture.quantize(16), "png", transparency=3)
-    np.testing.assert_array_equal(decode_view(content, CENTRE, 0, 20), centre_slowly(content, 20))
+    np.testing.assert_array_equal(see(content, CENTRE, 20), centre_slowly(content, 20))
 
 
 def test_grey_of_16_bits_keeps_its_contrast(picture):
@@ -85,7 +99,7 @@ def test_grey_of_16_bits_keeps_its_contrast(picture):
     grey = np.asarray(picture.convert("L").resize((20, 20)))
     deep = encode(Image.fromarray(grey.astype(np.uint16) * 256 + 77), "png")
     assert Image.open(io.BytesIO(deep)).mode == "I;16"
-    np.testing.assert_array_equal(decode_view(deep, CENTRE, 0, 20), np.stack([grey] * 3))
+    np.testing.assert_array_equal(see(deep, CENTRE, 20), np.stack([grey] * 3))
 
 
 @pytest.mark.parametrize("format", ["png", "jpeg", "webp"])
@@ -94,10 +108,10 @@ def test_images_are_turned_upright(format, orientation, picture):
     exif = Image.Exif()
     exif[0x0112] = orientation
     content = encode(picture, format, exif=exif)
-    view = decode_view(content, CENTRE, 0, 24)
+    view = see(content, CENTRE, 24)
     np.testing.assert_array_equal(view, centre_slowly(content, 24))
     if orientation in (2, 3, 4, 5, 6, 7, 8):
-        assert (view != decode_view(encode(picture, format), CENTRE, 0, 24)).any()
+        assert (view != see(encode(picture, format), CENTRE, 24)).any()
 
 
 def test_an_exif_that_cannot_be_written_again_does_no_harm(picture):
@@ -110,7 +124,7 @@ def test_an_exif_that_cannot_be_written_again_does_no_harm(picture):
     tag = struct.pack("<HH" if raw[6:8] == b"II" else ">HH", 0x0100, 4)
     assert raw.count(tag) == 1
     broken = content.replace(tag, tag[:2] + (b"\x02\x00" if raw[6:8] == b"II" else b"\x00\x02"))
-    np.testing.assert_array_equal(decode_view(broken, CENTRE, 0, 24), decode_view(content, CENTRE, 0, 24))
+    np.testing.assert_array_equal(see(broken, CENTRE, 24), see(content, CENTRE, 24))
 
 
 @pytest.mark.parametrize("format", ["gif", "webp", "png"])
@@ -119,12 +133,12 @@ def test_of_an_animation_the_first_picture_is_seen(format, picture):
     assert Image.open(io.BytesIO(content)).n_frames == 3
     first = Image.open(io.BytesIO(content)).convert("RGB")
     expected = centre_slowly(encode(first, "png"), 20)
-    np.testing.assert_array_equal(decode_view(content, CENTRE, 0, 20), expected)
+    np.testing.assert_array_equal(see(content, CENTRE, 20), expected)
 
 
 def test_a_large_photograph_is_decoded_small_but_looks_the_same(picture):
     content = encode(picture.resize((960, 720), Image.Resampling.BICUBIC), "jpeg", quality=95)
-    difference = decode_view(content, CENTRE, 0, 64).astype(int) - centre_slowly(content, 64)
+    difference = see(content, CENTRE, 64).astype(int) - centre_slowly(content, 64)
     assert np.abs(difference).max() <= 12
     assert np.abs(difference).mean() < 1
 
@@ -137,9 +151,9 @@ def test_a_small_crop_of_a_large_photograph_is_as_sharp_as_it_can_be(orientation
     exif = Image.Exif()
     exif[0x0112] = orientation
     content = encode(Image.fromarray(stripes), "jpeg", quality=95, exif=exif)
-    view = decode_view(content, one_view(area=(64 / 512) ** 2), 0, 64)
+    view = see(content, one_view(area=(64 / 512) ** 2), 64)
     assert view.std() > 100
-    assert decode_view(content, CENTRE, 0, 64).std() < 10
+    assert see(content, CENTRE, 64).std() < 10
 
 
 def test_a_crop_is_where_its_parameters_say():
@@ -150,7 +164,7 @@ def test_a_crop_is_where_its_parameters_say():
     content = encode(Image.fromarray(ramp), "png")
 
     def span(view: Views) -> list[float]:
-        across, down, _ = decode_view(content, view, 0, 50).astype(float)
+        across, down, _ = see(content, view, 50).astype(float)
         return [across[0, 0], down[0, 0], across[-1, -1], down[-1, -1]]
 
     # Bilinear resizing makes of n pixels the means of n / 50 of them, but for half a filter at the edges.
@@ -181,7 +195,7 @@ def test_a_crop_is_where_its_parameters_say():
 def test_no_crop_of_any_image_fails(width, height, area, aspect, x, y):
     for format in ("bmp", "jpeg"):
         content = encode(Image.new("RGB", (width, height), (9, 9, 9)), format)
-        view = decode_view(content, one_view(area, aspect, x, y), 0, 5)
+        view = see(content, one_view(area, aspect, x, y), 5)
         assert view.tolist() == np.full((3, 5, 5), 9).tolist()
 
 
@@ -189,9 +203,11 @@ def test_no_crop_of_any_image_fails(width, height, area, aspect, x, y):
 @pytest.mark.parametrize(("brightness", "contrast"), [(1.5, 1.0), (0.5, 1.0), (1.0, 0.3), (1.2, 1.7)])
 def test_brightness_scales_and_contrast_moves_away_from_the_mean(mode, brightness, contrast, picture):
     content = encode(picture.resize((20, 20)).convert(mode), "png")
-    plain = decode_view(content, CENTRE, 0, 20).astype(float)
-    expected = (((plain - plain.mean()) * contrast + plain.mean()) * brightness).clip(0, 255)
-    view = decode_view(content, one_view(brightness=brightness, contrast=contrast), 0, 20)
+    plain = see(content, CENTRE, 20).astype(float)
+    view, seen = decode_view(content, one_view(brightness=brightness, contrast=contrast), 0, 20)
+    assert seen.brightness == pytest.approx(brightness, abs=1 / 256)
+    assert seen.contrast == pytest.approx(contrast, abs=1 / 256)
+    expected = (((plain - plain.mean()) * seen.contrast + plain.mean()) * seen.brightness).clip(0, 255)
     assert view.dtype == np.uint8
     assert np.abs(view - expected).max() <= 1
 
@@ -241,7 +257,7 @@ def test_a_damaged_image_is_decoded_or_undecodable_and_nothing_else(kind, pictur
         if content.startswith(b"\x89PNG") and number % 2:
             damaged = repair_checksums(damaged)
         try:
-            view = decode_view(bytes(damaged), CENTRE, 0, 8)
+            view = see(bytes(damaged), CENTRE, 8)
         except UNDECODABLE:
             outcomes["undecodable"] += 1
         else:
@@ -256,13 +272,13 @@ def test_a_truncated_image_is_undecodable(format, picture):
     content = encode(picture, format)
     for num_bytes in (0, 1, 8, len(content) // 3, len(content) // 2, len(content) - len(content) // 10):
         with pytest.raises(UNDECODABLE):
-            decode_view(content[:num_bytes], CENTRE, 0, 8)
+            see(content[:num_bytes], CENTRE, 8)
 
 
 def test_what_is_no_image_is_undecodable(picture):
     for content in (b"", b"text", b"<svg></svg>", bytes(1000), encode(picture, "tiff"), encode(picture, "eps")):
         with pytest.raises(UNDECODABLE):
-            decode_view(content, CENTRE, 0, 8)
+            see(content, CENTRE, 8)
 
 
 def test_a_decompression_bomb_is_refused_before_it_is_decoded():
@@ -274,7 +290,7 @@ def test_a_decompression_bomb_is_refused_before_it_is_decoded():
         b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
     )
     with pytest.raises(Image.DecompressionBombError):
-        decode_view(bomb, CENTRE, 0, 8)
+        see(bomb, CENTRE, 8)
     assert issubclass(Image.DecompressionBombError, UNDECODABLE)
 
 
@@ -284,7 +300,7 @@ def test_a_view_depends_on_seed_epoch_and_sample_and_not_on_its_batch(seed, epoc
     together = draw_views(config, seed, epoch, np.array(ordinals))
     row = data.draw(st.integers(0, len(ordinals) - 1))
     alone = draw_views(config, seed, epoch, np.array(ordinals[row : row + 1]))
-    for name in Views.__dataclass_fields__:
+    for name in DrawnViews.__dataclass_fields__:
         assert getattr(together, name)[row] == getattr(alone, name)[0]
 
 
@@ -310,7 +326,7 @@ def test_drawn_views_fill_the_ranges_of_the_config():
         assert np.abs(counts - 2000).max() < 5 * 2000**0.5, "evenly"
     assert views.flip.dtype == bool
     assert abs(views.flip.mean() - 0.25) < 5 * (0.25 * 0.75 / 20_000) ** 0.5
-    parameters = np.stack([getattr(views, name) for name in Views.__dataclass_fields__]).astype(float)
+    parameters = np.stack([getattr(views, name) for name in DrawnViews.__dataclass_fields__]).astype(float)
     correlation = np.corrcoef(parameters) - np.eye(len(parameters))
     assert np.abs(correlation).max() < 5 / 20_000**0.5, "independent of each other"
 
@@ -320,6 +336,34 @@ def test_without_augmentation_only_the_place_of_the_square_is_drawn():
     for name in ("area", "aspect", "brightness", "contrast"):
         assert (getattr(views, name) == 1).all()
     assert not views.flip.any()
+
+
+@pytest.mark.parametrize("format", ["png", "jpeg"])
+@pytest.mark.parametrize("orientation", [1, 6])
+@given(seed=st.integers(0, 2**31), size=st.tuples(st.integers(1, 300), st.integers(1, 300)))
+@settings(max_examples=15, deadline=None)
+def test_a_stored_view_shows_the_pixels_of_the_drawn_one(format, orientation, seed, size, picture):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = encode(picture.resize(size), format, exif=exif)
+    drawn = draw_views(ViewConfig(**PHOTO), seed, 2, np.array([5]))
+    pixels, view = decode_view(content, drawn, 0, 20)
+    record = view.encode()
+    assert View.decode(record) == view, "a drawn view is what its record says"
+    stored = StoredViews(np.frombuffer(record, dtype=np.uint8)[None])
+    replayed, again = decode_view(content, stored, 0, 20)
+    assert again == view
+    np.testing.assert_array_equal(replayed, pixels)
+
+
+def test_the_record_of_a_view_is_little_endian_and_fixed_for_ever():
+    view = View(0.25, 0.5, 1.0, 0.75, flip=True, brightness=0.5, contrast=1.25)
+    assert view.encode() == bytes.fromhex("0040 0080 ffff ffbf 01 40 a0".replace(" ", ""))
+
+
+def test_the_view_of_an_image_that_could_not_be_decoded_is_undecodable(picture):
+    with pytest.raises(UNDECODABLE):
+        see(encode(picture, "png"), StoredViews(np.zeros((1, 11), dtype=np.uint8)), 20)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 Shapes: B batch, C all classes, V classes of one vertical, M verticals, K kept classes.
 """
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -30,10 +32,14 @@ def draw(
 
 def reference(logits: list[Tensor], targets: SoftTargets, weight_C: Tensor | None = None) -> Tensor:
     """(B, C) float64: torch's dense loss of every class."""
+    sizes = [logits_BV.shape[1] for logits_BV in logits]
     logits_BC = torch.cat(logits, dim=1).double()
-    dense_BC = targets.dense(logits_BC.shape[1]).double()
+    dense_BC = targets.dense(*sizes).double()
     weight_C = None if weight_C is None else weight_C.double()
-    return binary_cross_entropy_with_logits(logits_BC, dense_BC, weight=weight_C, reduction="none")
+    loss_BC = binary_cross_entropy_with_logits(logits_BC, dense_BC, weight=weight_C, reduction="none")
+    if targets.weight_BM is not None:
+        loss_BC = loss_BC * targets.weight_BM.double().repeat_interleave(torch.tensor(sizes), dim=1)
+    return loss_BC
 
 
 cases = given(
@@ -61,6 +67,26 @@ def test_the_sums_by_vertical_are_each_verticals_own_loss_and_add_up(seed, num_s
     expected = [block_BV.sum(1) for block_BV in reference(logits, targets).split(vertical_sizes, dim=1)]
     torch.testing.assert_close(loss_BM, torch.stack(expected, dim=1), rtol=1e-7, atol=1e-6)
     torch.testing.assert_close(loss_BM.sum(1), sigmoid_cross_entropy(logits, targets))
+
+
+@cases
+@few
+def test_backgrounds_and_weights_of_verticals_are_those_of_dense_targets(seed, num_samples, vertical_sizes, num_kept):
+    logits, targets = draw(seed, num_samples, vertical_sizes, num_kept)
+    generator = torch.Generator().manual_seed(seed)
+    background_BM, weight_BM = torch.rand(2, num_samples, len(vertical_sizes), generator=generator) / 4
+    weight_BM[torch.rand(weight_BM.shape, generator=generator) < 0.3] = 0
+    weight_C = torch.rand(sum(vertical_sizes), generator=generator, dtype=torch.float64)
+    targets = dataclasses.replace(targets, background_BM=background_BM, weight_BM=weight_BM)
+    leaves = [logits_BV.clone().requires_grad_() for logits_BV in logits]
+    for class_weight_C in (None, weight_C):
+        loss_BM = sigmoid_cross_entropy_by_vertical(leaves, targets, class_weight_C)
+        blocks = reference(leaves, targets, class_weight_C).split(vertical_sizes, dim=1)
+        expected_BM = torch.stack([block_BV.sum(1) for block_BV in blocks], dim=1)
+        torch.testing.assert_close(loss_BM, expected_BM, rtol=1e-6, atol=1e-6)
+        gradients = torch.autograd.grad(loss_BM.sum(), leaves)
+        expected = torch.autograd.grad(expected_BM.sum(), leaves)
+        torch.testing.assert_close(gradients, expected, rtol=1e-6, atol=1e-6)
 
 
 @cases

@@ -1,0 +1,72 @@
+"""Teachers in the loop: what the teachers of each image's verticals say of it, as the soft targets that would be stored.
+
+Shapes: B batch, V classes of one vertical, M verticals, K kept classes of one vertical.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from concentration.targets import SoftTargets, keep_top_k
+
+
+class RoutedTeachers:
+    """One frozen teacher a vertical. No `nn.Module`: the student's module must not own its teachers.
+
+    Args:
+        teachers: in the order of the verticals; `teacher(images)` gives logits (B, V).
+        vertical_sizes: classes of each.
+        top_k: K, as in stored targets.
+        tail: what becomes of the classes outside the top K, as in `StoredTargets`.
+
+    Source: Gao et al., section 3.1 (F_map, Equation 2), without the detour over the disk.
+    """
+
+    def __init__(
+        self, teachers: Sequence[nn.Module], vertical_sizes: Sequence[int], top_k: int, tail: Literal["zero", "spread"]
+    ):
+        self._teachers = [teacher.eval().requires_grad_(False) for teacher in teachers]
+        self._sizes = tuple(vertical_sizes)
+        self._top_k = top_k
+        self._tail = tail
+
+    def to(self, device: torch.device) -> None:
+        for teacher in self._teachers:
+            teacher.to(device)
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, labels: SoftTargets) -> SoftTargets:
+        """The targets of (B, 3, H, W) images whose own labels, not smeared, are `labels`; their weights are kept."""
+        routed_BM = self._route(labels)
+        kept_M = torch.tensor([min(self._top_k, size) for size in self._sizes], device=images.device)
+        # The place where each vertical's classes start in a sample's row.
+        start_BM = (routed_BM * kept_M).cumsum(1) - routed_BM * kept_M
+        width = int((routed_BM * kept_M).sum(1).max())
+        index_BK = torch.zeros(len(images), width, dtype=torch.int64, device=images.device)
+        probability_BK = torch.zeros(len(images), width, device=images.device)
+        background_BM = torch.zeros(len(images), len(self._sizes), device=images.device)
+        first_output = 0
+        for number, (teacher, size) in enumerate(zip(self._teachers, self._sizes, strict=True)):
+            rows = routed_BM[:, number].nonzero().squeeze(1)
+            if len(rows):
+                index, probability, tail = keep_top_k(teacher(images[rows]).float().sigmoid(), self._top_k)
+                if self._tail == "spread" and size > index.shape[1]:
+                    background = tail / (size - index.shape[1])
+                    background_BM[rows, number] = background
+                    probability = probability - background[:, None]
+                columns = start_BM[rows, number, None] + torch.arange(index.shape[1], device=images.device)
+                index_BK[rows[:, None], columns] = index + first_output
+                probability_BK[rows[:, None], columns] = probability
+            first_output += size
+        return SoftTargets(
+            index_BK, probability_BK, background_BM if self._tail == "spread" else None, labels.weight_BM
+        )
+
+    def _route(self, labels: SoftTargets) -> Tensor:
+        """(B, M) bool: F_map."""
+        ends_M = torch.tensor(self._sizes, device=labels.index_BK.device).cumsum(0)
+        vertical_BK = torch.bucketize(labels.index_BK, ends_M, right=True)
+        count_BM = torch.zeros(len(vertical_BK), len(self._sizes), device=vertical_BK.device)
+        return count_BM.scatter_add_(1, vertical_BK, labels.probability_BK) > 0
