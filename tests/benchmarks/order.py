@@ -28,7 +28,7 @@ def main() -> None:
 def compare_indexing() -> Comparison:
     """Walking a shard's headers and labels, against reading all of it."""
     with tempfile.TemporaryDirectory() as folder:
-        images = [encode_jpeg(draw_photograph((500, 375), seed, 2.2)) for seed in range(8)]
+        images = [encode_jpeg(draw_photograph((500, 375), seed, 3.2)) for seed in range(8)]
         split = write_split(Path(folder, "shards"), images, num_samples=2_000, num_shards=1)
         path = split.shards[0].path
         seconds = time_in_turns(

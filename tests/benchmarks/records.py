@@ -4,6 +4,7 @@ python tests/benchmarks/records.py
 """
 
 import time
+from collections.abc import Callable
 
 import numpy as np
 from measure import Comparison, publish, take_best, time_in_turns
@@ -86,7 +87,7 @@ def compare_errors(
     ]
 
 
-def time_each(call, lists: list[np.ndarray]) -> float:
+def time_each(call: Callable[[np.ndarray], object], lists: list[np.ndarray]) -> float:
     """Seconds of one call in the mean."""
     started = time.perf_counter()
     for rows in lists:
