@@ -1,12 +1,13 @@
 # make demo    the whole pipeline on drawn characters, a few minutes on two cores
 # make test    the default tests
+# make bench   tests/benchmarks: tables, and runs/bench/NAME.json
 VENV   ?= .venv
 PYTHON ?= python3
 BIN     = $(VENV)/bin
 # The CPU is shared: one thread for each process, and several processes.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-long lint clean
+.PHONY: demo test test-long bench lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/concentrate run workdir=runs/demo
@@ -16,6 +17,11 @@ test: $(VENV)/installed-dev
 
 test-long: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -n 2
+
+bench: $(VENV)/installed
+	$(BIN)/python tests/benchmarks/reading.py
+	$(BIN)/python tests/benchmarks/order.py
+	$(BIN)/python tests/benchmarks/records.py
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -19,6 +19,7 @@ FLOORS = {
     "": 0,  # concentration/__init__.py
     "errors": 0,
     "distributed": 1,
+    "packed_targets": 1,
     "processes": 1,
     "progress": 1,
     "schema": 1,
@@ -46,7 +47,18 @@ PLACES = {
     "webdataset": {"data"},
 }
 
-CORE = {"errors", "schema", "taxonomy", "targets", "distributed", "objectives", "networks", "metrics", "grouping"}
+CORE = {
+    "errors",
+    "schema",
+    "taxonomy",
+    "targets",
+    "packed_targets",
+    "distributed",
+    "objectives",
+    "networks",
+    "metrics",
+    "grouping",
+}
 CORE_LIBRARIES = {"numpy", "pydantic", "safetensors", "timm", "torch"}
 
 
