@@ -24,7 +24,7 @@ from concentration.packed_targets import PackedLayout, pack, unpack
 Codec = Literal["plain", "packed"]
 
 #: Of a stored view (`data.views.View`).
-VIEW_BYTES = 11
+VIEW_BYTES = 10
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class TargetRecords:
         index: (N, K) class indices inside the vertical.
         probability: (N, K) float32.
         tail: (N,) float32, the sum of the dropped sigmoids.
-        view: (N, 11) uint8, which views these are, as `data.views.View` encodes them; None for the centre view.
+        view: (N, 10) uint8, which views these are, as `data.views.View` encodes them; None for the centre view.
     """
 
     row: np.ndarray
@@ -174,7 +174,7 @@ class TargetFile:
         return index.astype(np.int64), probability.astype(np.float32), tail.astype(np.float32)
 
     def read_views(self, records: np.ndarray) -> np.ndarray | None:
-        """The views of these records, (N, 11) uint8; None where they are of the centre."""
+        """The views of these records, (N, 10) uint8; None where they are of the centre."""
         return self._arrays["view"][records] if "view" in self._arrays else None
 
     @property
@@ -187,7 +187,11 @@ class TargetFile:
             "row": ("u", ()),
             **({"view": ("u1", (VIEW_BYTES,))} if "view" in self._arrays else {}),
             **({"record": ("u1", (num_bytes,))} if num_bytes else {}),
-            **({} if num_bytes else {"index": ("u", (num_kept,)), "probability": ("f2", (num_kept,)), "tail": ("f2", ())}),
+            **(
+                {}
+                if num_bytes
+                else {"index": ("u", (num_kept,)), "probability": ("f2", (num_kept,)), "tail": ("f2", ())}
+            ),
         }
         found = {name: (array.dtype.str[1:], array.shape[1:]) for name, array in self._arrays.items()}
         fits = found.keys() == forms.keys() and all(
@@ -256,7 +260,9 @@ def map_arrays(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
     arrays = {}
     for name, entry in header.items():
         if entry["dtype"] not in _DTYPES:
-            raise DataError(f"{path}: '{name}' is {entry['dtype']}, expected one of {', '.join(_DTYPES)}; make it again")
+            raise DataError(
+                f"{path}: '{name}' is {entry['dtype']}, expected one of {', '.join(_DTYPES)}; make it again"
+            )
         first, last = entry["data_offsets"]
         arrays[name] = content[start + first : start + last].view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
     return metadata, arrays

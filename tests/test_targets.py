@@ -122,7 +122,7 @@ def test_any_records_are_read_in_any_order_with_the_views_of_each(codec, tmp_pat
         index,
         generator.uniform(0.01, 0.99, index.shape).astype(np.float32),
         generator.uniform(0, 2, num_records).astype(np.float32),
-        generator.integers(0, 256, (num_records, 11), dtype=np.uint8),
+        generator.integers(0, 256, (num_records, 10), dtype=np.uint8),
     )
     file = TargetFile(save(tmp_path, records, codec, vertical_size), vertical_size, num_kept)
     assert file.num_views == num_views
@@ -142,9 +142,11 @@ def test_packed_records_take_no_more_than_200_bytes_of_the_disk(tmp_path):
     generator = torch.Generator().manual_seed(0)
     index = torch.rand(num_records, 5000, generator=generator).topk(100).indices.numpy()
     probability = torch.rand(num_records, 100, generator=generator).numpy()
-    view = np.full((num_records, 11), 7, dtype=np.uint8)
+    view = np.full((num_records, 10), 7, dtype=np.uint8)
     for view_or_none in (None, view):
-        records = TargetRecords(np.arange(num_records), index, probability, np.ones(num_records, np.float32), view_or_none)
+        records = TargetRecords(
+            np.arange(num_records), index, probability, np.ones(num_records, np.float32), view_or_none
+        )
         path = save(tmp_path, records, "packed", 5000)
         assert path.stat().st_size / num_records <= 200
 
@@ -217,7 +219,7 @@ def test_a_tail_mass_beyond_float16_is_kept_as_its_largest_number(tmp_path):
         ({"tail": np.zeros(4, np.float16)}, r"3 rows, but records \{3, 4\}"),
         ({"row": np.zeros(2, np.uint16)}, r"2 rows, but records \{3\}"),
         ({"row": np.zeros(0, np.uint16), "index": np.zeros((0, 2), np.uint16)}, "0 rows, but records"),
-        ({"view": np.zeros((3, 10), np.uint8)}, r"holds .*'view': \('u1', \(10,\)\)"),
+        ({"view": np.zeros((3, 11), np.uint8)}, r"holds .*'view': \('u1', \(11,\)\)"),
         ({"other": np.zeros(3, np.uint8)}, "holds .*'other'"),
         ({"tail": None}, "holds "),
     ],

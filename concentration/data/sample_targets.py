@@ -286,7 +286,9 @@ def load_manifest(directory: Path, split: Split) -> dict:
     if not is_complete:
         raise DataError(f"{path}: missing or damaged; run `concentrate targets vertical={directory.name}` first")
     if manifest["preprocessing"].get("interpolation") != INTERPOLATION:
-        raise DataError(f"{path}: views are {manifest['preprocessing']}, expected {INTERPOLATION}; make the targets again")
+        raise DataError(
+            f"{path}: views are {manifest['preprocessing']}, expected {INTERPOLATION}; make the targets again"
+        )
     for what, found, expected in (
         ("taxonomy", manifest.get("taxonomy"), split.taxonomy.fingerprint),
         ("data", manifest.get("data"), split.fingerprint),

@@ -1,6 +1,6 @@
 """Views: what a network sees of an image. The parameters of a view are drawn from (seed, epoch, sample) alone.
 
-A drawn view is rounded to a record of 11 bytes before it is used, so that the view that a teacher saw is stored exactly, and the
+A drawn view is rounded to a record of 10 bytes before it is used, so that the view that a teacher saw is stored exactly, and the
 student that replays it sees the same pixels.
 
 Shapes: B batch.
@@ -83,16 +83,16 @@ class View:
     contrast: float = 1.0
 
     def encode(self) -> bytes:
-        """The record: crop in 1/65,535 (4 x u16), flip (u8), brightness and contrast in 1/128 (u8), little-endian."""
+        """The record, little-endian: crop in 1/65,535 (4 x u16), flip and brightness in 1/64 (1 and 7 bits), contrast in 1/64."""
         crop = [round(share * _CROP_STEPS) for share in (self.left, self.top, self.right, self.bottom)]
-        factors = [min(255, round(factor * _FACTOR_STEPS)) for factor in (self.brightness, self.contrast)]
-        return _RECORD.pack(*crop, self.flip, *factors)
+        brightness, contrast = (min(127, round(factor * _FACTOR_STEPS)) for factor in (self.brightness, self.contrast))
+        return _RECORD.pack(*crop, self.flip << 7 | brightness, contrast)
 
     @classmethod
     def decode(cls, record: bytes) -> "View":
-        left, top, right, bottom, flip, brightness, contrast = _RECORD.unpack(record)
+        left, top, right, bottom, flip_brightness, contrast = _RECORD.unpack(record)
         crop = (left / _CROP_STEPS, top / _CROP_STEPS, right / _CROP_STEPS, bottom / _CROP_STEPS)
-        return cls(*crop, bool(flip), brightness / _FACTOR_STEPS, contrast / _FACTOR_STEPS)
+        return cls(*crop, flip_brightness >= 128, flip_brightness % 128 / _FACTOR_STEPS, contrast / _FACTOR_STEPS)
 
     def box(self, size: tuple[int, int]) -> tuple[float, float, float, float]:
         """(left, top, right, bottom) in pixels of an upright image of this width and height."""
@@ -100,9 +100,9 @@ class View:
         return self.left * width, self.top * height, self.right * width, self.bottom * height
 
 
-_RECORD = struct.Struct("<4H3B")
+_RECORD = struct.Struct("<4H2B")
 assert _RECORD.size == VIEW_BYTES
-_CROP_STEPS, _FACTOR_STEPS = 65_535, 128
+_CROP_STEPS, _FACTOR_STEPS = 65_535, 64
 
 
 class Views(Protocol):
@@ -149,7 +149,7 @@ class StoredViews:
     """Views that were drawn earlier.
 
     Attributes:
-        record_BV: (B, 11) uint8, as `View.encode` writes them.
+        record_BV: (B, 10) uint8, as `View.encode` writes them.
     """
 
     record_BV: np.ndarray

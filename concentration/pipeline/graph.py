@@ -91,9 +91,7 @@ def build_jobs(config: RunConfig, taxonomy: Taxonomy) -> list[Job]:
     generalist = _student_job(config, GENERALIST, config.generalist, HardTargetsConfig(), after=())
     after = tuple(job.name for job in {"labels": [], "soft": targets, "online": teachers}[config.targets.kind])
     parts = NetworkParts(**{name: getattr(config, name) for name in NetworkParts.model_fields})
-    student = _student_job(
-        config, config.name, parts, config.targets, after, tail=config.tail, outside=config.outside
-    )
+    student = _student_job(config, config.name, parts, config.targets, after, tail=config.tail, outside=config.outside)
     evaluations = [
         _evaluate_job(config, GENERALIST, (generalist.name,)),
         _evaluate_job(config, SPECIALISTS, tuple(job.name for job in teachers)),
@@ -133,7 +131,13 @@ def _student_job(
     config: RunConfig, name: str, parts: NetworkParts, targets: TargetsChoice, after: tuple[str, ...], **options
 ) -> Job:
     stage = StudentConfig(
-        **_shared(config), **_parts(parts), seed=config.seed, logger=config.logger, name=name, targets=targets, **options
+        **_shared(config),
+        **_parts(parts),
+        seed=config.seed,
+        logger=config.logger,
+        name=name,
+        targets=targets,
+        **options,
     )
     learns = {"labels": "the labels", "soft": "the teachers' soft targets", "online": "what the teachers say meanwhile"}
     summary = f"training one network over all verticals on {learns[targets.kind]}"

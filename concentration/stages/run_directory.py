@@ -162,9 +162,7 @@ class RunDirectory:
                     break
                 except BlockingIOError:
                     if time.monotonic() >= deadline:
-                        raise ConfigError(
-                            f"{self.path}: another process works here; wait for it or end it"
-                        ) from None
+                        raise ConfigError(f"{self.path}: another process works here; wait for it or end it") from None
                     time.sleep(0.05)
                 except OSError as error:
                     raise ConfigError(

@@ -40,7 +40,9 @@ class OnlineTargetsConfig(Config):
     top_k: pydantic.PositiveInt = 100
 
 
-TargetsChoice = Annotated[HardTargetsConfig | SoftTargetsConfig | OnlineTargetsConfig, pydantic.Field(discriminator="kind")]
+TargetsChoice = Annotated[
+    HardTargetsConfig | SoftTargetsConfig | OnlineTargetsConfig, pydantic.Field(discriminator="kind")
+]
 
 Outside = Literal["zero", "mask"] | Annotated[float, pydantic.Field(gt=0, lt=1)]
 

@@ -107,9 +107,7 @@ def targets(config: TargetsConfig) -> None:
     print(*filter(None, said), sep="\n", end="\n" if any(said) else "")
 
 
-def _verify(
-    config: TargetsConfig, vertical: str, split: Split, _: str, view: ViewConfig, progress: Progress
-) -> str:
+def _verify(config: TargetsConfig, vertical: str, split: Split, _: str, view: ViewConfig, progress: Progress) -> str:
     path = config.workdir / TARGETS / config.targets.name / vertical
     RunDirectory(path).load_done(f"concentrate targets vertical={vertical}")
     answers = _open_teacher(config, vertical, split, view)

@@ -23,7 +23,7 @@ class Answers(NamedTuple):
     """On the CPU.
 
     probability_BV: sigmoids, float32; 0 where an image cannot be decoded: it teaches nothing.
-    view_BV: (B, 11) uint8, what the teacher saw.
+    view_BV: (B, 10) uint8, what the teacher saw.
     skipped_B: bool, where the image cannot be decoded.
     """
 

@@ -117,7 +117,9 @@ def train_network(config: NetworkStageConfig, directory: RunDirectory, task: Tas
     if config.trainer.class_weight == "inverse_sqrt":
         student.class_weight_C = compute_class_weights(task.counts_C)
     data = _build_training_data(config, task, prepared)
-    fitted = fit(student, data, config.trainer, config.optimizer, config.logger, directory.path, config.seed, task.title)
+    fitted = fit(
+        student, data, config.trainer, config.optimizer, config.logger, directory.path, config.seed, task.title
+    )
     if distributed.rank() == 0:
         path = directory.path / NETWORK_FILE
         student.save(path, {"taxonomy": task.taxonomy.fingerprint})

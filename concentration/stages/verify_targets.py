@@ -37,7 +37,9 @@ def verify_targets(
     manifest = load_manifest(directory, split)
     routed = split.routed(vertical)
     num_views = max(1, answers.num_views)
-    chosen = np.unique(np.linspace(0, len(routed) * num_views - 1, min(num_verified, len(routed) * num_views)).astype(int))
+    chosen = np.unique(
+        np.linspace(0, len(routed) * num_views - 1, min(num_verified, len(routed) * num_views)).astype(int)
+    )
     ordinals, views = routed[chosen // num_views], chosen % num_views
     index_NK, probability_NK, tail_N, view_NV = _read_stored(directory, vertical, manifest, split, ordinals, views)
     expected_NV, seen_NV = _ask_again(answers, ordinals, views)
@@ -105,12 +107,19 @@ def _compare(
 
 
 def _score_stored(
-    split: Split, vertical: str, ordinals: np.ndarray, index_NK: np.ndarray, probability_NK: np.ndarray, num_classes: int
+    split: Split,
+    vertical: str,
+    ordinals: np.ndarray,
+    index_NK: np.ndarray,
+    probability_NK: np.ndarray,
+    num_classes: int,
 ) -> float | None:
     outputs = split.taxonomy.vertical_slice(vertical)
     score_NV = np.zeros((len(ordinals), num_classes), dtype=np.float32)
     np.put_along_axis(score_NV, index_NK, probability_NK, axis=1)
     evaluator = Evaluator(split.taxonomy.restrict(vertical))
-    labels = [[o - outputs.start for o in split.labels(n) if outputs.start <= o < outputs.stop] for n in ordinals.tolist()]
+    labels = [
+        [o - outputs.start for o in split.labels(n) if outputs.start <= o < outputs.stop] for n in ordinals.tolist()
+    ]
     evaluator.update(torch.from_numpy(score_NV).clamp(1e-7, 1 - 1e-7).logit(), labels)
     return evaluator.compute().mpvap

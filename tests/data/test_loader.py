@@ -49,7 +49,9 @@ def join_global_batch(batches_of_rank: list[StepBatches], step: int, accumulate:
     assert len({part.global_count for part in parts}) == 1
     targets = torch.cat([part.targets.dense(11) for part in parts])
     joined = [
-        torch.cat([getattr(part, name) for part in parts]) for name in Batch._fields if name not in ("targets", "global_count")
+        torch.cat([getattr(part, name) for part in parts])
+        for name in Batch._fields
+        if name not in ("targets", "global_count")
     ]
     images, *others = joined
     return Batch(images, targets, *others, parts[0].global_count)

@@ -3,14 +3,18 @@
 import itertools
 import json
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
 import safetensors.numpy
+import torch
 
 from concentration.data.index import load_split
-from concentration.data.sample_targets import LabelTargets, StoredTargets
+from concentration.data.sample_targets import LabelTargets, StoredTargets, WeightedOutside
+from concentration.data.views import View, describe_decoder
 from concentration.errors import DataError
+from concentration.targets import TargetRecords, load_metadata
 from concentration.taxonomy import Taxonomy
 
 SEVERAL = [
@@ -20,6 +24,7 @@ SEVERAL = [
 ]
 ONE_EACH = [[ids[:1] for ids in shard] for shard in SEVERAL]
 ALL = np.arange(7)
+TAIL = 0.5
 NUM_KEPT = {"birds": 3, "cars": 2, "dishes": 2}
 
 
@@ -29,9 +34,9 @@ def split(request, make_split, tmp_path_factory):
     return make_split(tmp_path_factory.mktemp("split"), labels)
 
 
-def rows_of(targets, ordinals=ALL) -> list[list[tuple[int, float]]]:
+def rows_of(targets, ordinals=ALL, epoch=0) -> list[list[tuple[int, float]]]:
     """(output, probability) of each sample, without the unused places."""
-    looked_up = targets.lookup(ordinals, 0)
+    looked_up = targets.lookup(ordinals, epoch)
     assert looked_up.index_BK.dtype.is_signed
     assert looked_up.index_BK.shape == looked_up.probability_BK.shape
     pairs = [
@@ -76,39 +81,44 @@ def test_a_vertical_without_labels_here_gives_empty_targets(make_split, tmp_path
     assert not targets.dense(3).any()
 
 
-@pytest.fixture
-def stored(split, tmp_path):
-    """A folder of targets that the test made up, and what each sample should get: {output: probability}."""
+def write_targets(directory: Path, split, num_views: int = 0, codec: str = "plain") -> list[list[dict[int, float]]]:
+    """A folder of targets that the test makes up; returns what each sample should get: by view, {output: probability}."""
     generator = np.random.default_rng(0)
-    expected: list[dict[int, float]] = [{} for _ in ALL]
+    expected: list[list[dict[int, float]]] = [[{} for _ in range(max(1, num_views))] for _ in ALL]
+    view_of_sample = generator.integers(0, 100, (len(ALL), max(1, num_views), 10)).astype(np.uint8)
+    view_of_sample[..., 4:8] += 100  # right and bottom
     for vertical, num_kept in NUM_KEPT.items():
         outputs = split.taxonomy.vertical_slice(vertical)
-        for shard, (start, stop) in enumerate(itertools.pairwise(split.shard_start)):
-            inside = [
-                ordinal
-                for ordinal in range(start, stop)
-                if any(outputs.start <= output < outputs.stop for output in split.labels(ordinal))
-            ]
+        size = outputs.stop - outputs.start
+        for shard, (start, stop) in enumerate(itertools.pairwise(split.shard_start.tolist())):
+            inside = [o for o in range(start, stop) if any(outputs.start <= c < outputs.stop for c in split.labels(o))]
             if not inside:
                 continue
-            size = outputs.stop - outputs.start
-            index = np.stack([generator.permutation(size)[:num_kept] for _ in inside]).astype(np.uint16)
-            probability = generator.uniform(0.1, 1, index.shape).astype(np.float16)
-            for row, ordinal in enumerate(inside):
-                columns = zip(index[row].tolist(), probability[row].tolist(), strict=True)
-                expected[ordinal].update({outputs.start + local: value for local, value in columns})
-            arrays = {
-                "row": np.array(inside, dtype=np.int32) - np.int32(start),
-                "index": index,
-                "probability": probability,
-                "tail": np.zeros(len(inside), dtype=np.float16),
-            }
-            path = tmp_path / vertical / f"train-{shard:06d}.safetensors"
-            path.parent.mkdir(exist_ok=True)
-            safetensors.numpy.save_file(arrays, path)
-        manifest = {"num_kept": num_kept, "taxonomy": split.taxonomy.fingerprint, "data": split.fingerprint}
-        (tmp_path / vertical / "manifest.json").write_text(json.dumps(manifest))
-    return tmp_path, expected
+            records = [(ordinal, view) for ordinal in inside for view in range(max(1, num_views))]
+            index = np.stack([generator.permutation(size)[:num_kept] for _ in records])
+            probability = generator.uniform(0.1, 1, index.shape).astype(np.float16).astype(np.float32)
+            for (ordinal, view), index_K, probability_K in zip(records, index, probability, strict=True):
+                pairs = zip(index_K.tolist(), probability_K.tolist(), strict=True)
+                expected[ordinal][view].update({outputs.start + local: value for local, value in pairs})
+            view = np.stack([view_of_sample[record] for record in records]) if num_views else None
+            tail = np.full(len(records), TAIL, dtype=np.float32)
+            written = TargetRecords(np.array(inside) - start, index, probability, tail, view)
+            written.save(directory / vertical / f"train-{shard:06d}.safetensors", codec, size)
+        manifest = {
+            "num_kept": num_kept,
+            "views": num_views,
+            "taxonomy": split.taxonomy.fingerprint,
+            "data": split.fingerprint,
+            "preprocessing": {"interpolation": "bilinear", "decoder": describe_decoder()},
+        }
+        (directory / vertical / "manifest.json").write_text(json.dumps(manifest))
+    return expected
+
+
+@pytest.fixture
+def stored(split, tmp_path):
+    """A folder of targets of the centre view, and what each sample should get: {output: probability}."""
+    return tmp_path, [views[0] for views in write_targets(tmp_path, split)]
 
 
 def test_stored_targets_of_all_verticals_of_a_sample_are_put_together(stored, split):
@@ -119,6 +129,79 @@ def test_stored_targets_of_all_verticals_of_a_sample_are_put_together(stored, sp
     assert rows_of(targets, np.array([4, 4, 0])) == [sorted(expected[ordinal].items()) for ordinal in (4, 4, 0)]
     assert is_width_constant(targets)
     assert targets.lookup(ALL, 0).index_BK.shape[1] == max(len(row) for row in expected), "no wider than needed"
+
+
+def test_epochs_take_turns_with_the_stored_views(split, tmp_path):
+    expected = write_targets(tmp_path, split, num_views=3)
+    targets = StoredTargets(tmp_path, split)
+    for epoch in range(7):
+        assert rows_of(targets, epoch=epoch) == [sorted(views[epoch % 3].items()) for views in expected]
+    views = [targets.views(ALL, epoch).record_BV for epoch in range(6)]
+    assert all(np.array_equal(views[epoch], views[epoch + 3]) for epoch in range(3))
+    assert len({view.tobytes() for view in views}) == 3
+    for row, ordinal in enumerate([5, 0, 5]):
+        np.testing.assert_array_equal(targets.views(np.array([5, 0, 5]), 1).record_BV[row], views[1][ordinal])
+    assert LabelTargets(split, smear=True).views(ALL, 0) is None
+    assert isinstance(targets.views(ALL, 0).at(0, (30, 20)), View)
+
+
+def test_targets_of_the_centre_view_leave_the_view_to_the_student(stored, split):
+    assert StoredTargets(stored[0], split).views(ALL, 2) is None
+
+
+@pytest.mark.parametrize("codec", ["plain", "packed"])
+def test_a_spread_tail_is_shared_by_the_classes_that_are_not_listed(codec, split, tmp_path, taxonomy):
+    expected = [views[0] for views in write_targets(tmp_path, split, codec=codec)]
+    dense_BC = StoredTargets(tmp_path, split, tail="spread").lookup(ALL, 0).dense(*taxonomy.vertical_sizes).numpy()
+    for ordinal, row in enumerate(expected):
+        wanted_C = np.zeros(taxonomy.num_classes)
+        for vertical in taxonomy.route(split.labels(ordinal)):
+            outputs = taxonomy.vertical_slice(vertical)
+            left_out = outputs.stop - outputs.start - NUM_KEPT[vertical]
+            wanted_C[outputs] = TAIL / left_out if left_out else 0
+        for output, probability in row.items():
+            wanted_C[output] = probability
+        np.testing.assert_allclose(dense_BC[ordinal], wanted_C, atol=0.02 if codec == "packed" else 1e-6)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.25])
+def test_only_verticals_without_a_label_of_the_sample_are_weighed(weight, stored, split, taxonomy):
+    targets = WeightedOutside(StoredTargets(stored[0], split), split, weight)
+    looked_up = targets.lookup(ALL, 0)
+    for ordinal, weight_M in enumerate(looked_up.weight_BM.tolist()):
+        routed = taxonomy.route(split.labels(ordinal))
+        assert weight_M == [1.0 if vertical in routed else weight for vertical in taxonomy.verticals]
+    assert torch.equal(looked_up.index_BK, StoredTargets(stored[0], split).lookup(ALL, 0).index_BK)
+    assert targets.views(ALL, 0) is None
+
+
+def test_another_decoder_than_the_teachers_is_said(split, tmp_path):
+    write_targets(tmp_path, split, num_views=1)
+    change_manifest(tmp_path, "cars", preprocessing={"interpolation": "bilinear", "decoder": {"pillow": "9.0"}})
+    with pytest.warns(UserWarning, match=r"decoded by \{'pillow': '9.0'\}, here by"):
+        StoredTargets(tmp_path, split)
+
+
+def test_views_that_cannot_be_right_are_refused(split, tmp_path):
+    write_targets(tmp_path, split, num_views=2)
+    path = tmp_path / "cars" / "train-000002.safetensors"
+    view = safetensors.numpy.load_file(path)["view"]
+    rewrite(path, view=np.full_like(view, 7))
+    refuse((tmp_path,), split, str(path), "an empty crop")
+    if len(split.label_output) > len(split):
+        rewrite(tmp_path / "birds" / "train-000000.safetensors", view=np.arange(60, dtype=np.uint8).reshape(6, 10))
+        refuse((tmp_path,), split, "in another view than by the teacher of another vertical")
+    write_targets(tmp_path, split)
+    change_manifest(tmp_path, "dishes", views=2)
+    refuse((tmp_path,), split, "different numbers of views, {'birds': 0, 'cars': 0, 'dishes': 2}")
+    for vertical in NUM_KEPT:
+        change_manifest(tmp_path, vertical, views=2)
+    refuse((tmp_path,), split, "1 views of a sample, but its manifest says 2")
+
+
+def test_another_preprocessing_is_refused(stored, split):
+    change_manifest(stored[0], "cars", preprocessing={"interpolation": "nearest"})
+    refuse(stored, split, "cars/manifest.json", "expected bilinear")
 
 
 def test_targets_travel_to_worker_processes(stored, split):
@@ -139,7 +222,8 @@ def change_manifest(directory, vertical, **changes) -> None:
 
 def rewrite(path, **changes) -> None:
     arrays = safetensors.numpy.load_file(path) | changes
-    safetensors.numpy.save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path)
+    arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    safetensors.numpy.save_file(arrays, path, load_metadata(path))
 
 
 def refuse(stored, split, *expected: str) -> None:
@@ -190,13 +274,16 @@ def test_targets_of_other_rows_are_refused(stored, split):
     refuse(stored, split, str(path), "other rows")
 
 
-@pytest.mark.parametrize("num_columns", [1, 4])
-def test_targets_of_another_width_than_their_manifest_says_are_refused(num_columns, stored, split):
-    path = stored[0] / "birds" / "train-000000.safetensors"
-    arrays = safetensors.numpy.load_file(path)
-    index, probability = (np.repeat(arrays[name], 2, axis=1)[:, :num_columns] for name in ("index", "probability"))
-    rewrite(path, index=index, probability=probability)
-    refuse(stored, split, str(path), f"keeps {num_columns} classes a sample", "says 3")
+@pytest.mark.parametrize("num_kept", [1, 4])
+def test_targets_of_another_width_than_their_manifest_says_are_refused(num_kept, stored, split):
+    change_manifest(stored[0], "birds", num_kept=num_kept)
+    refuse(
+        stored,
+        split,
+        "birds/train-000000.safetensors",
+        "'num_kept': '3'",
+        f"expected {{'vertical_size': '5', 'num_kept': '{num_kept}'}}",
+    )
 
 
 def test_a_class_outside_its_vertical_is_refused(stored, split):
