@@ -2,7 +2,6 @@
 
 from typing import Annotated, Literal
 
-import numpy as np
 import pydantic
 
 from concentration import distributed
@@ -77,7 +76,7 @@ def student(config: StudentConfig) -> None:
             title=f"student {config.name}",
             taxonomy=taxonomy,
             split=split,
-            ordinals=np.arange(len(split)),
+            ordinals=range(len(split)),
             targets=targets,
             counts_C=split.count_smeared() if smear else split.count_labels(),
         )

@@ -54,7 +54,7 @@ class Task:
         title: for the progress bar.
         taxonomy: of the network's outputs.
         split: of the training samples.
-        ordinals: which of them take part, rising.
+        ordinals: which of them take part, rising; a range where all do.
         targets: of each.
         counts_C: training samples of every output, for the prior, the class weights and balanced sampling.
         vertical: of a teacher; None for all.
@@ -63,7 +63,7 @@ class Task:
     title: str
     taxonomy: Taxonomy
     split: Split
-    ordinals: np.ndarray
+    ordinals: np.ndarray | range
     targets: SampleTargets
     counts_C: np.ndarray
     vertical: str | None = None
