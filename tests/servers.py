@@ -19,8 +19,8 @@ class Server:
 
     Attributes:
         url: of the folder.
-        requests: "GET /name" of all requests so far.
-        faults: by file name, taken from the front by each GET of that file.
+        requests: "GET /name" and "HEAD /name" of all requests so far.
+        faults: by file name, taken from the front by each request of that file.
         delay_seconds: before every answer.
     """
 
@@ -42,12 +42,18 @@ class _Handler(http.server.SimpleHTTPRequestHandler):
         super().__init__(*args, **kwargs)
 
     def do_GET(self) -> None:
-        self.state.requests.append(f"GET {self.path}")
+        self._answer(super().do_GET)
+
+    def do_HEAD(self) -> None:
+        self._answer(super().do_HEAD)
+
+    def _answer(self, go_on: Callable[[], None]) -> None:
+        self.state.requests.append(f"{self.command} {self.path}")
         time.sleep(self.state.delay_seconds)
         waiting = self.state.faults.get(self.path[1:])
         with contextlib.suppress(ConnectionError):
             if not (waiting and waiting.pop(0)(self)):
-                super().do_GET()
+                go_on()
 
     def log_message(self, *_) -> None:
         pass

@@ -26,20 +26,22 @@ class Prefetch:
         self._cache = cache
         self._end = end
         self._known_until = (-1, 0)
-        self._queue: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        self._turn = 0  # counts stretches
+        self._queue: queue.SimpleQueue[tuple[int, int] | None] = queue.SimpleQueue()
         self._is_over = False
         for _ in range(cache.connections):
-            threading.Thread(target=self._work, daemon=True).start()
+            threading.Thread(target=self._work, name="prefetch", daemon=True).start()
 
     def advance(self, epoch: int, place: int) -> None:
         """Says that everything before this place has been read."""
         if (epoch, place) < self._known_until:
             return
-        here = self._ask_for(epoch, place)
+        self._turn += 1
+        here = self._ask_for(epoch, place, self._turn)
         after = (epoch, here.stop) if here.stop < len(self._order) else (epoch + 1, 0)
         self._known_until = after
         if after < self._end:
-            self._ask_for(*after)
+            self._ask_for(*after, self._turn + 1)
 
     def stop(self) -> None:
         """Begins no other shard; what is being fetched goes on, and does not keep the process from ending."""
@@ -47,14 +49,17 @@ class Prefetch:
         for _ in range(self._cache.connections):
             self._queue.put(None)
 
-    def _ask_for(self, epoch: int, place: int) -> Stretch:
+    def _ask_for(self, epoch: int, place: int, turn: int) -> Stretch:
         stretch = self._order.stretch_at(epoch, place, self._split.shard_start)
         for shard in stretch.shards:
-            self._queue.put(shard)
+            self._queue.put((turn, shard))
         return stretch
 
     def _work(self) -> None:
-        while (number := self._queue.get()) is not None and not self._is_over:
+        while (asked := self._queue.get()) is not None and not self._is_over:
+            turn, number = asked
+            if turn < self._turn:  # it has been read, and would only push out what is needed
+                continue
             try:
                 self._cache.fetch(self._split.shards[number])
             except (ConfigError, DataError):

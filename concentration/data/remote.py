@@ -86,16 +86,16 @@ class Remote:
 
     def glob(self, pattern: str) -> list[str]:
         """The URLs of all files that match."""
-        system = self._connect(pattern)
-        return self._try(pattern, lambda: [system.unstrip_protocol(name) for name in system.glob(pattern)])
+        names = self._try(pattern, lambda: self._call(pattern, "glob"))
+        return [self._connect(pattern).unstrip_protocol(name) for name in names]
 
     def read(self, url: str) -> bytes:
         """A small file whole."""
-        return self._try(url, lambda: self._connect(url).cat_file(url))
+        return self._try(url, lambda: self._call(url, "cat_file"))
 
     def size(self, url: str) -> int:
         """In bytes, as the server says."""
-        size = self._try(url, lambda: self._connect(url).size(url))
+        size = self._try(url, lambda: self._call(url, "size"))
         if size is None:
             raise DataError(f"{url}: the server does not tell its size; serve it as a plain file")
         return size
@@ -104,19 +104,19 @@ class Remote:
         """Writes the file to `path`, and returns what `check` says of it; its WrongContentError is a failed try."""
 
         def fetch_and_check() -> T:
-            self._connect(url).get_file(url, str(path))
+            self._call(url, "get_file", str(path))
             return check(path)
 
         return self._try(url, fetch_and_check)
 
     def _try(self, url: str, action: Callable[[], T]) -> T:
-        failures = (OSError, aiohttp.ClientError, *_list_own_errors(url))
+        own, own_passing = _list_own_errors(url)
         for number in range(self.retries + 1):
             try:
                 return action()
-            except failures as error:
+            except (OSError, aiohttp.ClientError, *own) as error:
                 reason = error.__cause__ if isinstance(error.__cause__, aiohttp.ClientError) else error
-                if number == self.retries or not _may_pass(reason):
+                if number == self.retries or not _may_pass(reason, own_passing):
                     raise DataError(
                         f"{url}: cannot be fetched: {self._describe(reason)} ({number + 1} "
                         f"{'try' if number == 0 else 'tries'}); bring it back, or correct the address or the credentials"
@@ -126,13 +126,19 @@ class Remote:
             time.sleep(wait_seconds * random.uniform(0.5, 1.5))
         raise AssertionError("the last try returns or raises")
 
+    def _call(self, url: str, method: str, *arguments: str) -> Any:
+        try:
+            return getattr(self._connect(url), method)(url, *arguments)
+        except TypeError as error:  # options are looked at when they are first used
+            raise _describe_options(url, error) from None
+
     def _describe(self, error: Exception) -> str:
+        if isinstance(error, FileNotFoundError) or getattr(error, "status", None) == 404:
+            return "no such file"
         if isinstance(error, aiohttp.ClientResponseError):
             return f"the server answers {error.status} {error.message}".strip()
         if isinstance(error, TimeoutError):
             return f"no answer within {self.timeout_seconds:g} s"
-        if isinstance(error, FileNotFoundError):
-            return "no such file"
         return " ".join(str(error).split()) or type(error).__name__
 
     def _connect(self, url: str) -> fsspec.AbstractFileSystem:
@@ -140,17 +146,15 @@ class Remote:
         scheme, host = urlsplit(url)[:2]
         key = (os.getpid(), scheme, host, self.timeout_seconds, json.dumps(dict(self.storage_options), sort_keys=True))
         if key not in _FILE_SYSTEMS:
-            options = _add_timeout(scheme, self.storage_options, self.timeout_seconds)
             try:
+                options = _add_timeout(scheme, self.storage_options, self.timeout_seconds)
                 # NOTE: not from fsspec's own cache, which a forked child clears: closing its copies of the parent's
                 # connections would disturb the parent's downloads.
                 _FILE_SYSTEMS[key] = fsspec.core.url_to_fs(url, skip_instance_cache=True, **options)[0]
             except ImportError as error:
                 raise ConfigError(f"{url}: {error}; for s3, `pip install 'concentration[s3]'`") from None
             except (TypeError, ValueError) as error:
-                raise ConfigError(
-                    f"{url}: {' '.join(str(error).split())}; correct the URL or data.storage_options"
-                ) from None
+                raise _describe_options(url, error) from None
         return _FILE_SYSTEMS[key]
 
 
@@ -171,18 +175,22 @@ def _add_timeout(scheme: str, options: Mapping[str, Any], seconds: float) -> dic
     return {**options, **{name: {**values, **options.get(name, {})} for name, values in added.items()}}
 
 
-def _list_own_errors(url: str) -> tuple[type[Exception], ...]:
-    """What a file system raises beside OSError: botocore has errors of its own."""
+def _describe_options(url: str, error: Exception) -> ConfigError:
+    return ConfigError(f"{url}: {' '.join(str(error).split())}; correct the URL or data.storage_options")
+
+
+def _list_own_errors(url: str) -> tuple[tuple[type[Exception], ...], tuple[type[Exception], ...]]:
+    """What a file system raises beside OSError, and which of it may pass: botocore has errors of its own."""
     if urlsplit(url).scheme not in ("s3", "s3a"):
-        return ()
+        return (), ()
     try:
-        from botocore.exceptions import BotoCoreError, ClientError
+        from botocore import exceptions
     except ImportError:
-        return ()
-    return (BotoCoreError, ClientError)
+        return (), ()
+    return (exceptions.BotoCoreError, exceptions.ClientError), (exceptions.ConnectionError, exceptions.HTTPClientError)
 
 
-def _may_pass(error: Exception) -> bool:
+def _may_pass(error: Exception, own_passing: tuple[type[Exception], ...]) -> bool:
     """Whether another try may help."""
     if isinstance(error, aiohttp.ClientResponseError):
         return error.status >= 500 or error.status in _PASSING_STATUS
@@ -190,7 +198,4 @@ def _may_pass(error: Exception) -> bool:
         return False
     if isinstance(error, OSError):
         return error.errno not in (errno.ENOSPC, errno.EDQUOT)
-    if isinstance(error, aiohttp.ClientError):
-        return True
-    # Of botocore's: a connection that broke, not credentials that are missing.
-    return any(base.__name__ == "HTTPClientError" for base in type(error).__mro__)
+    return isinstance(error, (aiohttp.ClientError, *own_passing))

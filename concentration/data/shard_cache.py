@@ -156,8 +156,14 @@ class ShardCache:
         (self.directory / f"{shard.digest[:32]}.shard").unlink(missing_ok=True)
 
     def _open_entry(self, name: str) -> int:
-        file = os.open(self.directory / f"{name}.shard", os.O_RDONLY)
-        os.utime(file)  # what was used last goes last
+        """Raises: FileNotFoundError where it is not there."""
+        try:
+            file = os.open(self.directory / f"{name}.shard", os.O_RDONLY)
+            os.utime(file)  # what was used last goes last
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise _describe_unusable(self.directory, error) from None
         return file
 
     def _fetch(
@@ -270,7 +276,7 @@ def _open_lock_file(directory: Path) -> int:
 
 def _describe_unusable(directory: Path, error: OSError) -> ConfigError:
     return ConfigError(
-        f"{directory}: cannot be written ({error.strerror}); free space, or give another data.cache.directory or "
+        f"{directory}: cannot be used ({error.strerror}); free space, or give another data.cache.directory or "
         f"${DIRECTORY_VARIABLE}"
     )
 
