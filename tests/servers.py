@@ -65,7 +65,7 @@ def serve(folder: Path) -> Iterator[Server]:
     state = Server()
     handler = functools.partial(_Handler, state, directory=str(folder))
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    server.daemon_threads = True
+    server.daemon_threads, server.block_on_close = True, False  # some answer for a long time yet
     state.url = f"http://127.0.0.1:{server.server_address[1]}"
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     try:

@@ -40,7 +40,8 @@ def parse_location(value: Any) -> Any:
     """A text as a Path or, where it is a URL, as itself; for pydantic, which checks the rest.
 
     Raises:
-        ValueError: the URL has parts that would be written to disk, or that names cannot be added to.
+        ConfigError: the URL holds a password; unlike a ValueError, it does not show what was found.
+        ValueError: names cannot be added to the URL.
     """
     if not isinstance(value, str):
         return value
@@ -49,8 +50,8 @@ def parse_location(value: Any) -> Any:
     if "::" in value:
         raise ValueError("a URL of several file systems; give one that can be opened directly")
     if "@" in urlsplit(value).netloc:
-        raise ValueError(
-            "a URL with a name or password, which would be written to disk; use the environment's credentials"
+        raise ConfigError(
+            "a URL of the data holds a name or password, which would be written to disk; use the environment's credentials"
         )
     if urlsplit(value).query and value.startswith("http"):
         raise ValueError("a URL with a query; give the address of a folder, to which file names are added")

@@ -50,7 +50,7 @@ def walk_samples(
     extensions = ("json", "cls") if label_member == "auto" else (label_member,)
     for key, members in _group_members(path, file, where):
         image = _only_member(where, key, members, IMAGE_EXTENSIONS, "image", "")
-        advice = "; say which one counts with data.labels=json or data.labels=cls"
+        advice = "; say which one counts with data.labels=json or data.labels=cls, and overwrite=true"
         label = _only_member(where, key, members, extensions, "label", advice)
         file.seek(label.offset_data)
         parse = _parse_position if label.name.lower().endswith(".cls") else _parse_labels

@@ -201,7 +201,7 @@ def _index_given_shards(config: ShardsConfig, path: Path, taxonomy: Taxonomy, nu
     shards_of = {split: list_shards(config, split) for split in SPLITS}
     check_owners(config, shards_of)
     located = [(split, shard) for split, shards in shards_of.items() for shard in shards]
-    _begin_listing(path, taxonomy, (f"{split} {config.labels} {_describe_state(shard)}" for split, shard in located))
+    _begin_listing(path, taxonomy, (f"{split} {_describe_state(shard)}" for split, shard in located))
     cache = None
     if config.is_remote:
         save_access(config.access, path)

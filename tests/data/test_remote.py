@@ -232,8 +232,10 @@ def test_a_text_is_a_path_or_a_url(tmp_path):
     assert join("s3://bucket/x", "a.tar") == "s3://bucket/x/a.tar"
     assert join(tmp_path, "a.tar") == tmp_path / "a.tar"
     assert name_of("s3://bucket/x/a.tar") == name_of(tmp_path / "a.tar") == "a.tar"
+    with pytest.raises(ConfigError, match="name or password") as caught:
+        parse_location("https://me:word@host/x")
+    assert "me:word" not in str(caught.value)
     for url, expected in (
-        ("https://me:secret@host/x", "name or password"),
         ("https://host/x?token=3", "query"),
         ("zip://a.zip::s3://bucket/x", "several file systems"),
     ):
