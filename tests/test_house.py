@@ -44,6 +44,8 @@ PLACES = {
     "pytorch_lightning": set(),
     "wandb": {"training"},
     "webdataset": {"data"},
+    "fsspec": {"data"},
+    "aiohttp": {"data"},
 }
 
 CORE = {"errors", "schema", "taxonomy", "targets", "distributed", "objectives", "networks", "metrics", "grouping"}

@@ -10,7 +10,7 @@ import functools
 import hashlib
 import itertools
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -26,6 +26,9 @@ from concentration.taxonomy import Taxonomy
 
 #: The indices of so many shards stay in memory: 50 bytes a sample.
 _KEPT_INDICES = 256
+
+#: Samples with several labels whose ancestors are laid out at the same time.
+_COUNTED_TOGETHER = 2**18
 
 _ARRAYS = ("key_bytes", "image_offset", "image_size", "image_crc32", "label_start", "label_position")
 
@@ -242,19 +245,26 @@ class Split:
 
     def count_smeared(self) -> np.ndarray:
         """(C,) the number of samples with each class among their labels or those labels' ancestors."""
-        counts = np.zeros(self.taxonomy.num_classes, dtype=np.int64)
-        for outputs, num_samples in self.count_label_sets():
-            counts[list(self.taxonomy.smear(outputs))] += num_samples
+        num_classes = self.taxonomy.num_classes
+        smeared = [self.taxonomy.smear([output]) for output in range(num_classes)]
+        has_one = np.diff(self.label_start) == 1
+        counts = np.zeros(num_classes, dtype=np.int64)
+        of_one = np.bincount(self.label_output[self.label_start[:-1][has_one]], minlength=num_classes)
+        for output in np.flatnonzero(of_one):
+            counts[list(smeared[output])] += of_one[output]
+        # Of the others, a class counts once, however many of the sample's labels lie below it.
+        widths = np.array([len(outputs) for outputs in smeared])
+        smeared_start, smeared_output = np.cumsum(widths) - widths, np.concatenate(smeared)
+        several = np.flatnonzero(~has_one)
+        for samples in np.split(several, range(_COUNTED_TOGETHER, len(several), _COUNTED_TOGETHER)):
+            sample, label = _expand(
+                self.label_start[samples], self.label_start[samples + 1] - self.label_start[samples]
+            )
+            outputs = self.label_output[label]
+            owner, place = _expand(smeared_start[outputs], widths[outputs])
+            pairs = np.unique(sample[owner] * num_classes + smeared_output[place])
+            counts += np.bincount(pairs % num_classes, minlength=num_classes)
         return counts
-
-    def count_label_sets(self) -> Iterator[tuple[tuple[int, ...], int]]:
-        """(labels as outputs, number of samples with exactly these): far fewer than samples."""
-        widths = np.diff(self.label_start)
-        for width in np.unique(widths):
-            starts = self.label_start[:-1][widths == width]
-            rows = self.label_output[starts[:, None] + np.arange(width)]
-            sets, counts = np.unique(rows, axis=0, return_counts=True)
-            yield from zip(map(tuple, sets.tolist()), counts.tolist(), strict=True)
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -325,6 +335,13 @@ class _StoredIndices(Sequence):
         if self._digests.setdefault(number, index.digest) != index.digest:
             raise DataError(f"{self._paths[number]}: was written anew while it was in use; run the same command again")
         return index
+
+
+def _expand(starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The numbers of `range(start, start + length)` for each pair, one after the other: (whose number it is, the number)."""
+    owner = np.repeat(np.arange(len(starts)), lengths)
+    first = np.cumsum(lengths) - lengths
+    return owner, np.arange(len(owner)) - first[owner] + starts[owner]
 
 
 def _hash_keys(shard: ShardIndex) -> np.ndarray:
