@@ -45,6 +45,8 @@ PLACES = {
     "pytorch_lightning": set(),
     "wandb": {"training"},
     "webdataset": {"data"},
+    "fsspec": {"data"},
+    "aiohttp": {"data"},
 }
 
 CORE = {

@@ -239,7 +239,7 @@ def test_files_of_another_codec_or_size_are_refused(tmp_path, changes):
     path = save(tmp_path, make_records())
     arrays = load_arrays(path, ("row", "index", "probability", "tail"))
     safetensors.numpy.save_file(arrays, path, load_metadata(path) | changes)
-    with pytest.raises(DataError, match="expected {'vertical_size': '10', 'num_kept': '2'}"):
+    with pytest.raises(DataError, match=r"expected \{'vertical_size': '10', 'num_kept': '2'\}"):
         read_all(path)
 
 

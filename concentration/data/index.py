@@ -1,34 +1,36 @@
-"""The index of a shard: where each sample's image lies in the tar, its key and its labels.
+"""The index of a shard: where each sample's image lies in the tar, its checksum, its key and its labels.
 
 An index is made by walking the tar's headers, for shards that we wrote and for shards that we were given alike. Reading by
 offset needs no streaming through the tar, and any sample is one `pread` away.
 
-Shapes: S samples of a shard, L labels of all its samples.
+Shapes: S samples of a shard, L labels of all its samples, K bytes of all its keys.
 """
 
 import functools
 import hashlib
-import json
-import re
-import tarfile
-from collections.abc import Iterator
+import itertools
+import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 from safetensors.numpy import save
-from webdataset.tariterators import base_plus_ext
 
+from concentration.data.remote import Location, is_url, name_of
+from concentration.data.shard_members import LabelMember, walk_samples
 from concentration.errors import DataError
 from concentration.targets import load_arrays, load_metadata, sort_metadata, write_atomically
 from concentration.taxonomy import Taxonomy
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-_BLOCK_BYTES = 512
+#: The indices of so many shards stay in memory: 50 bytes a sample.
+_KEPT_INDICES = 256
 
-# Members that `webdataset` takes for notes about the shard and leaves out.
-_NOTE = re.compile(r"__[^/]*__($|/)")
+#: Samples with several labels whose ancestors are laid out at the same time.
+_COUNTED_TOGETHER = 2**18
+
+_ARRAYS = ("key_bytes", "image_offset", "image_size", "image_crc32", "label_start", "label_position")
 
 
 @dataclass(frozen=True)
@@ -36,52 +38,66 @@ class ShardIndex:
     """What is known of one shard without opening it.
 
     Attributes:
-        path: the tar file.
+        path: the tar file; a URL (str) where it is remote.
         size_bytes: of the tar file when it was indexed.
-        keys: (S,) of the samples, in the order of the tar.
+        key_bytes: (K,) uint8, the keys of the samples in the order of the tar, as UTF-8, a line break between two.
         image_offset: (S,) int64, where each encoded image starts in the tar.
         image_size: (S,) int64, its length in bytes.
+        image_crc32: (S,) uint32, its checksum, so that the index covers contents and not only places.
         label_start: (S + 1,) int64; sample s has the labels `label_position[label_start[s]:label_start[s + 1]]`.
         label_position: (L,) int32 positions in taxonomy.json, which never change; the output index may, when classes come.
     """
 
-    path: Path
+    path: Location
     size_bytes: int
-    keys: tuple[str, ...]
+    key_bytes: np.ndarray
     image_offset: np.ndarray
     image_size: np.ndarray
+    image_crc32: np.ndarray
     label_start: np.ndarray
     label_position: np.ndarray
 
     @property
     def num_samples(self) -> int:
-        return len(self.keys)
+        return len(self.image_offset)
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """(S,) decoded anew each time: as strings, the keys of a large split would not fit into memory."""
+        return tuple(self.key_bytes.tobytes().decode().split("\n"))
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """A hash of everything but the path: which samples these are, with which images and labels; 64 hex digits."""
+        hasher = hashlib.sha256(str(self.size_bytes).encode())
+        for name in _ARRAYS:
+            array = np.ascontiguousarray(getattr(self, name))
+            hasher.update(f"{name} {array.dtype} {array.shape}".encode())
+            hasher.update(array.data)
+        return hasher.hexdigest()
 
     def save(self, path: Path) -> None:
-        arrays = {
-            "keys": np.frombuffer("\n".join(self.keys).encode(), dtype=np.uint8),
-            "image_offset": self.image_offset,
-            "image_size": self.image_size,
-            "label_start": self.label_start,
-            "label_position": self.label_position,
-        }
-        header = {"path": str(self.path), "size_bytes": str(self.size_bytes)}
+        arrays = {name: getattr(self, name) for name in _ARRAYS}
+        header = {"path": str(self.path), "size_bytes": str(self.size_bytes), "digest": self.digest}
         write_atomically(path, sort_metadata(save(arrays, header)))
 
     @classmethod
     def load(cls, path: Path) -> "ShardIndex":
-        """Raises: DataError where the index is damaged, or its shard is gone or has changed."""
+        """Raises: DataError where the index is damaged, or its shard is a file and is gone or has changed its size."""
         header = load_metadata(path)
-        names = ("keys", "image_offset", "image_size", "label_start", "label_position")
-        arrays = load_arrays(path, names)
+        arrays = load_arrays(path, _ARRAYS)
         again = f"or delete {path.parent} and run `concentrate prepare` again"
         try:
-            keys = tuple(arrays.pop("keys").tobytes().decode().split("\n"))
+            recorded = header["path"]
             # A relative path is relative to the index: a working directory may be moved as a whole.
-            index = cls(path.parent / header["path"], int(header["size_bytes"]), keys, **arrays)
+            index = cls(recorded if is_url(recorded) else path.parent / recorded, int(header["size_bytes"]), **arrays)
+            if index.digest != header["digest"]:
+                raise ValueError("its checksum is not that of its content")
             index._check()
         except (KeyError, ValueError) as error:
             raise DataError(f"{path}: damaged ({error}); bring it back, {again}") from None
+        if isinstance(index.path, str):
+            return index
         if not index.path.exists():
             raise DataError(f"{index.path}: no such file, but {path} describes it; bring it back, {again}")
         if index.path.stat().st_size != index.size_bytes:
@@ -93,9 +109,9 @@ class ShardIndex:
 
     def _check(self) -> None:
         """Raises: ValueError where the parts do not fit together."""
-        lengths = {len(self.image_offset), len(self.image_size), len(self.label_start) - 1}
+        lengths = {len(self.image_size), len(self.image_crc32), len(self.label_start) - 1, len(self.keys)}
         if lengths != {self.num_samples}:
-            raise ValueError(f"{self.num_samples} keys, but {sorted(lengths)} places, sizes and labels")
+            raise ValueError(f"{self.num_samples} places, but {sorted(lengths)} keys, sizes, checksums and labels")
         starts = self.label_start
         if starts[0] != 0 or starts[-1] != len(self.label_position) or (np.diff(starts) < 1).any():
             raise ValueError(f"its samples do not share out its {len(self.label_position)} labels")
@@ -106,38 +122,42 @@ class ShardIndex:
             raise ValueError(f"an image outside the {self.size_bytes} bytes of its shard")
 
 
-def index_shard(path: Path, taxonomy: Taxonomy, recorded_path: str) -> ShardIndex:
-    """Walks a tar's headers and reads its labels.
+def index_shard(path: Path, taxonomy: Taxonomy, recorded_path: str, label_member: LabelMember = "auto") -> ShardIndex:
+    """Walks a tar's headers, reads its labels and takes its images' checksums.
+
+    Args:
+        path: of the tar on this machine.
+        taxonomy: of the labels.
+        recorded_path: where the index will say that the tar lies, perhaps a URL; errors then name that.
+        label_member: which member holds the labels.
 
     Raises:
         DataError: naming the file and member, where the tar is missing, empty or truncated, a sample lacks its image or
             labels or has two, a key comes twice, or a label is not in the taxonomy.
     """
-    keys, offsets, sizes, label_start, label_position = [], [], [], [0], []
-    seen: set[str] = set()
+    where = recorded_path if is_url(recorded_path) else str(path)
+    keys: dict[str, None] = {}
+    offsets, sizes, checksums, label_start, label_position = [], [], [], [0], []
     with _open_shard(path) as file:
-        for key, members in _group_members(path, file):
-            if key in seen:
-                raise DataError(f"{path}: two samples have the key '{key}'; make keys unique")
-            seen.add(key)
-            image = _only_member(path, key, members, IMAGE_EXTENSIONS, "image")
-            label = _only_member(path, key, members, ("json", "cls"), "label")
-            file.seek(label.offset_data)
-            parse = _parse_position if label.name.lower().endswith(".cls") else _parse_labels
-            labels = parse(file.read(label.size), f"{path}: {label.name}", taxonomy)
-            keys.append(key)
-            offsets.append(image.offset_data)
-            sizes.append(image.size)
-            label_position.extend(labels)
+        for member in walk_samples(path, file, where, taxonomy, label_member):
+            if member.key in keys:
+                raise DataError(f"{where}: two samples have the key '{member.key}'; make keys unique")
+            keys[member.key] = None
+            offsets.append(member.image_offset)
+            sizes.append(member.image_size)
+            file.seek(member.image_offset)
+            checksums.append(zlib.crc32(file.read(member.image_size)))
+            label_position.extend(member.labels)
             label_start.append(len(label_position))
     if not keys:
-        raise DataError(f"{path}: no samples; delete it, or write it again")
+        raise DataError(f"{where}: no samples; delete it, or write it again")
     return ShardIndex(
-        Path(recorded_path),
+        recorded_path if is_url(recorded_path) else Path(recorded_path),
         path.stat().st_size,
-        tuple(keys),
+        np.frombuffer("\n".join(keys).encode(), dtype=np.uint8),
         np.array(offsets, dtype=np.int64),
         np.array(sizes, dtype=np.int64),
+        np.array(checksums, dtype=np.uint32),
         np.array(label_start, dtype=np.int64),
         np.array(label_position, dtype=np.int32),
     )
@@ -146,28 +166,45 @@ def index_shard(path: Path, taxonomy: Taxonomy, recorded_path: str) -> ShardInde
 class Split:
     """All shards of one split, its samples numbered through: an ordinal is a sample's place over all shards.
 
+    Labels are held for all samples, keys and places only of the shards that are being read. `directory` is where the
+    indices lie.
+
     Shapes: N samples, L labels, C classes.
     """
 
-    def __init__(self, name: str, shards: list[ShardIndex], index_names: list[str], taxonomy: Taxonomy):
+    def __init__(
+        self, name: str, shards: Sequence[ShardIndex], index_names: list[str], taxonomy: Taxonomy, directory: Path
+    ):
         self.name = name
+        self.directory = directory
         self.shards = shards
         self.index_names = index_names
         self.taxonomy = taxonomy
+        #: Whether a shard has to be fetched before it can be read.
+        self.is_remote = False
+        num_samples, sizes, digests, counts, positions = [], [], [], [], []
+        for shard in shards:  # each is loaded once, and may be dropped then
+            num_samples.append(shard.num_samples)
+            sizes.append(shard.size_bytes)
+            digests.append(shard.digest)
+            counts.append(np.diff(shard.label_start))
+            positions.append(shard.label_position)
+            self.is_remote |= isinstance(shard.path, str)
+        #: (number of shards,) bytes of each tar.
+        self.shard_bytes = np.array(sizes, dtype=np.int64)
         #: (number of shards + 1,) the first ordinal of every shard, and N.
-        self.shard_start = np.cumsum([0] + [shard.num_samples for shard in shards])
-        label_starts = np.cumsum([0] + [len(shard.label_position) for shard in shards])
-        tails = [shard.label_start[1:] + start for shard, start in zip(shards, label_starts, strict=False)]
+        self.shard_start = np.cumsum([0, *num_samples])
+        self._digests = digests
         #: (N + 1,) where each sample's labels start in `label_output`.
-        self.label_start = np.concatenate([[0], *tails]).astype(np.int64)
-        positions = np.concatenate([shard.label_position for shard in shards])
+        self.label_start = np.cumsum(np.concatenate([[0], *counts]), dtype=np.int64)
+        positions = np.concatenate(positions)
         if len(positions) and positions.max() >= taxonomy.num_classes:
             raise DataError(
                 f"{name}: a label at position {positions.max()}, but the taxonomy has {taxonomy.num_classes} classes: "
                 "it lost classes since the shards were indexed; classes are only ever appended"
             )
-        #: (L,) output indices of all labels.
-        self.label_output = taxonomy.output_of_position[positions]
+        #: (L,) int32 output indices of all labels.
+        self.label_output = taxonomy.output_of_position.astype(np.int32)[positions]
 
     def __len__(self) -> int:
         return int(self.shard_start[-1])
@@ -178,8 +215,9 @@ class Split:
 
     def key(self, ordinal: int) -> str:
         """`SHARD/KEY`: enough to find the sample by hand."""
-        shard = self.shard_of(ordinal)
-        return f"{self.shards[shard].path.name}/{self.shards[shard].keys[ordinal - self.shard_start[shard]]}"
+        number = self.shard_of(ordinal)
+        shard = self.shards[number]
+        return f"{name_of(shard.path)}/{shard.keys[ordinal - self.shard_start[number]]}"
 
     def shard_of(self, ordinal: int) -> int:
         return int(np.searchsorted(self.shard_start, ordinal, side="right")) - 1
@@ -194,8 +232,11 @@ class Split:
         number = self.taxonomy.vertical_number(vertical)
         return np.unique(self.sample_of_label[self.taxonomy.vertical_of_output[self.label_output] == number])
 
-    def by_shard(self, ordinals: np.ndarray) -> list[np.ndarray]:
-        """Rising ordinals, split into one array per shard."""
+    def by_shard(self, ordinals: np.ndarray | range) -> list[np.ndarray] | list[range]:
+        """Rising ordinals, split into one array per shard; a range (of step 1) into ranges, which take no memory."""
+        if isinstance(ordinals, range):
+            bounds = np.clip(self.shard_start, ordinals.start, ordinals.stop).tolist()
+            return [range(start, stop) for start, stop in itertools.pairwise(bounds)]
         return np.split(ordinals, np.searchsorted(ordinals, self.shard_start[1:-1]))
 
     def count_labels(self) -> np.ndarray:
@@ -204,50 +245,109 @@ class Split:
 
     def count_smeared(self) -> np.ndarray:
         """(C,) the number of samples with each class among their labels or those labels' ancestors."""
-        counts = np.zeros(self.taxonomy.num_classes, dtype=np.int64)
-        label_sets, repeats = np.unique(self.label_output, return_counts=True)
-        if len(self.label_output) == len(self):  # one label a sample: no union needed
-            for output, repeat in zip(label_sets, repeats, strict=True):
-                counts[list(self.taxonomy.smear([int(output)]))] += repeat
-            return counts
-        for ordinal in range(len(self)):
-            counts[list(self.taxonomy.smear(self.labels(ordinal)))] += 1
+        num_classes = self.taxonomy.num_classes
+        smeared = [self.taxonomy.smear([output]) for output in range(num_classes)]
+        has_one = np.diff(self.label_start) == 1
+        counts = np.zeros(num_classes, dtype=np.int64)
+        of_one = np.bincount(self.label_output[self.label_start[:-1][has_one]], minlength=num_classes)
+        for output in np.flatnonzero(of_one):
+            counts[list(smeared[output])] += of_one[output]
+        # Of the others, a class counts once, however many of the sample's labels lie below it.
+        widths = np.array([len(outputs) for outputs in smeared])
+        smeared_start, smeared_output = np.cumsum(widths) - widths, np.concatenate(smeared)
+        several = np.flatnonzero(~has_one)
+        for samples in np.split(several, range(_COUNTED_TOGETHER, len(several), _COUNTED_TOGETHER)):
+            sample, label = _expand(
+                self.label_start[samples], self.label_start[samples + 1] - self.label_start[samples]
+            )
+            outputs = self.label_output[label]
+            owner, place = _expand(smeared_start[outputs], widths[outputs])
+            pairs = np.unique(sample[owner] * num_classes + smeared_output[place])
+            counts += np.bincount(pairs % num_classes, minlength=num_classes)
         return counts
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """A hash of every key, label, offset and size in order: which data a target or checkpoint was made from."""
-        digest = hashlib.sha256(self.taxonomy.fingerprint.encode())
-        for shard in self.shards:
-            digest.update("\n".join(shard.keys).encode())
-            for array in (shard.image_offset, shard.image_size, shard.label_start, shard.label_position):
-                digest.update(np.ascontiguousarray(array).tobytes())
-        return digest.hexdigest()[:16]
+        """A hash of every key, label, place and image in order: which data a target or checkpoint was made from."""
+        return hashlib.sha256("\n".join([self.taxonomy.fingerprint, *self._digests]).encode()).hexdigest()[:16]
 
 
 def load_split(directory: Path, name: str, taxonomy: Taxonomy) -> Split:
     """The split whose indices lie in `directory` as `NAME-*.index`.
 
     Raises:
-        DataError: there is none, or one is damaged or out of date, or two samples of the split share a key.
+        DataError: there is none, or one is damaged or out of date.
     """
     paths = sorted(directory.glob(f"{name}-*.index"))
     if not paths:
         raise DataError(f"{directory}: no shards of the split '{name}'; run `concentrate prepare` first")
-    shards = [ShardIndex.load(path) for path in paths]
-    return Split(name, shards, [path.stem for path in paths], taxonomy)
+    return Split(name, _StoredIndices(paths), [path.stem for path in paths], taxonomy, directory)
 
 
 def check_keys(split: Split) -> None:
-    """Raises: DataError where two samples of a split share a key; done once, by `prepare`."""
-    owner: dict[str, Path] = {}
+    """Raises: DataError where two samples of a split share a key; done once, by `prepare`.
+
+    Hashes are sorted (8 bytes a sample), and only keys whose hashes meet are compared.
+    """
+    hashes = np.sort(np.concatenate([_hash_keys(shard) for shard in split.shards]))
+    met = np.unique(hashes[1:][hashes[1:] == hashes[:-1]])
+    if not len(met):
+        return
+    owner: dict[str, Location] = {}
     for shard in split.shards:
-        for key in shard.keys:
+        keys = shard.keys
+        for row in np.flatnonzero(np.isin(_hash_keys(shard), met)):
+            key = keys[row]
             if key in owner:
                 raise DataError(
                     f"{shard.path} and {owner[key]}: both have a sample with the key '{key}'; make keys unique"
                 )
             owner[key] = shard.path
+
+
+class _StoredIndices(Sequence):
+    """The indices of a split by number, read when they are asked for; those asked for last are kept.
+
+    Raises:
+        DataError: an index is damaged, or is another than it was when it was first read.
+    """
+
+    def __init__(self, paths: Sequence[Path]):
+        self._paths = paths
+        self._digests: dict[int, str] = {}
+        self._load = functools.lru_cache(_KEPT_INDICES)(self._load_unchanged)
+
+    def __getstate__(self):  # a cache does not travel to worker processes
+        return {name: value for name, value in self.__dict__.items() if name != "_load"}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        self._load = functools.lru_cache(_KEPT_INDICES)(self._load_unchanged)
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, number: int) -> ShardIndex:
+        return self._load(number)
+
+    def _load_unchanged(self, number: int) -> ShardIndex:
+        index = ShardIndex.load(self._paths[number])
+        if self._digests.setdefault(number, index.digest) != index.digest:
+            raise DataError(f"{self._paths[number]}: was written anew while it was in use; run the same command again")
+        return index
+
+
+def _expand(starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The numbers of `range(start, start + length)` for each pair, one after the other: (whose number it is, the number)."""
+    owner = np.repeat(np.arange(len(starts)), lengths)
+    first = np.cumsum(lengths) - lengths
+    return owner, np.arange(len(owner)) - first[owner] + starts[owner]
+
+
+def _hash_keys(shard: ShardIndex) -> np.ndarray:
+    """(S,) int64."""
+    keys = shard.key_bytes.tobytes().split(b"\n")
+    return np.fromiter(map(hash, keys), dtype=np.int64, count=len(keys))
 
 
 def _open_shard(path: Path) -> BinaryIO:
@@ -257,84 +357,3 @@ def _open_shard(path: Path) -> BinaryIO:
         raise DataError(
             f"{path}: cannot be read ({error.strerror}); bring it back, or correct its permissions"
         ) from None
-
-
-def _group_members(path: Path, file: BinaryIO) -> Iterator[tuple[str, list[tarfile.TarInfo]]]:
-    """(key, members) of each run of members with one key, as `webdataset` groups them."""
-    key, members = None, []
-    for member in _walk_headers(path, file):
-        member_key, extension = base_plus_ext(member.name)
-        if not member_key or not extension or not member.isfile() or _NOTE.match(member.name):
-            continue
-        _check_member(path, member)
-        if member_key != key and members:
-            yield key, members
-            members = []
-        key = member_key
-        members.append(member)
-    if members:
-        yield key, members
-
-
-def _walk_headers(path: Path, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
-    """All members of a tar that is whole. `file` may be moved by the caller in between."""
-    end = 0
-    try:
-        with tarfile.open(path, "r:", encoding="utf-8") as tar:
-            yield from tar
-            end = tar.offset
-    except (tarfile.TarError, ValueError) as error:
-        raise DataError(
-            f"{path}: empty, truncated, compressed or no tar ({error}); write or fetch it again, uncompressed"
-        ) from None
-    file.seek(end)
-    # NOTE: a tar cut between two members reads as a shorter tar; only the missing end mark tells.
-    if file.read(_BLOCK_BYTES) != bytes(_BLOCK_BYTES):
-        raise DataError(f"{path}: truncated: no end-of-archive mark after byte {end}; write or fetch it again")
-
-
-def _check_member(path: Path, member: tarfile.TarInfo) -> None:
-    if member.issparse():
-        raise DataError(f"{path}: {member.name} is stored as a sparse file; write the tar again without --sparse")
-    try:
-        member.name.encode()
-    except UnicodeEncodeError:
-        raise DataError(f"{path}: the name {member.name!r} is not UTF-8; rename it and write the tar again") from None
-    if "\n" in member.name:
-        raise DataError(f"{path}: the name {member.name!r} has a line break; rename it and write the tar again")
-
-
-def _only_member(
-    path: Path, key: str, members: list[tarfile.TarInfo], extensions: tuple[str, ...], what: str
-) -> tarfile.TarInfo:
-    found = [m for m in members if base_plus_ext(m.name)[1].lower() in extensions]
-    if len(found) == 1:
-        return found[0]
-    have = ", ".join(m.name for m in members)
-    raise DataError(
-        f"{path}: sample '{key}' has {len(found)} {what}s, expected one (.{', .'.join(extensions)}); its members: {have}"
-    )
-
-
-def _parse_labels(content: bytes, where: str, taxonomy: Taxonomy) -> list[int]:
-    """The positions of the class ids of a .json member, sorted, each once."""
-    try:
-        labels = json.loads(content)["labels"]
-    except (ValueError, KeyError, TypeError):
-        raise DataError(f'{where}: expected {{"labels": ["class id", ...]}}, found {content[:80]!r}') from None
-    if not isinstance(labels, list) or not labels:
-        raise DataError(f"{where}: 'labels' is {labels!r}, expected a list of at least one class id")
-    for label in labels:
-        if not isinstance(label, str) or label not in taxonomy.position:
-            raise DataError(f"{where}: label {label!r} is not in the taxonomy; add the class or correct the label")
-    return sorted({taxonomy.position[label] for label in labels})
-
-
-def _parse_position(content: bytes, where: str, taxonomy: Taxonomy) -> list[int]:
-    """The position in a .cls member."""
-    text = content.decode("ascii", errors="replace").strip()
-    if not text.isdigit() or len(text) > 12 or int(text) >= taxonomy.num_classes:
-        raise DataError(
-            f"{where}: '{text[:40]}' is no position in a taxonomy of {taxonomy.num_classes} classes; correct it"
-        )
-    return [int(text)]

@@ -7,7 +7,9 @@ import multiprocessing
 import multiprocessing.util
 import os
 import signal
+import zlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -17,10 +19,12 @@ from torch import Tensor
 
 from concentration.data.index import Split
 from concentration.data.order import Order
+from concentration.data.prefetch import Prefetch, check_room
 from concentration.data.sample_targets import SampleTargets
+from concentration.data.shard_cache import load_cache
 from concentration.data.views import UNDECODABLE, CentreView, ViewConfig, Views, decode_view, draw_views
 from concentration.distributed import slice_of_rank
-from concentration.errors import DataError
+from concentration.errors import ConcentrationError, DataError
 from concentration.targets import VIEW_BYTES, SoftTargets
 
 
@@ -58,7 +62,7 @@ class SampleReader:
     """Reads and decodes samples by ordinal; holds open files, which do not travel to worker processes.
 
     Raises:
-        DataError: a shard cannot be read, or has changed since it was indexed.
+        DataError: a shard cannot be read or fetched, or has changed since it was indexed.
     """
 
     def __init__(self, split: Split, targets: SampleTargets, image_size: int, views: ViewConfig | None, seed: int):
@@ -67,6 +71,8 @@ class SampleReader:
         self._image_size = image_size
         self._views = views
         self._seed = seed
+        #: None where the shards lie on this machine.
+        self.cache = load_cache(split)
         self._files: dict[int, int] = {}
 
     def __getstate__(self):
@@ -115,14 +121,32 @@ class SampleReader:
                 f"{shard.path}: ends inside the sample '{shard.keys[row]}'; the shard changed while it was read: "
                 "bring it back and run the same command again"
             )
+        if zlib.crc32(content) != shard.image_crc32[row]:
+            if self.cache is not None:
+                self.cache.discard(shard)  # the copy was checked when it was fetched
+            raise DataError(
+                f"{shard.path}: the image of '{shard.keys[row]}' is not the one that was indexed; the shard was replaced or "
+                "damaged: bring it back and run the same command again, or prepare again"
+            )
         return content
 
     def _open(self, number: int) -> int:
         if number not in self._files:
+            if self.cache is not None:
+                self._close_evicted()
             if len(self._files) >= 256:
                 os.close(self._files.pop(next(iter(self._files))))
-            self._files[number] = os.open(self.split.shards[number].path, os.O_RDONLY)
+            shard = self.split.shards[number]
+            self._files[number] = (
+                os.open(shard.path, os.O_RDONLY) if isinstance(shard.path, Path) else self.cache.open(shard)
+            )
         return self._files[number]
+
+    def _close_evicted(self) -> None:
+        """Closes copies that the cache has removed: open, they would go on filling the disk."""
+        for number, file in list(self._files.items()):
+            if os.fstat(file).st_nlink == 0:
+                os.close(self._files.pop(number))
 
 
 class StepBatches(torch.utils.data.Dataset):
@@ -148,13 +172,25 @@ class StepBatches(torch.utils.data.Dataset):
         self._rank = rank
         self._world_size = world_size
         self.steps_per_epoch = -(-len(order) // batch_size)
+        if reader.cache is not None:
+            check_room(reader.split, order, reader.cache)
+
+    def begin_prefetch(self, numbers: range) -> Prefetch | None:
+        """Fetches ahead for these micro-batches; None where the shards lie on this machine, or nothing is read."""
+        if self._reader.cache is None or not numbers:
+            return None
+        epoch, place = self.locate(numbers[-1])
+        return Prefetch(self._reader.split, self._order, self._reader.cache, (epoch, place + self._batch_size))
+
+    def locate(self, number: int) -> tuple[int, int]:
+        """The epoch of a micro-batch, and the place in it at which the global batch begins."""
+        epoch, step_of_epoch = divmod(number // self._accumulate, self.steps_per_epoch)
+        return epoch, step_of_epoch * self._batch_size
 
     def __getitem__(self, number: int) -> Batch:
-        step, micro = divmod(number, self._accumulate)
-        epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
+        epoch, first = self.locate(number)
         mine = slice_of_rank(self._batch_size, self._rank, self._world_size)
-        part = slice_of_rank(mine.stop - mine.start, micro, self._accumulate)
-        first = step_of_epoch * self._batch_size
+        part = slice_of_rank(mine.stop - mine.start, number % self._accumulate, self._accumulate)
         places = np.arange(first + mine.start + part.start, first + mine.start + part.stop)
         is_real = places < len(self._order)
         ordinals = self._order.take(epoch, places % len(self._order))
@@ -229,27 +265,35 @@ class _Loader(torch.utils.data.DataLoader):
         # a signal, which they ignore, and would wait for ever.
         workers = set(multiprocessing.active_children()) - others
         end = multiprocessing.util.Finalize(None, _kill, args=(workers,), exitpriority=1)
+        step_batches: StepBatches = self.dataset.batches
+        prefetch = step_batches.begin_prefetch(self.sampler)  # its threads begin when the workers have been forked
         try:
-            for batch in batches:
-                if isinstance(batch, DataError):
+            if prefetch is not None:
+                prefetch.advance(*step_batches.locate(self.sampler[0]))
+            for number, batch in zip(self.sampler, batches, strict=True):
+                if isinstance(batch, ConcentrationError):
                     raise batch
+                if prefetch is not None:
+                    prefetch.advance(*step_batches.locate(number))
                 yield batch
         finally:
+            if prefetch is not None:
+                prefetch.stop()
             batches = None  # ends the workers, unless an error keeps hold of it
             if not any(worker.is_alive() for worker in workers):
                 end.cancel()
 
 
 class _Returned(torch.utils.data.Dataset):
-    """Returns a DataError instead of raising it: torch would put the worker's whole traceback into its one line."""
+    """Returns an error of ours instead of raising it: torch would put the worker's whole traceback into its one line."""
 
     def __init__(self, batches: StepBatches):
-        self._batches = batches
+        self.batches = batches
 
-    def __getitem__(self, number: int) -> Batch | DataError:
+    def __getitem__(self, number: int) -> Batch | ConcentrationError:
         try:
-            return self._batches[number]
-        except DataError as error:
+            return self.batches[number]
+        except ConcentrationError as error:
             return error
 
 
@@ -259,7 +303,7 @@ def _kill(workers: set[multiprocessing.Process]) -> None:
         worker.kill()
 
 
-def _identity(batch: Batch | DataError) -> Batch | DataError:
+def _identity(batch: Batch | ConcentrationError) -> Batch | ConcentrationError:
     return batch
 
 

@@ -3,7 +3,6 @@
 Shapes: N samples, U hashes of one split that differ, P pairs.
 """
 
-import dataclasses
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ import imagehash
 import numpy as np
 from PIL import Image
 
-from concentration.data.views import centre_views, decode_view
+from concentration.data.views import View, decode_view
 
 HASH_BITS = 64
 #: Pairs that are listed for two splits; all are counted.
@@ -26,8 +25,12 @@ _IMAGE_SIZE = 64
 #: Candidates that are compared at a time.
 _BLOCK = 2**20
 
-# An area without bounds keeps the whole image, which becomes square.
-_WHOLE = dataclasses.replace(centre_views(1), area=np.full(1, np.inf))
+
+class _WholeImage:
+    """The whole image, which becomes square; implements `Views`."""
+
+    def at(self, row: int, size: tuple[int, int]) -> View:
+        return View(0.0, 0.0, 1.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ def hash_image(content: bytes) -> int | None:
 
     Source: `imagehash.phash`, the signs of the 8 x 8 lowest frequencies; 32 are set, so distances are even.
     """
-    pixels = decode_view(content, _WHOLE, 0, _IMAGE_SIZE)
+    pixels, _ = decode_view(content, _WholeImage(), 0, _IMAGE_SIZE)
     grey = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0))).convert("L")
     if np.asarray(grey).std() < _MIN_CONTRAST:
         return None

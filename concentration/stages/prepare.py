@@ -15,10 +15,18 @@ import pydantic
 
 from concentration.data.index import ShardIndex, Split, check_keys, index_shard, load_split
 from concentration.data.order import permutation
+from concentration.data.remote import Location
+from concentration.data.shard_cache import save_access
 from concentration.data.shards import write_shard
 from concentration.data.sources import DataConfig, build_source
 from concentration.data.sources.source import SPLITS, Item, Source
-from concentration.data.sources.webdataset_shards import ShardsConfig, list_shards, load_shards_taxonomy
+from concentration.data.sources.webdataset_shards import (
+    ShardsConfig,
+    check_owners,
+    index_given_shard,
+    list_shards,
+    load_shards_taxonomy,
+)
 from concentration.data.views import Share, ViewConfig
 from concentration.errors import ConfigError, DataError
 from concentration.processes import end_with_parent
@@ -54,13 +62,15 @@ def prepare(config: PrepareConfig) -> None:
             vertical has no training image.
     """
     directory = RunDirectory(config.workdir / SHARDS)
-    if isinstance(config.data, ShardsConfig) and config.data.path.resolve() == directory.path.resolve():
+    if isinstance(config.data, ShardsConfig) and _is_same_folder(config.data, directory.path):
         raise ConfigError(
             f"data.path={config.data.path}: is what `prepare` writes to, and clears with overwrite=true; "
             "move your shards to a folder of their own, they are used where they lie"
         )
     with directory.begin(config, upstream={}) as is_due:
         if not is_due:
+            if isinstance(config.data, ShardsConfig) and config.data.is_remote:
+                save_access(config.data.access, directory.path)  # a cache may be moved or grow at any time
             return
         if isinstance(config.data, ShardsConfig):
             taxonomy = load_shards_taxonomy(config.data)
@@ -189,33 +199,32 @@ def _is_whole(index: Path, num_expected: int) -> bool:
 
 def _index_given_shards(config: ShardsConfig, path: Path, taxonomy: Taxonomy, num_processes: int | None) -> None:
     shards_of = {split: list_shards(config, split) for split in SPLITS}
-    _check_owners(config, shards_of)
-    states = ((split, shard, shard.stat()) for split, shards in shards_of.items() for shard in shards)
-    _begin_listing(path, taxonomy, (f"{s} {p} {state.st_size} {state.st_mtime_ns}" for s, p, state in states))
+    check_owners(config, shards_of)
+    located = [(split, shard) for split, shards in shards_of.items() for shard in shards]
+    _begin_listing(path, taxonomy, (f"{split} {_describe_state(shard)}" for split, shard in located))
+    cache = None
+    if config.is_remote:
+        save_access(config.access, path)
+        cache = config.access.build_cache(path.parent)
     tasks = []
     for split, shards in shards_of.items():
         for number, shard in enumerate(shards):
-            tasks.append(functools.partial(_index_given_shard, shard, path / f"{split}-{number:06d}.index", taxonomy))
+            index = path / f"{split}-{number:06d}.index"
+            tasks.append(functools.partial(index_given_shard, shard, index, taxonomy, config.labels, cache))
     with Progress("index", len(tasks), "shards", path) as progress:
         _run_all(tasks, [1] * len(tasks), num_processes, progress)
 
 
-def _check_owners(config: ShardsConfig, shards_of: dict[str, list[Path]]) -> None:
-    """Raises: DataError where a tar belongs to two splits: a network would be tested on what it was trained on."""
-    owner: dict[Path, str] = {}
-    for split, shards in shards_of.items():
-        for shard in shards:
-            if shard in owner:
-                raise DataError(
-                    f"{shard}: matches both data.{owner[shard]}={getattr(config, owner[shard])} and "
-                    f"data.{split}={getattr(config, split)}; give patterns that no file shares"
-                )
-            owner[shard] = split
+def _describe_state(shard: Location) -> str:
+    """A remote shard that changes before the end is found out when it is read: its index holds checksums."""
+    if isinstance(shard, str):
+        return shard
+    state = shard.stat()
+    return f"{shard} {state.st_size} {state.st_mtime_ns}"
 
 
-def _index_given_shard(shard: Path, index_path: Path, taxonomy: Taxonomy) -> None:
-    if not index_path.exists():
-        index_shard(shard, taxonomy, str(shard.resolve())).save(index_path)
+def _is_same_folder(data: ShardsConfig, path: Path) -> bool:
+    return isinstance(data.path, Path) and data.path.resolve() == path.resolve()
 
 
 def _run_all(tasks: Sequence[Callable], sizes: Sequence[int], num_processes: int | None, progress: Progress) -> None:

@@ -121,7 +121,7 @@ def student(config: StudentConfig) -> None:
             title=f"student {config.name}",
             taxonomy=taxonomy,
             split=split,
-            ordinals=np.arange(len(split)),
+            ordinals=range(len(split)),
             targets=_build_targets(config, split, smear),
             counts_C=counts_C,
             frequency_C=counts_C / _count_seen(split, config.outside_weight),

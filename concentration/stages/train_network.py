@@ -55,7 +55,7 @@ class Task:
         title: for the progress bar.
         taxonomy: of the network's outputs.
         split: of the training samples.
-        ordinals: which of them take part, rising.
+        ordinals: which of them take part, rising; a range where all do.
         targets: of each.
         counts_C: training samples of every output, for the class weights.
         frequency_C: the share of samples that every output is present in, for the prior.
@@ -66,7 +66,7 @@ class Task:
     title: str
     taxonomy: Taxonomy
     split: Split
-    ordinals: np.ndarray
+    ordinals: np.ndarray | range
     targets: SampleTargets
     counts_C: np.ndarray
     frequency_C: np.ndarray

@@ -24,10 +24,10 @@ from concentration.data.index import Split
 from concentration.data.loader import SampleReader, StepBatches, build_loader
 from concentration.data.order import WindowOrder
 from concentration.data.sample_targets import LabelTargets
-from concentration.data.views import centre_views, decode_view
+from concentration.data.views import CentreView, decode_view
 
 NUM_IMAGES = 64
-CENTRE = centre_views(1)
+CENTRE = CentreView()
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def load_with_webdataset(split: Split, workload: Workload, num_workers: int) -> 
 
 def load_with_webdataset_and_our_views(split: Split, workload: Workload, num_workers: int) -> Iterable:
     samples = open_webdataset(split).decode()  # of the labels alone
-    samples = samples.map_dict(jpg=lambda content: decode_view(content, CENTRE, 0, workload.image_size))
+    samples = samples.map_dict(jpg=lambda content: decode_view(content, CENTRE, 0, workload.image_size)[0])
     return batch_with_webdataset(samples, workload, num_workers)
 
 

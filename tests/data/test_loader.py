@@ -6,12 +6,13 @@ import multiprocessing
 import os
 import pickle
 import signal
+import tarfile
 
 import numpy as np
 import pytest
 import torch
 
-from concentration.data.index import ShardIndex
+from concentration.data.index import ShardIndex, index_shard, load_split
 from concentration.data.loader import Batch, SampleReader, StepBatches, StepLoader, build_loader
 from concentration.data.order import SequentialOrder, WindowOrder
 from concentration.data.sample_targets import LabelTargets
@@ -187,14 +188,17 @@ def test_epochs_see_other_views_of_a_sample(split, order):
 
 
 @pytest.fixture
-def damaged(make_split, tmp_path):
+def damaged(make_split, write_tar, taxonomy, tmp_path):
     """A split whose sample 6 cannot be decoded, with its shard's file."""
     split = make_split(tmp_path, LABELS)
     path = split.shards[1].path
-    with open(path, "r+b") as file:
-        file.seek(int(split.shards[1].image_offset[1]))
-        file.write(b"?" * int(split.shards[1].image_size[1]))
-    return split, path
+    with tarfile.open(path) as tar:
+        members = [(member.name, tar.extractfile(member).read()) for member in tar]
+    bad = [(name, b"no image" if name == "train-000001-1.jpg" else content) for name, content in members]
+    assert bad != members
+    write_tar(path, bad)
+    index_shard(path, taxonomy, path.name).save(path.with_suffix(".index"))
+    return load_split(tmp_path, "train", taxonomy), path
 
 
 def test_an_undecodable_image_is_black_has_no_weight_and_is_marked(damaged):
@@ -223,6 +227,24 @@ def test_a_shard_that_is_shortened_while_it_is_read_is_one_line(num_workers, dam
     assert "\n" not in message
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_image_that_is_not_the_one_that_was_indexed_is_refused(num_workers, make_split, tmp_path):
+    """A shard of the same size, replaced by another: its images would get the labels of those that were there."""
+    split = make_split(tmp_path, [[["gull"], ["taxi"], ["soup"]]])
+    shard = split.shards[0]
+    with open(shard.path, "r+b") as file:
+        place = int(shard.image_offset[1] + shard.image_size[1]) - 1
+        (byte,) = os.pread(file.fileno(), 1, place)
+        os.pwrite(file.fileno(), bytes([byte ^ 1]), place)
+    split = load_split(tmp_path, "train", split.taxonomy)
+    batches = StepBatches(build_reader(split), SequentialOrder(np.arange(3)), 1, 1, 0, 1)
+    batches[0], batches[2]
+    with pytest.raises(DataError) as caught:
+        list(build_loader(batches, range(3), num_workers))
+    assert str(caught.value).startswith(f"{shard.path}: the image of 'train-000000-1' is not the one that was indexed")
+    assert "\n" not in str(caught.value)
+
+
 def test_a_shard_that_is_gone_is_named(damaged):
     split, path = damaged
     path.unlink()
@@ -236,9 +258,8 @@ def count_open_files() -> int:
 
 def test_readers_keep_few_files_open_and_close_them(split):
     """A run has a reader for each vertical, and a split may have thousands of shards."""
-    (only,) = {shard.path for shard in split.shards[:1]}
-    index = ShardIndex.load(only.with_suffix(".index"))
-    many = type(split)("train", [index] * 300, [f"train-{n:06d}" for n in range(300)], split.taxonomy)
+    index = ShardIndex.load(split.shards[0].path.with_suffix(".index"))
+    many = type(split)("train", [index] * 300, [f"train-{n:06d}" for n in range(300)], split.taxonomy, split.directory)
     gc.collect()
     before = count_open_files()
     reader = SampleReader(many, LabelTargets(many, smear=False), SIZE, None, 0)

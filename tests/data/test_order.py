@@ -2,6 +2,8 @@
 
 import collections
 import itertools
+import time
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -141,6 +143,58 @@ def test_seeking_touches_one_window_alone():
         assert not any(shard.was_read for shard in shards)
         assert order.take(5, np.array([place])).tolist() == [expected[place]]
         assert sum(shard.was_read for shard in shards) == 4
+
+
+@given(SIZES, SEEDS, st.integers(1, 9), EPOCHS)
+def test_ranges_are_ordered_as_the_arrays_of_their_samples(sizes, seed, window_shards, epoch):
+    arrays = number_through(sizes)
+    ranges = [range(int(bound), int(bound) + size) for bound, size in zip(np.cumsum([0, *sizes]), sizes, strict=False)]
+    expected = take_all(WindowOrder(arrays, seed, window_shards), epoch)
+    assert take_all(WindowOrder(ranges, seed, window_shards), epoch) == expected
+
+
+def test_seeking_in_100_million_samples_takes_milliseconds_and_megabytes():
+    """25,000 shards of 4,000; the bounds are ten times what was measured."""
+    tracemalloc.start()
+    started = time.perf_counter()
+    shards = [range(start, start + 4000) for start in range(0, 100_000_000, 4000)]
+    order = WindowOrder(shards, seed=3, window_shards=16)
+    built = time.perf_counter()
+    taken = order.take(7, np.arange(50_000_000, 50_000_256))
+    seconds = time.perf_counter() - built
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(order) == 100_000_000
+    assert len(set(taken.tolist())) == 256
+    assert len({ordinal // 4000 for ordinal in taken.tolist()}) <= 16
+    print(f"built in {built - started:.4f} s, sought in {seconds:.4f} s, {peak_bytes / 2**20:.1f} MiB")
+    assert seconds < 0.5
+    assert peak_bytes < 100 * 2**20
+
+
+@given(SIZES, SEEDS, st.integers(1, 4), st.integers(0, 3))
+def test_stretches_follow_each_other_and_hold_the_shards_of_their_samples(sizes, seed, window_shards, epoch):
+    shard_start = np.cumsum([0, *sizes])
+    orders = [
+        WindowOrder(number_through(sizes), seed, window_shards),
+        SequentialOrder(np.arange(sum(sizes))),
+        SequentialOrder(permutation(sum(sizes), seed)),
+        ClassBalancedOrder(number_through(sizes), sum(sizes), seed),
+    ]
+    for order, at_once in zip(orders, (window_shards, 1, 1, len(sizes)), strict=True):
+        ordinals, place = take_all(order, epoch), 0
+        while place < len(order):
+            stretch = order.stretch_at(epoch, place, shard_start)
+            assert place < stretch.stop <= len(order)
+            assert len(set(stretch.shards)) == len(stretch.shards) <= at_once
+            read = np.searchsorted(shard_start, ordinals[place : stretch.stop], side="right") - 1
+            if isinstance(order, ClassBalancedOrder):
+                assert set(read.tolist()) <= set(stretch.shards)
+            else:
+                assert set(read.tolist()) == set(stretch.shards)
+            for inside in range(place, stretch.stop):
+                assert order.stretch_at(epoch, inside, shard_start).stop == stretch.stop
+            place = stretch.stop
 
 
 def test_random_bits_are_splitmix64_of_the_keys():

@@ -99,7 +99,58 @@ def test_patterns_choose_the_tars_sorted_and_may_go_into_folders(given):
     assert list_shards(ShardsConfig(path=given, val="more/*.tar"), "val") == [given / "more" / "a.tar"]
 
 
-@pytest.mark.parametrize("pattern", ["", "/data/train-*.tar"])
+def test_names_in_braces_are_all_expected(given):
+    config = ShardsConfig(path=given, train="train-{0..1}.tar", val="{val,test}-0.tar")
+    assert list_shards(config, "train") == [given / "train-0.tar", given / "train-1.tar"]
+    assert list_shards(config, "val") == [given / "test-0.tar", given / "val-0.tar"]
+    assert list_shards(ShardsConfig(path=given, train="{train,val}-*.tar"), "train") == [
+        *(given / f"train-{n}.tar" for n in range(2)),
+        given / "val-0.tar",
+    ]
+    for split in ("train", "val"):
+        with pytest.raises(DataError, match=rf"train-2\.tar: no file.*data\.{split}=train-\{{0\.\.2\}}\.tar"):
+            list_shards(ShardsConfig(path=given, **{split: "train-{0..2}.tar"}), split)
+
+
+def test_names_in_braces_behind_a_url_are_not_looked_up():
+    """Nothing is served there."""
+    config = ShardsConfig(path="http://127.0.0.1:1/given/", train="train-{08..11}.tar", val=None)
+    assert list_shards(config, "train") == [f"http://127.0.0.1:1/given/train-{n}.tar" for n in ("08", "09", "10", "11")]
+    assert list_shards(config, "val") == []
+
+
+def test_splits_that_are_null_are_not_there(given):
+    prepare(build_config(given, val=None, test=None))
+    done = RunDirectory(given.with_name("work") / "shards").load_done("concentrate prepare")
+    assert list(done["splits"]) == ["train"]
+
+
+def test_samples_with_both_kinds_of_labels_need_a_choice(given, write_tar, encode_image, taxonomy):
+    members = [("both.png", encode_image()), ("both.json", b'{"labels": ["gull"]}'), ("both.cls", b"10")]
+    write_tar(given / "train-2.tar", members)
+    refuse(build_config(given), "'both' has 2 labels", "data.labels=json or data.labels=cls")
+    prepare(build_config(given, labels="json").model_copy(update={"overwrite": True}))
+    train = load_split(given.with_name("work") / "shards", "train", taxonomy)
+    assert train.labels(5) == (taxonomy.output("gull"),)
+
+
+def test_a_config_with_a_url_stays_as_it_is_when_it_is_written_and_read(given):
+    config = build_config(given)
+    url = config.model_copy(update={"data": ShardsConfig(path="s3://bucket/x", taxonomy="https://host/taxonomy.json")})
+    for whole in (config, url):
+        assert parse_config(PrepareConfig, whole.model_dump(mode="json")) == whole
+    assert url.data.path == "s3://bucket/x"
+    assert url.data.taxonomy == "https://host/taxonomy.json"
+
+
+def test_where_and_how_shards_are_reached_is_no_part_of_the_identity():
+    plain = ShardsConfig(path="s3://bucket/x")
+    other = ShardsConfig(path="s3://other/y", storage_options={"anon": True}, cache={"gib": 3})
+    assert plain.identity() == other.identity()
+    assert plain.identity() != ShardsConfig(path="s3://bucket/x", labels="cls").identity()
+
+
+@pytest.mark.parametrize("pattern", ["", "/data/train-*.tar", "{a,}", "s3://bucket/x.tar", "{train,/x}-*.tar"])
 def test_what_is_no_pattern_is_refused(pattern, given):
     refuse(build_config(given, train=pattern), f"data.train={pattern}: expected a pattern", error=ConfigError)
 

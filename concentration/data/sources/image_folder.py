@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 
 import pydantic
 
-from concentration.data.index import IMAGE_EXTENSIONS
+from concentration.data.shard_members import IMAGE_EXTENSIONS
 from concentration.data.sources.source import SPLITS, Item, Split
 from concentration.data.views import UNDECODABLE, Share, ViewConfig, open_image
 from concentration.errors import DataError

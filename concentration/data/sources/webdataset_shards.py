@@ -1,10 +1,19 @@
-"""`data=shards`: existing WebDataset shards with a taxonomy.json, used where they lie."""
+"""`data=shards`: existing WebDataset shards with a taxonomy.json, used where they lie, on this machine or behind a URL."""
 
+import functools
+import glob
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import pydantic
+from braceexpand import braceexpand
 
+from concentration.data.index import index_shard
+from concentration.data.remote import Location, Remote, is_url, join, parse_location
+from concentration.data.shard_cache import Access, CacheConfig, ShardCache
+from concentration.data.shard_members import LabelMember
 from concentration.data.sources.source import Split
 from concentration.data.views import ViewConfig
 from concentration.errors import ConfigError, DataError
@@ -15,28 +24,59 @@ from concentration.taxonomy import Taxonomy
 class ShardsConfig(Config):
     """Which tars are which split.
 
-    path: the folder of the shards.
-    taxonomy: None is `taxonomy.json` in that folder.
-    train, val, test: patterns of file names; `val` and `test` may match nothing, and are then not there.
+    path: the folder of the shards, or its URL: `s3://bucket/prefix`, `https://host/folder`, any that fsspec opens.
+    taxonomy: a file or its URL; None is `taxonomy.json` in that folder.
+    train, val, test: patterns of file names. Wildcards are looked up in the folder (on http, in the page that lists it);
+        names in braces, `train-{000000..000099}.tar`, are all expected and no folder is listed. `val` and `test` may
+        match nothing, or be null, and are then not there.
+    labels: the member with a sample's labels; `auto` takes `.json` or `.cls`, whichever is there, and refuses both.
+    storage_options: for fsspec; written to disk, so without secrets: those are taken from the environment.
+    cache: of remote shards. Both may be changed by preparing again, which then only notes them.
     """
 
-    runtime_fields: ClassVar[frozenset[str]] = frozenset({"path"})
+    runtime_fields: ClassVar[frozenset[str]] = frozenset({"path", "storage_options", "cache"})
 
     kind: Literal["shards"] = "shards"
-    path: Path
-    taxonomy: Path | None = None
+    path: Annotated[Location, pydantic.BeforeValidator(parse_location)]
+    taxonomy: Annotated[Location, pydantic.BeforeValidator(parse_location)] | None = None
     train: str = "train-*.tar"
-    val: str = "val-*.tar"
-    test: str = "test-*.tar"
+    val: str | None = "val-*.tar"
+    test: str | None = "test-*.tar"
+    labels: LabelMember = "auto"
     image_size: pydantic.PositiveInt = 224
     view: ViewConfig = ViewConfig()
+    storage_options: dict[str, Any] | None = None
+    cache: CacheConfig = CacheConfig()
+
+    @pydantic.model_validator(mode="after")
+    def _check_access(self):
+        _ = self.access  # refuses secrets
+        if not self.is_remote and (self.storage_options or self.cache != CacheConfig()):
+            raise ValueError("storage_options and cache are for remote shards, and data.path is no URL; remove them")
+        return self
+
+    @property
+    def is_remote(self) -> bool:
+        return isinstance(self.path, str)
+
+    @property
+    def access(self) -> Access:
+        return Access(storage_options=self.storage_options, cache=self.cache)
 
 
 def load_shards_taxonomy(config: ShardsConfig) -> Taxonomy:
-    return Taxonomy.load(config.taxonomy or config.path / "taxonomy.json")
+    """Raises: DataError where it cannot be had, or is no taxonomy."""
+    location = config.taxonomy or join(config.path, "taxonomy.json")
+    if isinstance(location, Path):
+        return Taxonomy.load(location)
+    try:
+        content = json.loads(config.access.build_remote().read(location))
+    except ValueError as error:  # also text that is not UTF-8
+        raise DataError(f"{location}: not JSON ({error}); write it again") from None
+    return Taxonomy.from_json(content, location)
 
 
-def list_shards(config: ShardsConfig, split: Split) -> list[Path]:
+def list_shards(config: ShardsConfig, split: Split) -> list[Location]:
     """The tars of a split, sorted.
 
     Raises:
@@ -44,19 +84,72 @@ def list_shards(config: ShardsConfig, split: Split) -> list[Path]:
         DataError: there are none for training, or one is no file.
     """
     pattern = getattr(config, split)
-    try:
-        found = sorted(config.path.glob(pattern))
-    except (ValueError, NotImplementedError):
-        raise ConfigError(
-            f"data.{split}={pattern}: expected a pattern of names in data.path, like 'train-*.tar'"
-        ) from None
+    if pattern is None and split != "train":
+        return []
+    names = _expand_braces(config, split, pattern)
+    find = functools.partial(_find_remote, config.access.build_remote()) if config.is_remote else _find_here
+    found: set[Location] = set()
+    for name in names:
+        if "{" in pattern and not glob.has_magic(name):
+            found.add(join(config.path, name))
+        else:
+            found.update(find(config.path, name))
     if not found and split == "train":
         raise DataError(
             f"{config.path}: no file matches data.train={pattern}; give the folder and pattern of your shards"
         )
-    for path in found:
-        if not path.is_file():
+    for location in found:
+        if isinstance(location, Path) and not location.is_file():
             raise DataError(
-                f"{path}: no file, but a folder or a link to nowhere; remove it or narrow data.{split}={pattern}"
+                f"{location}: no file, but a folder, a link to nowhere or nothing; bring it, remove it or narrow "
+                f"data.{split}={pattern}"
             )
-    return found
+    return sorted(found)
+
+
+def check_owners(config: ShardsConfig, shards_of: Mapping[Split, Sequence[Location]]) -> None:
+    """Raises: DataError where a tar belongs to two splits: a network would be tested on what it was trained on."""
+    owner: dict[Location, Split] = {}
+    for split, shards in shards_of.items():
+        for shard in shards:
+            if shard in owner:
+                raise DataError(
+                    f"{shard}: matches both data.{owner[shard]}={getattr(config, owner[shard])} and "
+                    f"data.{split}={getattr(config, split)}; give patterns that no file shares"
+                )
+            owner[shard] = split
+
+
+def index_given_shard(
+    shard: Location, index_path: Path, taxonomy: Taxonomy, labels: LabelMember, cache: ShardCache | None
+) -> None:
+    """Writes the index of one shard; a remote one is fetched into the cache, where training will find it."""
+    if index_path.exists():
+        return
+    if isinstance(shard, Path):
+        index = index_shard(shard, taxonomy, str(shard.resolve()), labels)
+    else:
+        index = cache.admit(shard, lambda path: index_shard(path, taxonomy, shard, labels))
+    index.save(index_path)
+
+
+def _expand_braces(config: ShardsConfig, split: Split, pattern: str) -> list[str]:
+    """Raises: ConfigError where the pattern is none of names in the folder."""
+    try:
+        names = list(braceexpand(pattern))
+    except ValueError:
+        names = []
+    if not all(names) or not names or any(name.startswith("/") or is_url(name) for name in names):
+        raise ConfigError(
+            f"data.{split}={pattern}: expected a pattern of names in data.path, like 'train-*.tar' or "
+            "'train-{000000..000099}.tar'"
+        )
+    return names
+
+
+def _find_here(folder: Path, pattern: str) -> list[Path]:
+    return list(folder.glob(pattern))
+
+
+def _find_remote(remote: Remote, folder: str, pattern: str) -> list[str]:
+    return remote.glob(join(folder, pattern))

@@ -1,0 +1,81 @@
+"""Fetches remote shards before they are read: the order is known, so the next ones are fetched while these are used."""
+
+import queue
+import threading
+
+from concentration.data.index import Split
+from concentration.data.order import Order, Stretch
+from concentration.data.shard_cache import ShardCache
+from concentration.errors import ConfigError, DataError
+
+
+class Prefetch:
+    """Fetches the shards of the stretch of the order that is read, and of the one after it, in daemon threads.
+
+    The threads are those of the process that owns the loader; its workers find the files, or wait for them.
+
+    Args:
+        split, order: what is read, and how.
+        cache: where the shards go.
+        end: (epoch, place) behind which nothing is read.
+    """
+
+    def __init__(self, split: Split, order: Order, cache: ShardCache, end: tuple[int, int]):
+        self._split = split
+        self._order = order
+        self._cache = cache
+        self._end = end
+        self._known_until = (-1, 0)
+        self._turn = 0  # counts stretches
+        self._queue: queue.SimpleQueue[tuple[int, int] | None] = queue.SimpleQueue()
+        self._is_over = False
+        for _ in range(cache.connections):
+            threading.Thread(target=self._work, name="prefetch", daemon=True).start()
+
+    def advance(self, epoch: int, place: int) -> None:
+        """Says that everything before this place has been read."""
+        if (epoch, place) < self._known_until:
+            return
+        self._turn += 1
+        here = self._ask_for(epoch, place, self._turn)
+        after = (epoch, here.stop) if here.stop < len(self._order) else (epoch + 1, 0)
+        self._known_until = after
+        if after < self._end:
+            self._ask_for(*after, self._turn + 1)
+
+    def stop(self) -> None:
+        """Begins no other shard; what is being fetched goes on, and does not keep the process from ending."""
+        self._is_over = True
+        for _ in range(self._cache.connections):
+            self._queue.put(None)
+
+    def _ask_for(self, epoch: int, place: int, turn: int) -> Stretch:
+        stretch = self._order.stretch_at(epoch, place, self._split.shard_start)
+        for shard in stretch.shards:
+            self._queue.put((turn, shard))
+        return stretch
+
+    def _work(self) -> None:
+        while (asked := self._queue.get()) is not None and not self._is_over:
+            turn, number = asked
+            if turn < self._turn:  # it has been read, and would only push out what is needed
+                continue
+            try:
+                self._cache.fetch(self._split.shards[number])
+            except (ConfigError, DataError):
+                # The reader that needs the shard tries again, and says why it cannot be had.
+                continue
+
+
+def check_room(split: Split, order: Order, cache: ShardCache) -> None:
+    """Raises: ConfigError where the cache cannot hold what is read at a time and what is fetched meanwhile."""
+    num_shards = len(order.stretch_at(0, 0, split.shard_start).shards)
+    largest_bytes = int(split.shard_bytes.max())
+    needed_bytes = min(2 * num_shards * largest_bytes, int(split.shard_bytes.sum()))
+    if needed_bytes > cache.bound_bytes:
+        raise ConfigError(
+            f"{cache.directory}: may hold {cache.bound_bytes / 2**30:.3g} GiB (data.cache.gib), but {num_shards} shards are "
+            f"read at a time and as many fetched meanwhile, the largest of {largest_bytes / 2**20:.4g} MiB: that is "
+            f"{needed_bytes / 2**30:.3g} GiB; run `concentrate prepare` again with a larger data.cache.gib, or lower "
+            "trainer.window_shards"
+        )

@@ -1,0 +1,202 @@
+"""Files behind URLs, through fsspec: listed, measured, read and copied, tried again where that may help."""
+
+import errno
+import json
+import os
+import random
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import aiohttp
+import fsspec
+
+from concentration.errors import ConfigError, DataError
+
+#: A path on this machine, or a URL (str), which a Path would mangle.
+Location = Path | str
+
+#: Before the second try, and at most before any; each wait is twice the one before, give or take a half.
+FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.5, 30.0
+
+#: Answers of a server after which another try may help: a timeout, too early, too many requests.
+_PASSING_STATUS = (408, 425, 429)
+
+T = TypeVar("T")
+
+
+class WrongContentError(OSError):
+    """What was fetched is not what was indexed: cut on the way, or replaced at its source."""
+
+
+def is_url(text: str) -> bool:
+    return "://" in text
+
+
+def parse_location(value: Any) -> Any:
+    """A text as a Path or, where it is a URL, as itself; for pydantic, which checks the rest.
+
+    Raises:
+        ConfigError: the URL holds a password; unlike a ValueError, it does not show what was found.
+        ValueError: names cannot be added to the URL.
+    """
+    if not isinstance(value, str):
+        return value
+    if not is_url(value):
+        return Path(value)
+    if "::" in value:
+        raise ValueError("a URL of several file systems; give one that can be opened directly")
+    if "@" in urlsplit(value).netloc:
+        raise ConfigError(
+            "a URL of the data holds a name or password, which would be written to disk; use the environment's credentials"
+        )
+    if urlsplit(value).query and value.startswith("http"):
+        raise ValueError("a URL with a query; give the address of a folder, to which file names are added")
+    return value.rstrip("/")
+
+
+def join(folder: Location, name: str) -> Location:
+    return folder / name if isinstance(folder, Path) else f"{folder}/{name}"
+
+
+def name_of(location: Location) -> str:
+    """The last part, a file's name."""
+    return location.name if isinstance(location, Path) else location.rpartition("/")[2]
+
+
+@dataclass(frozen=True)
+class Remote:
+    """How remote files are reached.
+
+    Attributes:
+        retries: tries after the first.
+        timeout_seconds: how long the server of an http or s3 URL may be silent.
+        storage_options: handed to fsspec's file system.
+
+    Raises:
+        ConfigError: no file system for the URL is installed, or it does not take these options.
+        DataError: naming the URL, the last reason and the number of tries, where a file cannot be had.
+    """
+
+    retries: int
+    timeout_seconds: float
+    storage_options: Mapping[str, Any]
+
+    def glob(self, pattern: str) -> list[str]:
+        """The URLs of all files that match."""
+        names = self._try(pattern, lambda: self._call(pattern, "glob"))
+        return [self._connect(pattern).unstrip_protocol(name) for name in names]
+
+    def read(self, url: str) -> bytes:
+        """A small file whole."""
+        return self._try(url, lambda: self._call(url, "cat_file"))
+
+    def size(self, url: str) -> int:
+        """In bytes, as the server says."""
+        size = self._try(url, lambda: self._call(url, "size"))
+        if size is None:
+            raise DataError(f"{url}: the server does not tell its size; serve it as a plain file")
+        return size
+
+    def copy(self, url: str, path: Path, check: Callable[[Path], T]) -> T:
+        """Writes the file to `path`, and returns what `check` says of it; its WrongContentError is a failed try."""
+
+        def fetch_and_check() -> T:
+            self._call(url, "get_file", str(path))
+            return check(path)
+
+        return self._try(url, fetch_and_check)
+
+    def _try(self, url: str, action: Callable[[], T]) -> T:
+        own, own_passing = _list_own_errors(url)
+        for number in range(self.retries + 1):
+            try:
+                return action()
+            except (OSError, aiohttp.ClientError, *own) as error:
+                reason = error.__cause__ if isinstance(error.__cause__, aiohttp.ClientError) else error
+                if number == self.retries or not _may_pass(reason, own_passing):
+                    raise DataError(
+                        f"{url}: cannot be fetched: {self._describe(reason)} ({number + 1} "
+                        f"{'try' if number == 0 else 'tries'}); bring it back, or correct the address or the credentials"
+                    ) from None
+            wait_seconds = min(FIRST_WAIT_SECONDS * 2**number, LONGEST_WAIT_SECONDS)
+            # Many processes fail at the same time, and should not come back at the same time.
+            time.sleep(wait_seconds * random.uniform(0.5, 1.5))
+        raise AssertionError("the last try returns or raises")
+
+    def _call(self, url: str, method: str, *arguments: str) -> Any:
+        try:
+            return getattr(self._connect(url), method)(url, *arguments)
+        except TypeError as error:  # options are looked at when they are first used
+            raise _describe_options(url, error) from None
+
+    def _describe(self, error: Exception) -> str:
+        if isinstance(error, FileNotFoundError) or getattr(error, "status", None) == 404:
+            return "no such file"
+        if isinstance(error, aiohttp.ClientResponseError):
+            return f"the server answers {error.status} {error.message}".strip()
+        if isinstance(error, TimeoutError):
+            return f"no answer within {self.timeout_seconds:g} s"
+        return " ".join(str(error).split()) or type(error).__name__
+
+    def _connect(self, url: str) -> fsspec.AbstractFileSystem:
+        """The file system of a URL, one a process: connections are no good to a forked child."""
+        scheme, host = urlsplit(url)[:2]
+        key = (os.getpid(), scheme, host, self.timeout_seconds, json.dumps(dict(self.storage_options), sort_keys=True))
+        if key not in _FILE_SYSTEMS:
+            try:
+                options = _add_timeout(scheme, self.storage_options, self.timeout_seconds)
+                # NOTE: not from fsspec's own cache, which a forked child clears: closing its copies of the parent's
+                # connections would disturb the parent's downloads.
+                _FILE_SYSTEMS[key] = fsspec.core.url_to_fs(url, skip_instance_cache=True, **options)[0]
+            except ImportError as error:
+                raise ConfigError(f"{url}: {error}; for s3, `pip install 'concentration[s3]'`") from None
+            except (TypeError, ValueError) as error:
+                raise _describe_options(url, error) from None
+        return _FILE_SYSTEMS[key]
+
+
+# Those of a parent stay in here, and are never closed by its children.
+_FILE_SYSTEMS: dict[tuple, fsspec.AbstractFileSystem] = {}
+
+
+def _add_timeout(scheme: str, options: Mapping[str, Any], seconds: float) -> dict[str, Any]:
+    """fsspec has no common name for it; the user's own options win."""
+    added: dict[str, dict[str, Any]] = {}
+    if scheme in ("http", "https"):
+        # The time of a whole download is not bounded, only its silences.
+        added = {"client_kwargs": {"timeout": aiohttp.ClientTimeout(sock_connect=seconds, sock_read=seconds)}}
+    elif scheme in ("s3", "s3a"):
+        # One request is one try: retries are counted here alone.
+        tries = {"total_max_attempts": 1}
+        added = {"config_kwargs": {"connect_timeout": seconds, "read_timeout": seconds, "retries": tries}}
+    return {**options, **{name: {**values, **options.get(name, {})} for name, values in added.items()}}
+
+
+def _describe_options(url: str, error: Exception) -> ConfigError:
+    return ConfigError(f"{url}: {' '.join(str(error).split())}; correct the URL or data.storage_options")
+
+
+def _list_own_errors(url: str) -> tuple[tuple[type[Exception], ...], tuple[type[Exception], ...]]:
+    """What a file system raises beside OSError, and which of it may pass: botocore has errors of its own."""
+    if urlsplit(url).scheme not in ("s3", "s3a"):
+        return (), ()
+    try:
+        from botocore import exceptions
+    except ImportError:
+        return (), ()
+    return (exceptions.BotoCoreError, exceptions.ClientError), (exceptions.ConnectionError, exceptions.HTTPClientError)
+
+
+def _may_pass(error: Exception, own_passing: tuple[type[Exception], ...]) -> bool:
+    """Whether another try may help."""
+    if isinstance(error, aiohttp.ClientResponseError):
+        return error.status >= 500 or error.status in _PASSING_STATUS
+    if isinstance(error, aiohttp.InvalidURL | FileNotFoundError | PermissionError):
+        return False
+    if isinstance(error, OSError):
+        return error.errno not in (errno.ENOSPC, errno.EDQUOT)
+    return isinstance(error, (aiohttp.ClientError, *own_passing))

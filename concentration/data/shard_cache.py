@@ -1,0 +1,294 @@
+"""Remote shards on the local disk: fetched whole, checked against their index, shared by the processes of a machine, bounded.
+
+An entry is named by the digest of its index, so a shard that was replaced at its source is never taken for the one that
+was indexed. The one who fetches it holds a lock that ends with its process; all others wait for the entry.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import re
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pydantic
+
+from concentration.data.index import ShardIndex, Split
+from concentration.data.remote import Remote, WrongContentError
+from concentration.errors import ConfigError, DataError
+from concentration.schema import Config, flatten, parse_config
+from concentration.targets import write_atomically
+
+#: Beside the indices: how the shards that they describe are reached.
+ACCESS_FILE = "access.json"
+
+#: Where caches lie, if `data.cache.directory` does not say.
+DIRECTORY_VARIABLE = "CONCENTRATION_CACHE"
+
+_POLL_SECONDS = 0.02
+_ENTRY = re.compile(r"[0-9a-f]{32}\.shard")
+_TEMPORARY = re.compile(r"\.([0-9a-f]{32})\.(\d+)\.tmp")
+_ROOM = "room"
+
+
+class CacheConfig(Config):
+    """The copies of remote shards on this machine.
+
+    directory: None is $CONCENTRATION_CACHE or else `cache` in the working directory; runs may share one.
+    gib: all copies together never take more.
+    connections: shards that a process fetches at the same time.
+    retries: of a request that failed for a reason that may pass, with growing waits.
+    timeout_seconds: how long a server may be silent.
+    """
+
+    directory: Path | None = None
+    gib: pydantic.PositiveFloat = 64
+    connections: pydantic.PositiveInt = 4
+    retries: pydantic.NonNegativeInt = 5
+    timeout_seconds: pydantic.PositiveFloat = 60
+
+
+class Access(Config):
+    """How remote shards are reached: no part of what they are.
+
+    storage_options: handed to fsspec. They are written to disk, so they may hold no secrets: those are taken from the
+    environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a role, ~/.netrc with `client_kwargs: {trust_env: true}`).
+    """
+
+    secret_words: ClassVar[frozenset[str]] = frozenset(
+        {"authorization", "cookies", "credential", "credentials", "key", "login", "password", "sas", "secret", "token"}
+    )
+
+    cache: CacheConfig = CacheConfig()
+    storage_options: dict[str, Any] | None = None
+
+    @pydantic.field_validator("storage_options", mode="after")
+    @classmethod
+    def _check_secrets(cls, options: dict[str, Any] | None) -> dict[str, Any] | None:
+        for name in flatten(options or {}):
+            if cls.secret_words & set(re.split(r"[^a-z]+", name.lower())):
+                # The value is not shown: this line goes into logs.
+                raise ValueError(
+                    f"storage_options.{name} would be written to disk; use the environment's credentials instead"
+                )
+        return options
+
+    def build_remote(self) -> Remote:
+        return Remote(self.cache.retries, self.cache.timeout_seconds, self.storage_options or {})
+
+    def build_cache(self, workdir: Path) -> "ShardCache":
+        directory = self.cache.directory or Path(os.environ.get(DIRECTORY_VARIABLE, workdir / "cache"))
+        bound_bytes = int(self.cache.gib * 2**30)
+        return ShardCache(directory.absolute(), bound_bytes, self.cache.connections, self.build_remote())
+
+
+def save_access(access: Access, directory: Path) -> None:
+    """Notes beside the indices how their shards are reached."""
+    write_atomically(directory / ACCESS_FILE, access.model_dump(mode="json"))
+
+
+def load_cache(split: Split) -> "ShardCache | None":
+    """The cache that the shards of a split are read through; None where they lie on this machine.
+
+    Raises:
+        DataError: how they are reached is not noted.
+    """
+    if not split.is_remote:
+        return None
+    path = split.directory / ACCESS_FILE
+    try:
+        access = parse_config(Access, json.loads(path.read_text(encoding="utf-8")))
+    except (FileNotFoundError, ValueError, ConfigError) as error:
+        raise DataError(
+            f"{path}: missing or damaged ({error}); run the same `concentrate prepare` again, which writes it"
+        ) from None
+    return access.build_cache(split.directory.parent)
+
+
+@dataclass(frozen=True)
+class ShardCache:
+    """Copies of remote shards, at most `bound_bytes` together; those used longest ago go first.
+
+    Raises:
+        ConfigError: the directory cannot be used, or a shard is larger than the bound.
+        DataError: a shard cannot be fetched, or is not the one that was indexed.
+    """
+
+    directory: Path
+    bound_bytes: int
+    connections: int
+    remote: Remote
+
+    def open(self, shard: ShardIndex) -> int:
+        """A file descriptor of the shard's copy, fetched where it is not there; it stays readable when the copy goes."""
+        name = shard.digest[:32]
+
+        def find_or_fetch() -> int:
+            # Whoever had the lock may have fetched it meanwhile.
+            with contextlib.suppress(FileNotFoundError):
+                return self._open_entry(name)
+            return self._fetch(name, shard.path, shard.size_bytes, lambda path: _verify(path, shard))[0]
+
+        with contextlib.suppress(FileNotFoundError):
+            return self._open_entry(name)
+        return self._alone(name, find_or_fetch)
+
+    def fetch(self, shard: ShardIndex) -> None:
+        """Makes sure that the shard's copy is there now, and keeps it from going next."""
+        os.close(self.open(shard))
+
+    def admit(self, url: str, index: Callable[[Path], ShardIndex]) -> ShardIndex:
+        """Fetches a shard that is to be indexed, keeps it, and returns its index."""
+        name = hashlib.sha256(url.encode()).hexdigest()[:32]
+        file, shard = self._alone(name, lambda: self._fetch(name, url, self.remote.size(url), index))
+        os.close(file)
+        return shard
+
+    def discard(self, shard: ShardIndex) -> None:
+        """Forgets a copy that was damaged on the disk."""
+        (self.directory / f"{shard.digest[:32]}.shard").unlink(missing_ok=True)
+
+    def _open_entry(self, name: str) -> int:
+        """Raises: FileNotFoundError where it is not there."""
+        try:
+            file = os.open(self.directory / f"{name}.shard", os.O_RDONLY)
+            os.utime(file)  # what was used last goes last
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise _describe_unusable(self.directory, error) from None
+        return file
+
+    def _fetch(
+        self, name: str, url: str, size_bytes: int, check: Callable[[Path], ShardIndex]
+    ) -> tuple[int, ShardIndex]:
+        """Called by the holder of the lock `name`. The copy appears whole or not at all."""
+        if size_bytes > self.bound_bytes:
+            raise ConfigError(
+                f"{url}: {size_bytes} bytes, more than the cache may hold, {self.bound_bytes} (data.cache.gib="
+                f"{self.bound_bytes / 2**30:g}); run `concentrate prepare` again with a larger data.cache.gib"
+            )
+        temporary = self.directory / f".{name}.{size_bytes}.tmp"
+        try:
+            temporary.unlink(missing_ok=True)  # left by a killed process
+            self._alone(_ROOM, lambda: self._reserve(temporary, size_bytes))
+            try:
+                shard = self.remote.copy(url, temporary, check)
+                file = os.open(temporary, os.O_RDONLY)  # before another process can make room of it
+                os.replace(temporary, self.directory / f"{shard.digest[:32]}.shard")
+            finally:
+                temporary.unlink(missing_ok=True)
+        except OSError as error:
+            raise _describe_unusable(self.directory, error) from None
+        return file, shard
+
+    def _reserve(self, temporary: Path, size_bytes: int) -> bool:
+        """Makes room and takes it, by a file whose name says how much; False where others' downloads take too much now."""
+        taken_bytes, entries = size_bytes, []
+        for found in os.scandir(self.directory):
+            with contextlib.suppress(FileNotFoundError):
+                if match := _TEMPORARY.fullmatch(found.name):
+                    taken_bytes += int(match[2]) if self._is_in_flight(match[1], Path(found.path)) else 0
+                elif _ENTRY.fullmatch(found.name):
+                    state = found.stat()
+                    entries.append((state.st_mtime_ns, state.st_size, Path(found.path)))
+        if taken_bytes > self.bound_bytes:
+            return False
+        taken_bytes += sum(size for _, size, _ in entries)
+        for _, size, path in sorted(entries):
+            if taken_bytes <= self.bound_bytes:
+                break
+            path.unlink(missing_ok=True)
+            taken_bytes -= size
+        temporary.touch()
+        return True
+
+    def _is_in_flight(self, name: str, temporary: Path) -> bool:
+        """Whether somebody is writing the file; if nobody is, it was left by a killed process, and goes."""
+        with self._try_lock(name) as is_ours:
+            if is_ours:
+                temporary.unlink(missing_ok=True)
+            return not is_ours
+
+    def _alone(self, name: str, action: Callable[[], Any]) -> Any:
+        """Calls `action` while no other thread or process holds the lock `name`; again where it returns False."""
+        while True:
+            with self._try_lock(name) as is_ours:
+                if is_ours and (result := action()) is not False:
+                    return result
+            time.sleep(_POLL_SECONDS)
+
+    @contextlib.contextmanager
+    def _try_lock(self, name: str) -> Iterator[bool]:
+        """Whether the lock was free and is held now.
+
+        NOTE: not flock, which children inherit and go on holding; and never waiting in the kernel, which takes two
+        processes whose threads wait for each other's locks for a deadlock. Such a lock knows no threads, so each name
+        has a lock of this process's beside it.
+        """
+        among_threads = _THREAD_LOCKS.setdefault((os.getpid(), self.directory, name), threading.Lock())
+        if not among_threads.acquire(blocking=False):
+            yield False
+            return
+        try:
+            place = 0 if name == _ROOM else 1 + int(name[:15], 16)
+            file = _open_lock_file(self.directory)
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, place)
+            except BlockingIOError:
+                yield False
+                return
+            except OSError as error:
+                raise ConfigError(
+                    f"{self.directory}: cannot be locked ({error.strerror}); give a data.cache.directory with file locks"
+                ) from None
+            try:
+                yield True
+            finally:
+                fcntl.lockf(file, fcntl.LOCK_UN, 1, place)
+        finally:
+            among_threads.release()
+
+
+# By process, too: a fork copies locks that are held by threads which it does not copy.
+_THREAD_LOCKS: dict[tuple[int, Path, str], threading.Lock] = {}
+
+# NOTE: one a directory, never closed: closing any descriptor of a file gives up all of the process's locks on it.
+_LOCK_FILES: dict[Path, int] = {}
+
+
+def _open_lock_file(directory: Path) -> int:
+    if directory not in _LOCK_FILES or os.fstat(_LOCK_FILES[directory]).st_nlink == 0:  # removed as a whole, perhaps
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            _LOCK_FILES[directory] = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise _describe_unusable(directory, error) from None
+    return _LOCK_FILES[directory]
+
+
+def _describe_unusable(directory: Path, error: OSError) -> ConfigError:
+    return ConfigError(
+        f"{directory}: cannot be used ({error.strerror}); free space, or give another data.cache.directory or "
+        f"${DIRECTORY_VARIABLE}"
+    )
+
+
+def _verify(path: Path, shard: ShardIndex) -> ShardIndex:
+    """Raises: WrongContentError where the file is not the one that was indexed."""
+    found_bytes = path.stat().st_size
+    if found_bytes != shard.size_bytes:
+        raise WrongContentError(f"{found_bytes} bytes, but {shard.size_bytes} when it was indexed")
+    with open(path, "rb") as file:
+        for row in range(shard.num_samples):
+            file.seek(int(shard.image_offset[row]))
+            if zlib.crc32(file.read(int(shard.image_size[row]))) != int(shard.image_crc32[row]):
+                raise WrongContentError(f"the image of '{shard.keys[row]}' is not the one that was indexed")
+    return shard

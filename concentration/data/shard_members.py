@@ -1,0 +1,141 @@
+"""What lies in a tar: its members walked by their headers, grouped into samples as `webdataset` does, and their labels."""
+
+import json
+import re
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO, Literal, NamedTuple
+
+from webdataset.tariterators import base_plus_ext
+
+from concentration.errors import DataError
+from concentration.taxonomy import Taxonomy
+
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+_BLOCK_BYTES = 512
+
+#: Which member holds a sample's labels; `auto` takes the only one.
+LabelMember = Literal["auto", "json", "cls"]
+
+# Members that `webdataset` takes for notes about the shard and leaves out.
+_NOTE = re.compile(r"__[^/]*__($|/)")
+
+
+class Member(NamedTuple):
+    """One sample of a shard: its key, where its encoded image lies, and its labels as positions in taxonomy.json."""
+
+    key: str
+    image_offset: int
+    image_size: int
+    labels: list[int]
+
+
+def walk_samples(
+    path: Path, file: BinaryIO, where: str, taxonomy: Taxonomy, label_member: LabelMember
+) -> Iterator[Member]:
+    """All samples of a tar, in its order.
+
+    Args:
+        path: of the tar.
+        file: the same, open; the caller may move it in between.
+        where: what errors call it.
+        taxonomy: of the labels.
+        label_member: where the labels are.
+
+    Raises:
+        DataError: naming the member, where the tar is truncated, a sample lacks its image or labels or has two, or a label is
+            not in the taxonomy.
+    """
+    extensions = ("json", "cls") if label_member == "auto" else (label_member,)
+    for key, members in _group_members(path, file, where):
+        image = _only_member(where, key, members, IMAGE_EXTENSIONS, "image", "")
+        advice = "; say which one counts with data.labels=json or data.labels=cls, and overwrite=true"
+        label = _only_member(where, key, members, extensions, "label", advice)
+        file.seek(label.offset_data)
+        parse = _parse_position if label.name.lower().endswith(".cls") else _parse_labels
+        labels = parse(file.read(label.size), f"{where}: {label.name}", taxonomy)
+        yield Member(key, image.offset_data, image.size, labels)
+
+
+def _group_members(path: Path, file: BinaryIO, where: str) -> Iterator[tuple[str, list[tarfile.TarInfo]]]:
+    """(key, members) of each run of members with one key, as `webdataset` groups them."""
+    key, members = None, []
+    for member in _walk_headers(path, file, where):
+        member_key, extension = base_plus_ext(member.name)
+        if not member_key or not extension or not member.isfile() or _NOTE.match(member.name):
+            continue
+        _check_member(where, member)
+        if member_key != key and members:
+            yield key, members
+            members = []
+        key = member_key
+        members.append(member)
+    if members:
+        yield key, members
+
+
+def _walk_headers(path: Path, file: BinaryIO, where: str) -> Iterator[tarfile.TarInfo]:
+    """All members of a tar that is whole. `file` may be moved by the caller in between."""
+    end = 0
+    try:
+        with tarfile.open(path, "r:", encoding="utf-8") as tar:
+            yield from tar
+            end = tar.offset
+    except (tarfile.TarError, ValueError) as error:
+        raise DataError(
+            f"{where}: empty, truncated, compressed or no tar ({error}); write or fetch it again, uncompressed"
+        ) from None
+    file.seek(end)
+    # NOTE: a tar cut between two members reads as a shorter tar; only the missing end mark tells.
+    if file.read(_BLOCK_BYTES) != bytes(_BLOCK_BYTES):
+        raise DataError(f"{where}: truncated: no end-of-archive mark after byte {end}; write or fetch it again")
+
+
+def _check_member(where: str, member: tarfile.TarInfo) -> None:
+    if member.issparse():
+        raise DataError(f"{where}: {member.name} is stored as a sparse file; write the tar again without --sparse")
+    try:
+        member.name.encode()
+    except UnicodeEncodeError:
+        raise DataError(f"{where}: the name {member.name!r} is not UTF-8; rename it and write the tar again") from None
+    if "\n" in member.name:
+        raise DataError(f"{where}: the name {member.name!r} has a line break; rename it and write the tar again")
+
+
+def _only_member(
+    where: str, key: str, members: list[tarfile.TarInfo], extensions: tuple[str, ...], what: str, advice: str
+) -> tarfile.TarInfo:
+    """`advice` is for a sample that has several."""
+    found = [m for m in members if base_plus_ext(m.name)[1].lower() in extensions]
+    if len(found) == 1:
+        return found[0]
+    have = ", ".join(m.name for m in members)
+    raise DataError(
+        f"{where}: sample '{key}' has {len(found)} {what}s, expected one (.{', .'.join(extensions)}); its members: {have}"
+        f"{advice if found else ''}"
+    )
+
+
+def _parse_labels(content: bytes, where: str, taxonomy: Taxonomy) -> list[int]:
+    """The positions of the class ids of a .json member, sorted, each once."""
+    try:
+        labels = json.loads(content)["labels"]
+    except (ValueError, KeyError, TypeError):
+        raise DataError(f'{where}: expected {{"labels": ["class id", ...]}}, found {content[:80]!r}') from None
+    if not isinstance(labels, list) or not labels:
+        raise DataError(f"{where}: 'labels' is {labels!r}, expected a list of at least one class id")
+    for label in labels:
+        if not isinstance(label, str) or label not in taxonomy.position:
+            raise DataError(f"{where}: label {label!r} is not in the taxonomy; add the class or correct the label")
+    return sorted({taxonomy.position[label] for label in labels})
+
+
+def _parse_position(content: bytes, where: str, taxonomy: Taxonomy) -> list[int]:
+    """The position in a .cls member."""
+    text = content.decode("ascii", errors="replace").strip()
+    if not text.isdigit() or len(text) > 12 or int(text) >= taxonomy.num_classes:
+        raise DataError(
+            f"{where}: '{text[:40]}' is no position in a taxonomy of {taxonomy.num_classes} classes; correct it"
+        )
+    return [int(text)]
