@@ -7,7 +7,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from concentration.distributed import from_rank_zero, rank
 from concentration.errors import ConcentrationError, ConfigError, DataError
@@ -19,12 +19,17 @@ _KEYS: Mapping[str, set[str]] = {"config.json": {"identity", "config"}, "DONE.js
 
 
 class StageConfig(Config):
-    """What every verb takes: the working directory, and leave to replace what an earlier config made."""
+    """What every verb takes: the working directory, and leave to replace what is there.
+
+    overwrite: true makes a finished stage anew, also with the same config: its images may have changed. "changed" replaces
+        only what another config or other upstream results made; a whole run passes this on to its stages. Neither throws
+        away what the same config has begun: a stopped command may be given again as it was.
+    """
 
     runtime_fields: ClassVar[frozenset[str]] = frozenset({"workdir", "overwrite"})
 
     workdir: Path
-    overwrite: bool = False
+    overwrite: bool | Literal["changed"] = False
 
 
 class RunDirectory:
@@ -38,8 +43,10 @@ class RunDirectory:
         self.path = path
 
     @contextlib.contextmanager
-    def begin(self, config: StageConfig, upstream: Mapping[str, str]) -> Iterator[bool]:
+    def begin(self, config: StageConfig, upstream: Mapping[str, str], is_growing: bool = False) -> Iterator[bool]:
         """Gives whether there is work to do; holds the directory against other processes meanwhile.
+
+        A stage that `is_growing` has work also when it is finished.
 
         Raises:
             ConfigError: another process works here; or the stage was begun with another config or other upstream results,
@@ -53,7 +60,9 @@ class RunDirectory:
             ) from None
         # The lock is rank 0's; the other ranks hear from it whether there is work.
         with contextlib.ExitStack() as stack:
-            is_due = from_rank_zero(lambda: stack.enter_context(self._lock()) or self._enter(config, upstream))
+            is_due = from_rank_zero(
+                lambda: stack.enter_context(self._lock()) or self._enter(config, upstream) or is_growing
+            )
             if not is_due and rank() == 0:
                 print(f"{self.path}: finished already, nothing is to do")
             try:
@@ -66,9 +75,10 @@ class RunDirectory:
     def _enter(self, config: StageConfig, upstream: Mapping[str, str]) -> bool:
         identity = {**config.identity(), "upstream": dict(upstream)}
         earlier = self._load("config.json")
-        if earlier is not None and earlier["identity"] != identity:
-            if not config.overwrite:
-                self._refuse(earlier["identity"], identity)
+        is_other = earlier is not None and earlier["identity"] != identity
+        if is_other and not config.overwrite:
+            self._refuse(earlier["identity"], identity)
+        if is_other or (config.overwrite is True and self.is_finished):
             self._clear()
             earlier = None
         for left_by_a_kill in self.path.glob(".*.tmp"):
@@ -76,7 +86,15 @@ class RunDirectory:
         if earlier is None:
             values = {"identity": identity, "config": config.model_dump(mode="json")}
             write_atomically(self.path / "config.json", values)
-        return self._load("DONE.json") is None
+        return not self.is_finished
+
+    @property
+    def is_finished(self) -> bool:
+        return self._load("DONE.json") is not None
+
+    def reopen(self) -> None:
+        """Takes the mark back: the stage is begun, and continued by the next run."""
+        (self.path / "DONE.json").unlink(missing_ok=True)
 
     def finish(self, facts: Mapping[str, Any]) -> None:
         """Marks the stage as finished."""

@@ -11,8 +11,9 @@ from webdataset.tariterators import base_plus_ext
 from concentration.data.index import index_shard
 from concentration.data.shards import write_shard
 from concentration.data.sources.image_folder import ImageFolderConfig, ImageFolderSource
-from concentration.data.sources.source import SPLITS
+from concentration.data.splits import SPLITS, assign_splits
 from concentration.errors import DataError
+from concentration.schema import parse_config
 
 
 @pytest.fixture
@@ -32,12 +33,14 @@ def put(tmp_path, encode_image):
 
 
 def open_folder(root: Path, **options) -> ImageFolderSource:
-    return ImageFolderSource(ImageFolderConfig(path=root, **options))
+    return ImageFolderSource(parse_config(ImageFolderConfig, {"path": root, **options}))
 
 
 def list_all(source: ImageFolderSource) -> dict[str, tuple[str, tuple[str, ...]]]:
     """By path: split and labels."""
-    return {item.locator: (split, item.labels) for split in SPLITS for item in source.list_items(split)}
+    items = source.list_items()
+    splits = assign_splits(items, source.split, kept={}).splits
+    return {item.locator: (split, item.labels) for item, split in zip(items, splits, strict=True)}
 
 
 def describe(source: ImageFolderSource) -> list[tuple[str, tuple[str, ...], str]]:
@@ -97,7 +100,7 @@ def test_given_splits_are_kept_and_missing_ones_are_taken_from_train(put):
         f"{root}/{path}": path.split("/")[0] for path in paths
     }
     shutil.rmtree(root / "val")
-    found = list_all(open_folder(root, val_share=0.3))
+    found = list_all(open_folder(root, split={"val_share": 0.3}))
     assert {split for path, (split, _) in found.items() if path.startswith(f"{root}/train")} == {"train", "val"}
     assert {split for path, (split, _) in found.items() if path.startswith(f"{root}/test")} == {"test"}
     assert {labels for _, labels in found.values()} == {("a",), ("b",)}
@@ -117,15 +120,16 @@ def test_a_sample_keeps_its_split_when_images_come_or_the_folder_is_moved(put, t
 
 def test_the_shares_of_splits_are_those_of_the_config(put):
     root = put(*(f"c{n % 2}/{n}.png" for n in range(600)))
-    splits = [split for split, _ in list_all(open_folder(root, val_share=0.2, test_share=0.3)).values()]
+    splits = [split for split, _ in list_all(open_folder(root, split={"val_share": 0.2, "test_share": 0.3})).values()]
     for split, share in (("train", 0.5), ("val", 0.2), ("test", 0.3)):
         assert abs(splits.count(split) - 600 * share) < 4 * (600 * share * (1 - share)) ** 0.5
-    assert {split for split, _ in list_all(open_folder(root, val_share=0, test_share=0)).values()} == {"train"}
+    source = open_folder(root, split={"val_share": 0, "test_share": 0})
+    assert {split for split, _ in list_all(source).values()} == {"train"}
 
 
 def test_the_listing_does_not_depend_on_the_file_system(put, monkeypatch):
     root = put("b/2.png", "a/1.png", "a/x/1.png", "a/10.png", "b/1.jpg")
-    listed = [open_folder(root).list_items(split) for split in SPLITS]
+    listed = open_folder(root).list_items()
     walk = os.walk
 
     def walk_backwards(*args, **options):
@@ -134,13 +138,13 @@ def test_the_listing_does_not_depend_on_the_file_system(put, monkeypatch):
             yield folder, inner, files[::-1]
 
     monkeypatch.setattr(os, "walk", walk_backwards)
-    assert [open_folder(root).list_items(split) for split in SPLITS] == listed
+    assert open_folder(root).list_items() == listed
 
 
 def test_images_are_stored_as_they_are_and_indexed_whatever_the_case_of_their_names(put, tmp_path):
     root = put("a/1.JPG", "a/2.Jpeg", "a/3.PNG", "b/4.WebP")
-    source = open_folder(root, val_share=0, test_share=0)
-    items = source.list_items("train")
+    source = open_folder(root)
+    items = source.list_items()
     assert write_shard(tmp_path / "a.tar", items, source) == []
     index = index_shard(tmp_path / "a.tar", source.build_taxonomy(), "a.tar")
     assert index.keys == tuple(item.key for item in items)
@@ -163,7 +167,7 @@ def test_keys_are_unique_and_webdataset_reads_them_back_whole(put):
         f"été/x/{'long' * 50}2.png",
     )
     source = open_folder(put(*names))
-    keys = [item.key for split in SPLITS for item in source.list_items(split)]
+    keys = [item.key for item in source.list_items()]
     assert len(set(keys)) == len(keys) == len(names)
     for key in keys:
         assert base_plus_ext(f"{key}.png") == (key, "png")
@@ -196,8 +200,8 @@ def test_links_are_followed_and_loops_are_not(put, tmp_path, encode_image):
 def test_a_link_to_nowhere_is_an_image_that_cannot_be_had(put):
     root = put("a/1.png", "b/1.png")
     (root / "b" / "2.png").symlink_to(root / "gone.png")
-    source = open_folder(root, val_share=0, test_share=0)
-    items = {Path(item.locator).name: item for item in source.list_items("train")}
+    source = open_folder(root)
+    items = {Path(item.locator).name: item for item in source.list_items()}
     with pytest.raises(DataError, match=r"b/2\.png: cannot be decoded .*No such file"):
         source.read(items["2.png"])
 
@@ -207,9 +211,9 @@ def test_an_image_that_cannot_be_decoded_is_named(damage, put):
     root = put("a/1.png", "b/1.png")
     path = root / "a" / "1.png"
     path.write_bytes(damage(path.read_bytes()))
-    source = open_folder(root, val_share=0, test_share=0)
+    source = open_folder(root)
     with pytest.raises(DataError, match=r"images/a/1\.png: cannot be decoded"):
-        source.read(source.list_items("train")[0])
+        source.read(source.list_items()[0])
 
 
 def test_an_image_beside_folders_of_classes_is_refused(put):

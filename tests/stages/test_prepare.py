@@ -258,10 +258,10 @@ def test_a_vertical_without_training_images_is_refused_and_may_be_filled(images,
 
 
 def test_a_folder_without_training_images_is_refused_before_anything_is_written(images, workdir):
-    config = build_config(images / "train", workdir, data={"val_share": 1.0})
+    config = build_config(images / "train", workdir, data={"split": {"val_share": 1.0, "test_share": 0}})
     refuse(config, "no training image", "lower the shares")
     assert list_names(workdir, "*") == [".lock"]
-    prepare(build_config(images / "train", workdir, data={"val_share": 0.1}))
+    prepare(build_config(images / "train", workdir, data={"split": {"val_share": 0.1}}))
 
 
 def test_too_many_undecodable_images_are_listed_and_may_be_repaired(images, workdir, tmp_path):
