@@ -1,5 +1,6 @@
 """Image files on a disk, as all sources that list files read them; classes that are named by paths; verticals of one class."""
 
+import collections
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -54,9 +55,17 @@ def classes_of_paths(ids: Iterable[str]) -> list[TaxonomyClass]:
 
 
 def merge_small_verticals(classes: Sequence[TaxonomyClass]) -> tuple[list[TaxonomyClass], list[str]]:
-    """Puts the classes of verticals with fewer than two into the vertical "other"; returns the names of those verticals, too."""
-    sizes: dict[str, int] = {}
-    for c in classes:
-        sizes[c.vertical] = sizes.get(c.vertical, 0) + 1
+    """Classes of which every vertical has two at least, and notes on how.
+
+    The only class of a vertical goes to the vertical "other"; if it is alone there, too, it is left out.
+    """
+    sizes = collections.Counter(c.vertical for c in classes)
     small = [vertical for vertical, size in sizes.items() if size < 2 and vertical != OTHER]
-    return [replace(c, vertical=OTHER) if c.vertical in small else c for c in classes], small
+    notes = [f"verticals of one class are merged into '{OTHER}': {', '.join(small)}"] if small else []
+    merged = [replace(c, vertical=OTHER) if c.vertical in small else c for c in classes]
+    others = [c for c in merged if c.vertical == OTHER]
+    if len(others) == 1:
+        merged.remove(others[0])
+        notes = [f"the class '{others[0].name}' is alone in its vertical, and left out"]
+    kept = {c.id for c in merged}
+    return [replace(c, parents=tuple(parent for parent in c.parents if parent in kept)) for c in merged], notes

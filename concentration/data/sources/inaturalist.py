@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 import pydantic
 
 from concentration.data.index import IMAGE_EXTENSIONS
-from concentration.data.sources.image_files import OTHER, key_of_path, merge_small_verticals, read_image_file
+from concentration.data.sources.image_files import key_of_path, merge_small_verticals, read_image_file
 from concentration.data.sources.source import Item
 from concentration.data.splits import Split, SplitConfig
 from concentration.data.views import ViewConfig
@@ -107,11 +107,11 @@ class INaturalistSource:
             found = _list_images(content, split, class_of, config.split.group, path)
             items += found
             num_bare += len(content["images"]) - len(found)
-        classes, small = merge_small_verticals(self._build_classes(categories, class_of))
-        notes = [f"{num_bare} images have no annotation, and are left out"] if num_bare else []
-        if small:
-            notes.append(f"verticals of one class are merged into '{OTHER}': {', '.join(small)}")
-        return Taxonomy(classes, str(train)), items, notes
+        classes, notes = merge_small_verticals(self._build_classes(categories, class_of))
+        taxonomy = Taxonomy(classes, str(train))
+        if num_bare:
+            notes.append(f"{num_bare} images have no annotation, and are left out")
+        return taxonomy, [item for item in items if taxonomy.position.keys() >= set(item.labels)], notes
 
     def _find(self, split: Split) -> Path | None:
         pattern = getattr(self._config, split)

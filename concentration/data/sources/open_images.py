@@ -173,12 +173,9 @@ class OpenImagesSource:
         if self._config.outside == "other":
             vertical_of |= dict.fromkeys(outside, OTHER)
         parents = {c: tuple(p for p in self._hierarchy.parents.get(c, ()) if p in vertical_of) for c in vertical_of}
-        classes, small = merge_small_verticals(
+        classes, notes = merge_small_verticals(
             [TaxonomyClass(c, self._names.get(c, c), parents[c], vertical) for c, vertical in vertical_of.items()]
         )
-        notes = []
-        if small:
-            notes.append(f"verticals of one class are merged into '{OTHER}': {', '.join(small)}")
         if outside:
             fate = f"are the vertical '{OTHER}'" if self._config.outside == "other" else "are left out"
             notes.append(f"{len(outside)} classes below no vertical {fate}")
