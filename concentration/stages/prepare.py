@@ -145,14 +145,12 @@ def _prepare_source(source: Source, config: PrepareConfig, directory: RunDirecto
             items_of[split].append(item)
     for line in [*source.list_notes(), *_describe(assignment), *_describe_kept(before, kept, items_of)]:
         print(f"prepare: {line}")
-    if before is not None:
-        num_new = sum(map(len, items_of.values()))
-        if directory.is_finished and num_new == 0 and taxonomy.num_classes == before.num_classes:
-            return
-        before.save(directory.path)
-        directory.reopen()
-    elif not items_of["train"]:
+    if before is None and not items_of["train"]:
         raise DataError("data: no training image; lower the shares of the other splits, or give more images")
+    if before is not None and directory.is_finished:
+        if not any(items_of.values()) and taxonomy.num_classes == before.num_classes:
+            return
+        _reopen(directory, before)
     _write_shards(source, items_of, len(items), config, directory.path, taxonomy, before)
     directory.finish(_summarise(directory.path, taxonomy))
     if before is not None:
@@ -164,13 +162,17 @@ def _look_before(config: PrepareConfig, directory: RunDirectory) -> Before | Non
     if not directory.is_finished:
         return Before.load(directory.path)
     _, taxonomy, _ = load_prepared(config.workdir, DataOverrides())  # refuses what has changed since
-    before = Before.look(directory.path, taxonomy)
-    # What an earlier run could not decode has left lists behind; it is tried again.
-    for pattern in ("*.skipped", _LISTING):
-        for stale in directory.path.glob(pattern):
-            if stale.name == _LISTING or not before.holds(stale):
-                stale.unlink()
-    return before
+    return Before.look(directory.path, taxonomy)
+
+
+def _reopen(directory: RunDirectory, before: Before) -> None:
+    """Notes what was there, and only then takes back that the stage is finished."""
+    # What an earlier run could not decode is tried again, and not taken for done.
+    for stale in [directory.path / _LISTING, *directory.path.glob("*.skipped")]:
+        if stale.name == _LISTING or not before.holds(stale):
+            stale.unlink(missing_ok=True)
+    before.save(directory.path)
+    directory.reopen()
 
 
 def _index_keys(items: Sequence[Item]) -> dict[str, Item]:
