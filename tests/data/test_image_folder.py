@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import shutil
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from concentration.data.index import index_shard
 from concentration.data.shards import write_shard
 from concentration.data.sources.image_folder import ImageFolderConfig, ImageFolderSource
 from concentration.data.splits import SPLITS, assign_splits
-from concentration.errors import DataError
+from concentration.errors import ConfigError, DataError
 from concentration.schema import parse_config
 
 
@@ -125,6 +126,63 @@ def test_the_shares_of_splits_are_those_of_the_config(put):
         assert abs(splits.count(split) - 600 * share) < 4 * (600 * share * (1 - share)) ** 0.5
     source = open_folder(root, split={"val_share": 0, "test_share": 0})
     assert {split for split, _ in list_all(source).values()} == {"train"}
+
+
+def test_what_a_path_holds_may_group_images(put):
+    root = put(*(f"train/c{n % 2}/shoe{n // 5}_{n}.png" for n in range(100)), "test/c0/shoe1_x.png")
+    source = open_folder(root, split={"group": r"/(shoe\d+)_", "val_share": 0.5})
+    items, found = source.list_items(), list_all(source)
+    assert {item.group for item in items} == {f"shoe{n}" for n in range(20)}
+    split_of: dict[str, set[str]] = {}
+    for item in items:
+        split_of.setdefault(item.group, set()).add(found[item.locator][0])
+    assert split_of.pop("shoe1") >= {"test"}, "the source's own test stays, also where it tears a group"
+    assert all(len(splits) == 1 for splits in split_of.values())
+    assert set().union(*split_of.values()) == {"train", "val"}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("(", "split.group=\\(: no regular expression"),
+        ("shoe", "split.group=shoe: has no parenthesis; put one around the group"),
+        (r"/(b\d)", r"data\.split\.group=/\(b\\d\): finds no group in 'x/a1\.png'; correct it"),
+        (r"(b)?1", "finds no group in 'x/a1.png'"),
+    ],
+)
+def test_a_pattern_that_finds_no_group_is_refused(pattern, expected, put):
+    root = put("x/b1.png", "x/a1.png", "y/b1.png")
+    with pytest.raises(ConfigError, match=expected):
+        open_folder(root, split={"group": pattern}).list_items()
+
+
+def test_a_folder_for_validation_has_one_of_three_names(put):
+    for name in ("val", "valid", "validation"):
+        root = put("train/a/1.png", "train/b/1.png", f"{name}/a/1.png", f"{name}/b/1.png")
+        found = list_all(open_folder(root, split={"test_share": 0}))
+        assert [split for path, (split, _) in found.items() if f"/{name}/" in path] == ["val", "val"]
+        assert {labels for _, labels in found.values()} == {("a",), ("b",)}
+        shutil.rmtree(root / name)
+    put("val/a/1.png", "validation/a/1.png")
+    refuse(root, "images: holds val and validation; keep one folder for validation")
+
+
+def test_what_is_not_read_is_said(put):
+    root = put("train/a/1.png", "train/b/1.JPG", "extra/c/1.png")
+    for name in ("a/2.GIF", "a/3.gif", "b/4.bmp", "b/README"):
+        (root / "train" / name).write_bytes(b"")
+    assert open_folder(root).list_notes() == [
+        f"{root}: folders beside train/ are not read: extra",
+        f"{root}: ignored files that are not .jpg, .jpeg, .png, .webp: 1 without any, 1 .bmp, 2 .gif",
+    ]
+    shutil.rmtree(root)
+    assert open_folder(put("a/1.png", "b/1.png")).list_notes() == []
+
+
+def test_workers_get_no_listing(put):
+    source = open_folder(put(*(f"c{n % 2}/{n}.png" for n in range(100))))
+    source.list_items()
+    assert len(pickle.dumps(source)) < 1500
 
 
 def test_the_listing_does_not_depend_on_the_file_system(put, monkeypatch):
