@@ -48,13 +48,12 @@ class SplitConfig(Config):
     @pydantic.model_validator(mode="after")
     def _check(self):
         for split in ("val", "test"):
-            if self.share(split) and self.per_class(split):
-                raise ValueError(
-                    f"{split}_share={self.share(split)} and {split}_per_class={self.per_class(split)}: give one of them"
-                )
+            share, count = self.share(split), self.per_class(split)
+            if share and count:
+                raise ValueError(f"data.split: {split}_share={share} and {split}_per_class={count}: give one of them")
         if self.share("val") + self.share("test") > 1:
             raise ValueError(
-                f"val_share={self.share('val')} and test_share={self.share('test')}: more than all samples"
+                f"data.split: val_share={self.share('val')} and test_share={self.share('test')}: more than all samples"
             )
         return self
 

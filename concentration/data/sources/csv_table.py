@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import pydantic
 
 from concentration.data.index import IMAGE_EXTENSIONS
-from concentration.data.sources.image_files import classes_of_paths, key_of_path, read_image_file
+from concentration.data.sources.image_files import classes_of_paths, has_image_extension, key_of_path, read_image_file
 from concentration.data.sources.source import Item
 from concentration.data.sources.tables import find_column, read_table
 from concentration.data.splits import SPLIT_OF_NAME, Split, SplitConfig
@@ -129,7 +129,7 @@ def _find_columns(config: CsvConfig, header: Sequence[str]) -> dict[str, int]:
 
 
 def _check_path(text: str, where: str) -> str:
-    if Path(text).suffix[1:].lower() not in IMAGE_EXTENSIONS:
+    if not has_image_extension(text):
         raise DataError(f"{where}: the path is '{text}', expected one that ends with .{', .'.join(IMAGE_EXTENSIONS)}")
     return text
 

@@ -2,10 +2,13 @@
 
 import collections
 import hashlib
+import os
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from concentration.data.index import IMAGE_EXTENSIONS
 from concentration.data.views import UNDECODABLE, open_image
 from concentration.errors import DataError
 from concentration.taxonomy import TaxonomyClass
@@ -29,9 +32,12 @@ def read_image_file(path: Path) -> tuple[str, bytes]:
 
 def key_of_path(path: str) -> str:
     """A key that WebDataset reads back whole: no dots, and unique through a hash of the path."""
-    stem = path[: -len(Path(path).suffix)] if Path(path).suffix else path
-    readable = "".join(c if c.isascii() and c.isalnum() else "-" for c in stem)
-    return f"{readable[-60:]}-{hashlib.sha256(path.encode()).hexdigest()[:12]}"
+    readable = re.sub("[^A-Za-z0-9]", "-", os.path.splitext(path)[0][-60:])
+    return f"{readable}-{hashlib.sha256(path.encode()).hexdigest()[:12]}"
+
+
+def has_image_extension(path: str) -> bool:
+    return os.path.splitext(path)[1][1:].lower() in IMAGE_EXTENSIONS
 
 
 def classes_of_paths(ids: Iterable[str]) -> list[TaxonomyClass]:

@@ -44,9 +44,9 @@ class ImageFolderConfig(Config):
             try:
                 groups = re.compile(self.split.group).groups
             except re.error as error:
-                raise ValueError(f"split.group={self.split.group}: no regular expression ({error})") from None
+                raise ValueError(f"data.split.group={self.split.group}: no regular expression ({error})") from None
             if groups == 0:
-                raise ValueError(f"split.group={self.split.group}: has no parenthesis; put one around the group")
+                raise ValueError(f"data.split.group={self.split.group}: has no parenthesis; put one around the group")
         return self
 
 

@@ -12,7 +12,12 @@ from typing import Any, ClassVar, Literal
 import pydantic
 
 from concentration.data.index import IMAGE_EXTENSIONS
-from concentration.data.sources.image_files import key_of_path, merge_small_verticals, read_image_file
+from concentration.data.sources.image_files import (
+    has_image_extension,
+    key_of_path,
+    merge_small_verticals,
+    read_image_file,
+)
 from concentration.data.sources.source import Item
 from concentration.data.splits import Split, SplitConfig
 from concentration.data.views import ViewConfig
@@ -64,8 +69,10 @@ class INaturalistConfig(Config):
 class INaturalistSource:
     """Implements `Source` over the annotated images.
 
-    The classes are the species, called by their names, and the inner classes of `ranks`. They do not depend on the images, so
-    all files must have the same categories.
+    The classes are the species, called by their names, and the inner classes of `ranks`; they do not depend on the images.
+
+    Listing holds the whole file: a synthetic one of 540,000 images (0.2 GB) took 0.6 GB of memory and 14 s, so that the 2.7
+    million of 2021 (1.2 GB) should take 3 GB, in this process alone.
 
     Raises:
         ConfigError: the files lack a rank.
@@ -237,7 +244,7 @@ def _list_images(
     items = []
     for place, image in enumerate(content["images"]):
         name = _text(image, "file_name", f"{path}: images[{place}]")
-        if Path(name).suffix[1:].lower() not in IMAGE_EXTENSIONS:
+        if not has_image_extension(name):
             raise DataError(f"{path}: images[{place}] is '{name}', expected .{', .'.join(IMAGE_EXTENSIONS)}")
         labels = labels_of.pop(_id(image, "id", f"{path}: images[{place}]"), None)
         if labels is not None:
