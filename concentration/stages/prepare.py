@@ -345,7 +345,7 @@ def _run_all(tasks: Sequence[Callable], sizes: Sequence[int], num_processes: int
                 progress.advance(size_of[future])
         except concurrent.futures.process.BrokenProcessPool:
             raise DataError(
-                "a process that read images was killed, probably for want of memory; "
+                "a process that read images ended abruptly, probably killed for want of memory; "
                 f"give fewer than num_processes={num_processes}, and run the same command again: it continues"
             ) from None
         except BaseException:

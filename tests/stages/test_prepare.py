@@ -199,14 +199,6 @@ def test_a_killed_preparation_is_continued_to_the_same_files(owner, name, call, 
     assert list_names(workdir, ".*.tmp") == []
 
 
-def prepare_and_be_killed(config: PrepareConfig) -> None:
-    """In a process of its own: the worker that reads the third image is killed, as by the kernel where memory is short."""
-    try:
-        prepare(config)
-    except DataError as error:
-        (config.workdir / "error").write_text(str(error))
-
-
 class KilledSource(ImageFolderSource):
     def read(self, item):
         if item.locator.endswith("/2.webp"):
@@ -214,15 +206,23 @@ class KilledSource(ImageFolderSource):
         return super().read(item)
 
 
-def test_a_worker_that_was_killed_is_one_line(images, workdir, monkeypatch):
-    monkeypatch.setattr(concentration.stages.prepare, "build_source", lambda config: KilledSource(config))
+def prepare_and_be_killed(config: PrepareConfig) -> None:
+    """A worker is killed while it reads, as by the kernel where memory is short."""
+    concentration.stages.prepare.build_source = KilledSource
+    try:
+        prepare(config)
+    except DataError as error:
+        (config.workdir / "error").write_text(str(error))
+
+
+def test_a_worker_that_was_killed_is_one_line(images, workdir):
     config = build_config(images, workdir, num_processes=2)
-    process = multiprocessing.get_context("fork").Process(target=prepare_and_be_killed, args=(config,))
+    process = multiprocessing.get_context("spawn").Process(target=prepare_and_be_killed, args=(config,))
     process.start()
     process.join(60)
     assert process.exitcode == 0
     error = (workdir / "error").read_text()
-    assert "was killed, probably for want of memory; give fewer than num_processes=2" in error
+    assert "ended abruptly, probably killed for want of memory; give fewer than num_processes=2" in error
     assert "\n" not in error
 
 
