@@ -165,3 +165,20 @@ def test_a_key_and_a_group_of_the_same_text_are_two_groups():
 def test_what_contradicts_itself_is_refused(options, expected):
     with pytest.raises(ConfigError, match=expected):
         parse_config(SplitConfig, options)
+
+
+def test_a_prepared_sample_stays_also_where_the_source_or_its_group_says_otherwise_now():
+    samples = [Sample("a", ("x",), "test"), Sample("b", ("x",), group="g"), Sample("c", ("x",), group="g")]
+    kept = {"a": "val", "b": "test", "c": "val"}
+    assert split_all([*samples, Sample("d", ("x",), group="g")], kept) == {**kept, "d": "val"}
+
+
+def test_a_prepared_sample_of_an_own_split_does_not_draw_later_training_samples_there():
+    samples = [Sample("a", ("x",), "val", "ann"), Sample("b", ("x",), "train", "ann")]
+    assert split_all(samples, {"a": "val"}, test_share=0) == {"a": "val", "b": "train"}
+
+
+def test_all_but_one_group_of_a_class_may_be_taken():
+    samples = [Sample(f"k{n}", ("x",), group=f"g{n // 2}") for n in range(6)]
+    splits = list(split_all(samples, val_share=0, test_per_class=4).values())
+    assert [splits.count(split) for split in SPLITS] == [2, 0, 4]
