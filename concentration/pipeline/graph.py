@@ -157,8 +157,8 @@ def _evaluate_job(config: RunConfig, name: str, after: tuple[str, ...]) -> Job:
     )
 
 
-def _shared(config: RunConfig) -> dict[str, Path | bool]:
-    return {"workdir": config.workdir, "overwrite": config.overwrite}
+def _shared(config: RunConfig) -> dict[str, Path | bool | str]:
+    return {"workdir": config.workdir, "overwrite": "changed" if config.overwrite else False}
 
 
 def _parts(parts: NetworkParts) -> dict[str, Config]:

@@ -1,6 +1,7 @@
 """`concentrate prepare`: images and a taxonomy become shards and their index."""
 
 import concurrent.futures
+import concurrent.futures.process
 import functools
 import hashlib
 import itertools
@@ -13,13 +14,14 @@ from typing import ClassVar
 import numpy as np
 import pydantic
 
+from concentration.data.appending import Before, Kept, append_classes, find_kept
 from concentration.data.index import ShardIndex, Split, check_keys, index_shard, load_split
 from concentration.data.order import permutation
 from concentration.data.remote import Location
 from concentration.data.shard_cache import save_access
 from concentration.data.shards import write_shard
 from concentration.data.sources import DataConfig, build_source
-from concentration.data.sources.source import SPLITS, Item, Source
+from concentration.data.sources.source import Item, Source
 from concentration.data.sources.webdataset_shards import (
     ShardsConfig,
     check_owners,
@@ -27,6 +29,7 @@ from concentration.data.sources.webdataset_shards import (
     list_shards,
     load_shards_taxonomy,
 )
+from concentration.data.splits import SPLITS, Assignment, assign_splits
 from concentration.data.views import Share, ViewConfig
 from concentration.errors import ConfigError, DataError
 from concentration.processes import end_with_parent
@@ -43,14 +46,31 @@ _LISTING = "listing.sha256"
 
 
 class PrepareConfig(StageConfig):
-    """Reads `data`; writes `shards/` with shards of at most `samples_per_shard`, their index, and `taxonomy.json`."""
+    """Reads `data`; writes `shards/` with shards of at most `samples_per_shard`, their index, and `taxonomy.json`.
 
-    runtime_fields: ClassVar[frozenset[str]] = StageConfig.runtime_fields | {"num_processes"}
+    append: lists the source again and adds the images and classes that are new to a finished set; without it, that is left
+        alone. Every sample, position and split that was there stays.
+    max_skipped_share: of images that cannot be decoded.
+    num_processes: None is one per core.
+    """
+
+    runtime_fields: ClassVar[frozenset[str]] = StageConfig.runtime_fields | {"append", "num_processes"}
 
     data: DataConfig
+    append: bool = False
     samples_per_shard: pydantic.PositiveInt = 4000
     max_skipped_share: Share = 0.001
     num_processes: pydantic.PositiveInt | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _check_append(self):
+        if self.append and isinstance(self.data, ShardsConfig):
+            raise ValueError("append=true: data=shards cannot grow; prepare the larger set in another workdir")
+        if self.append and self.overwrite:
+            raise ValueError(
+                "append=true and overwrite: one keeps what is there, the other replaces it; give one of them"
+            )
+        return self
 
 
 def prepare(config: PrepareConfig) -> None:
@@ -67,7 +87,7 @@ def prepare(config: PrepareConfig) -> None:
             f"data.path={config.data.path}: is what `prepare` writes to, and clears with overwrite=true; "
             "move your shards to a folder of their own, they are used where they lie"
         )
-    with directory.begin(config, upstream={}) as is_due:
+    with directory.begin(config, upstream={}, is_growing=config.append) as is_due:
         if not is_due:
             if isinstance(config.data, ShardsConfig) and config.data.is_remote:
                 save_access(config.data.access, directory.path)  # a cache may be moved or grow at any time
@@ -75,11 +95,9 @@ def prepare(config: PrepareConfig) -> None:
         if isinstance(config.data, ShardsConfig):
             taxonomy = load_shards_taxonomy(config.data)
             _index_given_shards(config.data, directory.path, taxonomy, config.num_processes)
+            directory.finish(_summarise(directory.path, taxonomy))
         else:
-            source = build_source(config.data)
-            taxonomy = source.build_taxonomy()
-            _write_shards(source, config, directory.path, taxonomy)
-        directory.finish(_summarise(directory.path, taxonomy))
+            _prepare_source(build_source(config.data), config, directory)
 
 
 class PreparedData(Config):
@@ -122,29 +140,117 @@ def load_prepared(workdir: Path, overrides: DataOverrides) -> tuple[PreparedData
     return parse_config(PreparedData, values), taxonomy, done["fingerprint"]
 
 
-def _write_shards(source: Source, config: PrepareConfig, path: Path, taxonomy: Taxonomy) -> None:
-    items_of = {split: source.list_items(split) for split in SPLITS}
-    if not items_of["train"]:
+def _prepare_source(source: Source, config: PrepareConfig, directory: RunDirectory) -> None:
+    """Writes all that the source lists, or what is new in it where something was finished before."""
+    taxonomy, items = source.build_taxonomy(), source.list_items()
+    item_of_key = _index_keys(items)
+    before, kept = _look_before(config, directory), Kept({}, 0, 0)
+    if before is not None:
+        taxonomy = append_classes(before.taxonomy(directory.path), taxonomy, f"data={config.data.kind}")
+        kept = find_kept(directory.path, before, taxonomy, item_of_key)
+    assignment = assign_splits(items, source.split, kept.splits)
+    items_of: dict[str, list[Item]] = {split: [] for split in SPLITS}
+    for item, split in zip(items, assignment.splits, strict=True):
+        if item.key not in kept.splits:
+            items_of[split].append(item)
+    for line in [*source.list_notes(), *_describe(assignment), *_describe_kept(before, kept, items_of)]:
+        print(f"prepare: {line}")
+    if before is None and not items_of["train"]:
         raise DataError("data: no training image; lower the shares of the other splits, or give more images")
-    _begin_listing(path, taxonomy, (f"{s} {item.key} {item.labels}" for s, items in items_of.items() for item in items))
+    if before is not None and directory.is_finished:
+        if not any(items_of.values()) and taxonomy.num_classes == before.num_classes:
+            return
+        _reopen(directory, before)
+    _write_shards(source, items_of, len(items), config, directory.path, taxonomy, before)
+    directory.finish(_summarise(directory.path, taxonomy))
+    if before is not None:
+        before.forget(directory.path)
+
+
+def _look_before(config: PrepareConfig, directory: RunDirectory) -> Before | None:
+    """What is finished here and is to stay; None where the stage is prepared for the first time."""
+    if not directory.is_finished:
+        return Before.load(directory.path)
+    _, taxonomy, _ = load_prepared(config.workdir, DataOverrides())  # refuses what has changed since
+    return Before.look(directory.path, taxonomy)
+
+
+def _reopen(directory: RunDirectory, before: Before) -> None:
+    """Notes what was there, and only then takes back that the stage is finished."""
+    # What an earlier run could not decode is tried again, and not taken for done.
+    for stale in [directory.path / _LISTING, *directory.path.glob("*.skipped")]:
+        if stale.name == _LISTING or not before.holds(stale):
+            stale.unlink(missing_ok=True)
+    before.save(directory.path)
+    directory.reopen()
+
+
+def _index_keys(items: Sequence[Item]) -> dict[str, Item]:
+    item_of_key: dict[str, Item] = {}
+    for item in items:
+        if item_of_key.setdefault(item.key, item) is not item:
+            raise DataError(
+                f"data: two samples have the key '{item.key}': {item_of_key[item.key].locator}, {item.locator}"
+            )
+    return item_of_key
+
+
+def _describe(assignment: Assignment) -> list[str]:
+    lines = []
+    for split, classes in assignment.short_of.items():
+        if classes:
+            lines.append(
+                f"{len(classes)} classes have fewer {split} images than data.split.{split}_per_class, "
+                f"for they have too few groups of images: {', '.join(classes[:5])}"
+            )
+    if assignment.num_torn:
+        lines.append(f"{assignment.num_torn} groups lie in several splits, as the source has it")
+    return lines
+
+
+def _describe_kept(before: Before | None, kept: Kept, items_of: dict[str, list[Item]]) -> list[str]:
+    if before is None:
+        return []
+    new = ", ".join(f"{len(items)} {split}" for split, items in items_of.items())
+    lines = [f"{len(kept.splits)} images are prepared already; new: {new}"]
+    if kept.num_gone:
+        lines.append(f"{kept.num_gone} prepared images are gone from the source, and stay")
+    if kept.num_other_labels:
+        lines.append(
+            f"{kept.num_other_labels} prepared images have other labels now, and keep the old ones (overwrite=true)"
+        )
+    return lines
+
+
+def _write_shards(
+    source: Source,
+    items_of: dict[str, list[Item]],
+    num_listed: int,
+    config: PrepareConfig,
+    path: Path,
+    taxonomy: Taxonomy,
+    before: Before | None,
+) -> None:
+    listing = (f"{s} {item.key} {item.labels}" for s, items in items_of.items() for item in items)
+    _begin_listing(path, taxonomy, listing, before)
     tasks, sizes = [], {}
-    num_items = sum(len(items) for items in items_of.values())
     for split, items in items_of.items():
-        for number, chunk in enumerate(_balance(items, config.samples_per_shard)):
+        first = 0 if before is None else before.next_shard[split]
+        for number, chunk in enumerate(_balance(items, config.samples_per_shard), first):
             shard = path / f"{split}-{number:06d}.tar"
             tasks.append(functools.partial(_write_and_index, shard, chunk, source, taxonomy))
             sizes[shard] = len(chunk)
-    with Progress("prepare", num_items, "images", path) as progress:
+    with Progress("prepare", sum(sizes.values()), "images", path) as progress:
         _run_all(tasks, list(sizes.values()), config.num_processes, progress)
     skipped_of = {shard: shard.with_suffix(".skipped").read_text(encoding="utf-8").splitlines() for shard in sizes}
     skipped = [line for lines in skipped_of.values() for line in lines]
     write_atomically(path / "skipped.txt", "".join(f"{line}\n" for line in skipped))
-    if len(skipped) > config.max_skipped_share * num_items:
+    if len(skipped) > config.max_skipped_share * num_listed:
         for shard, lines in skipped_of.items():
             if lines:  # it is written again once the images are repaired
                 shard.with_suffix(".skipped").unlink()
         raise DataError(
-            f"{len(skipped)} of {num_items} images cannot be decoded, more than max_skipped_share={config.max_skipped_share}; "
+            f"{len(skipped)} of {num_listed} images cannot be decoded, more than max_skipped_share={config.max_skipped_share}; "
             f"they are listed in {path}/skipped.txt: repair or remove them; the first: {skipped[0]}"
         )
 
@@ -157,20 +263,23 @@ def _balance(items: Sequence[Item], samples_per_shard: int) -> list[list[Item]]:
     return [shuffled[start:stop] for start, stop in itertools.pairwise(bounds)]
 
 
-def _begin_listing(path: Path, taxonomy: Taxonomy, listing: Iterable[str]) -> None:
+def _begin_listing(path: Path, taxonomy: Taxonomy, listing: Iterable[str], before: Before | None = None) -> None:
     """Notes what is to be done, and removes what an earlier, unfinished run wrote if that was to do something else.
 
     Images may have come or gone since, and would be lost or double; or classes: indices hold positions in the taxonomy.
+    What was there before the unfinished run is never touched.
     """
     digest = hashlib.sha256(taxonomy.fingerprint.encode())
     for line in listing:
         digest.update(os.fsencode(f"{line}\n"))
     kept = path / _LISTING
     is_other = kept.exists() and kept.read_bytes() != digest.hexdigest().encode()
-    # Temporary files are what a kill left half.
-    for pattern in (".*.tmp", "*.skipped", "*.index", "*.tar") if is_other else (".*.tmp",):
+    for pattern in ("*.skipped", "*.index", "*.tar") if is_other else ():
         for stale in path.glob(pattern):
-            stale.unlink()
+            if before is None or not before.holds(stale):
+                stale.unlink()
+    for left_by_a_kill in path.glob(".*.tmp"):
+        left_by_a_kill.unlink()
     write_atomically(kept, digest.hexdigest())
     write_atomically(path / "taxonomy.json", taxonomy.to_json())
 
@@ -229,8 +338,8 @@ def _is_same_folder(data: ShardsConfig, path: Path) -> bool:
 
 def _run_all(tasks: Sequence[Callable], sizes: Sequence[int], num_processes: int | None, progress: Progress) -> None:
     """Runs tasks in processes, or here where one is enough; the first error ends all."""
-    num_processes = min(num_processes or os.cpu_count() or 1, len(tasks))
-    if num_processes == 1:
+    num_processes = min(num_processes or _count_cores(), len(tasks))
+    if num_processes <= 1:
         for task, size in zip(tasks, sizes, strict=True):
             task()
             progress.advance(size)
@@ -243,9 +352,21 @@ def _run_all(tasks: Sequence[Callable], sizes: Sequence[int], num_processes: int
             for future in concurrent.futures.as_completed(size_of):
                 future.result()
                 progress.advance(size_of[future])
+        except concurrent.futures.process.BrokenProcessPool:
+            raise DataError(
+                "a process that read images ended abruptly, probably killed for want of memory; "
+                f"give fewer than num_processes={num_processes}, and run the same command again: it continues"
+            ) from None
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def _count_cores() -> int:
+    """Those that this process may use: a scheduler may have given it few of the machine's."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _summarise(path: Path, taxonomy: Taxonomy) -> dict:

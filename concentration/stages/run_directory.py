@@ -8,7 +8,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from concentration.distributed import from_rank_zero, rank
 from concentration.errors import ConcentrationError, ConfigError, DataError
@@ -23,12 +23,17 @@ _ENTER_SECONDS = 60.0
 
 
 class StageConfig(Config):
-    """What every verb takes: the working directory, and leave to replace what an earlier config made."""
+    """What every verb takes: the working directory, and leave to replace what is there.
+
+    overwrite: true makes a finished stage anew, also with the same config: its images may have changed. "changed" replaces
+        only what another config or other upstream results made; a whole run passes this on to its stages. Neither throws
+        away what the same config has begun: a stopped command may be given again as it was.
+    """
 
     runtime_fields: ClassVar[frozenset[str]] = frozenset({"workdir", "overwrite"})
 
     workdir: Path
-    overwrite: bool = False
+    overwrite: bool | Literal["changed"] = False
 
 
 class RunDirectory:
@@ -42,10 +47,13 @@ class RunDirectory:
         self.path = path
 
     @contextlib.contextmanager
-    def begin(self, config: StageConfig, upstream: Mapping[str, str], part: str | None = None) -> Iterator[bool]:
+    def begin(
+        self, config: StageConfig, upstream: Mapping[str, str], part: str | None = None, is_growing: bool = False
+    ) -> Iterator[bool]:
         """Gives whether there is work to do; holds the directory against other processes meanwhile.
 
-        Where several processes share the stage, each gives its `part` and holds that alone.
+        Where several processes share the stage, each gives its `part` and holds that alone. A stage that `is_growing` has
+        work also when it is finished.
 
         Raises:
             ConfigError: another process works here; or the stage was begun with another config or other upstream results,
@@ -59,7 +67,7 @@ class RunDirectory:
             ) from None
         # The lock is rank 0's; the other ranks hear from it whether there is work.
         with contextlib.ExitStack() as stack:
-            is_due = from_rank_zero(lambda: self._enter_locked(stack, config, upstream, part))
+            is_due = from_rank_zero(lambda: self._enter_locked(stack, config, upstream, part) or is_growing)
             if not is_due and rank() == 0:
                 print(f"{self.path}: finished already, nothing is to do")
             try:
@@ -84,15 +92,24 @@ class RunDirectory:
     def _enter(self, config: StageConfig, upstream: Mapping[str, str]) -> bool:
         identity = {**config.identity(), "upstream": dict(upstream)}
         earlier = self._load("config.json")
-        if earlier is not None and earlier["identity"] != identity:
-            if not config.overwrite:
-                self._refuse(earlier["identity"], identity)
+        is_other = earlier is not None and earlier["identity"] != identity
+        if is_other and not config.overwrite:
+            self._refuse(earlier["identity"], identity)
+        if is_other or (config.overwrite is True and self.is_finished):
             self._clear()
             earlier = None
         if earlier is None:
             values = {"identity": identity, "config": config.model_dump(mode="json")}
             write_atomically(self.path / "config.json", values)
-        return self._load("DONE.json") is None
+        return not self.is_finished
+
+    @property
+    def is_finished(self) -> bool:
+        return self._load("DONE.json") is not None
+
+    def reopen(self) -> None:
+        """Takes the mark back: the stage is begun, and continued by the next run."""
+        (self.path / "DONE.json").unlink(missing_ok=True)
 
     def finish(self, facts: Mapping[str, Any]) -> None:
         """Marks the stage as finished."""

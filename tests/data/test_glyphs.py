@@ -18,7 +18,7 @@ from concentration.data.sources.glyphs import (
     load_characters,
     load_font,
 )
-from concentration.data.sources.source import SPLITS
+from concentration.data.splits import SPLITS
 from concentration.errors import ConfigError, DataError
 from concentration.schema import parse_config
 
@@ -44,6 +44,10 @@ def masters():
         for c in load_characters()
         for face in c.faces
     }
+
+
+def list_split(source, split):
+    return [item for item in source.list_items() if item.split == split]
 
 
 def test_the_default_is_1200_to_1300_leaves_in_12_unequal_verticals(taxonomy):
@@ -81,7 +85,7 @@ def test_every_class_is_in_every_split_and_no_face_is_in_two(full, taxonomy):
     leaves = {c.id for c in taxonomy.classes if c.id.startswith("U+")}
     faces = {}
     for split in SPLITS:
-        items = full.list_items(split)
+        items = list_split(full, split)
         assert {label for item in items for label in item.labels} == leaves
         faces[split] = {item.locator[1] for item in items}
         assert all(FACES[face].split == split for face in faces[split])
@@ -90,14 +94,13 @@ def test_every_class_is_in_every_split_and_no_face_is_in_two(full, taxonomy):
 
 
 def test_keys_are_unique_and_hold_neither_dot_nor_slash(full):
-    for split in SPLITS:
-        keys = [item.key for item in full.list_items(split)]
-        assert len(set(keys)) == len(keys)
-        assert not any("." in key or "/" in key for key in keys)
+    keys = [item.key for item in full.list_items()]
+    assert len(set(keys)) == len(keys)
+    assert not any("." in key or "/" in key for key in keys)
 
 
 def test_every_class_has_its_number_of_training_drawings(full):
-    count = collections.Counter(item.labels[0] for item in full.list_items("train"))
+    count = collections.Counter(item.labels[0] for item in list_split(full, "train"))
     assert set(count.values()) == {GlyphsConfig().num_drawings}
 
 
@@ -116,7 +119,7 @@ def test_no_master_bitmap_is_empty_or_in_two_splits(masters):
 
 def test_drawings_are_the_same_in_another_process_and_order():
     source = GlyphSource(SMALL)
-    items = source.list_items("train")
+    items = list_split(source, "train")
     here = [source.read(item) for item in items]
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         there = list(pool.map(GlyphSource(SMALL).read, reversed(items), chunksize=64))
@@ -126,15 +129,15 @@ def test_drawings_are_the_same_in_another_process_and_order():
 def test_the_seed_changes_the_drawings_and_the_drawings_of_a_face_differ():
     source, other = GlyphSource(SMALL), GlyphSource(SMALL.model_copy(update={"seed": 1}))
     for split in SPLITS:
-        drawings = [source.read(item)[1] for item in source.list_items(split)]
+        drawings = [source.read(item)[1] for item in list_split(source, split)]
         assert len(set(drawings)) == len(drawings)
-        assert not set(drawings) & {other.read(item)[1] for item in other.list_items(split)}
+        assert not set(drawings) & {other.read(item)[1] for item in list_split(other, split)}
 
 
 def test_the_pickle_is_small_although_masters_are_cached():
     source = GlyphSource(SMALL)
     before = len(pickle.dumps(source))
-    for item in source.list_items("train"):
+    for item in list_split(source, "train"):
         source.read(item)
     assert len(pickle.dumps(source)) == before
 
@@ -143,7 +146,7 @@ def test_the_pickle_is_small_although_masters_are_cached():
 def test_images_are_grey_squares_with_visible_ink(size):
     source = GlyphSource(SMALL.model_copy(update={"image_size": size}))
     for split in SPLITS:
-        for item in source.list_items(split):
+        for item in list_split(source, split):
             extension, content = source.read(item)
             image = Image.open(io.BytesIO(content))
             assert (extension, image.format, image.mode, image.size) == ("png", "PNG", "L", (size, size))
@@ -155,7 +158,7 @@ def test_pixel_means_of_training_faces_recognise_unseen_faces_far_above_chance()
     source = GlyphSource(GlyphsConfig(verticals=("greek",), num_drawings=9, num_test_drawings=1))
     own = collections.defaultdict(list)
     for split in SPLITS:
-        for item in source.list_items(split):
+        for item in list_split(source, split):
             pixels = np.asarray(Image.open(io.BytesIO(source.read(item)[1])), dtype=float).ravel()
             own[split, item.labels[0]].append((pixels - pixels.mean()) / pixels.std())
     classes = sorted({label for _, label in own})
@@ -201,12 +204,12 @@ def test_a_missing_font_is_a_data_error_that_says_what_to_install(monkeypatch, t
     monkeypatch.setattr("matplotlib.get_data_path", lambda: str(tmp_path))
     source = GlyphSource(SMALL)
     with pytest.raises(DataError, match="pip install matplotlib"):
-        source.read(source.list_items("val")[0])
+        source.read(list_split(source, "val")[0])
 
 
 def test_listing_needs_neither_matplotlib_nor_fonts():
     code = (
         "import sys; from concentration.data.sources.glyphs import *;"
-        "GlyphSource(GlyphsConfig()).list_items('test'); assert 'matplotlib' not in sys.modules"
+        "GlyphSource(GlyphsConfig()).list_items(); assert 'matplotlib' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import shutil
 from pathlib import Path
 
@@ -11,8 +12,9 @@ from webdataset.tariterators import base_plus_ext
 from concentration.data.index import index_shard
 from concentration.data.shards import write_shard
 from concentration.data.sources.image_folder import ImageFolderConfig, ImageFolderSource
-from concentration.data.sources.source import SPLITS
-from concentration.errors import DataError
+from concentration.data.splits import SPLITS, assign_splits
+from concentration.errors import ConfigError, DataError
+from concentration.schema import parse_config
 
 
 @pytest.fixture
@@ -32,12 +34,14 @@ def put(tmp_path, encode_image):
 
 
 def open_folder(root: Path, **options) -> ImageFolderSource:
-    return ImageFolderSource(ImageFolderConfig(path=root, **options))
+    return ImageFolderSource(parse_config(ImageFolderConfig, {"path": root, **options}))
 
 
 def list_all(source: ImageFolderSource) -> dict[str, tuple[str, tuple[str, ...]]]:
     """By path: split and labels."""
-    return {item.locator: (split, item.labels) for split in SPLITS for item in source.list_items(split)}
+    items = source.list_items()
+    splits = assign_splits(items, source.split, kept={}).splits
+    return {item.locator: (split, item.labels) for item, split in zip(items, splits, strict=True)}
 
 
 def describe(source: ImageFolderSource) -> list[tuple[str, tuple[str, ...], str]]:
@@ -97,7 +101,7 @@ def test_given_splits_are_kept_and_missing_ones_are_taken_from_train(put):
         f"{root}/{path}": path.split("/")[0] for path in paths
     }
     shutil.rmtree(root / "val")
-    found = list_all(open_folder(root, val_share=0.3))
+    found = list_all(open_folder(root, split={"val_share": 0.3}))
     assert {split for path, (split, _) in found.items() if path.startswith(f"{root}/train")} == {"train", "val"}
     assert {split for path, (split, _) in found.items() if path.startswith(f"{root}/test")} == {"test"}
     assert {labels for _, labels in found.values()} == {("a",), ("b",)}
@@ -117,15 +121,73 @@ def test_a_sample_keeps_its_split_when_images_come_or_the_folder_is_moved(put, t
 
 def test_the_shares_of_splits_are_those_of_the_config(put):
     root = put(*(f"c{n % 2}/{n}.png" for n in range(600)))
-    splits = [split for split, _ in list_all(open_folder(root, val_share=0.2, test_share=0.3)).values()]
+    splits = [split for split, _ in list_all(open_folder(root, split={"val_share": 0.2, "test_share": 0.3})).values()]
     for split, share in (("train", 0.5), ("val", 0.2), ("test", 0.3)):
         assert abs(splits.count(split) - 600 * share) < 4 * (600 * share * (1 - share)) ** 0.5
-    assert {split for split, _ in list_all(open_folder(root, val_share=0, test_share=0)).values()} == {"train"}
+    source = open_folder(root, split={"val_share": 0, "test_share": 0})
+    assert {split for split, _ in list_all(source).values()} == {"train"}
+
+
+def test_what_a_path_holds_may_group_images(put):
+    root = put(*(f"train/c{n % 2}/shoe{n // 5}_{n}.png" for n in range(100)), "test/c0/shoe1_x.png")
+    source = open_folder(root, split={"group": r"/(shoe\d+)_", "val_share": 0.5})
+    items, found = source.list_items(), list_all(source)
+    assert {item.group for item in items} == {f"shoe{n}" for n in range(20)}
+    split_of: dict[str, set[str]] = {}
+    for item in items:
+        split_of.setdefault(item.group, set()).add(found[item.locator][0])
+    assert split_of.pop("shoe1") >= {"test"}, "the source's own test stays, also where it tears a group"
+    assert all(len(splits) == 1 for splits in split_of.values())
+    assert set().union(*split_of.values()) == {"train", "val"}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("(", "split.group=\\(: no regular expression"),
+        ("shoe", "split.group=shoe: has no parenthesis; put one around the group"),
+        (r"/(b\d)", r"data\.split\.group=/\(b\\d\): finds no group in 'x/a1\.png'; correct it"),
+        (r"(b)?1", "finds no group in 'x/a1.png'"),
+    ],
+)
+def test_a_pattern_that_finds_no_group_is_refused(pattern, expected, put):
+    root = put("x/b1.png", "x/a1.png", "y/b1.png")
+    with pytest.raises(ConfigError, match=expected):
+        open_folder(root, split={"group": pattern}).list_items()
+
+
+def test_a_folder_for_validation_has_one_of_three_names(put):
+    for name in ("val", "valid", "validation"):
+        root = put("train/a/1.png", "train/b/1.png", f"{name}/a/1.png", f"{name}/b/1.png")
+        found = list_all(open_folder(root, split={"test_share": 0}))
+        assert [split for path, (split, _) in found.items() if f"/{name}/" in path] == ["val", "val"]
+        assert {labels for _, labels in found.values()} == {("a",), ("b",)}
+        shutil.rmtree(root / name)
+    put("val/a/1.png", "validation/a/1.png")
+    refuse(root, "images: holds val and validation; keep one folder for validation")
+
+
+def test_what_is_not_read_is_said(put):
+    root = put("train/a/1.png", "train/b/1.JPG", "extra/c/1.png")
+    for name in ("a/2.GIF", "a/3.gif", "b/4.bmp", "b/README"):
+        (root / "train" / name).write_bytes(b"")
+    assert open_folder(root).list_notes() == [
+        f"{root}: folders beside train/ are not read: extra",
+        f"{root}: ignored files that are not .jpg, .jpeg, .png, .webp: 1 without any, 1 .bmp, 2 .gif",
+    ]
+    shutil.rmtree(root)
+    assert open_folder(put("a/1.png", "b/1.png")).list_notes() == []
+
+
+def test_workers_get_no_listing(put):
+    source = open_folder(put(*(f"c{n % 2}/{n}.png" for n in range(100))))
+    source.list_items()
+    assert len(pickle.dumps(source)) < 1500
 
 
 def test_the_listing_does_not_depend_on_the_file_system(put, monkeypatch):
     root = put("b/2.png", "a/1.png", "a/x/1.png", "a/10.png", "b/1.jpg")
-    listed = [open_folder(root).list_items(split) for split in SPLITS]
+    listed = open_folder(root).list_items()
     walk = os.walk
 
     def walk_backwards(*args, **options):
@@ -134,13 +196,13 @@ def test_the_listing_does_not_depend_on_the_file_system(put, monkeypatch):
             yield folder, inner, files[::-1]
 
     monkeypatch.setattr(os, "walk", walk_backwards)
-    assert [open_folder(root).list_items(split) for split in SPLITS] == listed
+    assert open_folder(root).list_items() == listed
 
 
 def test_images_are_stored_as_they_are_and_indexed_whatever_the_case_of_their_names(put, tmp_path):
     root = put("a/1.JPG", "a/2.Jpeg", "a/3.PNG", "b/4.WebP")
-    source = open_folder(root, val_share=0, test_share=0)
-    items = source.list_items("train")
+    source = open_folder(root)
+    items = source.list_items()
     assert write_shard(tmp_path / "a.tar", items, source) == []
     index = index_shard(tmp_path / "a.tar", source.build_taxonomy(), "a.tar")
     assert index.keys == tuple(item.key for item in items)
@@ -163,7 +225,7 @@ def test_keys_are_unique_and_webdataset_reads_them_back_whole(put):
         f"été/x/{'long' * 50}2.png",
     )
     source = open_folder(put(*names))
-    keys = [item.key for split in SPLITS for item in source.list_items(split)]
+    keys = [item.key for item in source.list_items()]
     assert len(set(keys)) == len(keys) == len(names)
     for key in keys:
         assert base_plus_ext(f"{key}.png") == (key, "png")
@@ -196,8 +258,8 @@ def test_links_are_followed_and_loops_are_not(put, tmp_path, encode_image):
 def test_a_link_to_nowhere_is_an_image_that_cannot_be_had(put):
     root = put("a/1.png", "b/1.png")
     (root / "b" / "2.png").symlink_to(root / "gone.png")
-    source = open_folder(root, val_share=0, test_share=0)
-    items = {Path(item.locator).name: item for item in source.list_items("train")}
+    source = open_folder(root)
+    items = {Path(item.locator).name: item for item in source.list_items()}
     with pytest.raises(DataError, match=r"b/2\.png: cannot be decoded .*No such file"):
         source.read(items["2.png"])
 
@@ -207,9 +269,9 @@ def test_an_image_that_cannot_be_decoded_is_named(damage, put):
     root = put("a/1.png", "b/1.png")
     path = root / "a" / "1.png"
     path.write_bytes(damage(path.read_bytes()))
-    source = open_folder(root, val_share=0, test_share=0)
+    source = open_folder(root)
     with pytest.raises(DataError, match=r"images/a/1\.png: cannot be decoded"):
-        source.read(source.list_items("train")[0])
+        source.read(source.list_items()[0])
 
 
 def test_an_image_beside_folders_of_classes_is_refused(put):

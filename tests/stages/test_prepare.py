@@ -199,6 +199,67 @@ def test_a_killed_preparation_is_continued_to_the_same_files(owner, name, call, 
     assert list_names(workdir, ".*.tmp") == []
 
 
+class KilledSource(ImageFolderSource):
+    def read(self, item):
+        if item.locator.endswith("/2.webp"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().read(item)
+
+
+def prepare_and_be_killed(config: PrepareConfig) -> None:
+    """A worker is killed while it reads, as by the kernel where memory is short."""
+    concentration.stages.prepare.build_source = KilledSource
+    try:
+        prepare(config)
+    except DataError as error:
+        (config.workdir / "error").write_text(str(error))
+
+
+def test_a_worker_that_was_killed_is_one_line(images, workdir):
+    config = build_config(images, workdir, num_processes=2)
+    process = multiprocessing.get_context("spawn").Process(target=prepare_and_be_killed, args=(config,))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
+    error = (workdir / "error").read_text()
+    assert "ended abruptly, probably killed for want of memory; give fewer than num_processes=2" in error
+    assert "\n" not in error
+
+
+def test_what_the_source_and_the_splits_could_not_do_is_said(images, workdir, capsys):
+    (images / "train" / "birds" / "gull" / "x.gif").write_bytes(b"")
+    shutil.rmtree(images / "test")
+    data = {"split": {"group": r"(.)\.\w+$", "test_per_class": 60}}
+    prepare(build_config(images, workdir, data=data))
+    said = capsys.readouterr().out
+    assert "prepare: " in said
+    assert "ignored files that are not .jpg, .jpeg, .png, .webp: 1 .gif" in said
+    assert "4 classes have fewer test images than data.split.test_per_class" in said
+    assert "too few groups of images: birds/gull, birds/kite, cars/taxi, cars/tram" in said
+    assert "5 groups lie in several splits, as the source has it" in said
+
+
+def test_only_the_cores_that_a_scheduler_gave_are_used(images, workdir, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3})
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(multiprocessing, "get_context", None)  # one process needs no other
+    prepare(build_config(images, workdir, num_processes=None))
+
+
+def test_two_samples_with_one_key_are_refused(images, workdir, monkeypatch):
+    monkeypatch.setattr("concentration.data.sources.image_folder.key_of_path", lambda path: path.split("/")[0])
+    refuse(build_config(images, workdir), "two samples have the key 'train'", "train/birds/gull/0.png")
+
+
+def test_overwriting_lists_the_source_again(images, workdir):
+    prepare(build_config(images, workdir))
+    shutil.rmtree(images / "train" / "birds" / "gull")
+    prepare(build_config(images, workdir))
+    assert sum(map(len, read_images(workdir, "train"))) == 40
+    prepare(build_config(images, workdir, overwrite=True))
+    assert sorted(itertools.chain(*read_images(workdir, "train"))) == sorted(expect_images(images, "train"))
+
+
 def run_and_stop(config: PrepareConfig, after: Callable[[], bool]) -> None:
     """Begins to prepare, and stops at the first shard that finds `after()` true."""
 
@@ -258,10 +319,10 @@ def test_a_vertical_without_training_images_is_refused_and_may_be_filled(images,
 
 
 def test_a_folder_without_training_images_is_refused_before_anything_is_written(images, workdir):
-    config = build_config(images / "train", workdir, data={"val_share": 1.0})
+    config = build_config(images / "train", workdir, data={"split": {"val_share": 1.0, "test_share": 0}})
     refuse(config, "no training image", "lower the shares")
     assert list_names(workdir, "*") == [".lock"]
-    prepare(build_config(images / "train", workdir, data={"val_share": 0.1}))
+    prepare(build_config(images / "train", workdir, data={"split": {"val_share": 0.1}}))
 
 
 def test_too_many_undecodable_images_are_listed_and_may_be_repaired(images, workdir, tmp_path):

@@ -295,7 +295,7 @@ def test_targets_of_a_teacher_that_was_retrained_are_refused_until_they_are_over
     assert "fruit" in message
     assert "concentrate targets" in message
     tools = _contents(workdir / "targets/default/tools", "*.safetensors", "*.json")
-    concentrate(*make_targets, "overwrite=true", directory=tmp_path)
+    concentrate(*make_targets, "overwrite=changed", directory=tmp_path)
     assert _contents(workdir / "targets/default/tools", "*.safetensors", "*.json") == tools, (
         "only what has changed is made again"
     )

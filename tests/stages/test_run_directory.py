@@ -117,7 +117,7 @@ def test_another_upstream_result_is_refused_with_both_hashes(directory):
 
 def test_what_changes_only_how_it_is_computed_may_change(directory, tmp_path):
     finish(directory)
-    assert not is_due(directory, num_workers=8, optimizer=OptimizerConfig(fused=True), overwrite=True)
+    assert not is_due(directory, num_workers=8, optimizer=OptimizerConfig(fused=True), overwrite="changed")
     moved = directory.path.parent.rename(tmp_path / "moved")
     assert not is_due(RunDirectory(moved / "a"))
     assert (moved / "a" / "model").exists()
@@ -135,7 +135,40 @@ def test_overwrite_replaces_everything(directory):
     assert directory.path.parent.exists(), "a link is removed, not what it leads to"
     assert directory.load_config()["seed"] == 1
     refuse(directory, "seed was 1, is 0")
-    assert not is_due(directory, seed=1, overwrite=True), "the same config needs no replacement"
+
+
+def test_a_finished_stage_of_the_same_config_is_made_anew_with_overwrite(directory):
+    finish(directory)
+    with directory.begin(build(directory, overwrite=True), {}) as due:
+        assert due
+        assert {path.name for path in directory.path.iterdir()} == {".lock", "config.json"}
+        (directory.path / "1.ckpt").write_text("half")
+    # A scheduler gives a stopped command again as it was: what it has done meanwhile is not lost.
+    with directory.begin(build(directory, overwrite=True), {}) as due:
+        assert due
+        assert (directory.path / "1.ckpt").exists()
+
+
+def test_overwrite_changed_replaces_only_what_has_another_config_or_upstream(directory):
+    finish(directory)
+    assert not is_due(directory, overwrite="changed")
+    assert (directory.path / "model").exists()
+    assert is_due(directory, upstream={"data": "12"}, overwrite="changed")
+    assert not (directory.path / "model").exists()
+    finish(directory, seed=1, overwrite="changed")
+    assert not is_due(directory, seed=1, overwrite="changed")
+
+
+def test_a_growing_stage_is_due_when_it_is_finished_and_reopened_until_it_is_again(directory):
+    finish(directory)
+    with directory.begin(build(directory), {}, is_growing=True) as due:
+        assert due
+        assert directory.is_finished
+        assert (directory.path / "model").exists()
+        directory.reopen()
+    assert is_due(directory)
+    finish(directory)
+    assert not is_due(directory)
 
 
 @pytest.mark.parametrize("num_removed", range(5))

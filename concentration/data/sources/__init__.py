@@ -4,16 +4,26 @@ from typing import Annotated
 
 import pydantic
 
+from concentration.data.sources.csv_table import CsvConfig, CsvSource
 from concentration.data.sources.glyphs import GlyphsConfig, GlyphSource
 from concentration.data.sources.image_folder import ImageFolderConfig, ImageFolderSource
+from concentration.data.sources.inaturalist import INaturalistConfig, INaturalistSource
+from concentration.data.sources.open_images import OpenImagesConfig, OpenImagesSource
 from concentration.data.sources.source import Source
 from concentration.data.sources.webdataset_shards import ShardsConfig
 
-DataConfig = Annotated[GlyphsConfig | ImageFolderConfig | ShardsConfig, pydantic.Field(discriminator="kind")]
+ImagesConfig = GlyphsConfig | ImageFolderConfig | CsvConfig | OpenImagesConfig | INaturalistConfig
+DataConfig = Annotated[ImagesConfig | ShardsConfig, pydantic.Field(discriminator="kind")]
 
-_SOURCES = {GlyphsConfig: GlyphSource, ImageFolderConfig: ImageFolderSource}
+_SOURCES = {
+    GlyphsConfig: GlyphSource,
+    ImageFolderConfig: ImageFolderSource,
+    CsvConfig: CsvSource,
+    OpenImagesConfig: OpenImagesSource,
+    INaturalistConfig: INaturalistSource,
+}
 
 
-def build_source(config: GlyphsConfig | ImageFolderConfig) -> Source:
+def build_source(config: ImagesConfig) -> Source:
     """The source that a config describes."""
     return _SOURCES[type(config)](config)

@@ -16,7 +16,8 @@ import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 from pydantic import Field
 
-from concentration.data.sources.source import Item, Split
+from concentration.data.sources.source import Item
+from concentration.data.splits import SPLITS, Split, SplitConfig
 from concentration.data.views import ViewConfig
 from concentration.errors import ConfigError, DataError
 from concentration.schema import Config, suggest
@@ -103,6 +104,9 @@ class GlyphSource:
         ConfigError: an unknown or repeated vertical, or fewer than two classes for each.
     """
 
+    #: Typefaces decide: nothing is cut off.
+    split = SplitConfig()
+
     def __init__(self, config: GlyphsConfig):
         self._config = config
         self._characters = _select(load_characters(), config)
@@ -120,17 +124,11 @@ class GlyphSource:
             classes.extend(_build_vertical(vertical, [c for c in self._characters if c.vertical == vertical]))
         return Taxonomy(classes, "data=glyphs")
 
-    def list_items(self, split: Split) -> list[Item]:
-        """The drawings of a split, round by round over all classes, so that every shard holds many classes."""
-        items = []
-        faces_of = {c: [face for face in c.faces if FACES[face].split == split] for c in self._characters}
-        for drawing in range(self._count_drawings(split, max(map(len, faces_of.values())))):
-            for character, faces in faces_of.items():
-                if drawing < self._count_drawings(split, len(faces)):
-                    face, codepoint = faces[drawing % len(faces)], character.codepoint
-                    key = f"u{codepoint:04x}-f{face:02d}-{drawing:03d}"
-                    items.append(Item(key, (character.class_id,), (codepoint, face, drawing)))
-        return items
+    def list_items(self) -> list[Item]:
+        return [item for split in SPLITS for item in self._list_split(split)]
+
+    def list_notes(self) -> list[str]:
+        return []
 
     def read(self, item: Item) -> tuple[str, bytes]:
         """`"png"` and a grey image, (image_size, image_size), light ink on dark paper.
@@ -151,6 +149,18 @@ class GlyphSource:
         buffer = io.BytesIO()
         ImageChops.add(image, noise, offset=-(choices.noise // 2)).save(buffer, "png", compress_level=1)
         return "png", buffer.getvalue()
+
+    def _list_split(self, split: Split) -> list[Item]:
+        """The drawings of a split, round by round over all classes, so that every shard holds many classes."""
+        items = []
+        faces_of = {c: [face for face in c.faces if FACES[face].split == split] for c in self._characters}
+        for drawing in range(self._count_drawings(split, max(map(len, faces_of.values())))):
+            for character, faces in faces_of.items():
+                if drawing < self._count_drawings(split, len(faces)):
+                    face, codepoint = faces[drawing % len(faces)], character.codepoint
+                    key = f"u{codepoint:04x}-f{face:02d}-{drawing:03d}"
+                    items.append(Item(key, (character.class_id,), (codepoint, face, drawing), split))
+        return items
 
     def _count_drawings(self, split: Split, num_faces: int) -> int:
         if split == "train":

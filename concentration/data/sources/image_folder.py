@@ -1,8 +1,8 @@
 """`data=image_folder`: a folder per class, or a folder per vertical with folders of classes in it, as deep as the tree is."""
 
 import functools
-import hashlib
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -10,20 +10,22 @@ from typing import ClassVar, Literal
 import pydantic
 
 from concentration.data.shard_members import IMAGE_EXTENSIONS
-from concentration.data.sources.source import SPLITS, Item, Split
-from concentration.data.views import UNDECODABLE, Share, ViewConfig, open_image
-from concentration.errors import DataError
+from concentration.data.sources.image_files import classes_of_paths, key_of_path, read_image_file
+from concentration.data.sources.source import Item
+from concentration.data.splits import SPLIT_OF_NAME, Split, SplitConfig
+from concentration.data.views import ViewConfig
+from concentration.errors import ConfigError, DataError
 from concentration.schema import Config
-from concentration.taxonomy import Taxonomy, TaxonomyClass
+from concentration.taxonomy import Taxonomy
 
 
 class ImageFolderConfig(Config):
     """Where the images lie and how they are split.
 
     path: holds CLASS/IMAGE, or VERTICAL/CLASS/IMAGE; deeper folders are subclasses of the ones above them. Or it holds
-        `train`, and perhaps `val` and `test`, with such folders inside. Links are followed.
+        `train`, and perhaps `val` (`valid`, `validation`) and `test`, with such folders inside. Links are followed.
     taxonomy: a taxonomy.json whose class ids are the folders' paths (CLASS or VERTICAL/CLASS); None takes the tree itself.
-    val_share, test_share: the shares of images that a hash of their path sends to splits that have no folder.
+    split: `split.group` is a regular expression, searched in each path below `path`; its first parenthesis is the group.
     image_size: of the networks' input; shards keep images as they are.
     """
 
@@ -32,99 +34,130 @@ class ImageFolderConfig(Config):
     kind: Literal["image_folder"] = "image_folder"
     path: Path
     taxonomy: Path | None = None
-    val_share: Share = 0.1
-    test_share: Share = 0.1
+    split: SplitConfig = SplitConfig()
     image_size: pydantic.PositiveInt = 224
     view: ViewConfig = ViewConfig()
+
+    @pydantic.model_validator(mode="after")
+    def _check_group(self):
+        if self.split.group is not None:
+            try:
+                groups = re.compile(self.split.group).groups
+            except re.error as error:
+                raise ValueError(f"data.split.group={self.split.group}: no regular expression ({error})") from None
+            if groups == 0:
+                raise ValueError(f"data.split.group={self.split.group}: has no parenthesis; put one around the group")
+        return self
 
 
 class ImageFolderSource:
     """Implements `Source` over a tree of folders.
 
     Raises:
+        ConfigError: `split.group` does not match an image's path.
         DataError: there is no image, images lie beside folders of classes, a folder cannot be read, or a name is hidden or
             not UTF-8.
     """
 
     def __init__(self, config: ImageFolderConfig):
         self._config = config
+        self.split = config.split
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"_config": self._config, "split": self.split}  # workers need no listing
 
     def build_taxonomy(self) -> Taxonomy:
-        ids = sorted({item.labels[0] for split in SPLITS for item in self.list_items(split)})
+        ids = {item.labels[0] for item in self.list_items()}
         if self._config.taxonomy is not None:
             taxonomy = Taxonomy.load(self._config.taxonomy)
-            for class_id in ids:
+            for class_id in sorted(ids):
                 if class_id not in taxonomy.position:
                     raise DataError(
                         f"{self._config.path}/{class_id}: no class '{class_id}' in {self._config.taxonomy}; "
                         "rename the folder or add the class"
                     )
             return taxonomy
-        if all("/" not in class_id for class_id in ids):
-            classes = [TaxonomyClass(class_id, class_id, (), "all") for class_id in ids]
-        else:
-            classes = self._classes_from_tree(ids)
-        return Taxonomy(classes, str(self._config.path))
+        try:
+            return Taxonomy(classes_of_paths(ids), str(self._config.path))
+        except ValueError as error:
+            raise DataError(
+                f"{self._config.path}/{error}: images lie beside the folders of other verticals' classes; "
+                "move them into a class's folder, VERTICAL/CLASS/IMAGE"
+            ) from None
 
-    def list_items(self, split: Split) -> list[Item]:
-        return [item for owner, item in self._all_items if owner == split]
+    def list_items(self) -> list[Item]:
+        return self._listing[0]
+
+    def list_notes(self) -> list[str]:
+        return self._listing[1]
 
     def read(self, item: Item) -> tuple[str, bytes]:
-        """The file as it is, after a look whether it can be decoded."""
-        path = Path(item.locator)
-        try:
-            content = path.read_bytes()
-            open_image(content).load()
-        except UNDECODABLE as error:
-            raise DataError(f"{path}: cannot be decoded ({error})") from None
-        return path.suffix[1:].lower(), content
+        return read_image_file(Path(item.locator))
 
     @functools.cached_property
-    def _all_items(self) -> list[tuple[str, Item]]:
+    def _listing(self) -> tuple[list[Item], list[str]]:
         root = self._config.path
         if not root.is_dir():
             raise DataError(f"{root}: no such folder; give data.path=FOLDER with a folder per class or per vertical")
-        given = [split for split in SPLITS if (root / split).is_dir()] if (root / "train").is_dir() else []
-        found = []
-        for top in given or [""]:
-            for path in sorted(_list_images(root / top)):
-                relative = path.relative_to(root / top)
-                split = self._choose_split(relative, given, top)
-                found.append((split, Item(_key(path.relative_to(root)), (relative.parent.as_posix(),), str(path))))
-        if not found:
+        tops = _find_splits(root)
+        ignored: dict[str, int] = {}
+        items = []
+        for top, split in tops.items():
+            for path in sorted(_list_images(root / top, ignored)):
+                label = path.relative_to(root / top).parent.as_posix()
+                relative = path.relative_to(root).as_posix()
+                items.append(Item(key_of_path(relative), (label,), str(path), split, self._find_group(relative)))
+        if not items:
             raise DataError(f"{root}: no images; expected CLASS/IMAGE.jpg or VERTICAL/CLASS/IMAGE.jpg (.png, .webp)")
-        for _, item in found:
+        for item in items:
             if item.labels[0] == ".":
                 raise DataError(f"{item.locator}: lies in no class's folder; move it into one")
-        return found
+        return items, [*_note_other_folders(root, tops), *_note_ignored(root, ignored)]
 
-    def _choose_split(self, relative: Path, given: list[str], top: str) -> str:
-        if top in ("val", "test"):
-            return top
-        bits = int.from_bytes(hashlib.sha256(relative.as_posix().encode()).digest()[:8], "big") / 2**64
-        test_share = 0 if "test" in given else self._config.test_share
-        val_share = 0 if "val" in given else self._config.val_share
-        return "test" if bits < test_share else "val" if bits < test_share + val_share else "train"
-
-    def _classes_from_tree(self, ids: list[str]) -> list[TaxonomyClass]:
-        """The folders below each vertical: a folder is the parent of the folders in it."""
-        classes: dict[str, TaxonomyClass] = {}
-        for class_id in ids:
-            parts = class_id.split("/")
-            if len(parts) == 1:
-                raise DataError(
-                    f"{self._config.path}/{class_id}: images lie beside the folders of other verticals' classes; "
-                    "move them into a class's folder, VERTICAL/CLASS/IMAGE"
-                )
-            for depth in range(2, len(parts) + 1):
-                inner, parent = "/".join(parts[:depth]), "/".join(parts[: depth - 1])
-                parents = (parent,) if depth > 2 else ()
-                classes.setdefault(inner, TaxonomyClass(inner, parts[depth - 1], parents, parts[0]))
-        return list(classes.values())
+    def _find_group(self, relative: str) -> str | None:
+        pattern = self._config.split.group
+        if pattern is None:
+            return None
+        found = re.search(pattern, relative)
+        if found is None or found[1] is None:
+            raise ConfigError(
+                f"data.split.group={pattern}: finds no group in '{relative}'; correct it, so that it finds one in every path"
+            )
+        return found[1]
 
 
-def _list_images(top: Path) -> Iterator[Path]:
-    """All images below a folder, also behind links; hidden files, which macOS and editors leave, are none."""
+def _find_splits(root: Path) -> dict[str, Split]:
+    """The folders of splits, or the root itself for training where there is no folder `train`."""
+    if not (root / "train").is_dir():
+        return {"": "train"}
+    found = {name: split for name, split in SPLIT_OF_NAME.items() if (root / name).is_dir()}
+    twice = [name for name, split in found.items() if split == "val"]
+    if len(twice) > 1:
+        raise DataError(f"{root}: holds {' and '.join(twice)}; keep one folder for validation")
+    return found
+
+
+def _note_other_folders(root: Path, tops: dict[str, Split]) -> list[str]:
+    if "" in tops:
+        return []
+    others = sorted(
+        entry.name for entry in os.scandir(root) if entry.is_dir() and entry.name not in tops and entry.name[0] != "."
+    )
+    return [f"{root}: folders beside train/ are not read: {', '.join(others)}"] if others else []
+
+
+def _note_ignored(root: Path, ignored: dict[str, int]) -> list[str]:
+    if not ignored:
+        return []
+    counts = ", ".join(f"{count} {extension or 'without any'}" for extension, count in sorted(ignored.items()))
+    return [f"{root}: ignored files that are not .{', .'.join(IMAGE_EXTENSIONS)}: {counts}"]
+
+
+def _list_images(top: Path, ignored: dict[str, int]) -> Iterator[Path]:
+    """All images below a folder, also behind links; hidden files, which macOS and editors leave, are none.
+
+    Other files are counted in `ignored`, by their extension.
+    """
 
     def refuse(error: OSError) -> None:
         raise DataError(f"{error.filename}: cannot be read ({error.strerror}); correct its permissions")
@@ -135,9 +168,14 @@ def _list_images(top: Path) -> Iterator[Path]:
         inner[:] = [name for name in inner if not f"{real}/".startswith(f"{os.path.realpath(f'{folder}/{name}')}/")]
         for name in files:
             path = Path(folder, name)
-            if path.suffix[1:].lower() in IMAGE_EXTENSIONS and not name.startswith("."):
+            extension = path.suffix.lower()
+            if name.startswith("."):
+                continue
+            if extension[1:] in IMAGE_EXTENSIONS:
                 _check_names(path, top)
                 yield path
+            else:
+                ignored[extension] = ignored.get(extension, 0) + 1
 
 
 def _check_names(path: Path, top: Path) -> None:
@@ -148,9 +186,3 @@ def _check_names(path: Path, top: Path) -> None:
         relative.as_posix().encode()
     except UnicodeEncodeError:
         raise DataError(f"{top}: the name {relative.as_posix()!r} is not UTF-8; rename it") from None
-
-
-def _key(relative: Path) -> str:
-    """A key that WebDataset reads back whole: no dots, and unique through a hash of the path."""
-    readable = "".join(c if c.isascii() and c.isalnum() else "-" for c in relative.with_suffix("").as_posix())
-    return f"{readable[-60:]}-{hashlib.sha256(relative.as_posix().encode()).hexdigest()[:12]}"

@@ -1,31 +1,48 @@
 """What a source of images must offer so that `prepare` can write shards from it in parallel."""
 
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
+from concentration.data.splits import Split, SplitConfig
 from concentration.taxonomy import Taxonomy
-
-SPLITS = ("train", "val", "test")
-Split = Literal["train", "val", "test"]
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One sample to be written: its key, unique in its split, the ids of its classes, and what `read` needs to find it."""
+    """One sample to be written.
+
+    Attributes:
+        key: unique in the source, and the same whenever the source is listed.
+        labels: ids of its classes.
+        locator: what `read` needs to find it.
+        split: the source's own; "train" where it has none, or none of this name: those are cut off the training samples.
+        group: what it has in common with samples that must not lie in another split; None where nothing is known.
+    """
 
     key: str
     labels: tuple[str, ...]
     locator: Any
+    split: Split = "train"
+    group: str | None = None
 
 
 class Source(Protocol):
-    """Lists samples cheaply in one process, and reads each of them in any process (a source is pickled to the workers)."""
+    """Lists samples cheaply in one process, and reads each of them in any process (a source is pickled to the workers).
+
+    Attributes:
+        split: how the splits that the source has not are cut off its training samples.
+    """
+
+    split: SplitConfig
 
     def build_taxonomy(self) -> Taxonomy:
         """The classes of this source."""
 
-    def list_items(self, split: Split) -> list[Item]:
-        """All samples of a split, in an order that does not change from one call to the next."""
+    def list_items(self) -> list[Item]:
+        """All samples, in an order that does not change from one call to the next."""
+
+    def list_notes(self) -> list[str]:
+        """A sentence on each thing that the listing left out or decided for the user."""
 
     def read(self, item: Item) -> tuple[str, bytes]:
         """The file extension ("png", "jpg", "webp") and the encoded image of one sample.

@@ -14,7 +14,7 @@ from concentration.data.index import index_shard
 from concentration.data.remote import Location, Remote, is_url, join, parse_location
 from concentration.data.shard_cache import Access, CacheConfig, ShardCache
 from concentration.data.shard_members import LabelMember
-from concentration.data.sources.source import Split
+from concentration.data.splits import Split
 from concentration.data.views import ViewConfig
 from concentration.errors import ConfigError, DataError
 from concentration.schema import Config

@@ -1,0 +1,148 @@
+"""`data=csv`: a table with a row for every image: its path and its labels, perhaps its split and its group."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import pydantic
+
+from concentration.data.shard_members import IMAGE_EXTENSIONS
+from concentration.data.sources.image_files import classes_of_paths, has_image_extension, key_of_path, read_image_file
+from concentration.data.sources.source import Item
+from concentration.data.sources.tables import find_column, read_table
+from concentration.data.splits import SPLIT_OF_NAME, Split, SplitConfig
+from concentration.data.views import ViewConfig
+from concentration.errors import DataError
+from concentration.schema import Config, suggest
+from concentration.taxonomy import Taxonomy
+
+
+class CsvConfig(Config):
+    """Which columns of which table say what.
+
+    path: the table, with a header; columns are parted by tabs in .tsv, by commas otherwise.
+    root: the folder that the images' paths start from; None is the table's.
+    taxonomy: a taxonomy.json; without it every label is a class: CLASS, or VERTICAL/CLASS and deeper, as with image_folder.
+    path_column, labels_column: names in the header.
+    label_separator: stands between the labels of one image.
+    split_column: holds train, val or test, or nothing, which is train; None is `split`, where there is such a column.
+    split: `split.group` is a column; images with the same text in it stay together, those with none are by themselves.
+    image_size: of the networks' input; shards keep images as they are.
+    """
+
+    runtime_fields: ClassVar[frozenset[str]] = frozenset({"path", "root"})
+
+    kind: Literal["csv"] = "csv"
+    path: Path
+    root: Path | None = None
+    taxonomy: Path | None = None
+    path_column: str = "path"
+    labels_column: str = "labels"
+    label_separator: str = pydantic.Field(default="|", min_length=1)
+    split_column: str | None = None
+    split: SplitConfig = SplitConfig()
+    image_size: pydantic.PositiveInt = 224
+    view: ViewConfig = ViewConfig()
+
+
+class CsvSource:
+    """Implements `Source` over the rows of a table; images are not looked at before they are read.
+
+    Raises:
+        DataError: the table or a column is missing, a row is not as it should be, two rows are of one image, or a label is
+            not in the taxonomy.
+    """
+
+    def __init__(self, config: CsvConfig):
+        self._config = config
+        self._root = config.path.parent if config.root is None else config.root
+        self.split = config.split
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"_config": self._config, "_root": self._root, "split": self.split}  # workers need no listing
+
+    def build_taxonomy(self) -> Taxonomy:
+        if self._config.taxonomy is not None:
+            return Taxonomy.load(self._config.taxonomy)
+        try:
+            labels = (label for item in self.list_items() for label in item.labels)
+            return Taxonomy(classes_of_paths(labels), str(self._config.path))
+        except ValueError as error:
+            raise DataError(
+                f"{self._config.path}: the label '{error}' has no vertical, but others do; "
+                "write VERTICAL/CLASS in every row, or CLASS in every row, or give data.taxonomy=FILE"
+            ) from None
+
+    def list_items(self) -> list[Item]:
+        return self._items
+
+    def list_notes(self) -> list[str]:
+        return []
+
+    def read(self, item: Item) -> tuple[str, bytes]:
+        return read_image_file(self._root / item.locator)
+
+    @functools.cached_property
+    def _items(self) -> list[Item]:
+        config = self._config
+        classes = None if config.taxonomy is None else self.build_taxonomy().position
+        rows = read_table(config.path)
+        _, header = next(rows, (1, []))
+        columns = _find_columns(config, header)
+        line_of_path: dict[str, int] = {}
+        items = []
+        for line, row in rows:
+            where = f"{config.path}, line {line}"
+            if len(row) != len(header):
+                raise DataError(
+                    f"{where}: {len(row)} columns, but {len(header)} in the header; correct it, or quote texts"
+                )
+            values = {name: row[place].strip() for name, place in columns.items()}
+            path = _check_path(values["path"], where)
+            if path in line_of_path:
+                raise DataError(
+                    f"{where}: '{path}' is on line {line_of_path[path]} already; write all its labels in one row"
+                )
+            line_of_path[path] = line
+            labels = tuple(dict.fromkeys(label.strip() for label in values["labels"].split(config.label_separator)))
+            for label in labels:
+                _check_label(label, classes, where, config)
+            split, group = _parse_split(values.get("split", ""), where), values.get("group") or None
+            items.append(Item(key_of_path(path), labels, path, split, group))
+        if not items:
+            raise DataError(f"{config.path}: no rows below the header; expected one for every image")
+        return items
+
+
+def _find_columns(config: CsvConfig, header: Sequence[str]) -> dict[str, int]:
+    header = [name.strip() for name in header]
+    names = {
+        "path": (config.path_column, "data.path_column"),
+        "labels": (config.labels_column, "data.labels_column"),
+    }
+    if config.split_column is not None or "split" in header:
+        names["split"] = (config.split_column or "split", "data.split_column")
+    if config.split.group is not None:
+        names["group"] = (config.split.group, "data.split.group")
+    return {what: find_column(config.path, header, name, key) for what, (name, key) in names.items()}
+
+
+def _check_path(text: str, where: str) -> str:
+    if not has_image_extension(text):
+        raise DataError(f"{where}: the path is '{text}', expected one that ends with .{', .'.join(IMAGE_EXTENSIONS)}")
+    return text
+
+
+def _check_label(label: str, classes: Mapping[str, int] | None, where: str, config: CsvConfig) -> None:
+    """Without a taxonomy a label is a path, none of whose parts is empty."""
+    if not label or (classes is None and not all(label.split("/"))):
+        raise DataError(f"{where}: a label is '{label}'; expected LABEL or LABEL{config.label_separator}LABEL")
+    if classes is not None and label not in classes:
+        raise DataError(f"{where}: no class '{label}' in {config.taxonomy}; add the class or correct the label")
+
+
+def _parse_split(text: str, where: str) -> Split:
+    if text and text not in SPLIT_OF_NAME:
+        raise DataError(f"{where}: the split is '{text}'{suggest(text, SPLIT_OF_NAME)}")
+    return SPLIT_OF_NAME.get(text, "train")

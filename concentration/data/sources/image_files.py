@@ -1,0 +1,77 @@
+"""Image files on a disk, as all sources that list files read them; classes that are named by paths; verticals of one class."""
+
+import collections
+import hashlib
+import os
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from concentration.data.shard_members import IMAGE_EXTENSIONS
+from concentration.data.views import UNDECODABLE, open_image
+from concentration.errors import DataError
+from concentration.taxonomy import TaxonomyClass
+
+#: The vertical of classes that belong to no other.
+OTHER = "other"
+
+
+def read_image_file(path: Path) -> tuple[str, bytes]:
+    """The extension and the bytes of the file as it is, after a look whether it can be decoded.
+
+    Raises: DataError where it is missing or cannot be decoded.
+    """
+    try:
+        content = path.read_bytes()
+        open_image(content).load()
+    except UNDECODABLE as error:
+        raise DataError(f"{path}: cannot be decoded ({error})") from None
+    return path.suffix[1:].lower(), content
+
+
+def key_of_path(path: str) -> str:
+    """A key that WebDataset reads back whole: no dots, and unique through a hash of the path."""
+    readable = re.sub("[^A-Za-z0-9]", "-", os.path.splitext(path)[0][-60:])
+    return f"{readable}-{hashlib.sha256(path.encode()).hexdigest()[:12]}"
+
+
+def has_image_extension(path: str) -> bool:
+    return os.path.splitext(path)[1][1:].lower() in IMAGE_EXTENSIONS
+
+
+def classes_of_paths(ids: Iterable[str]) -> list[TaxonomyClass]:
+    """Classes that are called CLASS, all in the vertical "all", or VERTICAL/CLASS, or deeper: each path is its parent's child.
+
+    Raises: ValueError with the id that names no vertical where others do.
+    """
+    ids = sorted(set(ids))
+    if all("/" not in class_id for class_id in ids):
+        return [TaxonomyClass(class_id, class_id, (), "all") for class_id in ids]
+    classes: dict[str, TaxonomyClass] = {}
+    for class_id in ids:
+        parts = class_id.split("/")
+        if len(parts) == 1:
+            raise ValueError(class_id)
+        for depth in range(2, len(parts) + 1):
+            inner, parent = "/".join(parts[:depth]), "/".join(parts[: depth - 1])
+            parents = (parent,) if depth > 2 else ()
+            classes.setdefault(inner, TaxonomyClass(inner, parts[depth - 1], parents, parts[0]))
+    return list(classes.values())
+
+
+def merge_small_verticals(classes: Sequence[TaxonomyClass]) -> tuple[list[TaxonomyClass], list[str]]:
+    """Classes of which every vertical has two at least, and notes on how.
+
+    The only class of a vertical goes to the vertical "other"; if it is alone there, too, it is left out.
+    """
+    sizes = collections.Counter(c.vertical for c in classes)
+    small = [vertical for vertical, size in sizes.items() if size < 2 and vertical != OTHER]
+    notes = [f"verticals of one class are merged into '{OTHER}': {', '.join(small)}"] if small else []
+    merged = [replace(c, vertical=OTHER) if c.vertical in small else c for c in classes]
+    others = [c for c in merged if c.vertical == OTHER]
+    if len(others) == 1:
+        merged.remove(others[0])
+        notes = [f"the class '{others[0].name}' is alone in its vertical, and left out"]
+    kept = {c.id for c in merged}
+    return [replace(c, parents=tuple(parent for parent in c.parents if parent in kept)) for c in merged], notes

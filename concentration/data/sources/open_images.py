@@ -1,0 +1,254 @@
+"""`data=open_images`: Open Images V4 to V7, as it is downloaded: CSVs of image labels, class names, the tree of classes.
+
+Source: https://storage.googleapis.com/openimages/web/download_v7.html; Gao et al., section 4.2, train on 5 verticals of it.
+"""
+
+import functools
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import pydantic
+
+from concentration.data.sources.image_files import OTHER, merge_small_verticals, read_image_file
+from concentration.data.sources.open_images_hierarchy import Hierarchy, load_hierarchy
+from concentration.data.sources.source import Item
+from concentration.data.sources.tables import find_column, read_table
+from concentration.data.splits import SPLIT_OF_NAME, SplitConfig
+from concentration.data.views import Share, ViewConfig
+from concentration.errors import ConfigError, DataError
+from concentration.schema import Config
+from concentration.taxonomy import Taxonomy, TaxonomyClass
+
+_FOLDERS = ("train", "validation", "test")
+
+
+class OpenImagesConfig(Config):
+    """Which files of Open Images are used, and what the verticals are.
+
+    path: holds `train`, `validation`, `test` with IMAGEID.jpg in them; each may be missing or hold only some images.
+    annotations: the folder of the CSVs and the tree; None is `path`.
+    labels: patterns of names in it, of CSVs with the columns ImageID, LabelName, Confidence.
+    min_confidence: of labels that are taken. People's verdicts are 1 and 0; machine-generated labels lie in between.
+    descriptions: pattern of the CSV of class names.
+    hierarchy: the file with the tree of classes.
+    verticals: names or MIDs of the nodes whose subtrees are verticals; a class below several of them belongs to the first, so
+        name `Bird` before `Animal`. None takes the root's children.
+    outside: what is done with labels below none of these: "other" makes them a vertical of this name, "drop" leaves them out.
+    images: the CSV on the images, needed for `split.group`.
+    split: `split.group` is a column of `images`: AuthorProfileURL keeps a photographer's images together.
+    image_size: of the networks' input; shards keep images as they are.
+    """
+
+    runtime_fields: ClassVar[frozenset[str]] = frozenset({"path", "annotations"})
+
+    kind: Literal["open_images"] = "open_images"
+    path: Path
+    annotations: Path | None = None
+    labels: tuple[str, ...] = ("*-annotations-human-imagelabels-boxable.csv",)
+    min_confidence: Share = 0.5
+    descriptions: str = "*class-descriptions-boxable.csv"
+    hierarchy: str = "bbox_labels_600_hierarchy.json"
+    verticals: tuple[str, ...] | None = None
+    outside: Literal["other", "drop"] = "other"
+    images: str = "image_ids_and_rotation.csv"
+    split: SplitConfig = SplitConfig()
+    image_size: pydantic.PositiveInt = 224
+    view: ViewConfig = ViewConfig()
+
+
+class OpenImagesSource:
+    """Implements `Source` over the images that are there and have a label.
+
+    A label whose descendant the image has, too, is left out: smearing restores it. Parents come from the tree's subcategories
+    and may be several; a part (an eye) belongs to the vertical of its whole, and is not its child. The classes are all of the
+    tree below the verticals that an image has a label in, and those outside that an image has.
+
+    Listing all 9 million images takes some GB of memory, in this process alone.
+
+    Raises:
+        ConfigError: a vertical is no class, or the name of several.
+        DataError: a file or column is missing, a row is not as it should be, or no image has a label.
+    """
+
+    def __init__(self, config: OpenImagesConfig):
+        self._config = config
+        self._annotations = config.path if config.annotations is None else config.annotations
+        self.split = config.split
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"_config": self._config, "split": self.split}  # workers need no listing
+
+    def build_taxonomy(self) -> Taxonomy:
+        return self._taxonomy_and_notes[0]
+
+    def list_items(self) -> list[Item]:
+        return self._items_and_notes[0]
+
+    def list_notes(self) -> list[str]:
+        return self._taxonomy_and_notes[1] + self._items_and_notes[1]
+
+    def read(self, item: Item) -> tuple[str, bytes]:
+        return read_image_file(self._config.path / item.locator)
+
+    @functools.cached_property
+    def _names(self) -> dict[str, str]:
+        path = _find_only(self._annotations, self._config.descriptions, "data.descriptions")
+        # V4 and V5 have no header; V6 and V7 have LabelName,DisplayName or id,name.
+        return {row[0]: row[1] for _, row in read_table(path) if len(row) == 2 and row[0].startswith("/")}
+
+    @functools.cached_property
+    def _hierarchy(self) -> Hierarchy:
+        return load_hierarchy(_find_only(self._annotations, self._config.hierarchy, "data.hierarchy"))
+
+    @functools.cached_property
+    def _vertical_of(self) -> dict[str, str]:
+        """The vertical of every class of the tree that is below one, in the tree's order."""
+        nodes = self._hierarchy.roots if self._config.verticals is None else self._find_nodes(self._config.verticals)
+        name_of = {node: self._names.get(node, node.strip("/")).replace("/", "-") for node in nodes}
+        return {c: name_of[node] for c, node in self._hierarchy.choose_subtree(nodes).items()}
+
+    def _find_nodes(self, wanted: tuple[str, ...]) -> list[str]:
+        known = self._hierarchy.parents
+        mids_of: dict[str, list[str]] = {}
+        for mid in known:
+            mids_of.setdefault(self._names.get(mid, mid), []).append(mid)
+        found = []
+        for name in wanted:
+            mids = [name] if name in known else mids_of.get(name, [])
+            if len(mids) != 1:
+                tops = ", ".join(self._names.get(top, top) for top in self._hierarchy.roots[:10])
+                raise ConfigError(
+                    f"data.verticals: '{name}' is the name of {len(mids)} classes in {self._config.hierarchy}, expected one; "
+                    f"give a name or MID; those at the top are {tops}..."
+                )
+            found += mids
+        return found
+
+    @functools.cached_property
+    def _labels_of_image(self) -> dict[str, list[str]]:
+        """By image that is there: the labels that are sure enough."""
+        wanted = self._folder_of_image
+        labels: dict[str, list[str]] = {}
+        for path in _find_all(self._annotations, self._config.labels):
+            rows = read_table(path)
+            _, header = next(rows, (1, []))
+            image_at, label_at, confidence_at = (
+                find_column(path, header, name, "data.labels") for name in ("ImageID", "LabelName", "Confidence")
+            )
+            for line, row in rows:
+                if len(row) != len(header):
+                    raise DataError(
+                        f"{path}, line {line}: {len(row)} columns, expected {len(header)}; fetch the file again"
+                    )
+                image = row[image_at]
+                if image in wanted and _parse_confidence(row[confidence_at], path, line) >= self._config.min_confidence:
+                    label = sys.intern(row[label_at])
+                    known = labels.setdefault(image, [])
+                    if label not in known:
+                        known.append(label)
+        return labels
+
+    @functools.cached_property
+    def _folder_of_image(self) -> dict[str, str]:
+        found: dict[str, str] = {}
+        for folder in _FOLDERS:
+            path = self._config.path / folder
+            for name in sorted(os.listdir(path)) if path.is_dir() else ():
+                image, extension = os.path.splitext(name)
+                if extension == ".jpg" and found.setdefault(image, folder) != folder:
+                    raise DataError(f"{path}/{name}: lies in {found[image]}, too; remove one of them")
+        if not found:
+            raise DataError(f"{self._config.path}: no images; expected {', '.join(_FOLDERS)} with IMAGEID.jpg in them")
+        return found
+
+    @functools.cached_property
+    def _taxonomy_and_notes(self) -> tuple[Taxonomy, list[str]]:
+        seen = dict.fromkeys(sorted({label for labels in self._labels_of_image.values() for label in labels}))
+        used = {self._vertical_of[label] for label in seen if label in self._vertical_of}
+        vertical_of = {c: vertical for c, vertical in self._vertical_of.items() if vertical in used}
+        outside = [label for label in seen if label not in vertical_of]
+        if self._config.outside == "other":
+            vertical_of |= dict.fromkeys(outside, OTHER)
+        parents = {c: tuple(p for p in self._hierarchy.parents.get(c, ()) if p in vertical_of) for c in vertical_of}
+        classes, notes = merge_small_verticals(
+            [TaxonomyClass(c, self._names.get(c, c), parents[c], vertical) for c, vertical in vertical_of.items()]
+        )
+        if outside:
+            fate = f"are the vertical '{OTHER}'" if self._config.outside == "other" else "are left out"
+            notes.append(f"{len(outside)} classes below no vertical {fate}")
+        if not classes:
+            raise DataError(
+                f"{self._config.path}: no image has a label of Confidence >= {self._config.min_confidence} below a vertical; "
+                "check data.labels, data.min_confidence and data.verticals"
+            )
+        return Taxonomy(classes, str(self._config.path)), notes
+
+    @functools.cached_property
+    def _items_and_notes(self) -> tuple[list[Item], list[str]]:
+        taxonomy, folder_of = self.build_taxonomy(), self._folder_of_image
+        groups = {} if self._config.split.group is None else self._load_groups(self._config.split.group)
+        items = []
+        for image, folder in folder_of.items():
+            labels = _most_specific(
+                [label for label in self._labels_of_image.get(image, ()) if label in taxonomy.position], taxonomy
+            )
+            if labels:
+                items.append(Item(image, labels, f"{folder}/{image}.jpg", SPLIT_OF_NAME[folder], groups.get(image)))
+        num_bare = len(folder_of) - len(items)
+        return items, [
+            f"{num_bare} of {len(folder_of)} images have no label that is taken, and are left out"
+        ] if num_bare else []
+
+    def _load_groups(self, column: str) -> dict[str, str]:
+        path = _find_only(self._annotations, self._config.images, "data.images")
+        rows = read_table(path)
+        _, header = next(rows, (1, []))
+        image_at, group_at = (
+            find_column(path, header, "ImageID", "data.images"),
+            find_column(path, header, column, "data.split.group"),
+        )
+        wanted = self._folder_of_image
+        return {
+            row[image_at]: sys.intern(row[group_at])
+            for _, row in rows
+            if len(row) == len(header) and row[image_at] in wanted and row[group_at]
+        }
+
+
+def _most_specific(labels: list[str], taxonomy: Taxonomy) -> tuple[str, ...]:
+    """The labels that are no ancestors of others inside their verticals: what label smearing does not restore."""
+    outputs = {taxonomy.output(label) for label in labels}
+    restored = {ancestor for output in outputs for ancestor in taxonomy.ancestors[output]}
+    return tuple(label for label in labels if taxonomy.output(label) not in restored)
+
+
+def _parse_confidence(text: str, path: Path, line: int) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise DataError(
+            f"{path}, line {line}: Confidence is '{text}', expected a number; fetch the file again"
+        ) from None
+
+
+def _find_all(folder: Path, patterns: tuple[str, ...]) -> Iterator[Path]:
+    for pattern in patterns:
+        found = sorted(folder.glob(pattern))
+        if not found:
+            raise DataError(
+                f"{folder}: no file matches data.labels={pattern}; give data.annotations=FOLDER, or other names"
+            )
+        yield from found
+
+
+def _find_only(folder: Path, pattern: str, key: str) -> Path:
+    found = sorted(folder.glob(pattern))
+    if len(found) != 1:
+        names = f" ({', '.join(path.name for path in found[:3])})" if found else ""
+        raise DataError(
+            f"{folder}: {len(found)} files match {key}={pattern}{names}, expected one; give its name or data.annotations"
+        )
+    return found[0]
