@@ -50,8 +50,10 @@ def describe_composition_error(error: Exception, verb: str) -> str:
     if match := re.search(r"No match in the defaults list\. To append to your default list use \+(\S+)", text):
         return f"{match[1]}: `concentrate {verb}` has no such choice to make (`concentrate {verb} --help` shows all)"
     if match := re.search(r"Could not (?:override|append).*?'([\w@./]+)(?:=.*?)?'\.", text):
-        key = match[1]
-        return f"unknown key '{key}'{suggest(key, _known_keys(verb))} (`concentrate {verb} --help` shows all)"
+        key, known = match[1], _known_keys(verb)
+        if key in known:
+            return f"{key} has no effect with the choices that were made; leave it out"
+        return f"unknown key '{key}'{suggest(key, known)} (`concentrate {verb} --help` shows all)"
     if match := re.search(
         r"In '[^']*': Could not find '([^']+)'.*?Available options in '[^']+':(.*?)(?:Config search path|$)", text
     ):

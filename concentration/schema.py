@@ -22,6 +22,11 @@ class Config(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     runtime_fields: ClassVar[frozenset[str]] = frozenset()
 
+    @classmethod
+    def choose(cls, values: Mapping[str, Any]) -> "type[Config]":
+        """The class that checks `values`: this one, unless it stands for another one beside itself."""
+        return cls
+
     def identity(self) -> dict[str, Any]:
         """What decides the result, as plain JSON values."""
         values = self.model_dump(mode="json", exclude=set(self.runtime_fields))
@@ -41,6 +46,7 @@ def parse_config(model: type[C], values: Mapping[str, Any]) -> C:
     Raises:
         ConfigError: with the first wrong key, what was found, and the nearest valid key or value.
     """
+    model = model.choose(values)
     try:
         return model.model_validate(values)
     except pydantic.ValidationError as error:

@@ -54,6 +54,18 @@ class Student(nn.Module):
         # The latest step's mean loss by vertical, kept for logs: a forward pass may only return what DDP should see.
         self.register_buffer("vertical_loss_M", torch.zeros(len(vertical_sizes)), persistent=False)
 
+    @property
+    def image_size(self) -> int:
+        return self.config.image_size
+
+    @property
+    def num_outputs(self) -> int:
+        return sum(self.config.verticals.values())
+
+    @property
+    def device(self) -> torch.device:
+        return self.mean.device
+
     def forward(self, images: Tensor, targets: SoftTargets | None = None) -> Tensor:
         logits = self.compute_logits(images)
         if targets is None:

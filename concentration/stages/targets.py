@@ -13,7 +13,7 @@ from concentration.data.loader import SampleReader, StepBatches, build_loader
 from concentration.data.order import SequentialOrder
 from concentration.data.sample_targets import LabelTargets
 from concentration.distributed import choose_device
-from concentration.networks.student import Student
+from concentration.networks.classifier import Classifier
 from concentration.progress import Progress
 from concentration.schema import Config
 from concentration.stages.prepare import SHARDS, DataOverrides, load_prepared
@@ -72,7 +72,7 @@ def _make_targets(config: TargetsConfig, vertical: str, split: Split, fingerprin
         if is_due:
             network = load_network(teacher_path, split.taxonomy.restrict(vertical))
             network.to(choose_device(config.accelerator))
-            image_size = network.config.image_size
+            image_size = network.image_size
             reader = SampleReader(split, LabelTargets(split, smear=False), image_size, views=None, seed=0)
             digest = hashlib.sha256()
             for shard, ordinals in enumerate(by_shard):
@@ -85,7 +85,7 @@ def _make_targets(config: TargetsConfig, vertical: str, split: Split, fingerprin
             manifest = {
                 "codec": "plain",
                 "top_k": config.targets.top_k,
-                "num_kept": min(config.targets.top_k, sum(network.config.verticals.values())),
+                "num_kept": min(config.targets.top_k, network.num_outputs),
                 "teacher": teacher_hash,
                 "taxonomy": split.taxonomy.fingerprint,
                 "data": split.fingerprint,
@@ -99,7 +99,7 @@ def _make_targets(config: TargetsConfig, vertical: str, split: Split, fingerprin
 
 @torch.inference_mode()
 def _make_shard(
-    network: Student,
+    network: Classifier,
     reader: SampleReader,
     ordinals: np.ndarray,
     split: Split,
@@ -112,12 +112,11 @@ def _make_shard(
     batches = StepBatches(reader, SequentialOrder(ordinals), batch_size, accumulate=1, rank=0, world_size=1)
     kept = []
     for batch in build_loader(batches, range(batches.steps_per_epoch), config.num_workers):
-        probability_BV = network(batch.images.to(network.mean.device)).sigmoid().cpu()[: batch.global_count]
+        probability_BV = network(batch.images.to(network.device)).sigmoid().cpu()[: batch.global_count]
         # An undecodable image teaches nothing: training skips it, and its record says so.
         probability_BV[batch.skipped_B[: batch.global_count]] = 0
         kept.append(keep_top_k(probability_BV, config.targets.top_k))
     index_RK, probability_RK, tail_R = (torch.cat(parts) for parts in zip(*kept, strict=True))
     rows = ordinals - split.shard_start[shard]
-    vertical_size = sum(network.config.verticals.values())
-    records = TargetRecords.from_tensors(rows, index_RK, probability_RK, tail_R, vertical_size)
+    records = TargetRecords.from_tensors(rows, index_RK, probability_RK, tail_R, network.num_outputs)
     records.save(path, {"codec": "plain", "shard": split.index_names[shard]})
