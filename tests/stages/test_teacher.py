@@ -1,14 +1,19 @@
 """`concentrate teacher external=...`: a model that was made elsewhere is evaluated and used as one that was trained here."""
 
+import io
 import json
 import shutil
+import sys
+import tarfile
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import safetensors.numpy
 import torch
-from real_runs import TINY, concentrate, load_json, one_line, prepare_shards, taxonomy_of_fruit_and_tools
+from PIL import Image
+from real_runs import TINY, concentrate, load_json, one_line, prepare_shards, run_command, taxonomy_of_fruit_and_tools
 
 from concentration.networks.student import load_student
 
@@ -16,7 +21,7 @@ VERTICALS = ("fruit", "tools")
 CLASSES = {v: [c["id"] for c in taxonomy_of_fruit_and_tools()["classes"] if c["vertical"] == v] for v in VERTICALS}
 TOP_K = 3
 #: A model of one's own in a module: a linear layer whose weights are a file's; and what a mistake would be.
-MODULE = '''
+MODULE = """
 import safetensors.torch
 import torch
 
@@ -30,7 +35,7 @@ def build(path):
 
 def build_nothing():
     return None
-'''
+"""
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +79,10 @@ def ask(workdir: Path) -> None:
 
 
 def take_over(workdir: Path, vertical: str, kind: str, *options: str, code: int = 0, **values):
-    given = [f"external.{key}={value}" for key, value in {"classes": "identity", "output": "sigmoid_logits", **values}.items()]
+    given = [
+        f"external.{key}={value}"
+        for key, value in {"classes": "identity", "output": "sigmoid_logits", **values}.items()
+    ]
     return concentrate("teacher", f"vertical={vertical}", f"external={kind}", f"workdir={workdir}", *given, *options,
                        directory=workdir.parent, code=code)  # fmt: skip
 
@@ -154,11 +162,6 @@ def test_a_function_of_ones_own_sees_float_images_and_its_softmax_becomes_probab
 
 def decode_test_images(workdir: Path, vertical: str) -> np.ndarray:
     """(N, 3, 16, 16) uint8 of the test images with a label in the vertical."""
-    import io
-    import tarfile
-
-    from PIL import Image
-
     with tarfile.open(workdir.parent / "given/test-000000.tar") as tar:
         members = {m.name: tar.extractfile(m).read() for m in tar.getmembers()}
     keys = [name.removesuffix(".png") for name in members if name.endswith(".png")]
@@ -174,10 +177,14 @@ def test_a_map_puts_outputs_in_the_places_of_their_classes(trained, exports, wor
     concentrate("evaluate", "name=tools", "save_scores=true", f"workdir={workdir}", directory=tmp_path)
     backwards = safetensors.numpy.load_file(workdir / "evaluations/tools.safetensors")["scores"]
     (tmp_path / "map.json").write_text(json.dumps({"1": "saw"}))
-    said = take_over(workdir, "tools", "torch", "overwrite=true", path=exports / "tools-any.pt2", classes=tmp_path / "map.json")
+    said = take_over(
+        workdir, "tools", "torch", "overwrite=true", path=exports / "tools-any.pt2", classes=tmp_path / "map.json"
+    )
     assert "3 of 4 classes have no output of the model and get probability 0: hammer, drill, file" in said.out
     assert load_json(workdir / "teachers/tools/DONE.json")["num_classes_without_output"] == 3
-    concentrate("evaluate", "name=tools", "save_scores=true", "overwrite=true", f"workdir={workdir}", directory=tmp_path)
+    concentrate(
+        "evaluate", "name=tools", "save_scores=true", "overwrite=true", f"workdir={workdir}", directory=tmp_path
+    )
     one = safetensors.numpy.load_file(workdir / "evaluations/tools.safetensors")["scores"]
     np.testing.assert_allclose(backwards[:, ::-1][:, 1], one[:, 1], atol=1e-6)
     assert (torch.from_numpy(one[:, [0, 2, 3]]).sigmoid() < 1e-30).all()
@@ -280,8 +287,6 @@ def test_a_damaged_model_file_is_answered_with_one_line(exports, workdir, tmp_pa
     content = (exports / {"onnx": "tools-any.onnx", "torch": "tools-any.pt2"}[kind]).read_bytes()
     path = tmp_path / "damaged"
     if damage == "zip":
-        import zipfile
-
         with zipfile.ZipFile(path, "w") as file:
             file.writestr("archive/data.pkl", "no pickle")
     else:
@@ -300,12 +305,11 @@ def test_without_onnxruntime_the_message_says_what_to_install(exports, workdir, 
     """A module of this name that cannot be imported stands in for a package that is not there."""
     (tmp_path / "shadow").mkdir()
     (tmp_path / "shadow/sitecustomize.py").write_text("import sys\nsys.modules['onnxruntime'] = None\n")
-    from real_runs import run_command
-    import sys
-
     given = ("external.classes=identity", "external.output=sigmoid_logits", f"external.path={exports}/tools-any.onnx")
     command = (sys.executable, "-m", "concentration.cli", "teacher", "vertical=tools", "external=onnx", *given)
-    finished = run_command(*command, f"workdir={workdir}", directory=Path.cwd(), code=2, PYTHONPATH=str(tmp_path / "shadow"))
+    finished = run_command(
+        *command, f"workdir={workdir}", directory=Path.cwd(), code=2, PYTHONPATH=str(tmp_path / "shadow")
+    )
     assert "pip install 'concentration[onnx]'" in one_line(finished)
 
 

@@ -228,7 +228,7 @@ def _find_output(key: str, num_outputs: int, names: Sequence[str], where: str) -
         return int(key)
     known = "positions" if not names else "positions and names"
     raise DataError(
-        f"{where}: no output {key!r}; expected {known} of the model's outputs, 0 to {num_outputs - 1}{suggest(key, names)}"
+        f"{where}: no output {key[:40]!r}; expected {known} of the model's outputs, 0 to {num_outputs - 1}{suggest(key, names)}"
     )
 
 

@@ -41,8 +41,14 @@ class TimmModelConfig(ExternalModelConfig):
 
     @pydantic.model_validator(mode="after")
     def _check_one_source_of_weights(self) -> Self:
-        if self.pretrained == (self.checkpoint is not None):
-            raise ValueError("give either external.pretrained=true or external.checkpoint=FILE: a teacher has weights")
+        if not self.pretrained and self.checkpoint is None:
+            raise ValueError(
+                "'external.checkpoint' is missing: give external.checkpoint=FILE or external.pretrained=true"
+            )
+        if self.pretrained and self.checkpoint is not None:
+            raise ValueError(
+                f"external.pretrained=true and external.checkpoint={self.checkpoint} are two sources of weights: give one of them"
+            )
         return self
 
 
