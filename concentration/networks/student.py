@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+import pydantic
 import safetensors
 import safetensors.torch
 import torch
@@ -27,8 +28,8 @@ class NetworkConfig(Config):
     base: BaseConfig
     top: TopConfig
     pace: PaceConfig
-    image_size: int
-    verticals: dict[str, int]
+    image_size: pydantic.PositiveInt
+    verticals: dict[str, pydantic.PositiveInt]
 
 
 class Student(nn.Module):
@@ -133,16 +134,33 @@ def load_student(path: Path) -> Student:
         raise DataError(f"{path}: no network description in its header; expected a file written by `concentrate`")
     try:
         config = parse_config(NetworkConfig, json.loads(header["network"]))
-    except (ConfigError, json.JSONDecodeError) as error:
+    except (ConfigError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: its header describes no network of this version ({error}); train it again") from None
     if getattr(config.base, "pretrained", False):  # its weights are in the file: fetch nothing
         config = config.model_copy(update={"base": config.base.model_copy(update={"pretrained": False})})
+    tensors = _load_tensors(path)
+    _check_fit(config, tensors, path)
     student = Student(config)
-    try:
-        student.load_state_dict(_load_tensors(path))
-    except RuntimeError as error:
-        raise DataError(f"{path}: weights do not fit its architecture ({str(error).splitlines()[1].strip()})") from None
+    student.load_state_dict(tensors)
     return student.eval()
+
+
+def _check_fit(config: NetworkConfig, tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Raises: DataError where the tensors are not those of the network, which is found before memory is asked for it."""
+    try:
+        with torch.device("meta"):
+            expected = Student(config).state_dict()
+    except (RuntimeError, TypeError) as error:  # sizes that no tensor has
+        reason = str(error).splitlines()[0]
+        raise DataError(
+            f"{path}: its header describes no network that can be built ({reason}); train it again"
+        ) from None
+    for name in sorted(tensors.keys() | expected.keys()):
+        have, want = (tuple(t[name].shape) if name in t else "nothing" for t in (tensors, expected))
+        if have != want:
+            raise DataError(
+                f"{path}: weights do not fit its architecture: {name} is {have}, expected {want}; train it again"
+            )
 
 
 def _load_tensors(path: Path) -> dict[str, Tensor]:

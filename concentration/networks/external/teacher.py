@@ -94,11 +94,16 @@ class ExternalTeacher:
 
     def _prepare(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) float32 as the model expects it: the middle of the images, normalised."""
+        if images.shape[-2:] != (self.image_size, self.image_size):
+            raise ConfigError(
+                f"{self.model.where}: looks at images of {self.image_size} pixels, and is given {images.shape[-1]}; "
+                f"give data.image_size={self.image_size}"
+            )
         if images.dtype == torch.uint8:
             images = images.float() / 255
         size = self.model.config.image_size
-        top, left = ((side - size) // 2 for side in images.shape[-2:])
-        return (images[..., top : top + size, left : left + size] - self._mean) / self._std
+        start = (self.image_size - size) // 2
+        return (images[..., start : start + size, start : start + size] - self._mean) / self._std
 
 
 def take_over(config: ExternalConfig, taxonomy: Taxonomy, vertical: str) -> ExternalTeacher:

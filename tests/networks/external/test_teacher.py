@@ -244,6 +244,13 @@ def test_images_are_cut_out_of_the_middle_and_normalised(taxonomy, tmp_path, mon
     assert torch.equal(teacher(in_bytes), teacher(in_bytes.float() / 255))
 
 
+@pytest.mark.parametrize("size", [SIZE - 1, SIZE + 1])
+def test_images_of_another_size_are_refused(taxonomy, tmp_path, size):
+    teacher = take_onnx(write_onnx(tmp_path / "linear.onnx"), taxonomy)
+    with pytest.raises(ConfigError, match=f"looks at images of 4 pixels, and is given {size}; give data.image_size=4"):
+        teacher(torch.zeros(1, 3, size, size, dtype=torch.uint8))
+
+
 def test_a_teacher_that_fails_later_says_so(taxonomy, tmp_path, monkeypatch):
     """On the images that it was tried with it answered."""
     body = "return lambda images: images.flatten(1)[:, :5] / (images.flatten(1).max(1, keepdim=True).values > 0)"
