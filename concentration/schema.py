@@ -1,4 +1,4 @@
-"""`Config`, the base of every configuration class, and how a wrong value becomes one clear line."""
+"""`Config`, the base of every configuration class; how a wrong value becomes one clear line; how JSON is read."""
 
 import difflib
 import hashlib
@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
 
 import pydantic
 
-from concentration.errors import ConfigError
+from concentration.errors import ConfigError, DataError
 
 
 class Config(pydantic.BaseModel):
@@ -53,6 +53,19 @@ def parse_config(model: type[C], values: Mapping[str, Any]) -> C:
         raise ConfigError(_describe_error(model, error)) from None
 
 
+def parse_json(text: str | bytes, where: str) -> Any:
+    """The value that a JSON text stands for.
+
+    Raises:
+        DataError: it is not JSON, has a key twice (the first would be lost without a word) or a number that is none, or nests
+            deeper than Python reads.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_refuse_doubles, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:  # also text that is not UTF-8
+        raise DataError(f"{where}: not JSON ({error}); bring it back, or write it again") from None
+
+
 def hash_values(values: Mapping[str, Any]) -> str:
     """A hash of plain JSON values, independent of the order of their keys."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
@@ -81,6 +94,19 @@ def suggest(word: str, valid: Iterable[str], prefix: str = "") -> str:
     if 0 < len(valid) <= 30:
         return f"; valid: {', '.join(prefix + name for name in valid)}"
     return ""
+
+
+def _refuse_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {key!r} comes twice")
+        found[key] = value
+    return found
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number")
 
 
 def _describe_error(model: type[pydantic.BaseModel], error: pydantic.ValidationError) -> str:

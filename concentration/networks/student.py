@@ -3,7 +3,6 @@
 Shapes: B batch, C all classes, M verticals.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from concentration.networks.bases import BaseConfig, build_base
 from concentration.networks.pace import Pace, PaceConfig
 from concentration.networks.top_layers import TopConfig, TopLayers
 from concentration.objectives.sigmoid_cross_entropy import sigmoid_cross_entropy_by_vertical
-from concentration.schema import Config, parse_config
+from concentration.schema import Config, parse_config, parse_json
 from concentration.targets import SoftTargets, load_metadata, sort_metadata, write_atomically
 
 
@@ -133,8 +132,8 @@ def load_student(path: Path) -> Student:
     if "network" not in header:
         raise DataError(f"{path}: no network description in its header; expected a file written by `concentrate`")
     try:
-        config = parse_config(NetworkConfig, json.loads(header["network"]))
-    except (ConfigError, ValueError, RecursionError) as error:
+        config = parse_config(NetworkConfig, parse_json(header["network"], "network"))
+    except (ConfigError, DataError) as error:
         raise DataError(f"{path}: its header describes no network of this version ({error}); train it again") from None
     if getattr(config.base, "pretrained", False):  # its weights are in the file: fetch nothing
         config = config.model_copy(update={"base": config.base.model_copy(update={"pretrained": False})})
@@ -169,4 +168,6 @@ def _load_tensors(path: Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
     except safetensors.SafetensorError as error:
-        raise DataError(f"{path}: damaged, or no safetensors file ({error}); restore it, or train it again") from None
+        raise DataError(
+            f"{path}: damaged, or no safetensors file ({' '.join(str(error).split())}); restore it, or train it again"
+        ) from None

@@ -130,19 +130,19 @@ def load_network(path: Path, taxonomy: Taxonomy) -> Classifier:
         DataError: a file has changed, or was made for another taxonomy.
     """
     done = RunDirectory(path).load_done(f"concentrate {path.parent.name.rstrip('s')}")
-    if "files" in done:  # a teacher that was made elsewhere
+    if isinstance(done.get("files"), dict):  # a teacher that was made elsewhere
         for name, expected in done["files"].items():
             _check_unchanged(path / name, expected, "this teacher was taken over; restore it, or take it over again")
         return load_external_teacher(path, taxonomy)
     file = path / NETWORK_FILE
-    _check_unchanged(file, done["checkpoint"], "training finished; restore it, or train again")
+    _check_unchanged(file, done.get("checkpoint"), "training finished; restore it, or train again")
     made_for = load_metadata(file).get("taxonomy")
     if made_for != taxonomy.fingerprint:
         raise DataError(f"{file}: made for another taxonomy ({made_for}, here {taxonomy.fingerprint}); train it again")
     return load_student(file)
 
 
-def _check_unchanged(path: Path, expected: str, since: str) -> None:
+def _check_unchanged(path: Path, expected: str | None, since: str) -> None:
     if not path.exists() or hash_file(path) != expected:
         raise DataError(f"{path}: missing or changed since {since} with overwrite=true")
 

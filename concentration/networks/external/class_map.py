@@ -3,7 +3,6 @@
 Shapes: B batch, O outputs of the model, V classes of the vertical, P pairs of an output and a class that it counts for.
 """
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from concentration.errors import ConfigError, DataError
-from concentration.schema import suggest
+from concentration.schema import parse_json, suggest
 from concentration.taxonomy import Taxonomy
 
 #: The value of `external.classes` that needs no file: output n is class n of the vertical.
@@ -188,24 +187,10 @@ def load_class_ids(
 
 def _load_json(path: Path) -> object:
     try:
-        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_refuse_doubles)
+        content = path.read_bytes()
     except OSError as error:
         raise ConfigError(f"external.classes={path}: cannot be read ({error.strerror}); give a JSON file") from None
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # also text that is not UTF-8, and brackets inside brackets without end
-        raise DataError(f"{path}: not JSON ({error}); write it again") from None
-
-
-def _refuse_doubles(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """Raises: ValueError where a key comes twice: the first would be lost without a word."""
-    found: dict[str, object] = {}
-    for key, value in pairs:
-        if key in found:
-            raise ValueError(f"the key {key!r} comes twice")
-        found[key] = value
-    return found
+    return parse_json(content, str(path))
 
 
 def _find_outputs(keys: Iterable[str], num_outputs: int, names: Sequence[str], where: str) -> dict[int, str]:
@@ -237,7 +222,7 @@ def _check_class(class_id: object, where: str, taxonomy: Taxonomy, vertical: str
         raise DataError(f"{where} has {class_id!r}, expected a class id or null")
     if class_id not in taxonomy.position:
         ids = [c.id for c in taxonomy.classes if c.vertical == vertical]
-        raise DataError(f"{where} has the class '{class_id}', which is not in the taxonomy{suggest(class_id, ids)}")
+        raise DataError(f"{where} has the class {class_id!r}, which is not in the taxonomy{suggest(class_id, ids)}")
     found = taxonomy.classes[taxonomy.position[class_id]].vertical
     if found != vertical:
         raise DataError(

@@ -3,7 +3,6 @@
 Shapes: B batch, O outputs of the model, V classes of the vertical.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
@@ -17,6 +16,7 @@ from concentration.errors import ConfigError, DataError
 from concentration.networks.external import ExternalConfig, ExternalModel, build_external_model
 from concentration.networks.external.class_map import ClassMap, check_outputs, check_softmax_is_left, load_class_ids
 from concentration.networks.external.model import one_line
+from concentration.schema import parse_json
 from concentration.targets import write_atomically
 from concentration.taxonomy import Taxonomy
 
@@ -130,16 +130,20 @@ def load_external_teacher(directory: Path, taxonomy: Taxonomy) -> ExternalTeache
     """
     path = directory / TEACHER_FILE
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        made_for, class_ids = content["taxonomy"], content["class_ids"]
+        content = parse_json(path.read_bytes(), str(path))
+        made_for, class_ids = content["taxonomy"], TypeAdapter(list[str | None]).validate_python(content["class_ids"])
         config = TypeAdapter(ExternalConfig).validate_python({**content["model"], "classes": TEACHER_FILE})
-    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, LookupError, TypeError) as error:
         raise DataError(
             f"{path}: damaged ({type(error).__name__}); run `concentrate teacher` with overwrite=true"
         ) from None
     if made_for != taxonomy.fingerprint:
         raise DataError(
-            f"{path}: made for another taxonomy ({made_for}, here {taxonomy.fingerprint}); take it over again"
+            f"{path}: made for another taxonomy ({made_for!r}, here {taxonomy.fingerprint}); take it over again"
+        )
+    if not any(class_ids) or not taxonomy.position.keys() >= set(class_ids) - {None}:
+        raise DataError(
+            f"{path}: its class_ids are not those of the vertical; run `concentrate teacher` with overwrite=true"
         )
     model = build_external_model(_in_folder(config, directory / MODEL_FOLDER))
     return ExternalTeacher(model, class_ids, taxonomy)
