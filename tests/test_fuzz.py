@@ -158,6 +158,7 @@ KNOWN = (
     Finding("manifest", "json", 9, "RecursionError", NESTED),
     Finding("manifest", "json", 120, "wrong result", "num_kept may be true, or below 1"),
     Finding("manifest", "json", 409, "several lines", NEWLINE),
+    Finding("student", "safetensors", 1508, "several lines", NEWLINE),
     Finding("record of a network", "json", 9, "RecursionError", NESTED),
     Finding("record of a config", "json", 32, "RecursionError", NESTED),
     Finding("record of a config", "json", 38, "AttributeError", KEYS),

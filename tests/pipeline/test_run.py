@@ -1,5 +1,6 @@
 """`concentrate run`: everything from drawn characters to the report, stopped, continued, changed and failing."""
 
+import json
 import os
 import pty
 import re
@@ -112,6 +113,12 @@ def test_a_run_takes_a_teacher_that_is_brought_along(finished, tmp_path):
         found, wanted = (load_json(root / "evaluations" / f"{name}.json") for root in (tmp_path / "work", expected))
         assert found["mpvap"] == pytest.approx(wanted["mpvap"], abs=0.02)
     assert status(tmp_path / "work")["teachers/greek"] == "done"
+    # A function's parameters are not known: the table at the end goes without them.
+    path = tmp_path / "work/evaluations/specialists.json"
+    path.write_text(json.dumps({**load_json(path), "num_parameters": {"base": None, "top": None, "total": None}}))
+    printed = run(tmp_path / "work", *brought)
+    line = next(line for line in printed.out.splitlines() if " specialists " in line)
+    assert [cell.strip() for cell in line.split("│")][4] == "-"
 
 
 def test_a_teacher_for_an_unknown_vertical_is_one_clear_error(finished, tmp_path):

@@ -310,7 +310,7 @@ def test_without_onnxruntime_the_message_says_what_to_install(exports, workdir, 
     finished = run_command(
         *command, f"workdir={workdir}", directory=Path.cwd(), code=2, PYTHONPATH=str(tmp_path / "shadow")
     )
-    assert "pip install 'concentration[onnx]'" in one_line(finished)
+    assert "pip install onnx onnxruntime" in one_line(finished)
 
 
 def test_a_teacher_of_ones_own_is_no_base_network(exports, workdir):

@@ -41,8 +41,12 @@ _MODELS: dict[type[ExternalModelConfig], type[ExternalModel]] = {
 
 def find_external_files(config: ExternalModelConfig) -> tuple[Path, ...]:
     """The model's files, those of the map's, and what else decides the answers."""
-    beside = [path for path in (config.names, None if config.classes == IDENTITY else Path(config.classes)) if path]
-    return (*_MODELS[type(config)].find_files(config), *(check_is_file(path, "external.classes") for path in beside))
+    given = {
+        "external.names": config.names,
+        "external.classes": None if config.classes == IDENTITY else Path(config.classes),
+    }
+    beside = [check_is_file(path, key) for key, path in given.items() if path is not None]
+    return (*_MODELS[type(config)].find_files(config), *beside)
 
 
 def build_external_model(config: ExternalModelConfig) -> ExternalModel:

@@ -91,7 +91,7 @@ def _import_onnx(name: str) -> ModuleType:
         return importlib.import_module(name)
     except ImportError:
         raise ConfigError(
-            f"external=onnx needs the package {name}, which is not installed; pip install 'concentration[onnx]'"
+            f"external=onnx needs the package {name}, which is not installed; pip install onnx onnxruntime"
         ) from None
 
 
