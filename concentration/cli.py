@@ -98,7 +98,7 @@ def _run_hydra(verb: str, rest: list[str]) -> int:
             return _worst([returned.return_value for batch in batches for returned in batch])
         return hydra.run(verb, job, overrides, with_log_configuration=False).return_value
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
-        raise ConfigError(describe_composition_error(error, verb)) from None
+        raise ConfigError(describe_composition_error(error, verb, options.overrides)) from None
 
 
 class _Job:

@@ -1,7 +1,7 @@
 """Hydra composes a verb's config; pydantic checks it; what is wrong becomes one line with the nearest valid key."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +42,8 @@ def check_config(verb: str, composed: Any) -> Config:
     return parse_config(config_class, values)
 
 
-def describe_composition_error(error: Exception, verb: str) -> str:
-    """Hydra's message in one line, with the nearest valid key."""
+def describe_composition_error(error: Exception, verb: str, overrides: Sequence[str] = ()) -> str:
+    """Hydra's message in one line, with the nearest key that is valid with the choices among the overrides."""
     text = " ".join(str(error).split())
     if match := re.search(r"Missing mandatory value:.*full_key: (\S+)", text):
         return f"'{match[1]}' is missing: give {match[1]}=VALUE"
@@ -51,7 +51,11 @@ def describe_composition_error(error: Exception, verb: str) -> str:
         return f"{match[1]}: `concentrate {verb}` has no such choice to make (`concentrate {verb} --help` shows all)"
     if match := re.search(r"Could not (?:override|append).*?'([\w@./]+)(?:=.*?)?'\.", text):
         key = match[1]
-        return f"unknown key '{key}'{suggest(key, _known_keys(verb))} (`concentrate {verb} --help` shows all)"
+        if key in _known_keys(verb):
+            return f"{key} has no effect with the choices that were made; leave it out"
+        return (
+            f"unknown key '{key}'{suggest(key, _known_keys(verb, overrides))} (`concentrate {verb} --help` shows all)"
+        )
     if match := re.search(
         r"In '[^']*': Could not find '([^']+)'.*?Available options in '[^']+':(.*?)(?:Config search path|$)", text
     ):
@@ -60,11 +64,13 @@ def describe_composition_error(error: Exception, verb: str) -> str:
     return text
 
 
-def _known_keys(verb: str) -> list[str]:
+def _known_keys(verb: str, overrides: Sequence[str] = ()) -> list[str]:
+    """The keys of a verb's config; of the overrides only those count that choose an option of a group."""
     from hydra import compose
     from omegaconf import OmegaConf
 
-    composed = OmegaConf.to_container(compose(config_name=verb), resolve=False)
-    keys = flatten(composed)
     groups = [path.name for path in find_config_directory().iterdir() if path.is_dir()]
+    choices = [override for override in overrides if re.split("[@=]", override, maxsplit=1)[0] in groups]
+    composed = OmegaConf.to_container(compose(config_name=verb, overrides=choices), resolve=False)
+    keys = flatten(composed)
     return [*keys, *groups, *{key.rpartition(".")[0] for key in keys if "." in key}]

@@ -1,4 +1,4 @@
-"""`Config`, the base of every configuration class, and how a wrong value becomes one clear line."""
+"""`Config`, the base of every configuration class; how a wrong value becomes one clear line; how JSON is read."""
 
 import difflib
 import hashlib
@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
 
 import pydantic
 
-from concentration.errors import ConfigError
+from concentration.errors import ConfigError, DataError
 
 
 class Config(pydantic.BaseModel):
@@ -21,6 +21,11 @@ class Config(pydantic.BaseModel):
 
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     runtime_fields: ClassVar[frozenset[str]] = frozenset()
+
+    @classmethod
+    def choose(cls, values: Mapping[str, Any]) -> "type[Config]":
+        """The class that checks `values`: this one, unless it stands for another one beside itself."""
+        return cls
 
     def identity(self) -> dict[str, Any]:
         """What decides the result, as plain JSON values."""
@@ -41,10 +46,24 @@ def parse_config(model: type[C], values: Mapping[str, Any]) -> C:
     Raises:
         ConfigError: with the first wrong key, what was found, and the nearest valid key or value.
     """
+    model = model.choose(values)
     try:
         return model.model_validate(values)
     except pydantic.ValidationError as error:
         raise ConfigError(_describe_error(model, error)) from None
+
+
+def parse_json(text: str | bytes, where: str) -> Any:
+    """The value that a JSON text stands for.
+
+    Raises:
+        DataError: it is not JSON, has a key twice (the first would be lost without a word) or a number that is none, or nests
+            deeper than Python reads.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_refuse_doubles, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:  # also text that is not UTF-8
+        raise DataError(f"{where}: not JSON ({error}); bring it back, or write it again") from None
 
 
 def hash_values(values: Mapping[str, Any]) -> str:
@@ -75,6 +94,19 @@ def suggest(word: str, valid: Iterable[str], prefix: str = "") -> str:
     if 0 < len(valid) <= 30:
         return f"; valid: {', '.join(prefix + name for name in valid)}"
     return ""
+
+
+def _refuse_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {key!r} comes twice")
+        found[key] = value
+    return found
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number")
 
 
 def _describe_error(model: type[pydantic.BaseModel], error: pydantic.ValidationError) -> str:

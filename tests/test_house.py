@@ -149,7 +149,18 @@ def test_the_core_needs_torch_and_numpy_and_little_else():
 
 
 def test_the_library_is_imported_without_what_only_the_command_line_needs():
-    heavy = ["lightning", "hydra", "webdataset", "wandb", "timm", "torchvision", "matplotlib", "sklearn"]
+    heavy = [
+        "lightning",
+        "hydra",
+        "webdataset",
+        "wandb",
+        "timm",
+        "torchvision",
+        "matplotlib",
+        "sklearn",
+        "onnx",
+        "onnxruntime",
+    ]
     code = f"""
 import sys
 import concentration

@@ -5,8 +5,8 @@ from typing import Annotated, Any, ClassVar, Literal
 import pydantic
 import pytest
 
-from concentration.errors import ConfigError
-from concentration.schema import Config, flatten, hash_values, parse_config, suggest
+from concentration.errors import ConfigError, DataError
+from concentration.schema import Config, flatten, hash_values, parse_config, parse_json, suggest
 
 
 class CircleConfig(Config):
@@ -104,3 +104,35 @@ def test_the_identity_of_a_config_leaves_out_its_runtime_fields_at_any_depth() -
 
 def test_flatten_joins_keys_with_dots() -> None:
     assert flatten({"top": {"top1": 8, "deep": {"x": 1}}, "empty": {}}) == {"top.top1": 8, "top.deep.x": 1, "empty": {}}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ('{"a": [1, -0.5, "b", null, true]}', {"a": [1, -0.5, "b", None, True]}),
+        (b'"\xc3\xa9"', "é"),
+        ('{"a": {"a": 1}}', {"a": {"a": 1}}),
+    ],
+)
+def test_json_is_what_it_says(text, value):
+    assert parse_json(text, "here") == value
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "here: not JSON .Expecting value"),
+        ("[1, 2", "not JSON"),
+        (b"\xff\xff", "not JSON"),
+        ('{"a": 1, "b": {"c": 1, "c": 1}}', "the key 'c' comes twice"),
+        ("[NaN]", "NaN is no number"),
+        ('{"a": -Infinity}', "-Infinity is no number"),
+        ("[" * 100_000, "recursion"),
+        ("9" * 5000, "digits"),
+    ],
+)
+def test_what_is_no_json_is_one_clear_error(text, message):
+    with pytest.raises(DataError, match=message) as caught:
+        parse_json(text, "here")
+    assert str(caught.value).startswith("here: not JSON (")
+    assert "\n" not in str(caught.value)

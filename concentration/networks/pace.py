@@ -60,7 +60,9 @@ class Pace(nn.Module):
         self.config = config
         sizes = torch.tensor(self.vertical_sizes, dtype=torch.float32)
         start_M = sizes.sqrt() if config.init == "sqrt" else torch.full_like(sizes, config.init)
-        start = start_M.repeat_interleave(sizes.long()) if config.kind == "class" else start_M
+        start = start_M
+        if config.kind == "class":
+            start = start_M.repeat_interleave(sizes.long(), output_size=sum(self.vertical_sizes))
         if config.kind == "fixed":
             self.register_buffer("gamma", start)
         elif config.kind != "none":

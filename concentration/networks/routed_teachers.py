@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from concentration.networks.classifier import Classifier
 from concentration.targets import SoftTargets, keep_top_k
 
 
@@ -16,25 +17,21 @@ class RoutedTeachers:
     """One frozen teacher a vertical. No `nn.Module`: the student's module must not own its teachers.
 
     Args:
-        teachers: in the order of the verticals; `teacher(images)` gives logits (B, V).
-        vertical_sizes: classes of each.
+        teachers: in the order of the verticals.
         top_k: K, as in stored targets.
         tail: what becomes of the classes outside the top K, as in `StoredTargets`.
 
     Source: Gao et al., section 3.1 (F_map, Equation 2), without the detour over the disk.
     """
 
-    def __init__(
-        self, teachers: Sequence[nn.Module], vertical_sizes: Sequence[int], top_k: int, tail: Literal["zero", "spread"]
-    ):
-        self._teachers = [teacher.eval().requires_grad_(False) for teacher in teachers]
-        self._sizes = tuple(vertical_sizes)
+    def __init__(self, teachers: Sequence[Classifier], top_k: int, tail: Literal["zero", "spread"]):
+        self._teachers = list(teachers)
+        self._sizes = tuple(teacher.num_outputs for teacher in teachers)
         self._top_k = top_k
         self._tail = tail
 
     def to(self, device: torch.device) -> None:
-        for teacher in self._teachers:
-            teacher.to(device)
+        self._teachers = [teacher.to(device) for teacher in self._teachers]
 
     @torch.no_grad()
     def __call__(self, images: Tensor, labels: SoftTargets) -> SoftTargets:

@@ -3,10 +3,10 @@
 Shapes: B batch, C all classes, M verticals.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
+import pydantic
 import safetensors
 import safetensors.torch
 import torch
@@ -17,7 +17,7 @@ from concentration.networks.bases import BaseConfig, build_base
 from concentration.networks.pace import Pace, PaceConfig
 from concentration.networks.top_layers import TopConfig, TopLayers
 from concentration.objectives.sigmoid_cross_entropy import sigmoid_cross_entropy_by_vertical
-from concentration.schema import Config, parse_config
+from concentration.schema import Config, parse_config, parse_json
 from concentration.targets import SoftTargets, load_metadata, sort_metadata, write_atomically
 
 
@@ -27,8 +27,8 @@ class NetworkConfig(Config):
     base: BaseConfig
     top: TopConfig
     pace: PaceConfig
-    image_size: int
-    verticals: dict[str, int]
+    image_size: pydantic.PositiveInt
+    verticals: dict[str, pydantic.PositiveInt]
 
 
 class Student(nn.Module):
@@ -53,6 +53,18 @@ class Student(nn.Module):
         self.register_buffer("class_weight_C", None, persistent=False)
         # The latest step's mean loss by vertical, kept for logs: a forward pass may only return what DDP should see.
         self.register_buffer("vertical_loss_M", torch.zeros(len(vertical_sizes)), persistent=False)
+
+    @property
+    def image_size(self) -> int:
+        return self.config.image_size
+
+    @property
+    def num_outputs(self) -> int:
+        return sum(self.config.verticals.values())
+
+    @property
+    def device(self) -> torch.device:
+        return self.mean.device
 
     def forward(self, images: Tensor, targets: SoftTargets | None = None) -> Tensor:
         logits = self.compute_logits(images)
@@ -120,17 +132,34 @@ def load_student(path: Path) -> Student:
     if "network" not in header:
         raise DataError(f"{path}: no network description in its header; expected a file written by `concentrate`")
     try:
-        config = parse_config(NetworkConfig, json.loads(header["network"]))
-    except (ConfigError, json.JSONDecodeError) as error:
+        config = parse_config(NetworkConfig, parse_json(header["network"], "network"))
+    except (ConfigError, DataError) as error:
         raise DataError(f"{path}: its header describes no network of this version ({error}); train it again") from None
     if getattr(config.base, "pretrained", False):  # its weights are in the file: fetch nothing
         config = config.model_copy(update={"base": config.base.model_copy(update={"pretrained": False})})
+    tensors = _load_tensors(path)
+    _check_fit(config, tensors, path)
     student = Student(config)
-    try:
-        student.load_state_dict(_load_tensors(path))
-    except RuntimeError as error:
-        raise DataError(f"{path}: weights do not fit its architecture ({str(error).splitlines()[1].strip()})") from None
+    student.load_state_dict(tensors)
     return student.eval()
+
+
+def _check_fit(config: NetworkConfig, tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Raises: DataError where the tensors are not those of the network, which is found before memory is asked for it."""
+    try:
+        with torch.device("meta"):
+            expected = Student(config).state_dict()
+    except (RuntimeError, TypeError) as error:  # sizes that no tensor has
+        reason = str(error).splitlines()[0]
+        raise DataError(
+            f"{path}: its header describes no network that can be built ({reason}); train it again"
+        ) from None
+    for name in sorted(tensors.keys() | expected.keys()):
+        have, want = (tuple(t[name].shape) if name in t else "nothing" for t in (tensors, expected))
+        if have != want:
+            raise DataError(
+                f"{path}: weights do not fit its architecture: {name} is {have}, expected {want}; train it again"
+            )
 
 
 def _load_tensors(path: Path) -> dict[str, Tensor]:
@@ -139,4 +168,6 @@ def _load_tensors(path: Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
     except safetensors.SafetensorError as error:
-        raise DataError(f"{path}: damaged, or no safetensors file ({error}); restore it, or train it again") from None
+        raise DataError(
+            f"{path}: damaged, or no safetensors file ({' '.join(str(error).split())}); restore it, or train it again"
+        ) from None

@@ -6,18 +6,20 @@ from typing import ClassVar, Literal
 import pydantic
 
 from concentration.data.sources import DataConfig
+from concentration.errors import ConfigError
 from concentration.networks.bases import BaseConfig
+from concentration.networks.external import ExternalConfig
 from concentration.networks.pace import PaceConfig
 from concentration.networks.top_layers import TopConfig
 from concentration.pipeline.jobs import Job
-from concentration.schema import Config
+from concentration.schema import Config, suggest
 from concentration.stages.evaluate import EVALUATIONS, SPECIALISTS, EvaluateConfig
 from concentration.stages.prepare import SHARDS, PrepareConfig
 from concentration.stages.report import REPORT, ReportConfig
 from concentration.stages.run_directory import StageConfig
 from concentration.stages.student import STUDENTS, HardTargetsConfig, Outside, StudentConfig, TargetsChoice
 from concentration.stages.targets import TARGETS, TargetsConfig
-from concentration.stages.teacher import TEACHERS, TeacherConfig
+from concentration.stages.teacher import TEACHERS, ExternalTeacherConfig, TeacherConfig
 from concentration.taxonomy import Taxonomy
 from concentration.training.fit import TrainerConfig
 from concentration.training.loggers import LoggerConfig
@@ -34,6 +36,12 @@ class NetworkParts(Config):
     pace: PaceConfig
     optimizer: OptimizerConfig
     trainer: TrainerConfig
+
+
+class TeacherParts(NetworkParts):
+    """`external`: by vertical, a model of the user's own; the other verticals' teachers are trained."""
+
+    external: dict[str, ExternalConfig] = pydantic.Field(default_factory=dict)
 
 
 class RunConfig(StageConfig):
@@ -56,7 +64,7 @@ class RunConfig(StageConfig):
     outside: Outside = "zero"
     optimizer: OptimizerConfig
     trainer: TrainerConfig
-    teacher: NetworkParts
+    teacher: TeacherParts
     generalist: NetworkParts
     logger: LoggerConfig = LoggerConfig()
     samples_per_shard: pydantic.PositiveInt = 4000
@@ -82,7 +90,16 @@ def build_prepare_job(config: RunConfig) -> Job:
 
 
 def build_jobs(config: RunConfig, taxonomy: Taxonomy) -> list[Job]:
-    """All jobs after `prepare`, longest first among those that may run together."""
+    """All jobs after `prepare`, longest first among those that may run together.
+
+    Raises:
+        ConfigError: a vertical with a teacher of the user's own is not in the taxonomy.
+    """
+    for vertical in config.teacher.external:
+        if vertical not in taxonomy.verticals:
+            raise ConfigError(
+                f"teacher.external.{vertical}: no vertical of this name{suggest(vertical, taxonomy.verticals)}"
+            )
     teachers = [_teacher_job(config, v, n) for v, n in zip(taxonomy.verticals, taxonomy.vertical_sizes, strict=True)]
     teachers.sort(key=lambda job: -taxonomy.vertical_sizes[taxonomy.verticals.index(job.config.vertical)])
     targets = (
@@ -109,11 +126,16 @@ def build_jobs(config: RunConfig, taxonomy: Taxonomy) -> list[Job]:
 
 
 def _teacher_job(config: RunConfig, vertical: str, num_classes: int) -> Job:
+    directory = config.workdir / TEACHERS / vertical
+    if vertical in config.teacher.external:
+        given = ExternalTeacherConfig(**_shared(config), vertical=vertical, external=config.teacher.external[vertical])
+        return Job(
+            f"teacher {vertical}", "teacher", given, directory, (), f"taking over a model for {num_classes} classes"
+        )
     stage = TeacherConfig(
         **_shared(config), **_parts(config.teacher), seed=config.seed, logger=config.logger, vertical=vertical
     )
     summary = f"training the specialist of {num_classes} classes"
-    directory = config.workdir / TEACHERS / vertical
     return Job(
         f"teacher {vertical}", "teacher", stage, directory, (), summary, _count_processes(config.teacher.trainer)
     )

@@ -44,7 +44,8 @@ def _print_result(config: RunConfig) -> None:
     for name in (GENERALIST, config.name, SPECIALISTS):
         result = json.loads((config.workdir / EVALUATIONS / f"{name}.json").read_text())
         top1 = "-" if result["top1"] is None else f"{100 * result['top1']:.1f} %"
-        parameters = f"{result['num_parameters']['total']:,}"
+        total = result["num_parameters"]["total"]
+        parameters = "-" if total is None else f"{total:,}"
         table.add_row(name, f"{100 * result['mpvap']:.1f} %", top1, parameters, str(result["num_networks"]))
     console.print(table)
     console.print(f"report: {(config.workdir / REPORT / 'index.html').resolve()}")

@@ -1,12 +1,13 @@
 """`concentrate evaluate name=NAME`: the metrics of a student, a generalist, one teacher, or the teachers as an ensemble."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import pydantic
 import safetensors.numpy
+import torch
 
 from concentration.data.index import Split, load_split
 from concentration.data.loader import StepBatches, build_loader
@@ -135,12 +136,18 @@ def _score_samples(
     """
     order = SequentialOrder(subject.ordinals)
     batch_size = min(config.batch_size, len(order))
-    batches = StepBatches(subject.build_reader(), order, batch_size, accumulate=1, rank=0, world_size=1)
+    loaders = {}
+    for size, reader in subject.build_readers().items():
+        batches = StepBatches(reader, order, batch_size, accumulate=1, rank=0, world_size=1)
+        loaders[size] = build_loader(batches, range(batches.steps_per_epoch), config.num_workers)
     seen, kept = [], []
     with Progress(f"evaluate {config.name}", len(order), "images", path) as progress:
-        for batch in build_loader(batches, range(batches.steps_per_epoch), config.num_workers):
-            is_real_B = batch.weight_B > 0
-            scores_BC = subject.score(batch.images)[is_real_B]
+        for of_size in zip(*loaders.values(), strict=True):
+            batch = of_size[0]  # the others hold the same samples
+            is_real_B = torch.stack([each.weight_B > 0 for each in of_size]).all(0)
+            scores_BC = subject.score({size: each.images for size, each in zip(loaders, of_size, strict=True)})[
+                is_real_B
+            ]
             evaluator.update(scores_BC, [subject.labels(int(ordinal)) for ordinal in batch.ordinal_B[is_real_B]])
             seen.append(batch.ordinal_B[is_real_B].numpy())
             if config.save_scores:
@@ -162,11 +169,17 @@ def _describe_classes(taxonomy: Taxonomy, ap_C: list, counts: Mapping[str, np.nd
 def _describe_cost(subject: Subject) -> dict:
     counts = [count_parameters(network) for network in subject.networks]
     return {
-        "num_parameters": {part: sum(count[part] for count in counts) for part in counts[0]},
-        "multiply_adds": sum(count_multiply_adds(network) for network in subject.networks),
+        "num_parameters": {part: _sum_known(count[part] for count in counts) for part in counts[0]},
+        "multiply_adds": _sum_known(count_multiply_adds(network) for network in subject.networks),
         "num_networks": len(counts),
         "checkpoint": subject.checkpoint,
     }
+
+
+def _sum_known(numbers: Iterable[int | None]) -> int | None:
+    """None where one of them is not known."""
+    numbers = list(numbers)
+    return None if None in numbers else sum(numbers)
 
 
 def _save_scores(config: EvaluateConfig, subject: Subject, ordinals: np.ndarray, scores_NC: np.ndarray) -> None:

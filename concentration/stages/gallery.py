@@ -27,12 +27,14 @@ def build_gallery(subject: Subject, num_pictures: int) -> list[dict]:
     queues = [ordinals[permutation(len(ordinals), number)] for number, ordinals in enumerate(queues)]
     turns = range(max((len(queue) for queue in queues), default=0))
     drawn = list(dict.fromkeys(int(queue[turn]) for turn in turns for queue in queues if turn < len(queue)))
-    reader = subject.build_reader()
+    readers = subject.build_readers()
     entries = []
     for ordinal in drawn[:num_pictures]:
-        images, _, skipped, _ = reader.read(np.array([ordinal]), epoch=0)
-        if not skipped[0]:
-            entries.append(_describe_sample(subject, ordinal, subject.score(images)[0], reader.read_encoded(ordinal)))
+        read = {size: reader.read(np.array([ordinal]), epoch=0) for size, reader in readers.items()}
+        if not any(samples.skipped_B[0] for samples in read.values()):
+            scores_C = subject.score({size: samples.images for size, samples in read.items()})[0]
+            encoded = next(iter(readers.values())).read_encoded(ordinal)
+            entries.append(_describe_sample(subject, ordinal, scores_C, encoded))
     return entries
 
 

@@ -157,12 +157,12 @@ def _load_teachers(config: StudentConfig, taxonomy: Taxonomy, prepared: Prepared
     """Raises: ConfigError where a teacher takes images of another size than the student."""
     teachers = [load_network(config.workdir / TEACHERS / v, taxonomy.restrict(v)) for v in taxonomy.verticals]
     for vertical, teacher in zip(taxonomy.verticals, teachers, strict=True):
-        if teacher.config.image_size != prepared.image_size:
+        if teacher.image_size != prepared.image_size:
             raise ConfigError(
-                f"targets=online: the teacher of {vertical} takes images of {teacher.config.image_size} pixels, the student of "
-                f"{prepared.image_size}; give data.image_size={teacher.config.image_size}, or store targets (targets=soft)"
+                f"targets=online: the teacher of {vertical} takes images of {teacher.image_size} pixels, the student of "
+                f"{prepared.image_size}; give data.image_size={teacher.image_size}, or store targets (targets=soft)"
             )
-    return RoutedTeachers(teachers, taxonomy.vertical_sizes, config.targets.top_k, config.tail)
+    return RoutedTeachers(teachers, config.targets.top_k, config.tail)
 
 
 def _identify_targets(config: StudentConfig, taxonomy: Taxonomy) -> str:

@@ -3,6 +3,7 @@
 Shapes: B batch, C outputs of the subject.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor
 from concentration.data.index import Split
 from concentration.data.loader import SampleReader
 from concentration.data.sample_targets import LabelTargets
-from concentration.networks.student import Student
+from concentration.networks.classifier import Classifier
 from concentration.taxonomy import Taxonomy
 
 
@@ -29,7 +30,7 @@ class Subject:
         ordinals: which samples, rising.
     """
 
-    networks: tuple[Student, ...]
+    networks: tuple[Classifier, ...]
     checkpoint: str
     taxonomy: Taxonomy
     first_output: int
@@ -37,9 +38,9 @@ class Subject:
     ordinals: np.ndarray
 
     @torch.inference_mode()
-    def score(self, images: Tensor) -> Tensor:
-        """Logits, (B, C) on the CPU."""
-        scores = [network(images.to(network.mean.device)).cpu() for network in self.networks]
+    def score(self, images: Mapping[int, Tensor]) -> Tensor:
+        """Logits, (B, C) on the CPU, of the same images at each network's size."""
+        scores = [network(images[network.image_size].to(network.device)).cpu() for network in self.networks]
         return torch.cat(scores, dim=1)
 
     def labels(self, ordinal: int) -> list[int]:
@@ -47,7 +48,8 @@ class Subject:
         inside = [output - self.first_output for output in self.split.labels(ordinal)]
         return [output for output in inside if 0 <= output < self.taxonomy.num_classes]
 
-    def build_reader(self) -> SampleReader:
-        """Reads centre views at the networks' size."""
+    def build_readers(self) -> dict[int, SampleReader]:
+        """By size: what reads centre views. Each network sees images as `targets` shows them to it: decoded at its own size."""
         targets = LabelTargets(self.split, smear=False)
-        return SampleReader(self.split, targets, self.networks[0].config.image_size, views=None, seed=0)
+        sizes = sorted({network.image_size for network in self.networks})
+        return {size: SampleReader(self.split, targets, size, views=None, seed=0) for size in sizes}

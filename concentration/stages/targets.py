@@ -151,7 +151,7 @@ def _make_targets(
 
 def _open_teacher(config: TargetsConfig, vertical: str, split: Split, view: ViewConfig) -> TeacherAnswers:
     network = load_network(config.workdir / TEACHERS / vertical, split.taxonomy.restrict(vertical))
-    network.to(choose_device(config.accelerator))
+    network = network.to(choose_device(config.accelerator))
     return TeacherAnswers(network, split, config.targets.views, view, config.batch_size, config.num_workers)
 
 
@@ -170,13 +170,13 @@ def _ask(answers: TeacherAnswers, ordinals: np.ndarray, rows: np.ndarray, top_k:
 
 def _describe(config: TargetsConfig, answers: TeacherAnswers, teacher_hash: str) -> dict[str, Any]:
     """The manifest: what a reader must know, and what must not have changed when the targets are used."""
-    views: dict[str, Any] = {"image_size": answers.network.config.image_size, "interpolation": INTERPOLATION}
+    views: dict[str, Any] = {"image_size": answers.network.image_size, "interpolation": INTERPOLATION}
     if config.targets.views:
         views |= {"view": answers.view.model_dump(), "decoder": describe_decoder()}
     return {
         "codec": config.targets.codec,
         "top_k": config.targets.top_k,
-        "num_kept": min(config.targets.top_k, sum(answers.network.config.verticals.values())),
+        "num_kept": min(config.targets.top_k, answers.network.num_outputs),
         "views": config.targets.views,
         "teacher": teacher_hash,
         "taxonomy": answers.split.taxonomy.fingerprint,

@@ -1,12 +1,20 @@
-"""`concentrate teacher vertical=NAME`: a specialist of one vertical (Gao et al., section 3.1, Equation 1)."""
+"""`concentrate teacher vertical=NAME`: a specialist of one vertical, trained here or taken over (Gao et al., section 3.1)."""
+
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
+import pydantic
 
 from concentration import distributed
 from concentration.data.index import load_split
 from concentration.data.sample_targets import LabelTargets
-from concentration.stages.prepare import SHARDS, load_prepared
-from concentration.stages.run_directory import RunDirectory
+from concentration.networks.external import ExternalConfig, find_external_files
+from concentration.networks.external.teacher import ExternalTeacher, take_over
+from concentration.progress import Progress
+from concentration.schema import Config, hash_values
+from concentration.stages.prepare import SHARDS, DataOverrides, load_prepared
+from concentration.stages.run_directory import RunDirectory, StageConfig, hash_file
 from concentration.stages.train_network import NetworkStageConfig, Task, identify_base_checkpoint, train_network
 
 TEACHERS = "teachers"
@@ -18,13 +26,42 @@ class TeacherConfig(NetworkStageConfig):
     vertical: str
     smear: bool = True
 
+    @classmethod
+    def choose(cls, values: Mapping[str, Any]) -> type[Config]:
+        return cls if values.get("external") is None else ExternalTeacherConfig
 
-def teacher(config: TeacherConfig) -> None:
+
+class ExternalTeacherConfig(StageConfig):
+    """Takes over a model that was made elsewhere; writes `teachers/VERTICAL/`."""
+
+    vertical: str
+    external: ExternalConfig
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _refuse_training(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What belongs to training alone is None or not there: `conf/external/` takes it out of the composed config."""
+        trainings = TeacherConfig.model_fields.keys() - cls.model_fields.keys()
+        given = sorted(name for name in trainings if values.get(name) is not None)
+        if given:
+            raise ValueError(f"{', '.join(given)}: no effect with external, since nothing is trained; leave it out")
+        return {name: value for name, value in values.items() if name not in trainings}
+
+
+def teacher(config: TeacherConfig | ExternalTeacherConfig) -> None:
     """Runs the stage.
 
     Raises:
         ConfigError, DataError, DivergedError, Preempted.
     """
+    if isinstance(config, ExternalTeacherConfig):
+        _take_over(config)
+    else:
+        _train(config)
+
+
+def _train(config: TeacherConfig) -> None:
+    """Trains with Equation 1."""
     distributed.start("nccl" if config.trainer.accelerator == "gpu" else "gloo")
     prepared, taxonomy, fingerprint = load_prepared(config.workdir, config.data)
     outputs = taxonomy.vertical_slice(config.vertical)
@@ -47,3 +84,31 @@ def teacher(config: TeacherConfig) -> None:
             vertical=config.vertical,
         )
         train_network(config, directory, task, prepared)
+
+
+def _take_over(config: ExternalTeacherConfig) -> None:
+    """Copies the model and the map of its outputs; no image is read, so other data makes no other teacher."""
+    _, taxonomy, _ = load_prepared(config.workdir, DataOverrides())
+    restricted = taxonomy.restrict(config.vertical)
+    directory = RunDirectory(config.workdir / TEACHERS / config.vertical)
+    content = hash_values({str(n): hash_file(path) for n, path in enumerate(find_external_files(config.external))})
+    with directory.begin(config, {"taxonomy": restricted.fingerprint, "files": content}) as is_due:
+        if not is_due:
+            return
+        found = take_over(config.external, taxonomy, config.vertical)
+        with Progress(f"teacher {config.vertical}", 1, "models", directory.path) as progress:
+            files = {name: hash_file(directory.path / name) for name in found.save(directory.path)}
+            progress.advance()
+        directory.finish({"checkpoint": hash_values(files), "files": files, **_describe_missing(found, directory)})
+
+
+def _describe_missing(found: ExternalTeacher, directory: RunDirectory) -> dict[str, int]:
+    """The number of classes that the teacher knows nothing of, which is also said."""
+    missing = [found.taxonomy.class_of_output(output).id for output in found.class_map.find_missing()]
+    if missing:
+        shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+        print(
+            f"{directory.path}: {len(missing)} of {found.num_outputs} classes have no output of the model and get "
+            f"probability 0: {shown}"
+        )
+    return {"num_classes_without_output": len(missing)}

@@ -16,7 +16,7 @@ from concentration.data.loader import SampleReader, StepBatches, build_loader
 from concentration.data.order import SequentialOrder
 from concentration.data.sample_targets import LabelTargets
 from concentration.data.views import ViewConfig
-from concentration.networks.student import Student
+from concentration.networks.classifier import Classifier
 
 
 class Answers(NamedTuple):
@@ -37,14 +37,14 @@ class TeacherAnswers:
     """A teacher and how it is asked.
 
     Attributes:
-        network: the teacher, in eval mode, on its device.
+        network: the teacher, on its device.
         split: of the samples.
         num_views: 0 asks about the centre view.
         view: the augmentation of the others. They are drawn from the view's number and the sample alone, so that the
             teachers of all of a sample's verticals see the same.
     """
 
-    network: Student
+    network: Classifier
     split: Split
     num_views: int
     view: ViewConfig
@@ -56,12 +56,12 @@ class TeacherAnswers:
         """All samples in their first view, then all in their second, and so on."""
         views = self.view if self.num_views else None
         targets = LabelTargets(self.split, smear=False)
-        reader = SampleReader(self.split, targets, self.network.config.image_size, views, seed=0)
+        reader = SampleReader(self.split, targets, self.network.image_size, views, seed=0)
         batch_size = min(self.batch_size, len(ordinals))
         batches = StepBatches(reader, SequentialOrder(ordinals), batch_size, accumulate=1, rank=0, world_size=1)
         numbers = range(batches.steps_per_epoch * max(1, self.num_views))
         for batch in build_loader(batches, numbers, self.num_workers):
             real = slice(0, batch.global_count)
-            probability_BV = self.network(batch.images.to(self.network.mean.device)).sigmoid().cpu()[real]
+            probability_BV = self.network(batch.images.to(self.network.device)).sigmoid().cpu()[real]
             probability_BV[batch.skipped_B[real]] = 0
             yield Answers(probability_BV, batch.view_BV[real], batch.skipped_B[real])

@@ -16,6 +16,8 @@ from concentration.data.order import ClassBalancedOrder, Order, WindowOrder
 from concentration.data.sample_targets import LabelTargets, SampleTargets
 from concentration.errors import ConfigError, DataError
 from concentration.networks.bases import BaseConfig
+from concentration.networks.classifier import Classifier
+from concentration.networks.external.teacher import load_external_teacher
 from concentration.networks.pace import PaceConfig
 from concentration.networks.routed_teachers import RoutedTeachers
 from concentration.networks.student import NetworkConfig, Student, load_student
@@ -128,23 +130,29 @@ def train_network(config: NetworkStageConfig, directory: RunDirectory, task: Tas
         CheckpointDirectory(directory.path, config.trainer.keep_checkpoints).clear()
 
 
-def load_network(path: Path, taxonomy: Taxonomy) -> Student:
+def load_network(path: Path, taxonomy: Taxonomy) -> Classifier:
     """The finished network of a run directory, in eval mode, checked against its record and the taxonomy of its outputs.
 
     Raises:
         ConfigError: the run has not finished.
-        DataError: the file has changed, or was made for another taxonomy.
+        DataError: a file has changed, or was made for another taxonomy.
     """
     done = RunDirectory(path).load_done(f"concentrate {path.parent.name.rstrip('s')}")
+    if isinstance(done.get("files"), dict):  # a teacher that was made elsewhere
+        for name, expected in done["files"].items():
+            _check_unchanged(path / name, expected, "this teacher was taken over; restore it, or take it over again")
+        return load_external_teacher(path, taxonomy)
     file = path / NETWORK_FILE
-    if not file.exists() or hash_file(file) != done["checkpoint"]:
-        raise DataError(
-            f"{file}: missing or changed since training finished; restore it, or train again with overwrite=true"
-        )
+    _check_unchanged(file, done.get("checkpoint"), "training finished; restore it, or train again")
     made_for = load_metadata(file).get("taxonomy")
     if made_for != taxonomy.fingerprint:
         raise DataError(f"{file}: made for another taxonomy ({made_for}, here {taxonomy.fingerprint}); train it again")
     return load_student(file)
+
+
+def _check_unchanged(path: Path, expected: str | None, since: str) -> None:
+    if not path.exists() or hash_file(path) != expected:
+        raise DataError(f"{path}: missing or changed since {since} with overwrite=true")
 
 
 def build_network(config: NetworkStageConfig, taxonomy: Taxonomy, image_size: int) -> Student:

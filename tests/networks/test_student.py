@@ -141,7 +141,7 @@ def test_a_pretrained_base_is_not_fetched_again(tmp_path, monkeypatch):
 
     monkeypatch.setattr(concentration.networks.student, "build_base", build_base)
     load_student(tmp_path / "model.safetensors")
-    assert [(config.name, config.pretrained) for config in asked] == [("resnet18", False)]
+    assert {(config.name, config.pretrained) for config in asked} == {("resnet18", False)}
 
 
 def test_a_damaged_file_is_refused_by_name(tmp_path):
@@ -168,10 +168,24 @@ def rewrite_header(path: Path, header: dict[str, str]) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"top": {"kind": "fc_sc", "top1": 7, "top2": 5}}, "weights do not fit its architecture .*top1"),
-        ({"top": {"kind": "sc_sc", "top1": 6, "top2": 5}}, "weights do not fit its architecture .*"),
-        ({"pace": {"kind": "none"}}, r"weights do not fit its architecture .*pace\.(gamma|offset)"),
-        ({"verticals": {"birds": 5, "cars": 4, "dishes": 4}}, "weights do not fit its architecture .*classifiers.1"),
+        ({"top": {"kind": "fc_sc", "top1": 7, "top2": 5}}, "weights do not fit its architecture: .*top1"),
+        ({"top": {"kind": "sc_sc", "top1": 6, "top2": 5}}, "weights do not fit its architecture: .*"),
+        ({"pace": {"kind": "none"}}, r"weights do not fit its architecture: .*pace\.(gamma|offset)"),
+        (
+            {"verticals": {"birds": 5, "cars": 4, "dishes": 4}},
+            r"weights do not fit its architecture: .* is \(12,\), expected \(13,\)",
+        ),
+        ({"top": {"kind": "fc_fc", "top1": 2**40, "top2": 5}}, "weights do not fit its architecture: .*top1"),
+        (
+            {"verticals": {"birds": 10**12, "cars": 3, "dishes": 4}},
+            r"weights do not fit its architecture: .*expected \(1000000000007,\)",
+        ),
+        ({"top": {"kind": "fc_sc", "top1": 10**30, "top2": 5}}, "describes no network that can be built"),
+        (
+            {"verticals": {"birds": -5, "cars": 3, "dishes": 4}},
+            "describes no network of this version .*verticals.birds=-5",
+        ),
+        ({"image_size": -16}, "describes no network of this version .*image_size=-16"),
         ({"top": {"kind": "fc_sc", "top1": 6, "top3": 5}}, "describes no network of this version .*'top.top3'"),
     ],
 )

@@ -1,5 +1,6 @@
 """`concentrate run`: everything from drawn characters to the report, stopped, continued, changed and failing."""
 
+import json
 import os
 import pty
 import re
@@ -10,7 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from real_runs import Finished, Running, load_json, run_command
+
+from concentration.networks.student import load_student
 
 PREPARE = ("data.verticals=[greek,arrows]", "data.num_classes=12", "data.num_drawings=20", "data.image_size=16",
            "samples_per_shard=100")  # fmt: skip
@@ -89,6 +93,41 @@ def test_a_second_run_does_nothing_and_says_so(finished):
     again = run(workdir)
     assert snapshot(workdir) == before
     assert "nothing is to do" in again.err + again.out
+
+
+def test_a_run_takes_a_teacher_that_is_brought_along(finished, tmp_path):
+    """Our own teacher, exported: what follows from it is as if it had been trained."""
+    expected, _ = finished
+    images = torch.rand(2, 3, 16, 16)
+    network = load_student(expected / "teachers/greek/model.safetensors")
+    program = torch.export.export(network, (images,), dynamic_shapes={"images": {0: torch.export.Dim("batch")}})
+    torch.export.save(program, tmp_path / "greek.pt2")
+    shutil.copytree(expected / "shards", tmp_path / "work/shards")
+    values = {"kind": "torch", "path": tmp_path / "greek.pt2", "classes": "identity", "output": "sigmoid_logits"}
+    brought = [f"+teacher.external.greek.{key}={value}" for key, value in values.items()]
+    run(tmp_path / "work", *brought)
+    assert "files" in load_json(tmp_path / "work/teachers/greek/DONE.json")
+    assert "files" not in load_json(tmp_path / "work/teachers/arrows/DONE.json")
+    assert (tmp_path / "work/report/index.html").exists()
+    for name in ("specialists", "student"):
+        found, wanted = (load_json(root / "evaluations" / f"{name}.json") for root in (tmp_path / "work", expected))
+        assert found["mpvap"] == pytest.approx(wanted["mpvap"], abs=0.02)
+    assert status(tmp_path / "work")["teachers/greek"] == "done"
+    # A function's parameters are not known: the table at the end goes without them.
+    path = tmp_path / "work/evaluations/specialists.json"
+    path.write_text(json.dumps({**load_json(path), "num_parameters": {"base": None, "top": None, "total": None}}))
+    printed = run(tmp_path / "work", *brought)
+    line = next(line for line in printed.out.splitlines() if " specialists " in line)
+    assert [cell.strip() for cell in line.split("│")][4] == "-"
+
+
+def test_a_teacher_for_an_unknown_vertical_is_one_clear_error(finished, tmp_path):
+    shutil.copytree(finished[0] / "shards", tmp_path / "work/shards")
+    brought = [f"+teacher.external.greeks.{option}" for option in ("kind=onnx", "path=x", "classes=identity")]
+    refused = run(tmp_path / "work", *brought, "+teacher.external.greeks.output=softmax_logits", code=2)
+    assert "teacher.external.greeks: no vertical of this name; did you mean 'greek'?" in refused.err
+    refused = run(tmp_path / "work", *brought, code=2)
+    assert "'teacher.external.greeks.output' is missing" in refused.err
 
 
 @pytest.mark.long

@@ -1,0 +1,111 @@
+"""Any function of one's own as a model.
+
+Shapes: B batch, O outputs of the model.
+"""
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+from torch import Tensor, nn
+
+from concentration.errors import ConfigError, DataError
+from concentration.networks.external.model import ExternalModel, ExternalModelConfig, check_is_file, copy_file
+from concentration.schema import suggest
+
+
+class CallableModelConfig(ExternalModelConfig):
+    """Any function of one's own."""
+
+    kind: Literal["callable"] = "callable"
+    image_size: pydantic.PositiveInt
+
+    function: str
+    """`package.module:function`, importable from the working directory or the Python path. It is called once, with `path` where
+    that is given, and returns the model: what maps float images (B, 3, H, W) to a tensor (B, O)."""
+
+    path: Path | None = None
+    """A file that the function reads, its weights say."""
+
+    source: Path | None = None
+    """Written by `concentrate teacher`: where the module lay. It is not copied, but must not change."""
+
+
+class CallableModel(ExternalModel):
+    """What a function of one's own returns.
+
+    A torch module is put into eval mode and moved to the device; anything else gets images on the CPU.
+    """
+
+    def __init__(self, config: CallableModelConfig):
+        source, *given = self.find_files(config)
+        self._model = _import_function(config.function, source)(*given)
+        if not callable(self._model):
+            raise ConfigError(
+                f"external.function={config.function}: returned {type(self._model).__name__}, expected the model, which is "
+                "called with images"
+            )
+        self.module = self._model.eval() if isinstance(self._model, nn.Module) else None
+        self.config = config.model_copy(update={"source": source})
+
+    @property
+    def where(self) -> str:
+        return f"external.function={self.config.function}"
+
+    @classmethod
+    def find_files(cls, config: CallableModelConfig) -> tuple[Path, ...]:
+        source = _find_module(config)
+        return (source,) if config.path is None else (source, check_is_file(config.path, "external.path"))
+
+    def __call__(self, images: Tensor) -> Tensor:
+        outputs = self._model(images if self.module is not None else images.cpu())
+        return outputs.to(self.device) if isinstance(outputs, Tensor) else outputs
+
+    def save(self, directory: Path) -> ExternalModelConfig:
+        if self.config.path is None:
+            return self.config
+        copy_file(self.config.path, directory / self.config.path.name)
+        return self.config.model_copy(update={"path": Path(self.config.path.name)})
+
+
+def _find_module(config: CallableModelConfig) -> Path:
+    """The file of the function's module; its folder is put on the Python path."""
+    module, _, name = config.function.partition(":")
+    parts = module.split(".")
+    if not all(part.isidentifier() for part in (*parts, name)):
+        raise ConfigError(f"external.function={config.function}: expected package.module:function")
+    folder = Path.cwd()
+    if config.source is not None:
+        is_package = config.source.name == "__init__.py"
+        folder = config.source.parents[len(parts) - 1 + is_package]
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+    try:
+        spec = importlib.util.find_spec(module)
+    except ImportError:  # of a package around it
+        spec = None
+    if spec is None or spec.origin is None or not Path(spec.origin).is_file():
+        raise ConfigError(f"external.function={config.function}: no module {module} in {folder} or on the Python path")
+    found = Path(spec.origin).resolve()
+    if config.source is not None and found != config.source:
+        raise DataError(
+            f"external.function={config.function}: {module} is {found} here, and was {config.source}; rename one of the two"
+        )
+    return found
+
+
+def _import_function(function: str, source: Path) -> Callable[..., Any]:
+    module_name, _, name = function.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except (ImportError, SyntaxError) as error:
+        raise ConfigError(f"external.function={function}: {source} cannot be imported ({error})") from error
+    found = getattr(module, name, None)
+    if not callable(found):
+        functions = [word for word, value in vars(module).items() if callable(value)]
+        raise ConfigError(f"external.function={function}: {source} has no function {name}{suggest(name, functions)}")
+    return found
