@@ -135,7 +135,7 @@ def _make_targets(
         for path, (shard, ordinals) in rows_of.items():
             if shard % config.num_parts == config.part and not path.exists():
                 records = _ask(answers, ordinals, ordinals - split.shard_start[shard], config.targets.top_k)
-                records.save(path, config.targets.codec, len(split.taxonomy.vertical_slice(vertical)))
+                records.save(path, config.targets.codec, answers.network.num_outputs)
                 num_asked += len(records.index)
             progress.advance(len(ordinals))
         rate = round(num_asked / (time.perf_counter() - start), 1) if num_asked else None
