@@ -13,8 +13,9 @@ import concentration
 from concentration.errors import ConfigError
 from concentration.stages.evaluate import EVALUATIONS
 from concentration.stages.report_page import ReportInputs, build_report_page
-from concentration.stages.run_directory import RunDirectory, StageConfig
+from concentration.stages.run_directory import SPEED_FILE, RunDirectory, StageConfig
 from concentration.stages.student import STUDENTS
+from concentration.stages.targets import TARGETS
 from concentration.stages.teacher import TEACHERS
 from concentration.targets import write_atomically
 from concentration.training.loggers import load_metrics
@@ -45,6 +46,8 @@ def report(config: ReportConfig) -> None:
         evaluations=evaluations,
         curves=_load_curves(config.workdir),
         configs=_load_configs(config.workdir),
+        target_sets=_load_target_sets(config.workdir),
+        students=_load_students(config.workdir),
         commands=_describe_commands(config),
         facts=_gather_facts(config.workdir),
     )
@@ -81,6 +84,30 @@ def _load_configs(workdir: Path) -> dict[str, dict]:
         for path in _run_directories(workdir)
         if (path / "config.json").exists()
     }
+
+
+def _load_target_sets(workdir: Path) -> dict[str, list[dict]]:
+    """By set, what each vertical's finished targets say of themselves."""
+    sets: dict[str, list[dict]] = {}
+    for path in sorted((workdir / TARGETS).glob("*/*/DONE.json")):
+        names = ("manifest.json", "DONE.json", SPEED_FILE)
+        facts = [json.loads((path.parent / name).read_text()) for name in names if (path.parent / name).exists()]
+        sets.setdefault(path.parent.parent.name, []).append({key: fact[key] for fact in facts for key in fact})
+    return sets
+
+
+def _load_students(workdir: Path) -> dict[str, dict]:
+    """The targets of each finished student, and how fast it learned from them."""
+    students = {}
+    for path in sorted((workdir / STUDENTS).glob("*/DONE.json")):
+        config = RunDirectory(path.parent).load_config()
+        speed = path.parent / SPEED_FILE
+        students[path.parent.name] = {
+            "targets": config["targets"],
+            "num_images": json.loads(path.read_text())["step"] * config["trainer"]["batch_size"],
+            **(json.loads(speed.read_text()) if speed.exists() else {}),
+        }
+    return students
 
 
 def _describe_commands(config: ReportConfig) -> list[str]:

@@ -25,6 +25,7 @@ from concentration.stages.report_headline import (
     draw_headline_scale,
     subject_of,
 )
+from concentration.stages.report_targets import build_targets_part
 from concentration.stages.report_values import (
     DASH,
     as_mapping,
@@ -58,6 +59,9 @@ class ReportInputs:
     curves: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
     #: The resolved configuration by run.
     configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    #: What stored targets are and took, by set, one entry a vertical; and the students' speeds (`report_targets`).
+    target_sets: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+    students: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     #: How to reproduce, one command line each.
     commands: Sequence[str] = ()
     #: Machine, commit, date, versions, durations.
@@ -93,6 +97,7 @@ def build_report_page(inputs: ReportInputs) -> str:
         pace=report_curves.build_pace_part(runs, order),
         loss_charts=report_curves.draw_vertical_charts(runs, colors, order, "train/", "/loss"),
         ap_charts=report_curves.draw_vertical_charts(runs, colors, order, "val/", "/ap"),
+        targets=build_targets_part(inputs.target_sets, inputs.students),
         gallery=_build_gallery(evaluations, subject),
         classes=_build_class_tables(evaluations, subject),
         frequency=_build_frequency(evaluations, colors),

@@ -18,6 +18,8 @@ from concentration.targets import write_atomically
 #: What every file of a run holds at least.
 _KEYS: Mapping[str, set[str]] = {"config.json": {"identity", "config"}, "DONE.json": {"config"}}
 
+SPEED_FILE = "speed.json"
+
 #: How long a part of a stage waits for the others to look at the directory.
 _ENTER_SECONDS = 60.0
 
@@ -110,6 +112,14 @@ class RunDirectory:
     def reopen(self) -> None:
         """Takes the mark back: the stage is begun, and continued by the next run."""
         (self.path / "DONE.json").unlink(missing_ok=True)
+
+    def save_speed(self, images_per_second: float | None) -> None:
+        """Keeps what was measured apart from DONE.json, which is the same however often the stage was stopped.
+
+        None, where nothing was left to do, keeps what an earlier part of the stage measured.
+        """
+        if images_per_second is not None:
+            write_atomically(self.path / SPEED_FILE, {"images_per_second": images_per_second})
 
     def finish(self, facts: Mapping[str, Any]) -> None:
         """Marks the stage as finished."""

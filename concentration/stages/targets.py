@@ -144,7 +144,8 @@ def _make_targets(
             return f"{directory.path}: this part is finished; {missing} of {len(rows_of)} shards belong to others"
         write_atomically(directory.path / "manifest.json", _describe(config, answers, teacher_hash))
         facts = _measure_files(list(rows_of), sum(len(ordinals) for _, ordinals in rows_of.values()), config)
-        directory.finish({**facts, "teacher": teacher_hash, "images_per_second": rate})
+        directory.save_speed(rate)
+        directory.finish({**facts, "teacher": teacher_hash})
         said = f"{directory.path}: {facts['num_records']} records of {facts['bytes_per_record']} bytes"
         return said if rate is None else f"{said}, made at {rate} images/s"
 

@@ -125,8 +125,8 @@ def train_network(config: NetworkStageConfig, directory: RunDirectory, task: Tas
     if distributed.rank() == 0:
         path = directory.path / NETWORK_FILE
         student.save(path, {"taxonomy": task.taxonomy.fingerprint})
-        speed = {"images_per_second": fitted.images_per_second}
-        directory.finish({"step": fitted.num_steps, "checkpoint": hash_file(path), **speed})
+        directory.save_speed(fitted.images_per_second)
+        directory.finish({"step": fitted.num_steps, "checkpoint": hash_file(path)})
         CheckpointDirectory(directory.path, config.trainer.keep_checkpoints).clear()
 
 

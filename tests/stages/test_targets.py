@@ -91,7 +91,7 @@ def test_a_sample_of_two_verticals_has_what_both_teachers_say_and_zero_elsewhere
     taxonomy = Taxonomy.load(workdir / "shards" / "taxonomy.json")
     split = load_split(workdir / "shards", "train", taxonomy)
     stored = StoredTargets(workdir / "targets" / "default", split)
-    dense_NC = stored.lookup(np.arange(len(split))).dense(taxonomy.num_classes).numpy()
+    dense_NC = stored.lookup(np.arange(len(split)), 0).dense(taxonomy.num_classes).numpy()
     every = [(shard, row, ids) for shard, of_shard in labels.items() for row, ids in enumerate(of_shard)]
     assert sum(len(ids) == 2 for _, _, ids in every) >= 20
     for ordinal, (shard, row, ids) in enumerate(every):

@@ -95,7 +95,8 @@ def two_processes(prepared) -> Path:
     return prepared / "students"
 
 
-UNEVEN = (*TINY, *LABELS, "trainer.batch_size=15", "optimizer.lr=0.05")
+#: At a learning rate of 0.05, rounding grows a hundredfold in ten steps, with any order of sums; at 0.01 it stays rounding.
+UNEVEN = (*TINY, *LABELS, "trainer.batch_size=15", "optimizer.lr=0.01")
 
 
 def test_two_processes_give_the_losses_and_weights_of_one(prepared, two_processes):
@@ -252,7 +253,8 @@ def test_a_balanced_teacher_counts_the_classes_of_its_own_vertical_alone(prepare
     taxonomy = Taxonomy.load(prepared / "shards" / "taxonomy.json")
     split = index.load_split(prepared / "shards", "train", taxonomy)
     trainer = SimpleNamespace(sampling="class_balanced", window_shards=1)
-    task = Task("", taxonomy, split, split.routed("tools"), None, split.count_labels(), "tools")
+    counts_C = split.count_labels()
+    task = Task("", taxonomy, split, split.routed("tools"), None, counts_C, counts_C, vertical="tools")
     order = _build_order(cast(NetworkStageConfig, SimpleNamespace(trainer=trainer, seed=0)), task)
     drawn = order.take(0, np.arange(4000) % len(order)) if len(order) >= 4000 else np.concatenate(
         [order.take(epoch, np.arange(len(order))) for epoch in range(40)])  # fmt: skip
