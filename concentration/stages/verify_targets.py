@@ -3,7 +3,6 @@
 Shapes: N records that are looked at, K kept classes, V classes of the vertical.
 """
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -49,9 +48,9 @@ def verify_targets(
     facts = _compare(index_NK, probability_NK, tail_N, expected_NV)
     facts["ap"] = _score_stored(split, vertical, ordinals, index_NK, probability_NK, expected_NV.shape[1])
     write_atomically(directory / "verification.json", {"num_verified": len(chosen), **facts})
-    if facts["index_agreement"] < _LEAST_AGREEMENT or facts["mean_difference"] > _MOST_DIFFERENCE:
-        raise DataError(f"{directory}: not what the teacher says now: {json.dumps(facts)}; make the targets again")
     shown = ", ".join(f"{name} {value:.4f}" for name, value in facts.items() if value is not None)
+    if facts["index_agreement"] < _LEAST_AGREEMENT or facts["mean_difference"] > _MOST_DIFFERENCE:
+        raise DataError(f"{directory}: not what the teacher says now: {shown}; make the targets again")
     return f"{directory}: {len(chosen)} records: {shown}"
 
 

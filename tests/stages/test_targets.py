@@ -6,11 +6,23 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import torch
-from real_runs import TINY, concentrate, load_json, one_line, prepare_shards, read_labels, taxonomy_of_fruit_and_tools
+from real_runs import (
+    TINY,
+    Running,
+    concentrate,
+    load_json,
+    load_weights,
+    one_line,
+    prepare_shards,
+    read_labels,
+    taxonomy_of_fruit_and_tools,
+)
 
 from concentration.data.index import load_split
+from concentration.data.loader import SampleReader
 from concentration.data.sample_targets import StoredTargets
 from concentration.networks.student import load_student
+from concentration.targets import TargetFile, TargetRecords
 from concentration.taxonomy import Taxonomy
 
 TOP_K = 3
@@ -139,3 +151,152 @@ def test_targets_before_their_teacher_are_refused(tmp_path):
     finished = concentrate("targets", f"workdir={workdir}", directory=tmp_path, code=2)
     assert "run `concentrate teacher vertical=fruit` first" in finished.err
     assert "Traceback" not in finished.err
+
+
+def read_all(workdir: Path, name: str, verticals=("fruit", "tools")) -> dict[str, dict[str, np.ndarray]]:
+    return {
+        f"{vertical}/{path.stem}": safetensors.numpy.load_file(path)
+        for vertical in verticals
+        for path in sorted((workdir / "targets" / name / vertical).glob("*.safetensors"))
+    }
+
+
+def test_parts_made_by_several_processes_are_the_whole(workdir, tmp_path):
+    command = ("targets", "targets.name=parts", f"targets.top_k={TOP_K}", "batch_size=13", f"workdir={workdir}")
+    running = [
+        Running([*command, f"part={part}", "num_parts=3"], tmp_path) for part in (2, 0, 1)
+    ]  # at the same time, on one directory
+    finished = [process.wait() for process in running]
+    assert [one.code for one in finished] == [0, 0, 0], [one.err for one in finished]
+    said = "".join(one.out for one in finished)
+    assert "records of" in said
+    assert (
+        load_json(workdir / "targets/parts/fruit/DONE.json")["targets"]
+        == (load_json(workdir / "targets/default/fruit/DONE.json")["targets"])
+    )
+    for path in (workdir / "targets/default").rglob("*.safetensors"):
+        assert Path(str(path).replace("/default/", "/parts/")).read_bytes() == path.read_bytes()
+    message = one_line(concentrate(*command, "part=3", "num_parts=3", directory=tmp_path, code=2))
+    assert "parts count from 0 to 2" in message
+
+
+def test_a_part_alone_does_not_finish_the_stage(workdir, tmp_path):
+    command = ("targets", "vertical=fruit", "targets.name=alone", f"workdir={workdir}")
+    finished = concentrate(*command, "part=1", "num_parts=4", directory=tmp_path)
+    assert "3 of 4 shards belong to others" in finished.out
+    assert not (workdir / "targets/alone/fruit/DONE.json").exists()
+    concentrate(*command, directory=tmp_path)  # one process may finish what parts have begun
+    assert load_json(workdir / "targets/alone/fruit/DONE.json")["num_records"] > 50
+
+
+def test_stored_views_are_what_the_teachers_saw_and_the_same_for_all_verticals(workdir, images, labels, tmp_path):
+    view = "view={crop_area: 0.4, crop_aspect: 1.5, flip: 0.5, brightness: 0.3, contrast: 0.3}"
+    concentrate("targets", "targets.name=views", "targets.views=3", view, f"targets.top_k={TOP_K}", "batch_size=13",
+                f"workdir={workdir}", directory=tmp_path)  # fmt: skip
+    taxonomy = Taxonomy.load(workdir / "shards" / "taxonomy.json")
+    split = load_split(workdir / "shards", "train", taxonomy)
+    stored = StoredTargets(workdir / "targets" / "views", split)
+    reader = SampleReader(split, stored, 16, views=None, seed=5)
+    teachers = {v: load_student(workdir / "teachers" / v / "model.safetensors") for v in CLASSES}
+    ordinals = np.arange(len(split))
+    seen = []
+    for epoch in range(4):
+        read = reader.read(ordinals, epoch)
+        seen.append(read.images)
+        dense_NC = read.targets.dense(taxonomy.num_classes)
+        for vertical, teacher in teachers.items():
+            outputs = taxonomy.vertical_slice(vertical)
+            routed = split.routed(vertical)
+            routed = routed[~read.skipped_B[routed].numpy()]
+            with torch.no_grad():
+                probability_NV = teacher(read.images[routed]).sigmoid()
+            kept = probability_NV.topk(TOP_K)
+            expected = torch.zeros_like(probability_NV).scatter_(1, kept.indices, kept.values)
+            torch.testing.assert_close(dense_NC[routed, outputs], expected, rtol=2**-10, atol=1e-4)
+    assert torch.equal(seen[0], seen[3]), "view (epoch mod R)"
+    assert not torch.equal(seen[0], seen[1])
+    manifest = load_json(workdir / "targets/views/fruit/manifest.json")
+    assert manifest["preprocessing"]["view"]["crop_area"] == 0.4
+    assert "pillow" in manifest["preprocessing"]["decoder"]
+
+
+def test_a_student_replays_stored_views_and_takes_no_others(workdir, tmp_path):
+    options = ("targets.name=replayed", "targets.views=2", f"workdir={workdir}")
+    concentrate("targets", *options, "targets.codec=packed", directory=tmp_path)
+    student = ("student", *options, *TINY, "trainer.max_skipped_share=0.1", "name=replayed")
+    message = one_line(concentrate(*student, directory=tmp_path, code=2))
+    assert "targets.codec=plain, but" in message
+    assert "was made with packed" in message
+    message = one_line(
+        concentrate(*student, "targets.codec=packed", "data.view={flip: 0.5}", directory=tmp_path, code=2)
+    )
+    assert "the student replays the stored views" in message
+    concentrate(*student, "targets.codec=packed", directory=tmp_path)
+    message = one_line(concentrate("targets", "view={flip: 0.5}", f"workdir={workdir}", directory=tmp_path, code=2))
+    assert "targets.views=0" in message
+
+
+@pytest.mark.parametrize("codec", ["plain", "packed"])
+@pytest.mark.parametrize("views", [0, 2])
+def test_verifying_finds_what_was_stored_and_what_was_changed(codec, views, workdir, tmp_path):
+    name = f"{codec}{views}"
+    options = (f"targets.name={name}", f"targets.codec={codec}", f"targets.views={views}", f"targets.top_k={TOP_K}",
+               f"workdir={workdir}")  # fmt: skip
+    concentrate("targets", *options, directory=tmp_path)
+    said = concentrate("targets", *options, "verify=true", "num_verified=60", directory=tmp_path).out
+    assert "60 records: index_agreement 1.0000" in said
+    facts = load_json(workdir / "targets" / name / "fruit" / "verification.json")
+    assert facts["mean_difference"] < (0.01 if codec == "packed" else 1e-3)
+    assert 0.3 < facts["retained_mass"] <= 1
+    assert 0 < facts["ap"] <= 1
+    # Another teacher's targets, in files that are whole.
+    directory = workdir / "targets" / name / "fruit"
+    taxonomy = Taxonomy.load(workdir / "shards" / "taxonomy.json")
+    size = len(range(*taxonomy.vertical_slice("fruit").indices(taxonomy.num_classes)))
+    for path in directory.glob("*.safetensors"):
+        file = TargetFile(path, size, TOP_K)
+        every = np.arange(len(file.row) * file.num_views)
+        index, probability, tail = file.read(every)
+        changed = np.sort((index + 2) % size, axis=1)
+        TargetRecords(file.row, changed, probability[:, ::-1].copy(), tail, file.read_views(every)).save(
+            path, codec, size
+        )
+    finished = concentrate("targets", *options, "verify=true", "vertical=fruit", directory=tmp_path, code=2)
+    assert "not what the teacher says now" in finished.err
+    assert "Traceback" not in finished.err
+
+
+def test_teachers_in_the_loop_train_the_student_of_their_stored_targets(workdir, tmp_path):
+    """The images are as large as the network's input: without augmentation every view is the centre view."""
+    plain = "data.view={crop_area: 1.0, crop_aspect: 1.0, flip: 0.0, brightness: 0.0, contrast: 0.0}"
+    options = (*TINY, plain, "trainer.max_skipped_share=0.1", "optimizer.lr=0.01", f"targets.top_k={TOP_K}",
+               f"workdir={workdir}")  # fmt: skip
+    for number, more in enumerate(((), ("tail=spread", "outside=0.25"), ("outside=mask", "trainer.accumulate=2"))):
+        for kind in ("soft", "online"):
+            concentrate("student", f"targets={kind}", f"name={kind}{number}", *options, *more, directory=tmp_path)
+        stored, loop = (load_weights(workdir / "students" / f"{kind}{number}") for kind in ("soft", "online"))
+        assert stored.keys() == loop.keys(), "no teacher inside the student"
+        for weight, expected in loop.items():
+            np.testing.assert_allclose(stored[weight], expected, atol=3e-3, err_msg=weight)
+
+
+def test_options_of_targets_change_what_is_learned(workdir, tmp_path):
+    options = (*TINY, "trainer.max_skipped_share=0.1", "trainer.max_steps=10", f"targets.top_k={TOP_K}",
+               f"workdir={workdir}")  # fmt: skip
+    found = []
+    for number, more in enumerate(((), ("tail=spread",), ("outside=mask",), ("outside=0.5",))):
+        concentrate("student", f"name=options{number}", *options, *more, directory=tmp_path)
+        found.append(load_weights(workdir / "students" / f"options{number}")["base.blocks.0.0.weight"])
+    assert len({weight.tobytes() for weight in found}) == 4
+    message = one_line(
+        concentrate("student", "targets=labels", "tail=spread", f"workdir={workdir}", directory=tmp_path, code=2)
+    )
+    assert "labels have no tail mass" in message
+    message = one_line(concentrate("student", "outside=2", f"workdir={workdir}", directory=tmp_path, code=2))
+    assert "outside" in message
+
+
+def test_a_teacher_in_the_loop_takes_the_students_image_size(workdir, tmp_path):
+    message = one_line(concentrate("student", "targets=online", "data.image_size=20", f"workdir={workdir}", *TINY,
+                                   directory=tmp_path, code=2))  # fmt: skip
+    assert "takes images of 16 pixels, the student of 20" in message
