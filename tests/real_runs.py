@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
@@ -30,6 +31,9 @@ TINY_NETWORK = ("base.channels=[4,8]", "base.norm=group", "top.top1=12", "top.to
 #: 13 steps an epoch over the 200 images of `write_shards`.
 TINY_TRAINER = ("trainer.num_workers=0", "trainer.batch_size=16", "trainer.max_epochs=2", "trainer.log_every_steps=5")
 TINY = (*TINY_NETWORK, *TINY_TRAINER)
+
+#: An environment variable: a file to which a run writes the samples of every step, and whether they count.
+RECORD = "RECORD_SAMPLES_OF_STEPS"
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["concentration.pipeline.graph", "concentration.cli", "hydra._internal.hydra"])
@@ -242,9 +246,42 @@ def _enter(
         os.environ.pop(name, None) if value is None else os.environ.update({name: value})
     if plant is not None:
         _dig_in(plant)
+    if record := environment.get(RECORD):
+        _record_samples(Path(record))
     from concentration.cli import main
 
     main(arguments)
+
+
+def _record_samples(path: Path) -> None:
+    from concentration.training.module import StudentModule
+
+    original = StudentModule.training_step
+
+    def training_step(self, batch, batch_idx):
+        taken = batch.ordinal_B[batch.weight_B > 0].tolist()
+        with open(path, "a") as file:
+            file.write(json.dumps([self.global_step, taken]) + "\n")
+        return original(self, batch, batch_idx)
+
+    StudentModule.training_step = training_step
+
+
+def start_ranks(
+    arguments: Sequence[str], directory: Path, world_size: int, environment_of_rank: Sequence[Mapping[str, str]]
+) -> list[Running]:
+    """The processes that torchrun would start on one machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"TORCHELASTIC_RUN_ID": "test", "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size),
+              "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GROUP_RANK": "0"}  # fmt: skip
+    return [
+        Running(
+            arguments, directory, {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank), **environment_of_rank[rank]}
+        )
+        for rank in range(world_size)
+    ]
 
 
 def _dig_in(plant: Plant) -> None:

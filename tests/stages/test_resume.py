@@ -1,5 +1,6 @@
 """A stage that is killed at any moment and started again ends with the bytes of an undisturbed one."""
 
+import json
 import os
 import random
 import shutil
@@ -9,7 +10,9 @@ from pathlib import Path
 
 import pytest
 from real_runs import (
+    RECORD,
     TINY,
+    TINY_NETWORK,
     Plant,
     Running,
     concentrate,
@@ -18,6 +21,7 @@ from real_runs import (
     load_lines,
     one_line,
     prepare_shards,
+    start_ranks,
 )
 
 #: Batch statistics, a schedule, decay and augmentation: everything that has a state or draws something.
@@ -88,6 +92,44 @@ def test_a_student_killed_at_random_moments_ends_with_the_same_weights(
     assert num_kills >= 2, "the runs ended before they could be killed: the test tests nothing"
     concentrate(*command, directory=tmp_path)
     _assert_same_run(run_path, undisturbed)
+
+
+def test_every_sample_of_every_epoch_is_taken_once_whatever_is_killed_and_however_many_ranks_go_on(prepared, tmp_path):
+    """Two ranks are killed, three go on and are killed, one and its two workers end it; no epoch fills its last batch."""
+    workdir = Path(shutil.copytree(prepared, tmp_path / "work"))
+    command = ["student", "targets=labels", "name=counted", f"workdir={workdir}", *TINY_NETWORK, "trainer.batch_size=21",
+               "trainer.max_epochs=6", "trainer.checkpoint_every_seconds=0", "trainer.num_workers=0"]  # fmt: skip
+    run_path = workdir / "students" / "counted"
+    taken: dict[int, list[int]] = {}
+    for turn, (world_size, is_killed) in enumerate([(2, True), (3, True), (1, False)]):
+        records = [tmp_path / f"turn{turn}-rank{rank}" for rank in range(world_size)]
+        options = [*command, f"trainer.devices={world_size}", *(["trainer.num_workers=2"] if not is_killed else [])]
+        running = start_ranks(options, tmp_path, world_size, [{RECORD: str(record)} for record in records])
+        if is_killed:
+            running[0].wait_for(lambda path=records[0]: path.exists() and path.read_text().count("\n") > 8, 120)
+            time.sleep(0.2 * turn)
+        for process in running if is_killed else []:
+            process.send(signal.SIGKILL)
+        codes = {process.wait().code for process in running}
+        assert codes == ({0} if not is_killed else {-signal.SIGKILL}), "it ended before it could be killed"
+        of_turn: dict[int, list[int]] = {}
+        for record in records:
+            for line in record.read_text().splitlines():
+                if line.endswith("]"):  # the last may be cut by the kill
+                    step, ordinals = json.loads(line)
+                    of_turn.setdefault(step, []).extend(ordinals)
+        last = max(of_turn)  # of the killed, perhaps not by all ranks
+        for step, ordinals in of_turn.items():
+            if step in taken and (not is_killed or step < last):
+                assert sorted(ordinals) == taken[step], "a step that is repeated is the same step"
+            if not is_killed or step < last:
+                taken[step] = sorted(ordinals)
+    steps_per_epoch = 10
+    assert sorted(taken) == list(range(6 * steps_per_epoch))
+    for epoch in range(6):
+        seen = [ordinal for step in range(steps_per_epoch) for ordinal in taken[epoch * steps_per_epoch + step]]
+        assert sorted(seen) == list(range(200)), f"epoch {epoch}"
+    assert load_json(run_path / "DONE.json")["step"] == 60
 
 
 def test_a_teacher_killed_at_random_moments_ends_with_the_same_weights(prepared, workdir, tmp_path):
