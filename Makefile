@@ -22,6 +22,7 @@ bench: $(VENV)/installed
 	$(BIN)/python tests/benchmarks/reading.py
 	$(BIN)/python tests/benchmarks/order.py
 	$(BIN)/python tests/benchmarks/records.py
+	$(BIN)/python tests/benchmarks/targets.py
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -253,7 +253,7 @@ def map_arrays(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
         DataError: the file is missing or damaged.
     """
     metadata = load_metadata(path)  # the library checks the header, and that the arrays fill the file
-    content = np.memmap(path, dtype=np.uint8, mode="r")
+    content = np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))
     start = 8 + int.from_bytes(content[:8].tobytes(), "little")
     header = json.loads(content[8:start].tobytes())
     header.pop("__metadata__", None)
