@@ -86,8 +86,8 @@ def compare_steps(split: Split, folder: Path) -> list[Comparison]:
 
 def build_step(split: Split, targets: SampleTargets) -> Callable[[], None]:
     verticals = dict(zip(split.taxonomy.verticals, split.taxonomy.vertical_sizes, strict=True))
-    config = NetworkConfig(base=SmallBaseConfig(), top=TopConfig(kind="fc_sc", top1=256, top2=64), pace=PaceConfig(kind="vertical"),
-                           image_size=IMAGE_SIZE, verticals=verticals)  # fmt: skip
+    top, pace = TopConfig(kind="fc_sc", top1=256, top2=64), PaceConfig(kind="vertical")
+    config = NetworkConfig(base=SmallBaseConfig(), top=top, pace=pace, image_size=IMAGE_SIZE, verticals=verticals)
     student = Student(config)
     optimizer = torch.optim.Adagrad(student.parameters(), lr=0.01)
     order = WindowOrder(split.by_shard(range(len(split))), seed=0, window_shards=NUM_SHARDS)
