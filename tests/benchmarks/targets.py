@@ -79,7 +79,7 @@ def compare_steps(split: Split, folder: Path) -> list[Comparison]:
             1000 * seconds[codec] / NUM_STEPS,
             1000 * seconds["labels"] / NUM_STEPS,
             "the same step with hard labels",
-        )  # fmt: skip
+        )
         for codec in ("plain", "packed")
     ]
 

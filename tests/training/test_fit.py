@@ -28,6 +28,7 @@ from real_runs import (
     prepare_shards,
     read_labels,
     smear_by_walking,
+    start_ranks,
     taxonomy_of_fruit_and_tools,
     write_shards,
     write_tar,
@@ -115,6 +116,19 @@ def test_two_processes_with_two_micro_batches_give_the_weights_of_one(prepared, 
     two = two_processes / "two2"
     np.testing.assert_allclose(curve(two, "train/loss"), curve(one, "train/loss"), rtol=1e-4)
     assert_close_weights(two, one, tolerance=1e-4)
+
+
+@pytest.mark.parametrize("world_size", [3, 4])
+def test_three_and_four_processes_give_the_weights_of_one(world_size, prepared, tmp_path):
+    """A batch of 15 that neither divides, and 200 images that no batch divides."""
+    one = train(prepared, "one", *UNEVEN)
+    options = ["student", f"name=ranks{world_size}", f"workdir={prepared}", f"trainer.devices={world_size}", *UNEVEN]
+    running = start_ranks(options, tmp_path, world_size, [{}] * world_size)
+    finished = [process.wait() for process in running]
+    assert {one.code for one in finished} == {0}, finished[0].err
+    many = prepared / "students" / f"ranks{world_size}"
+    np.testing.assert_allclose(curve(many, "train/loss"), curve(one, "train/loss"), rtol=1e-4)
+    assert_close_weights(many, one, tolerance=1e-4)
 
 
 def test_two_micro_batches_give_the_weights_of_one_batch(prepared):
