@@ -38,7 +38,7 @@ def test_the_readme_names_the_two_commands_that_the_makefile_has():
 
 @pytest.mark.parametrize("command", _commands())
 def test_a_command_of_the_readme_composes(command):
-    _, verb, *words = shlex.split(command)
+    _, verb, *words = shlex.split(command, comments=True)
     overrides = [word.replace("FOLDER", "/images") for word in words if word not in ("-m", "--help")]
     if "-m" in words:  # the first job of a multirun stands for all
         overrides = [re.sub(r"=([^\[,]+),.*$", r"=\1", override) for override in overrides]
