@@ -4,7 +4,9 @@ Shapes: B batch, R rows of a shard, N records (one for each row and view), V cla
 """
 
 import hashlib
+import itertools
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -88,8 +90,7 @@ def targets(config: TargetsConfig) -> None:
 
     Raises:
         ConfigError: a teacher has not finished.
-        DataError: a teacher was made for another taxonomy, or too many images cannot be decoded; or `verify` finds other
-            targets than the teacher gives.
+        DataError: a teacher was made for another taxonomy, or `verify` finds other targets than the teacher gives.
     """
     prepared, taxonomy, fingerprint = load_prepared(config.workdir, DataOverrides(view=config.view))
     split = load_split(config.workdir / SHARDS, "train", taxonomy)
@@ -131,14 +132,10 @@ def _make_targets(
             progress.advance(sum(len(ordinals) for _, ordinals in rows_of.values()))
             return None
         answers = _open_teacher(config, vertical, split, view)
-        num_asked, start = 0, time.perf_counter()
-        for path, (shard, ordinals) in rows_of.items():
-            if shard % config.num_parts == config.part and not path.exists():
-                records = _ask(answers, ordinals, ordinals - split.shard_start[shard], config.targets.top_k)
-                records.save(path, config.targets.codec, answers.network.num_outputs)
-                num_asked += len(records.index)
-            progress.advance(len(ordinals))
-        rate = round(num_asked / (time.perf_counter() - start), 1) if num_asked else None
+        mine = [path for path, (shard, _) in rows_of.items() if shard % config.num_parts == config.part]
+        due = [path for path in mine if not path.exists()]
+        progress.advance(sum(len(ordinals) for path, (_, ordinals) in rows_of.items() if path not in due))
+        rate = _make_files(config, answers, {path: rows_of[path] for path in due}, progress)
         missing = sum(not path.exists() for path in rows_of)
         if missing:
             return f"{directory.path}: this part is finished; {missing} of {len(rows_of)} shards belong to others"
@@ -156,17 +153,27 @@ def _open_teacher(config: TargetsConfig, vertical: str, split: Split, view: View
     return TeacherAnswers(network, split, config.targets.views, view, config.batch_size, config.num_workers)
 
 
-def _ask(answers: TeacherAnswers, ordinals: np.ndarray, rows: np.ndarray, top_k: int) -> TargetRecords:
-    """The teacher's answers on one shard's samples of its vertical."""
-    kept, views = [], []
-    for answer in answers.ask(ordinals):
-        kept.append(keep_top_k(answer.probability_BV, top_k))
-        views.append(answer.view_BV)
-    # The teacher was asked view by view; a sample's records lie together.
-    by_sample = np.arange(len(rows) * max(1, answers.num_views)).reshape(-1, len(rows)).T.ravel()
-    index, probability, tail = (torch.cat(parts).numpy()[by_sample] for parts in zip(*kept, strict=True))
-    view = torch.cat(views).numpy()[by_sample] if answers.num_views else None
-    return TargetRecords(rows, index, probability, tail, view)
+def _make_files(
+    config: TargetsConfig, answers: TeacherAnswers, rows_of: Mapping[Path, tuple[int, np.ndarray]], progress: Progress
+) -> float | None:
+    """Asks the teacher about the rows of each file's shard and writes the files; returns images a second."""
+    start, num_asked = time.perf_counter(), 0
+    said = answers.ask([ordinals for _, ordinals in rows_of.values()])
+    by_file = itertools.groupby(said, key=lambda answer: answer.group)
+    for (path, (shard, ordinals)), (_, of_file) in zip(rows_of.items(), by_file, strict=True):
+        kept, views = [], []
+        for answer in of_file:
+            kept.append(keep_top_k(answer.probability_BV, config.targets.top_k))
+            views.append(answer.view_BV)
+        # The teacher was asked view by view; a sample's records lie together.
+        by_sample = np.arange(len(ordinals) * max(1, answers.num_views)).reshape(-1, len(ordinals)).T.ravel()
+        index, probability, tail = (torch.cat(parts).numpy()[by_sample] for parts in zip(*kept, strict=True))
+        view = torch.cat(views).numpy()[by_sample] if answers.num_views else None
+        records = TargetRecords(ordinals - answers.split.shard_start[shard], index, probability, tail, view)
+        records.save(path, config.targets.codec, answers.network.num_outputs)
+        num_asked += len(by_sample)
+        progress.advance(len(ordinals))
+    return round(num_asked / (time.perf_counter() - start), 1) if num_asked else None
 
 
 def _describe(config: TargetsConfig, answers: TeacherAnswers, teacher_hash: str) -> dict[str, Any]:

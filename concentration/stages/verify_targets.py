@@ -79,7 +79,7 @@ def _read_stored(
 def _ask_again(answers: TeacherAnswers, ordinals: np.ndarray, views: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The teacher's sigmoids (N, V) of these samples in these views, and the views' records."""
     unique, place = np.unique(ordinals, return_inverse=True)
-    asked = list(answers.ask(unique))
+    asked = list(answers.ask([unique]))
     probability = torch.cat([answer.probability_BV for answer in asked]).numpy()
     seen = torch.cat([answer.view_BV for answer in asked]).numpy()
     rows = views * len(unique) + place  # the teacher is asked view by view
