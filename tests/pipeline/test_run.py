@@ -87,6 +87,16 @@ def test_the_whole_run_goes_from_characters_to_a_report(finished):
     assert "report/index.html" in printed.out
 
 
+def test_another_student_has_its_teachers_in_the_loop(workdir):
+    """It waits for the teachers, and the report compares what both ways took."""
+    said = run(workdir, "name=online", "targets=online", "tail=spread", "outside=0.5").err
+    assert "what the teachers say meanwhile" in said
+    assert load_json(workdir / "students/online/config.json")["config"]["targets"] == {"kind": "online", "top_k": 100}
+    page = (workdir / "report" / "index.html").read_text()
+    assert "was faster:" in page
+    assert "teachers in the loop" in page
+
+
 def test_a_second_run_does_nothing_and_says_so(finished):
     workdir, _ = finished
     before = snapshot(workdir)
