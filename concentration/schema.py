@@ -57,12 +57,16 @@ def parse_json(text: str | bytes, where: str) -> Any:
     """The value that a JSON text stands for.
 
     Raises:
-        DataError: it is not JSON, has a key twice (the first would be lost without a word) or a number that is none, or nests
-            deeper than Python reads.
+        DataError: it is not JSON in UTF-8, has a key twice (the first would be lost without a word), a number that is none or
+            half a letter (which no file can be written with), or nests deeper than Python reads.
     """
     try:
-        return json.loads(text, object_pairs_hook=_refuse_doubles, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:  # also text that is not UTF-8
+        decoded = text.decode("utf-8-sig") if isinstance(text, bytes) else text
+        value = json.loads(decoded, object_pairs_hook=_refuse_doubles, parse_constant=_refuse_constant)
+        if "\\u" in decoded:  # "\ud83d" alone is half of an emoji
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not JSON ({error}); bring it back, or write it again") from None
 
 

@@ -6,6 +6,7 @@ Shapes: B batch, K kept classes, V classes of one vertical, C all classes, M ver
 import contextlib
 import json
 import os
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from concentration.errors import DataError
 from concentration.packed_targets import PackedLayout, pack, unpack
+from concentration.schema import parse_json
 
 #: How stored targets are written.
 Codec = Literal["plain", "packed"]
@@ -114,6 +116,7 @@ class TargetRecords:
 
         plain: numpy reads it. Indices are exact, probabilities and tails keep 11 bits; tails above 65,504 are kept as that.
         packed: a third of that, see `packed_targets`.
+        The header holds a checksum of all arrays: a changed bit of a probability is a probability, too.
         """
         narrow = np.uint16 if self.row.max(initial=0) < 2**16 else np.uint32
         arrays = {"row": self.row.astype(narrow)}
@@ -126,8 +129,10 @@ class TargetRecords:
             arrays["tail"] = np.minimum(self.tail, np.finfo(np.float16).max).astype(np.float16)
         if self.view is not None:
             arrays["view"] = self.view
+        arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
         metadata = {"codec": codec, "vertical_size": str(vertical_size), "num_kept": str(self.index.shape[1])}
-        content = safetensors.numpy.save({name: np.ascontiguousarray(a) for name, a in arrays.items()}, metadata)
+        metadata["crc32"] = compute_checksum(arrays)
+        content = safetensors.numpy.save(arrays, metadata)
         write_atomically(path, sort_metadata(content))
 
 
@@ -137,10 +142,11 @@ class TargetFile:
     Attributes:
         row: (R,) as in `TargetRecords`.
         num_views: records of a row.
+        has_views: whether these are of stored views; else of the centre view.
 
     Raises:
-        DataError: the file is missing or damaged, or was made for a vertical of another size, or keeps other than `num_kept`
-            classes.
+        DataError: the file is missing or has another form, or was made for a vertical of another size, or keeps other than
+            `num_kept` classes.
     """
 
     def __init__(self, path: Path, vertical_size: int, num_kept: int):
@@ -153,9 +159,23 @@ class TargetFile:
             raise DataError(f"{path}: holds {found}, expected {wanted}; the targets belong to others: make them again")
         self._layout = PackedLayout(vertical_size, num_kept) if found["codec"] == "packed" else None
         self._arrays = arrays
+        self._checksum = metadata.get("crc32")
         self._check_form(num_kept)
         self.row: np.ndarray = arrays["row"]
         self.num_views = self._num_records // max(1, len(self.row))
+        self.has_views = "view" in arrays
+
+    def verify(self) -> None:
+        """Reads the whole file.
+
+        Raises:
+            DataError: it is not what was written.
+        """
+        found = compute_checksum(self._arrays)
+        if found != self._checksum:
+            raise DataError(
+                f"{self._path}: damaged (its checksum is {found}, {self._checksum!r} when it was written); make the targets again"
+            )
 
     def read(self, records: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Index (N, K) int64, probability (N, K) float32 and tail mass (N,) float32 of these records.
@@ -175,7 +195,7 @@ class TargetFile:
 
     def read_views(self, records: np.ndarray) -> np.ndarray | None:
         """The views of these records, (N, 10) uint8; None where they are of the centre."""
-        return self._arrays["view"][records] if "view" in self._arrays else None
+        return self._arrays["view"][records] if self.has_views else None
 
     @property
     def _num_records(self) -> int:
@@ -232,18 +252,11 @@ def load_arrays(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
     Raises:
         DataError: the file is missing or damaged, or lacks one of them.
     """
-    try:
-        arrays = safetensors.numpy.load_file(path)
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file; the step that writes it has not finished: run it again") from None
-    except safetensors.SafetensorError as error:
-        raise DataError(f"{path}: damaged ({error}); delete it and run the step that writes it again") from None
+    _, arrays = map_arrays(path)
     missing = [name for name in names if name not in arrays]
     if missing:
-        raise DataError(
-            f"{path}: lacks {', '.join(missing)}, found {', '.join(arrays)}; run the step that writes it again"
-        )
-    return {name: arrays[name] for name in names}
+        raise DataError(f"{path}: lacks {', '.join(missing)}, found {list(arrays)}; run the step that writes it again")
+    return {name: np.array(arrays[name]) for name in names}
 
 
 def map_arrays(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
@@ -255,20 +268,24 @@ def map_arrays(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
     metadata = load_metadata(path)  # the library checks the header, and that the arrays fill the file
     content = np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))
     start = 8 + int.from_bytes(content[:8].tobytes(), "little")
-    header = json.loads(content[8:start].tobytes())
+    header = parse_json(content[8:start].tobytes(), str(path))
     header.pop("__metadata__", None)
     arrays = {}
     for name, entry in header.items():
         if entry["dtype"] not in _DTYPES:
             raise DataError(
-                f"{path}: '{name}' is {entry['dtype']}, expected one of {', '.join(_DTYPES)}; make it again"
+                f"{path}: {name!r} is {entry['dtype']}, expected one of {', '.join(_DTYPES)}; make it again"
             )
         first, last = entry["data_offsets"]
-        arrays[name] = content[start + first : start + last].view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
+        flat = content[start + first : start + last].view(_DTYPES[entry["dtype"]])
+        try:
+            arrays[name] = flat.reshape(entry["shape"])
+        except ValueError as error:  # an empty array with sides that numpy has not
+            raise DataError(f"{path}: damaged ({name!r}: {error}); make it again") from None
     return metadata, arrays
 
 
-_DTYPES = {"U8": np.uint8, "U16": np.uint16, "U32": np.uint32, "F16": np.float16}
+_DTYPES = {"U8": np.uint8, "U16": np.uint16, "U32": np.uint32, "I32": np.int32, "I64": np.int64, "F16": np.float16}
 
 
 def load_metadata(path: Path) -> dict[str, str]:
@@ -281,9 +298,19 @@ def load_metadata(path: Path) -> dict[str, str]:
         with safetensors.safe_open(path, framework="numpy") as file:
             return file.metadata() or {}
     except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
+        raise DataError(f"{path}: no such file; the step that writes it has not finished: run it again") from None
     except safetensors.SafetensorError as error:
-        raise DataError(f"{path}: damaged ({error}); delete it and run the step that writes it again") from None
+        reason = " ".join(str(error).split())  # it quotes the file
+        raise DataError(f"{path}: damaged ({reason}); delete it and run the step that writes it again") from None
+
+
+def compute_checksum(arrays: Mapping[str, np.ndarray]) -> str:
+    """8 hex digits, of the arrays' names, types and shapes, too: two arrays of one size may change places."""
+    checksum = 0
+    for name, array in sorted(arrays.items()):
+        checksum = zlib.crc32(f"{name} {array.dtype.str} {array.shape}".encode(), checksum)
+        checksum = zlib.crc32(array, checksum)
+    return f"{checksum:08x}"
 
 
 def write_atomically(path: Path, content: bytes | str | Mapping) -> None:

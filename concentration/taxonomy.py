@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from concentration.errors import DataError
+from concentration.schema import parse_json
 
 
 @dataclass(frozen=True)
@@ -57,13 +58,13 @@ class Taxonomy:
         #: (M + 1,) first output of every vertical, and C.
         self.vertical_starts = tuple(int(n) for n in np.concatenate([[0], np.cumsum(self.vertical_sizes)]))
         for name, size in zip(self.verticals, self.vertical_sizes, strict=True):
-            if "/" in name or name.startswith("."):
+            if name.startswith(".") or any(letter == "/" or letter < " " for letter in name):
                 raise DataError(
-                    f"{where}: vertical '{name}' cannot name a folder; leave out '/' and a dot at the start"
+                    f"{where}: vertical {name!r} cannot name a folder; leave out '/', line breaks and a dot at the start"
                 )
             if size < 2:
                 raise DataError(
-                    f"{where}: vertical '{name}' has {size} class, expected at least 2; "
+                    f"{where}: vertical {name!r} has {size} class, expected at least 2; "
                     "merge it into another vertical or give it more classes"
                 )
 
@@ -85,13 +86,13 @@ class Taxonomy:
             DataError: the taxonomy has no such class.
         """
         if class_id not in self.position:
-            raise DataError(f"{self._where}: no class '{class_id}'; add it to the taxonomy or correct the label")
+            raise DataError(f"{self._where}: no class {class_id!r}; add it to the taxonomy or correct the label")
         return int(self.output_of_position[self.position[class_id]])
 
     def vertical_number(self, name: str) -> int:
         """Raises: DataError, listing the verticals, where `name` is none of them."""
         if name not in self.verticals:
-            raise DataError(f"{self._where}: no vertical '{name}'; valid: {', '.join(self.verticals)}")
+            raise DataError(f"{self._where}: no vertical {name!r}; valid: {', '.join(self.verticals)}")
         return self.verticals.index(name)
 
     def vertical_slice(self, name: str) -> slice:
@@ -181,12 +182,10 @@ class Taxonomy:
     def load(cls, path: str | Path) -> "Taxonomy":
         """Raises: DataError where the file is missing, is no JSON, or describes no valid taxonomy."""
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            content = Path(path).read_bytes()
         except FileNotFoundError:
             raise DataError(f"{path}: no such file; bring it, or run `concentrate prepare`, which writes one") from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise DataError(f"{path}: not JSON ({error}); write it again") from None
-        return cls.from_json(content, str(path))
+        return cls.from_json(parse_json(content, str(path)), str(path))
 
 
 _KEYS = ("id", "name", "parents", "vertical")
@@ -199,14 +198,14 @@ def _parse_class(entry: object, where: str) -> TaxonomyClass:
         # Keys of the user's own are fine; "parent" for "parents" would lose the hierarchy without a word.
         near = difflib.get_close_matches(key.lower(), _KEYS, n=1, cutoff=0.75)
         if near and key not in _KEYS:
-            raise DataError(f"{where}: unknown key '{key}'; did you mean '{near[0]}'?")
+            raise DataError(f"{where}: unknown key {key!r}; did you mean '{near[0]}'?")
     class_id, vertical = entry.get("id"), entry.get("vertical")
     name, parents = entry.get("name", class_id), entry.get("parents", [])
     for key, value in (("id", class_id), ("vertical", vertical), ("name", name)):
         if not isinstance(value, str) or not value:
             raise DataError(f"{where}: '{key}' is {value!r}, expected a text that is not empty")
     if not isinstance(parents, list) or not all(isinstance(parent, str) for parent in parents):
-        raise DataError(f"{where} ('{class_id}'): 'parents' is {parents!r}, expected a list of class ids")
+        raise DataError(f"{where} ({class_id!r}): 'parents' is {parents!r}, expected a list of class ids")
     return TaxonomyClass(class_id, name, tuple(parents), vertical)
 
 
@@ -215,7 +214,7 @@ def _index_ids(classes: Sequence[TaxonomyClass], where: str) -> dict[str, int]:
     for number, c in enumerate(classes):
         if c.id in position:
             raise DataError(
-                f"{where}: classes[{position[c.id]}] and classes[{number}] share the id '{c.id}'; make ids unique"
+                f"{where}: classes[{position[c.id]}] and classes[{number}] share the id {c.id!r}; make ids unique"
             )
         position[c.id] = number
     return position
@@ -226,7 +225,7 @@ def _check_parents(classes: Sequence[TaxonomyClass], position: Mapping[str, int]
         for parent in c.parents:
             if parent not in position:
                 raise DataError(
-                    f"{where}: class '{c.id}' has the parent '{parent}', which is no class; add or remove it"
+                    f"{where}: class {c.id!r} has the parent {parent!r}, which is no class; add or remove it"
                 )
     placed = set(_parents_first(classes, position))
     stuck = [c for c in classes if c.id not in placed]
@@ -255,4 +254,4 @@ def _describe_cycle(stuck: Sequence[TaxonomyClass]) -> str:
     path = [stuck[0].id]
     while path[-1] not in path[:-1]:
         path.append(next(parent for parent in by_id[path[-1]].parents if parent in by_id))
-    return " -> ".join(path[path.index(path[-1]) :])
+    return " -> ".join(map(repr, path[path.index(path[-1]) :]))

@@ -111,6 +111,8 @@ def test_flatten_joins_keys_with_dots() -> None:
     [
         ('{"a": [1, -0.5, "b", null, true]}', {"a": [1, -0.5, "b", None, True]}),
         (b'"\xc3\xa9"', "é"),
+        (b"\xef\xbb\xbf[]", []),
+        ('"\\ud83d\\ude00"', "😀"),
         ('{"a": {"a": 1}}', {"a": {"a": 1}}),
     ],
 )
@@ -124,6 +126,9 @@ def test_json_is_what_it_says(text, value):
         ("", "here: not JSON .Expecting value"),
         ("[1, 2", "not JSON"),
         (b"\xff\xff", "not JSON"),
+        (b'"\xed\xa0\xbd"', "not JSON"),
+        (r'["\ud83d"]', "surrogates"),
+        (r'{"\ud83d": 1}', "surrogates"),
         ('{"a": 1, "b": {"c": 1, "c": 1}}', "the key 'c' comes twice"),
         ("[NaN]", "NaN is no number"),
         ('{"a": -Infinity}', "-Infinity is no number"),

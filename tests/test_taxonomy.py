@@ -226,15 +226,15 @@ WREN = {"id": "wren", "name": "Wren", "parents": [], "vertical": "birds"}
 @pytest.mark.parametrize(
     ("classes", "message"),
     [
-        ([{**ROBIN, "parents": ["wren"]}, {**WREN, "parents": ["robin"]}], "cycle: robin -> wren -> robin"),
-        ([{**ROBIN, "parents": ["robin"]}, WREN], "cycle: robin -> robin"),
+        ([{**ROBIN, "parents": ["wren"]}, {**WREN, "parents": ["robin"]}], "cycle: 'robin' -> 'wren' -> 'robin'"),
+        ([{**ROBIN, "parents": ["robin"]}, WREN], "cycle: 'robin' -> 'robin'"),
         (
             [
                 {**ROBIN, "id": "chick", "parents": ["robin"]},
                 {**ROBIN, "parents": ["wren"]},
                 {**WREN, "parents": ["robin"]},
             ],
-            "cycle: robin -> wren -> robin",  # "chick" hangs below the cycle and is no part of it
+            "cycle: 'robin' -> 'wren' -> 'robin'",  # "chick" hangs below the cycle and is no part of it
         ),
         ([{**ROBIN, "parents": ["brid"]}, WREN], "class 'robin' has the parent 'brid', which is no class"),
         ([ROBIN, WREN, {**WREN, "name": "Other"}], r"classes\[1\] and classes\[2\] share the id 'wren'"),
@@ -293,7 +293,7 @@ def test_a_key_that_is_nearly_a_known_one_is_refused_and_a_users_own_key_is_not(
     assert Taxonomy.from_json({"classes": classes}).num_classes == 2
 
 
-@pytest.mark.parametrize("name", ["home/garden", ".hidden"])
+@pytest.mark.parametrize("name", ["home/garden", ".hidden", "home\ngarden", "\0"])
 def test_a_vertical_whose_name_cannot_be_a_folder_is_refused(name):
     with pytest.raises(DataError, match="cannot name a folder"):
         Taxonomy.from_json({"classes": [{"id": "a", "vertical": name}, {"id": "b", "vertical": name}]})

@@ -5,7 +5,6 @@ Shapes: B batch, K targets a sample, M verticals.
 
 import dataclasses
 import functools
-import json
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 from concentration.data.index import Split
 from concentration.data.views import INTERPOLATION, StoredViews, describe_decoder
 from concentration.errors import DataError
+from concentration.schema import parse_json
 from concentration.targets import VIEW_BYTES, SoftTargets, TargetFile
 
 
@@ -101,7 +101,7 @@ class StoredTargets:
             evenly among those of the sample's own verticals.
 
     Raises:
-        DataError: a vertical's targets are missing, or were made from another taxonomy or other data.
+        DataError: a vertical's targets are missing or damaged, or were made from another taxonomy or other data.
     """
 
     def __init__(self, directory: Path, split: Split, tail: Literal["zero", "spread"] = "zero"):
@@ -117,6 +117,8 @@ class StoredTargets:
         if self._num_views:
             _compare_decoders(directory, manifests)
         self._width = self._compute_width()
+        #: By shard and vertical, whether the file has been held against its checksum.
+        self._is_verified = np.zeros((len(split.shards), split.taxonomy.num_verticals), dtype=bool)
         self._load_shard = functools.lru_cache(maxsize=64)(self._merge_shard)
 
     def __getstate__(self):
@@ -172,29 +174,32 @@ class StoredTargets:
         for number, vertical in enumerate(taxonomy.verticals):
             if len(rows := self._rows_in(shard, number)):
                 self._add_vertical(merged, shard, view, vertical, rows)
+                self._is_verified[shard, number] = True
         return merged
 
     def _add_vertical(self, merged: _ShardTargets, shard: int, view: int, vertical: str, rows: np.ndarray) -> None:
         outputs, num_kept = self._split.taxonomy.vertical_slice(vertical), self._kept[vertical]
+        number = self._split.taxonomy.vertical_number(vertical)
         vertical_size = outputs.stop - outputs.start
         path = self._directory / vertical / f"{self._split.index_names[shard]}.safetensors"
         file = TargetFile(path, vertical_size, num_kept)
+        if not self._is_verified[shard, number]:
+            file.verify()
         if not np.array_equal(file.row, rows):
             raise DataError(f"{path}: holds other rows than the shard has for '{vertical}'; make the targets again")
-        records = np.arange(len(rows)) * file.num_views + view
-        view_RV = file.read_views(records)
-        if (view_RV is None) != (self._num_views == 0) or file.num_views != max(1, self._num_views):
+        if (file.has_views, file.num_views) != (self._num_views > 0, max(1, self._num_views)):
             raise DataError(
                 f"{path}: {file.num_views} views of a sample, but its manifest says {self._num_views}; make the targets again"
             )
+        records = np.arange(len(rows)) * file.num_views + view
         index, probability, tail = file.read(records)
         columns = merged.num_filled_R[rows, None] + np.arange(num_kept)
         merged.index_RW[rows[:, None], columns] = index + outputs.start
         merged.probability_RW[rows[:, None], columns] = probability
         if merged.background_RM is not None and num_kept < vertical_size:
-            number = self._split.taxonomy.vertical_number(vertical)
             merged.background_RM[rows, number] = tail / (vertical_size - num_kept)
-        if view_RV is not None:
+        if merged.view_RV is not None:
+            view_RV = file.read_views(records)
             _check_views(path, merged, rows, view_RV)
             merged.view_RV[rows] = view_RV
         merged.num_filled_R[rows] += num_kept
@@ -230,7 +235,7 @@ def _compare_decoders(directory: Path, manifests: Mapping[str, dict]) -> None:
         made_with = manifest["preprocessing"].get("decoder")
         if made_with != here:
             warnings.warn(
-                f"{directory}: the teachers' views were decoded by {made_with}, here by {here}: their crops are exact, "
+                f"{directory}: the teachers' views were decoded by {made_with!r}, here by {here}: their crops are exact, "
                 "their pixels may differ a little",
                 stacklevel=2,
             )
@@ -274,25 +279,28 @@ def load_manifest(directory: Path, split: Split) -> dict:
     """The manifest of one vertical's targets.
 
     Raises:
-        DataError: it is missing, or belongs to another taxonomy or other data.
+        DataError: it is missing or damaged, or belongs to another taxonomy or other data.
     """
     path = directory / "manifest.json"
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        is_complete = all(type(manifest[name]) is int and manifest[name] >= 0 for name in ("num_kept", "views"))
-        is_complete = is_complete and isinstance(manifest["preprocessing"], dict)
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        is_complete = False
-    if not is_complete:
-        raise DataError(f"{path}: missing or damaged; run `concentrate targets vertical={directory.name}` first")
-    if manifest["preprocessing"].get("interpolation") != INTERPOLATION:
-        raise DataError(
-            f"{path}: views are {manifest['preprocessing']}, expected {INTERPOLATION}; make the targets again"
-        )
+        manifest = parse_json(path.read_bytes(), str(path))
+    except FileNotFoundError:
+        raise DataError(f"{path}: missing; run `concentrate targets vertical={directory.name}` first") from None
+    if not isinstance(manifest, dict):
+        raise DataError(f"{path}: a {type(manifest).__name__}, expected an object; make the targets again")
     for what, found, expected in (
         ("taxonomy", manifest.get("taxonomy"), split.taxonomy.fingerprint),
         ("data", manifest.get("data"), split.fingerprint),
     ):
         if found != expected:
-            raise DataError(f"{path}: made from another {what} ({found}, here {expected}); make the targets again")
+            raise DataError(f"{path}: made from another {what} ({found!r}, here {expected!r}); make the targets again")
+    outputs, preprocessing = split.taxonomy.vertical_slice(directory.name), manifest.get("preprocessing")
+    limits = {"num_kept": range(1, outputs.stop - outputs.start + 1), "views": range(2**31)}
+    for name, limit in limits.items():
+        if type(manifest.get(name)) is not int or manifest[name] not in limit:
+            raise DataError(
+                f"{path}: '{name}' is {manifest.get(name)!r}, expected {limit.start} to {limit.stop - 1}; make the targets again"
+            )
+    if not isinstance(preprocessing, dict) or preprocessing.get("interpolation") != INTERPOLATION:
+        raise DataError(f"{path}: views are {preprocessing!r}, expected {INTERPOLATION}; make the targets again")
     return manifest

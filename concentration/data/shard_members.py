@@ -1,6 +1,6 @@
 """What lies in a tar: its members walked by their headers, grouped into samples as `webdataset` does, and their labels."""
 
-import json
+import os
 import re
 import tarfile
 from collections.abc import Iterator
@@ -10,6 +10,7 @@ from typing import BinaryIO, Literal, NamedTuple
 from webdataset.tariterators import base_plus_ext
 
 from concentration.errors import DataError
+from concentration.schema import parse_json
 from concentration.taxonomy import Taxonomy
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
@@ -77,10 +78,14 @@ def _group_members(path: Path, file: BinaryIO, where: str) -> Iterator[tuple[str
 
 def _walk_headers(path: Path, file: BinaryIO, where: str) -> Iterator[tarfile.TarInfo]:
     """All members of a tar that is whole. `file` may be moved by the caller in between."""
-    end = 0
+    end, num_bytes = 0, file.seek(0, os.SEEK_END)
     try:
         with tarfile.open(path, "r:", encoding="utf-8") as tar:
-            yield from tar
+            for member in tar:
+                # Before its bytes are asked for: tarfile would notice only at the next member.
+                if member.size < 0 or tar.offset > num_bytes:
+                    raise tarfile.ReadError(f"a member of {member.size} bytes, but the file has {num_bytes}")
+                yield member
             end = tar.offset
     except (tarfile.TarError, ValueError) as error:
         raise DataError(
@@ -119,10 +124,10 @@ def _only_member(
 
 def _parse_labels(content: bytes, where: str, taxonomy: Taxonomy) -> list[int]:
     """The positions of the class ids of a .json member, sorted, each once."""
-    try:
-        labels = json.loads(content)["labels"]
-    except (ValueError, KeyError, TypeError):
-        raise DataError(f'{where}: expected {{"labels": ["class id", ...]}}, found {content[:80]!r}') from None
+    record = parse_json(content, where)
+    if not isinstance(record, dict) or "labels" not in record:
+        raise DataError(f'{where}: expected {{"labels": ["class id", ...]}}, found {content[:80]!r}')
+    labels = record["labels"]
     if not isinstance(labels, list) or not labels:
         raise DataError(f"{where}: 'labels' is {labels!r}, expected a list of at least one class id")
     for label in labels:
@@ -136,6 +141,6 @@ def _parse_position(content: bytes, where: str, taxonomy: Taxonomy) -> list[int]
     text = content.decode("ascii", errors="replace").strip()
     if not text.isdigit() or len(text) > 12 or int(text) >= taxonomy.num_classes:
         raise DataError(
-            f"{where}: '{text[:40]}' is no position in a taxonomy of {taxonomy.num_classes} classes; correct it"
+            f"{where}: {text[:40]!r} is no position in a taxonomy of {taxonomy.num_classes} classes; correct it"
         )
     return [int(text)]

@@ -25,12 +25,18 @@ _CROP, _ASPECT, _LEFT, _TOP, _FLIP, _BRIGHTNESS, _CONTRAST = range(100, 107)
 
 Share = pydantic.confloat(ge=0, le=1)
 
-#: What Pillow raises for a damaged or hostile image; DecompressionBombError guards against absurd sizes.
+#: What `open_image` and Pillow raise for a damaged or hostile image.
 UNDECODABLE = (OSError, ValueError, SyntaxError, EOFError, TypeError, struct.error, Image.DecompressionBombError)
 
 # What may stand behind a name in .jpg, .png or .webp. NOTE: of Pillow's other formats some start programs (EPS), and many
 # raise anything at all for a damaged file.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+
+# Of an image that is decoded whole: WebP takes 15 bytes a pixel, so a file of 30 bytes could fill the memory. JPEGs, which
+# large photographs are, are decoded at a fraction of their size.
+_MOST_PIXELS = 64_000_000
+# What no camera or scanner exceeds; a WebP of 16 million pixels by ten is decoded for a minute.
+_LONGEST_SIDE = 65_535
 
 #: How a crop becomes the network's input: Pillow's antialiased bilinear filter.
 INTERPOLATION = "bilinear"
@@ -200,9 +206,15 @@ def open_image(content: bytes) -> Image.Image:
     """The image, of which only the header has been read.
 
     Raises:
-        one of UNDECODABLE: it is no image of a format that we take.
+        one of UNDECODABLE: it is no image of a format that we take, or is too large.
     """
-    return Image.open(io.BytesIO(content), formats=_FORMATS)
+    image = Image.open(io.BytesIO(content), formats=_FORMATS)
+    width, height = image.size
+    if max(width, height) > _LONGEST_SIDE or (image.format != "JPEG" and width * height > _MOST_PIXELS):
+        raise ValueError(
+            f"{width} x {height} pixels, expected at most {_MOST_PIXELS:,} (but of a JPEG) and sides of at most {_LONGEST_SIDE:,}"
+        )
+    return image
 
 
 def decode_view(content: bytes, views: Views, row: int, image_size: int) -> tuple[np.ndarray, View]:

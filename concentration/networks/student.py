@@ -117,7 +117,7 @@ class Student(nn.Module):
             have, want = (tuple(t[name].shape) if name in t else "nothing" for t in (found, expected))
             if have != want:
                 raise ConfigError(
-                    f"base.checkpoint={path}: another base network: {name} is {have}, expected {want}; give the same base=..."
+                    f"base.checkpoint={path}: another base network: {name!r} is {have}, expected {want}; give the same base=..."
                 )
         self.base.load_state_dict(found)
 
@@ -158,7 +158,7 @@ def _check_fit(config: NetworkConfig, tensors: Mapping[str, Tensor], path: Path)
         have, want = (tuple(t[name].shape) if name in t else "nothing" for t in (tensors, expected))
         if have != want:
             raise DataError(
-                f"{path}: weights do not fit its architecture: {name} is {have}, expected {want}; train it again"
+                f"{path}: weights do not fit its architecture: {name!r} is {have}, expected {want}; train it again"
             )
 
 
@@ -167,7 +167,6 @@ def _load_tensors(path: Path) -> dict[str, Tensor]:
         return safetensors.torch.load_file(path)
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
-    except safetensors.SafetensorError as error:
-        raise DataError(
-            f"{path}: damaged, or no safetensors file ({' '.join(str(error).split())}); restore it, or train it again"
-        ) from None
+    except (safetensors.SafetensorError, TypeError) as error:  # TypeError: a side that torch has not; it adds a stack
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(f"{path}: damaged, or no safetensors file ({reason}); restore it, or train it again") from None

@@ -122,21 +122,31 @@ def load_prepared(workdir: Path, overrides: DataOverrides) -> tuple[PreparedData
         DataError: the taxonomy is not the one that the shards were prepared with, or an index is gone.
     """
     directory = RunDirectory(workdir / SHARDS)
-    done = directory.load_done("concentrate prepare")
+    done = directory.load_done("concentrate prepare", taxonomy=str, splits=dict, fingerprint=str)
     taxonomy = Taxonomy.load(directory.path / "taxonomy.json")
     if taxonomy.fingerprint != done["taxonomy"]:
         raise DataError(
             f"{directory.path}/taxonomy.json: changed since `concentrate prepare`; restore it or prepare again"
         )
-    for split, facts in done["splits"].items():
+    for split in SPLITS:
+        facts = done["splits"].get(split, {"shards": 0})
+        num_written = facts.get("shards") if isinstance(facts, dict) else facts
         num_found = len(list(directory.path.glob(f"{split}-*.index")))
-        if num_found != facts["shards"]:
+        if num_found != num_written:
             raise DataError(
-                f"{directory.path}: {num_found} files {split}-*.index, but `concentrate prepare` wrote {facts['shards']}; "
+                f"{directory.path}: {num_found} files {split}-*.index, but `concentrate prepare` wrote {num_written!r}; "
                 f"bring them back, or delete {directory.path} and prepare again"
             )
-    data = directory.load_config()["data"]
-    values = {"image_size": data["image_size"], "view": data["view"], **overrides.model_dump(exclude_none=True)}
+    data = directory.load_config().get("data")
+    known = data if isinstance(data, dict) else {}
+    recorded = {name: known[name] for name in PreparedData.model_fields if name in known}
+    try:
+        prepared = parse_config(PreparedData, recorded)
+    except ConfigError as error:
+        raise DataError(
+            f"{directory.path}/config.json: {error}; bring it back, or delete {directory.path} and prepare again"
+        ) from None
+    values = prepared.model_dump() | overrides.model_dump(exclude_none=True)
     return parse_config(PreparedData, values), taxonomy, done["fingerprint"]
 
 

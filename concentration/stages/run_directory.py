@@ -3,7 +3,6 @@
 import contextlib
 import fcntl
 import hashlib
-import json
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -12,11 +11,14 @@ from typing import Any, ClassVar, Literal
 
 from concentration.distributed import from_rank_zero, rank
 from concentration.errors import ConcentrationError, ConfigError, DataError
-from concentration.schema import Config, flatten, hash_values
+from concentration.schema import Config, flatten, hash_values, parse_json
 from concentration.targets import write_atomically
 
-#: What every file of a run holds at least.
-_KEYS: Mapping[str, set[str]] = {"config.json": {"identity", "config"}, "DONE.json": {"config"}}
+#: What every file of a run holds at least, and of which type.
+_KEYS: Mapping[str, Mapping[str, type]] = {
+    "config.json": {"identity": dict, "config": dict},
+    "DONE.json": {"config": str},
+}
 
 SPEED_FILE = "speed.json"
 
@@ -123,23 +125,24 @@ class RunDirectory:
 
     def finish(self, facts: Mapping[str, Any]) -> None:
         """Marks the stage as finished."""
-        identity = self._load("config.json")["identity"]
+        identity = self._load_begun()["identity"]
         write_atomically(self.path / "DONE.json", {"config": hash_values(identity), **facts})
 
-    def load_done(self, command: str) -> dict[str, Any]:
-        """What a finished stage said of itself.
+    def load_done(self, command: str, **facts: type) -> dict[str, Any]:
+        """What a finished stage said of itself, at least these facts, of these types.
 
         Raises:
             ConfigError: it is not finished; `command` is named as what to run.
+            DataError: its record is damaged.
         """
-        done = self._load("DONE.json")
+        done = self._load("DONE.json", **facts)
         if done is None:
             raise ConfigError(f"{self.path}: not there or not finished; run `{command}` first")
         return done
 
     def load_config(self) -> dict[str, Any]:
         """The config that the stage was begun with."""
-        return self._load("config.json")["config"]
+        return self._load_begun()["config"]
 
     def _refuse(self, earlier: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         before, after = flatten(earlier), flatten(now)
@@ -164,18 +167,28 @@ class RunDirectory:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         (self.path / "config.json").unlink()
 
-    def _load(self, name: str) -> dict[str, Any] | None:
+    def _load_begun(self) -> dict[str, Any]:
+        begun = self._load("config.json")
+        if begun is None:
+            raise DataError(
+                f"{self.path}/config.json: no such file; bring it back, or delete {self.path} and run the stage again"
+            )
+        return begun
+
+    def _load(self, name: str, **facts: type) -> dict[str, Any] | None:
         path = self.path / name
+        again = f"bring it back, or delete {self.path} and run the stage again"
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = parse_json(path.read_bytes(), str(path))
         except FileNotFoundError:
             return None
-        except ValueError as error:  # also text that is not UTF-8
-            raise DataError(f"{path}: not JSON ({error}); delete {self.path} and run the stage again") from None
-        if not isinstance(values, dict) or not _KEYS[name] <= values.keys():
-            raise DataError(
-                f"{path}: lacks {' or '.join(sorted(_KEYS[name]))}; delete {self.path} and run the stage again"
-            )
+        except DataError as error:
+            raise DataError(f"{error}, or delete {self.path} and run the stage again") from None
+        if not isinstance(values, dict):
+            raise DataError(f"{path}: a {type(values).__name__}, expected an object; {again}")
+        for key, kind in {**_KEYS[name], **facts}.items():
+            if not isinstance(values.get(key), kind):
+                raise DataError(f"{path}: '{key}' is {values.get(key)!r:.80}, expected a {kind.__name__}; {again}")
         return values
 
     @contextlib.contextmanager

@@ -146,7 +146,9 @@ def load_network(path: Path, taxonomy: Taxonomy) -> Classifier:
     _check_unchanged(file, done.get("checkpoint"), "training finished; restore it, or train again")
     made_for = load_metadata(file).get("taxonomy")
     if made_for != taxonomy.fingerprint:
-        raise DataError(f"{file}: made for another taxonomy ({made_for}, here {taxonomy.fingerprint}); train it again")
+        raise DataError(
+            f"{file}: made for another taxonomy ({made_for!r}, here {taxonomy.fingerprint!r}); train it again"
+        )
     return load_student(file)
 
 

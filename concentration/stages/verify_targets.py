@@ -64,6 +64,7 @@ def _read_stored(
             continue
         path = directory / f"{split.index_names[shard]}.safetensors"
         file = TargetFile(path, outputs.stop - outputs.start, manifest["num_kept"])
+        file.verify()
         rows = inside - split.shard_start[shard]
         places = np.searchsorted(file.row, rows)
         if places.max() >= len(file.row) or not np.array_equal(file.row[places], rows):

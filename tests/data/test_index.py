@@ -261,13 +261,16 @@ def test_files_that_are_no_tars_are_refused(write_tar, encode_image, taxonomy, t
         ([("a.png", b"-"), ("a.json", b'{"labels": []}')], ("a.json", "at least one")),
         ([("a.png", b"-"), ("a.json", b'{"label": "gull"}')], ("a.json", '"labels"')),
         ([("a.png", b"-"), ("a.json", b'["gull"]')], ("a.json", '"labels"')),
-        ([("a.png", b"-"), ("a.json", b"\xff\xfe")], ("a.json", '"labels"')),
-        ([("a.png", b"-"), ("a.json", b"")], ("a.json", '"labels"')),
+        ([("a.png", b"-"), ("a.json", b"\xff\xfe")], ("a.json", "not JSON")),
+        ([("a.png", b"-"), ("a.json", b"")], ("a.json", "not JSON")),
+        ([("a.png", b"-"), ("a.json", b'{"labels": ["gull"], "labels": ["taxi"]}')], ("a.json", "comes twice")),
+        ([("a.png", b"-"), ("a.json", b"[" * 10**5)], ("a.json", "not JSON")),
         ([("a.png", b"-"), ("a.cls", b"11")], ("a.cls", "'11'", "taxonomy of 11 classes")),
         ([("a.png", b"-"), ("a.cls", b"-1")], ("a.cls", "'-1'")),
         ([("a.png", b"-"), ("a.cls", b"gull")], ("a.cls", "'gull'")),
         ([("a.png", b"-"), ("a.cls", b"\xb2")], ("a.cls", "is no position")),
         ([("a.png", b"-"), ("a.cls", b"")], ("a.cls", "is no position")),
+        ([("a.png", b"-"), ("a.cls", b"1\n2")], ("a.cls", r"'1\n2' is no position")),
         ([("a.png", b"-"), ("a.cls", b"9" * 5000)], ("a.cls", "is no position")),
         ([("a\nb.png", b"-"), ("a\nb.cls", b"1")], (r"a\nb.png", "line break")),
         ([("a\udce9.png", b"-"), ("a\udce9.cls", b"1")], ("not UTF-8", "rename")),
@@ -276,6 +279,18 @@ def test_files_that_are_no_tars_are_refused(write_tar, encode_image, taxonomy, t
 def test_samples_that_are_not_an_image_with_labels_are_refused(members, expected, write_tar, taxonomy, tmp_path):
     good = [("first.png", b"-"), ("first.json", label("gull"))]
     refuse(write_tar(tmp_path / "a.tar", good + members), taxonomy, *expected)
+
+
+@pytest.mark.parametrize("size", [b"\x80" + b"\xff" * 11, b"77777777777\0", b"-0000002000\0"])
+@pytest.mark.parametrize("place", [0, 1024])
+def test_a_member_of_impossible_size_is_refused_and_not_read(size, place, write_tar, taxonomy, tmp_path):
+    path = write_tar(tmp_path / "a.tar", [("a.png", b"-"), ("a.cls", b"1")])
+    content = bytearray(path.read_bytes())
+    content[place + 124 : place + 136] = size
+    content[place + 148 : place + 156] = b" " * 8
+    content[place + 148 : place + 156] = f"{sum(content[place : place + 512]):06o}\0 ".encode()
+    path.write_bytes(content)
+    refuse(path, taxonomy, "truncated", "a member of")
 
 
 def test_a_sparse_member_is_refused(write_tar, taxonomy, tmp_path):

@@ -7,7 +7,7 @@ import time
 
 import numpy as np
 import pytest
-from servers import answer, be_silent, serve
+from servers import Fault, answer, be_silent, serve
 
 import concentration.data.remote
 from concentration.data.index import Split, index_shard, load_split
@@ -135,22 +135,41 @@ def test_samples_in_sequence_are_fetched_shard_by_shard(server, make_remote):
     assert sorted(server.requests) == [f"GET /{n}.tar" for n in range(NUM_SHARDS)]
 
 
-def measure_epoch(batches: StepBatches, num_workers: int, work_seconds: float) -> float:
+def read_epoch(server, split: Split, num_workers: int, patience_seconds: float) -> tuple[list[bool], float]:
+    """For each window whether all of it was asked for before any of it was answered; and how long the epoch took, in seconds.
+
+    The server answers a shard when the others of its window have been asked for, too, or it has lost patience.
+    """
+    server.requests.clear()
+    batches, windows = build_batches(split), list_windows(split, 0)
+    is_together = [True] * len(windows)
+
+    def wait_for_others(number: int) -> Fault:
+        def wait(_) -> bool:
+            deadline = time.monotonic() + patience_seconds
+            while not windows[number] <= asked_for(server) and time.monotonic() < deadline:
+                time.sleep(0.002)
+            is_together[number] &= windows[number] <= asked_for(server)
+            return False
+
+        return wait
+
+    server.faults = {name[1:]: [wait_for_others(n)] for n, window in enumerate(windows) for name in window}
     started = time.perf_counter()
-    for _ in build_loader(batches, range(batches.steps_per_epoch), num_workers):
-        time.sleep(work_seconds)
-    return time.perf_counter() - started
+    assert len(list(build_loader(batches, range(batches.steps_per_epoch), num_workers))) == NUM_SHARDS
+    return is_together, time.perf_counter() - started
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_prefetching_hides_the_waiting_for_the_server(num_workers, server, make_remote, monkeypatch):
-    """8 shards after 0.2 s each, 2 a window: alone 1.6 s of waiting (or less: one is open while the other is asked for)."""
-    server.delay_seconds = 0.2
-    with_it = measure_epoch(build_batches(make_remote("with")), num_workers, 0.15)
+    """The shards of a window are fetched at the same time, not one by one as they are read."""
+    server.delay_seconds = 0.05
+    with_it, with_seconds = read_epoch(server, make_remote("with"), num_workers, patience_seconds=30)
     monkeypatch.setattr(StepBatches, "begin_prefetch", lambda self, numbers: None)
-    without = measure_epoch(build_batches(make_remote("without")), num_workers, 0.15)
-    print(f"{num_workers} workers: {with_it:.2f} s with prefetch, {without:.2f} s without; 1.20 s is work")
-    assert with_it < without - 0.4
+    without, without_seconds = read_epoch(server, make_remote("without"), num_workers, patience_seconds=0)
+    print(f"{num_workers} workers: {with_seconds:.2f} s with prefetch, {without_seconds:.2f} s without")
+    assert with_it == [True] * (NUM_SHARDS // WINDOW)
+    assert without == [False] * (NUM_SHARDS // WINDOW)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

@@ -14,7 +14,7 @@ from concentration.data.index import load_split
 from concentration.data.sample_targets import LabelTargets, StoredTargets, WeightedOutside
 from concentration.data.views import View, describe_decoder
 from concentration.errors import DataError
-from concentration.targets import TargetRecords, load_metadata
+from concentration.targets import TargetFile, TargetRecords, compute_checksum, load_metadata
 from concentration.taxonomy import Taxonomy
 
 SEVERAL = [
@@ -223,7 +223,7 @@ def change_manifest(directory, vertical, **changes) -> None:
 def rewrite(path, **changes) -> None:
     arrays = safetensors.numpy.load_file(path) | changes
     arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    safetensors.numpy.save_file(arrays, path, load_metadata(path))
+    safetensors.numpy.save_file(arrays, path, load_metadata(path) | {"crc32": compute_checksum(arrays)})
 
 
 def refuse(stored, split, *expected: str) -> None:
@@ -238,10 +238,42 @@ def test_targets_of_a_vertical_that_are_not_there_are_refused(stored, split):
     refuse(stored, split, "cars/manifest.json", "concentrate targets vertical=cars")
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", "null", '{"num_kept": null}', "\xff"])
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", "null", '{"num_kept": null}', "\xff", "[" * 10**5])
 def test_a_damaged_manifest_is_refused(content, stored, split):
     (stored[0] / "cars" / "manifest.json").write_text(content, encoding="latin-1")
-    refuse(stored, split, "cars/manifest.json", "missing or damaged")
+    refuse(stored, split, "cars/manifest.json")
+
+
+@pytest.mark.parametrize("name", ["num_kept", "views"])
+@pytest.mark.parametrize("value", [True, None, "1", 1.0, -1, 2**40, 10**30, [1]])
+def test_numbers_of_a_manifest_that_cannot_be_are_refused_by_name(name, value, stored, split):
+    change_manifest(stored[0], "cars", **{name: value})
+    refuse(stored, split, f"cars/manifest.json: '{name}' is {value!r}, expected {int(name == 'num_kept')} to ")
+
+
+def test_no_kept_class_at_all_is_refused(stored, split):
+    change_manifest(stored[0], "cars", num_kept=0)
+    refuse(stored, split, "cars/manifest.json: 'num_kept' is 0, expected 1 to 3")
+
+
+@pytest.mark.parametrize("codec", ["plain", "packed"])
+def test_every_changed_byte_of_stored_targets_is_noticed(codec, split, tmp_path):
+    write_targets(tmp_path, split, num_views=2, codec=codec)
+    path = tmp_path / "birds" / "train-000000.safetensors"
+    content = path.read_bytes()
+    for place in range(8 + int.from_bytes(content[:8], "little"), len(content)):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        refuse((tmp_path,), split, str(path), "its checksum is")
+
+
+def test_a_file_is_held_against_its_checksum_once(split, tmp_path, monkeypatch):
+    verified = []
+    monkeypatch.setattr(TargetFile, "verify", lambda file: verified.append(file))
+    write_targets(tmp_path, split, num_views=2)
+    targets = StoredTargets(tmp_path, split)
+    for epoch in range(4):
+        targets.lookup(ALL, epoch)
+    assert len(verified) == len(list(tmp_path.glob("*/*.safetensors")))
 
 
 def test_targets_of_a_shard_that_are_not_there_or_damaged_are_refused(stored, split):
@@ -254,9 +286,11 @@ def test_targets_of_a_shard_that_are_not_there_or_damaged_are_refused(stored, sp
 
 def test_targets_made_from_another_taxonomy_or_other_data_are_refused(stored, split, make_split, tmp_path):
     change_manifest(stored[0], "dishes", taxonomy="another")
-    refuse(stored, split, "dishes/manifest.json", "made from another taxonomy (another, here", "make the targets again")
+    refuse(
+        stored, split, "dishes/manifest.json", "made from another taxonomy ('another', here", "make the targets again"
+    )
     change_manifest(stored[0], "dishes", taxonomy=split.taxonomy.fingerprint, data="other")
-    refuse(stored, split, "dishes/manifest.json", "made from another data (other, here")
+    refuse(stored, split, "dishes/manifest.json", "made from another data ('other', here")
     change_manifest(stored[0], "dishes", data=split.fingerprint)
     entries = split.taxonomy.to_json()["classes"]
     more = Taxonomy.from_json({"classes": [*entries, {"id": "swan", "parents": ["bird"], "vertical": "birds"}]})

@@ -223,10 +223,10 @@ def test_a_base_is_taken_from_a_network_with_other_top_layers(tmp_path):
 @pytest.mark.parametrize(
     ("base", "message"),
     [
-        ({"channels": [4, 16]}, r"blocks\.1\.0\.weight is \(8, 4, 3, 3\), expected \(16, 4, 3, 3\)"),
-        ({"channels": [4, 8, 8]}, r"blocks\.2\.0\.weight is nothing, expected \(8, 8, 3, 3\)"),
-        ({"channels": [4]}, r"blocks\.1\.0\.weight is \(8, 4, 3, 3\), expected nothing"),
-        ({"channels": [4, 8], "norm": "none"}, r"blocks\.0\.0\.bias is nothing, expected \(4,\)"),
+        ({"channels": [4, 16]}, r"blocks\.1\.0\.weight' is \(8, 4, 3, 3\), expected \(16, 4, 3, 3\)"),
+        ({"channels": [4, 8, 8]}, r"blocks\.2\.0\.weight' is nothing, expected \(8, 8, 3, 3\)"),
+        ({"channels": [4]}, r"blocks\.1\.0\.weight' is \(8, 4, 3, 3\), expected nothing"),
+        ({"channels": [4, 8], "norm": "none"}, r"blocks\.0\.0\.bias' is nothing, expected \(4,\)"),
     ],
 )
 def test_a_base_of_another_shape_is_an_error_that_names_the_first_difference(tmp_path, base, message):
@@ -234,7 +234,7 @@ def test_a_base_of_another_shape_is_an_error_that_names_the_first_difference(tmp
     build().save(path, {})
     student = build(base={"kind": "small", **base})
     before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
-    with pytest.raises(ConfigError, match=rf"base\.checkpoint=.*model\.safetensors: another base network: {message}"):
+    with pytest.raises(ConfigError, match=rf"base\.checkpoint=.*model\.safetensors: another base network: '{message}"):
         student.load_base(path)
     assert all(torch.equal(tensor, before[name]) for name, tensor in student.state_dict().items())
 
