@@ -9,6 +9,7 @@ Shapes: S samples of a shard, L labels of all its samples, K bytes of all its ke
 import functools
 import hashlib
 import itertools
+import os
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -89,6 +90,8 @@ class ShardIndex:
         again = f"or delete {path.parent} and run `concentrate prepare` again"
         try:
             recorded = header["path"]
+            if len(recorded.splitlines()) != 1:
+                raise ValueError(f"its shard is {recorded!r}")
             # A relative path is relative to the index: a working directory may be moved as a whole.
             index = cls(recorded if is_url(recorded) else path.parent / recorded, int(header["size_bytes"]), **arrays)
             if index.digest != header["digest"]:
@@ -98,7 +101,7 @@ class ShardIndex:
             raise DataError(f"{path}: damaged ({error}); bring it back, {again}") from None
         if isinstance(index.path, str):
             return index
-        if not index.path.exists():
+        if not os.path.exists(index.path):  # Path.exists raises OSError where a name is too long
             raise DataError(f"{index.path}: no such file, but {path} describes it; bring it back, {again}")
         if index.path.stat().st_size != index.size_bytes:
             raise DataError(

@@ -87,7 +87,8 @@ def _walk_headers(path: Path, file: BinaryIO, where: str) -> Iterator[tarfile.Ta
                     raise tarfile.ReadError(f"a member of {member.size} bytes, but the file has {num_bytes}")
                 yield member
             end = tar.offset
-    except (tarfile.TarError, ValueError) as error:
+    # The last two where a long name says that it is longer than memory.
+    except (tarfile.TarError, ValueError, OverflowError, MemoryError) as error:
         raise DataError(
             f"{where}: empty, truncated, compressed or no tar ({error}); write or fetch it again, uncompressed"
         ) from None

@@ -293,6 +293,27 @@ def test_a_member_of_impossible_size_is_refused_and_not_read(size, place, write_
     refuse(path, taxonomy, "truncated", "a member of")
 
 
+@pytest.mark.parametrize("num_bytes", [2**50, 2**70])
+def test_a_name_longer_than_memory_is_refused(num_bytes, write_tar, taxonomy, tmp_path):
+    path = write_tar(tmp_path / "a.tar", [("x" * 200, b""), ("a.png", b"-"), ("a.cls", b"1")], tarfile.GNU_FORMAT)
+    content = bytearray(path.read_bytes())
+    content[124:136] = b"\x80" + num_bytes.to_bytes(11, "big")
+    content[148:156] = b" " * 8
+    content[148:156] = f"{sum(content[:512]):06o}\0 ".encode()
+    path.write_bytes(content)
+    refuse(path, taxonomy, "truncated")
+
+
+@pytest.mark.parametrize("recorded", ["", "a\nb.tar", "a\0.tar", "x" * 5000])
+def test_an_index_of_a_file_that_cannot_be_is_refused_in_one_line(recorded, write_tar, taxonomy, tmp_path):
+    path = write_tar(tmp_path / "a.tar", [("a.png", b"-"), ("a.cls", b"1")])
+    index = dataclasses.replace(index_shard(path, taxonomy, "a.tar"), path=recorded)
+    index.save(tmp_path / "a.index")
+    with pytest.raises(DataError, match=r"a\.index: damaged|no such file, but .*a\.index describes it") as caught:
+        ShardIndex.load(tmp_path / "a.index")
+    assert "\n" not in str(caught.value)
+
+
 def test_a_sparse_member_is_refused(write_tar, taxonomy, tmp_path):
     """Its bytes do not lie in the tar as one piece."""
     member = tarfile.TarInfo("a.png")

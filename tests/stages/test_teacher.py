@@ -248,8 +248,8 @@ def test_a_function_is_found_from_another_directory_as_well(workdir, tmp_path):
         (["external.output=softmx_logits"], "did you mean 'softmax_logits'?"),
         (["external.crop=0"], "external.crop=0"),
         (["external.image_size=32"], "takes images of 16 pixels alone"),
-        (["external.path=not_there.onnx"], "not_there.onnx: no such file"),
-        (["external.classes=not_there.json"], "not_there.json: no such file"),
+        (["external.path=not_there.onnx"], "not_there.onnx': no such file"),
+        (["external.classes=not_there.json"], "not_there.json': no such file"),
         (["external.output=softmax_probabilities"], "give external.output=softmax_logits"),
         (["vertical=tool"], "no vertical 'tool'; valid: fruit, tools"),
     ],
@@ -298,7 +298,7 @@ def test_a_damaged_model_file_is_answered_with_one_line(exports, workdir, tmp_pa
 
 def test_an_onnx_model_without_its_weights_is_answered_with_one_line(exports, workdir, tmp_path):
     shutil.copy(exports / "tools-any.onnx", tmp_path / "tools-any.onnx")
-    assert "tools-any.onnx.data: no such file" in mistake(workdir, "onnx", path=tmp_path / "tools-any.onnx")
+    assert "tools-any.onnx.data': no such file" in mistake(workdir, "onnx", path=tmp_path / "tools-any.onnx")
 
 
 def test_without_onnxruntime_the_message_says_what_to_install(exports, workdir, tmp_path):

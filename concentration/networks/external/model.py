@@ -3,6 +3,7 @@
 Shapes: B batch, O outputs of the model.
 """
 
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -99,8 +100,8 @@ class ExternalModel:
 
 
 def check_is_file(path: Path, where: str) -> Path:
-    if not path.is_file():
-        raise ConfigError(f"{where}: {path}: no such file; bring it, or correct the name")
+    if not os.path.isfile(path):  # Path.is_file raises OSError where a name is too long
+        raise ConfigError(f"{where}: {str(path)!r}: no such file; bring it, or correct the name")
     return path
 
 
