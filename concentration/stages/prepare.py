@@ -1,13 +1,10 @@
 """`concentrate prepare`: images and a taxonomy become shards and their index."""
 
-import concurrent.futures
-import concurrent.futures.process
 import functools
 import hashlib
 import itertools
-import multiprocessing
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -32,10 +29,10 @@ from concentration.data.sources.webdataset_shards import (
 from concentration.data.splits import SPLITS, Assignment, assign_splits
 from concentration.data.views import Share, ViewConfig
 from concentration.errors import ConfigError, DataError
-from concentration.processes import end_with_parent
 from concentration.progress import Progress
 from concentration.schema import Config, parse_config
 from concentration.stages.run_directory import RunDirectory, StageConfig
+from concentration.stages.task_pool import run_tasks
 from concentration.targets import write_atomically
 from concentration.taxonomy import Taxonomy
 
@@ -241,7 +238,7 @@ def _write_shards(
             tasks.append(functools.partial(_write_and_index, shard, chunk, source, taxonomy))
             sizes[shard] = len(chunk)
     with Progress("prepare", sum(sizes.values()), "images", path) as progress:
-        _run_all(tasks, list(sizes.values()), config.num_processes, progress)
+        run_tasks(tasks, list(sizes.values()), config.num_processes, progress)
     skipped_of = {shard: shard.with_suffix(".skipped").read_text(encoding="utf-8").splitlines() for shard in sizes}
     skipped = [line for lines in skipped_of.values() for line in lines]
     write_atomically(path / "skipped.txt", "".join(f"{line}\n" for line in skipped))
@@ -321,7 +318,7 @@ def _index_given_shards(config: ShardsConfig, path: Path, taxonomy: Taxonomy, nu
             index = path / f"{split}-{number:06d}.index"
             tasks.append(functools.partial(index_given_shard, shard, index, taxonomy, config.labels, cache))
     with Progress("index", len(tasks), "shards", path) as progress:
-        _run_all(tasks, [1] * len(tasks), num_processes, progress)
+        run_tasks(tasks, [1] * len(tasks), num_processes, progress)
 
 
 def _describe_state(shard: Location) -> str:
@@ -334,39 +331,6 @@ def _describe_state(shard: Location) -> str:
 
 def _is_same_folder(data: ShardsConfig, path: Path) -> bool:
     return isinstance(data.path, Path) and data.path.resolve() == path.resolve()
-
-
-def _run_all(tasks: Sequence[Callable], sizes: Sequence[int], num_processes: int | None, progress: Progress) -> None:
-    """Runs tasks in processes, or here where one is enough; the first error ends all."""
-    num_processes = min(num_processes or _count_cores(), len(tasks))
-    if num_processes <= 1:
-        for task, size in zip(tasks, sizes, strict=True):
-            task()
-            progress.advance(size)
-        return
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])  # torch is imported once, not by every worker
-    with concurrent.futures.ProcessPoolExecutor(num_processes, mp_context=context, initializer=end_with_parent) as pool:
-        size_of = {pool.submit(task): size for task, size in zip(tasks, sizes, strict=True)}
-        try:
-            for future in concurrent.futures.as_completed(size_of):
-                future.result()
-                progress.advance(size_of[future])
-        except concurrent.futures.process.BrokenProcessPool:
-            raise DataError(
-                "a process that read images ended abruptly, probably killed for want of memory; "
-                f"give fewer than num_processes={num_processes}, and run the same command again: it continues"
-            ) from None
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-
-
-def _count_cores() -> int:
-    """Those that this process may use: a scheduler may have given it few of the machine's."""
-    if hasattr(os, "sched_getaffinity"):  # not on macOS
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _summarise(path: Path, taxonomy: Taxonomy) -> dict:
