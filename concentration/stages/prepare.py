@@ -31,12 +31,19 @@ from concentration.data.views import Share, ViewConfig
 from concentration.errors import ConfigError, DataError
 from concentration.progress import Progress
 from concentration.schema import Config, parse_config
+from concentration.stages.prepare_summary import draw_summary, summarise_splits
 from concentration.stages.run_directory import RunDirectory, StageConfig
 from concentration.stages.task_pool import run_tasks
 from concentration.targets import write_atomically
 from concentration.taxonomy import Taxonomy
 
 SHARDS = "shards"
+
+#: In `shards/`: how many classes and images there are, as a table and as a picture.
+SUMMARY_TEXT, SUMMARY_PICTURE = "summary.txt", "summary.png"
+
+# The summary has a line for each, on a terminal.
+_MAX_VERTICALS_SHOWN = 20
 
 #: In `shards/`: a hash of what was to be written or indexed when the stage was begun.
 _LISTING = "listing.sha256"
@@ -334,22 +341,22 @@ def _is_same_folder(data: ShardsConfig, path: Path) -> bool:
 
 
 def _summarise(path: Path, taxonomy: Taxonomy) -> dict:
-    """Loads every split, checks what only the whole shows, and counts."""
-    facts: dict = {"taxonomy": taxonomy.fingerprint, "splits": {}}
-    for name in SPLITS:
-        if name != "train" and not any(path.glob(f"{name}-*.index")):
-            continue
-        split = load_split(path, name, taxonomy)
+    """Loads every split, checks what only the whole shows, counts, and writes the counts for people, too."""
+    names = [name for name in SPLITS if name == "train" or any(path.glob(f"{name}-*.index"))]
+    splits = {name: load_split(path, name, taxonomy) for name in names}
+    for split in splits.values():
         check_keys(split)
-        facts["splits"][name] = _count(split)
-        if name == "train":
-            facts["fingerprint"] = split.fingerprint
-    for vertical, count in facts["splits"]["train"]["by_vertical"].items():
+    facts = {name: _count(split) for name, split in splits.items()}
+    for vertical, count in facts["train"]["by_vertical"].items():
         if count == 0:
             raise DataError(
                 f"{path}: vertical '{vertical}' has no training image; add some, or remove it from the taxonomy"
             )
-    return facts
+    summary = summarise_splits(splits)
+    write_atomically(path / SUMMARY_TEXT, summary.to_text())
+    write_atomically(path / SUMMARY_PICTURE, draw_summary(summary))
+    print(f"\n{summary.to_text(_MAX_VERTICALS_SHOWN)}\nprepare: {path}: {SUMMARY_TEXT}, {SUMMARY_PICTURE}")
+    return {"taxonomy": taxonomy.fingerprint, "splits": facts, "fingerprint": splits["train"].fingerprint}
 
 
 def _count(split: Split) -> dict:

@@ -26,7 +26,7 @@ from concentration.stages.run_directory import RunDirectory
 CLASSES = ("birds/gull", "birds/kite", "cars/taxi", "cars/tram")
 EXTENSIONS = ("png", "jpg", "webp")
 #: What two runs of the same preparation must have in common, to the byte.
-RESULTS = ("*.tar", "*.index", "taxonomy.json", "skipped.txt", "DONE.json")
+RESULTS = ("*.tar", "*.index", "taxonomy.json", "skipped.txt", "DONE.json", "summary.*")
 
 
 @pytest.fixture
@@ -113,6 +113,14 @@ def test_what_was_written_is_counted_and_indexed(images, workdir):
     assert load_prepared(workdir, overrides)[0].model_dump() == overrides.model_dump()
 
 
+def test_the_summary_is_said_and_written(images, workdir, capsys):
+    prepare(build_config(images, workdir))
+    text = (workdir / "shards" / "summary.txt").read_text()
+    assert "all             4       4     40   20    20   10      10   10         0\n" in text
+    assert text in capsys.readouterr().out
+    assert Image.open(workdir / "shards" / "summary.png").format == "PNG"
+
+
 def test_a_finished_preparation_is_left_alone(images, workdir):
     prepare(build_config(images, workdir))
     before = {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in (workdir / "shards").glob("[!.]*")}
@@ -143,7 +151,7 @@ def test_several_processes_write_the_same_bytes_and_raise_the_same_errors(images
     process.join(60)
     assert process.exitcode == 0
     assert read_results(tmp_path / "one") == read_results(tmp_path / "two")
-    assert len(read_results(tmp_path / "two")) == 12 + 12 + 3
+    assert len(read_results(tmp_path / "two")) == 12 + 12 + 5
     error = (tmp_path / "three" / "error").read_text()
     assert error.startswith(f"{tmp_path}/given/train-")
     assert "no tar" in error
