@@ -6,14 +6,20 @@ Shapes: N samples, U hashes of one split that differ, P pairs.
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import imagehash
 import numpy as np
+import pydantic
 from PIL import Image
 
 from concentration.data.views import View, decode_view
 
 HASH_BITS = 64
+
+#: Bits in which near-duplicates may differ. With more, bands are so short that a million images come to `MAX_COMPARED`.
+MaxDistance = Annotated[int, pydantic.Field(ge=0, le=6)]
+
 #: Pairs that are listed for two splits; all are counted.
 MAX_LISTED = 1000
 #: Pairs of hashes of two splits that are compared: a minute. A million different images stay far below it (15 million at a
@@ -29,7 +35,7 @@ _IMAGE_SIZE = 64
 _BLOCK = 2**20
 
 
-class _WholeImage:
+class WholeImage:
     """The whole image, which becomes square; implements `Views`."""
 
     def at(self, row: int, size: tuple[int, int]) -> View:
@@ -65,7 +71,7 @@ def hash_image(content: bytes) -> int | None:
 
     Source: `imagehash.phash`, the signs of the 8 x 8 lowest frequencies; 32 are set, so distances are even.
     """
-    pixels, _ = decode_view(content, _WholeImage(), 0, _IMAGE_SIZE)
+    pixels, _ = decode_view(content, WholeImage(), 0, _IMAGE_SIZE)
     grey = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0))).convert("L")
     if np.asarray(grey).std() < _MIN_CONTRAST:
         return None
