@@ -19,7 +19,7 @@ from concentration.targets import write_atomically
 from concentration.taxonomy import Taxonomy
 
 _FILE = "appending.json"
-_SHARD_FILE = re.compile(r"(train|val|test)-(\d+)\.(tar|index|skipped)")
+_SHARD_FILE = re.compile(r"(train|val|test)-(\d+)\.(tar|index|hashes|skipped)")
 
 
 @dataclass(frozen=True)

@@ -4,18 +4,27 @@ Shapes: N samples, U hashes of one split that differ, P pairs.
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import imagehash
 import numpy as np
+import pydantic
 from PIL import Image
 
 from concentration.data.views import View, decode_view
 
 HASH_BITS = 64
+
+#: Bits in which near-duplicates may differ. With more, bands are so short that a million images come to `MAX_COMPARED`.
+MaxDistance = Annotated[int, pydantic.Field(ge=0, le=6)]
+
 #: Pairs that are listed for two splits; all are counted.
 MAX_LISTED = 1000
+#: Pairs of hashes of two splits that are compared: a minute. A million different images stay far below it (15 million at a
+#: distance of 3), but a hundred thousand that all agree in one band come to 2.5 billion, and time grows with their square.
+MAX_COMPARED = 2**30
 
 #: The least standard deviation of an image's greys. Under it, a copy that was saved again agrees in all but 3 bits in less
 #: than one of six cases, and blank images would all be each other's copies.
@@ -26,7 +35,7 @@ _IMAGE_SIZE = 64
 _BLOCK = 2**20
 
 
-class _WholeImage:
+class WholeImage:
     """The whole image, which becomes square; implements `Views`."""
 
     def at(self, row: int, size: tuple[int, int]) -> View:
@@ -42,13 +51,16 @@ class NearDuplicates:
             first. Samples of one split with one hash, thousands perhaps, are listed once, by the first of them.
         distance_P: uint8, the bits that differ, rising for every two splits.
         num_pairs: of samples, listed or not.
-        has_twin_N: bool, the samples that are in any pair.
+        num_twins: by two splits, the lower one first: the samples of the first, and of the second, that are in their pairs.
+        num_left_out: pairs of hashes that agree in a band, and were too many to be compared (`MAX_COMPARED`). Some of them
+            may be pairs that are missing here.
     """
 
     sample_P2: np.ndarray
     distance_P: np.ndarray
     num_pairs: int
-    has_twin_N: np.ndarray
+    num_twins: Mapping[tuple[int, int], tuple[int, int]]
+    num_left_out: int
 
 
 def hash_image(content: bytes) -> int | None:
@@ -59,7 +71,7 @@ def hash_image(content: bytes) -> int | None:
 
     Source: `imagehash.phash`, the signs of the 8 x 8 lowest frequencies; 32 are set, so distances are even.
     """
-    pixels, _ = decode_view(content, _WholeImage(), 0, _IMAGE_SIZE)
+    pixels, _ = decode_view(content, WholeImage(), 0, _IMAGE_SIZE)
     grey = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0))).convert("L")
     if np.asarray(grey).std() < _MIN_CONTRAST:
         return None
@@ -67,7 +79,7 @@ def hash_image(content: bytes) -> int | None:
 
 
 def find_near_duplicates(hash_N: np.ndarray, split_N: np.ndarray, max_distance: int) -> NearDuplicates:
-    """All pairs of samples in different splits whose hashes differ in at most `max_distance` bits; none is missed.
+    """Pairs of samples in different splits whose hashes differ in at most `max_distance` bits; all, up to `MAX_COMPARED`.
 
     Hashes are cut into max_distance + 1 bands: two that differ in max_distance bits agree in one band at least. Memory is
     O(N). 16-bit bands (a distance of 3) compare 15 million candidates for 1 million random hashes, half in each split.
@@ -77,65 +89,101 @@ def find_near_duplicates(hash_N: np.ndarray, split_N: np.ndarray, max_distance: 
         split_N: integers, the split of each sample.
         max_distance: at most 3 keeps bands long, and the search fast.
     """
-    parts: list[tuple[np.ndarray, np.ndarray]] = []
-    num_pairs, has_twin_N = 0, np.zeros(len(hash_N), dtype=bool)
-    members = [np.flatnonzero(split_N == split) for split in np.unique(split_N)]
-    distinct = [_Distinct.of(hash_N, samples) for samples in members]
-    for left, right in itertools.combinations(distinct, 2):
-        listed = np.empty((0, 2), dtype=np.int64), np.empty(0, dtype=np.uint8)
+    listed = [(np.empty((0, 2), dtype=np.int64), np.empty(0, dtype=np.uint8))]
+    num_pairs = num_left_out = 0
+    num_twins: dict[tuple[int, int], tuple[int, int]] = {}
+    distinct = {int(split): _Distinct.of(hash_N, np.flatnonzero(split_N == split)) for split in np.unique(split_N)}
+    for (left_split, left), (right_split, right) in itertools.combinations(distinct.items(), 2):
+        nearest = listed[0]  # none yet
         is_left_U, is_right_U = np.zeros(len(left.hash_U), dtype=bool), np.zeros(len(right.hash_U), dtype=bool)
-        for a_P, b_P, distance_P in _join(left.hash_U, right.hash_U, max_distance):
+        bands = _cut_into_bands(left.hash_U, right.hash_U, max_distance)
+        for a_P, b_P, distance_P in _join(bands, left.hash_U, right.hash_U, max_distance):
             num_pairs += int(left.count_U[a_P] @ right.count_U[b_P])
             is_left_U[a_P], is_right_U[b_P] = True, True
             sample_P2 = np.stack([left.first_U[a_P], right.first_U[b_P]], axis=1)
-            listed = _keep_nearest(np.concatenate([listed[0], sample_P2]), np.concatenate([listed[1], distance_P]))
-        parts.append(listed)
-        has_twin_N[left.sample_N[is_left_U[left.inverse_N]]] = True
-        has_twin_N[right.sample_N[is_right_U[right.inverse_N]]] = True
-    if not parts:
-        return NearDuplicates(np.empty((0, 2), dtype=np.int64), np.empty(0, dtype=np.uint8), 0, has_twin_N)
+            nearest = _keep_nearest(np.concatenate([nearest[0], sample_P2]), np.concatenate([nearest[1], distance_P]))
+        listed.append(nearest)
+        num_left_out += sum(band.num_left_out for band in bands)
+        num_twins[left_split, right_split] = int(left.count_U @ is_left_U), int(right.count_U @ is_right_U)
     return NearDuplicates(
-        np.concatenate([pairs for pairs, _ in parts]), np.concatenate([d for _, d in parts]), num_pairs, has_twin_N
+        np.concatenate([sample_P2 for sample_P2, _ in listed]),
+        np.concatenate([distance_P for _, distance_P in listed]),
+        num_pairs,
+        num_twins,
+        num_left_out,
     )
 
 
 @dataclass(frozen=True)
 class _Distinct:
-    """The hashes of one split, each once: (U,) with their first sample and count, (N,) samples and which hash is theirs."""
+    """The hashes of one split, (U,), each once, with their first sample and count."""
 
     hash_U: np.ndarray
     first_U: np.ndarray
     count_U: np.ndarray
-    sample_N: np.ndarray
-    inverse_N: np.ndarray
 
     @classmethod
     def of(cls, hash_N: np.ndarray, samples: np.ndarray) -> "_Distinct":
-        hash_U, first_U, inverse_N, count_U = np.unique(
-            hash_N[samples], return_index=True, return_inverse=True, return_counts=True
-        )
-        return cls(hash_U, samples[first_U], count_U, samples, inverse_N)
+        hash_U, first_U, count_U = np.unique(hash_N[samples], return_index=True, return_counts=True)
+        return cls(hash_U, samples[first_U], count_U)
 
 
-def _join(left_U: np.ndarray, right_U: np.ndarray, max_distance: int) -> Iterator[tuple[np.ndarray, ...]]:
-    """Blocks of places in `left_U` and in `right_U`, and their distance; each pair comes once."""
-    edges = [HASH_BITS * number // (max_distance + 1) for number in range(max_distance + 2)]
-    masks = [np.uint64((1 << stop) - (1 << start)) for start, stop in itertools.pairwise(edges)]
-    for number, mask in enumerate(masks):
+@dataclass(frozen=True)
+class _Band:
+    """Some of the bits, and for each hash of the left those of the right that agree with it in them: its candidates.
+
+    Attributes:
+        mask: the bits.
+        order_U: places of the right's hashes; `order_U[start:start + count]` are the candidates of a hash of the left.
+        start_U, count_U: of each hash of the left.
+        is_compared_U: bool, whether its candidates are looked at; those with the fewest are.
+    """
+
+    mask: np.uint64
+    order_U: np.ndarray
+    start_U: np.ndarray
+    count_U: np.ndarray
+    is_compared_U: np.ndarray
+
+    @classmethod
+    def of(cls, mask: np.uint64, left_U: np.ndarray, right_U: np.ndarray, max_compared: int) -> "_Band":
         order_U = np.argsort(right_U & mask)
         sorted_U = (right_U & mask)[order_U]
         start_U = np.searchsorted(sorted_U, left_U & mask, side="left")
-        end_U = np.cumsum(np.searchsorted(sorted_U, left_U & mask, side="right") - start_U)
+        count_U = np.searchsorted(sorted_U, left_U & mask, side="right") - start_U
+        rising_U = np.argsort(count_U, kind="stable")
+        is_compared_U = np.empty(len(left_U), dtype=bool)
+        is_compared_U[rising_U] = np.cumsum(count_U[rising_U]) <= max_compared
+        return cls(mask, order_U, start_U, count_U, is_compared_U)
+
+    @property
+    def num_left_out(self) -> int:
+        return int(self.count_U[~self.is_compared_U].sum())
+
+
+def _cut_into_bands(left_U: np.ndarray, right_U: np.ndarray, max_distance: int) -> list[_Band]:
+    edges = [HASH_BITS * number // (max_distance + 1) for number in range(max_distance + 2)]
+    masks = [np.uint64((1 << stop) - (1 << start)) for start, stop in itertools.pairwise(edges)]
+    return [_Band.of(mask, left_U, right_U, MAX_COMPARED // len(masks)) for mask in masks]
+
+
+def _join(
+    bands: Sequence[_Band], left_U: np.ndarray, right_U: np.ndarray, max_distance: int
+) -> Iterator[tuple[np.ndarray, ...]]:
+    """Blocks of places in `left_U` and in `right_U`, and their distance; each pair comes once."""
+    for number, band in enumerate(bands):
+        end_U = np.cumsum(band.count_U * band.is_compared_U)
         for first in range(0, int(end_U[-1]), _BLOCK):
             candidate_P = np.arange(first, min(first + _BLOCK, int(end_U[-1])))
             a_P = np.searchsorted(end_U, candidate_P, side="right")
             before_P = np.where(a_P > 0, end_U[a_P - 1], 0)
-            b_P = order_U[start_U[a_P] + candidate_P - before_P]
+            b_P = band.order_U[band.start_U[a_P] + candidate_P - before_P]
             differs_P = left_U[a_P] ^ right_U[b_P]
             distance_P = np.bitwise_count(differs_P)
             is_found_P = distance_P <= max_distance
-            for earlier in masks[:number]:  # these came with that band
-                is_found_P &= (differs_P & earlier) != 0
+            for earlier in bands[:number]:
+                came_earlier_P = ((differs_P & earlier.mask) == 0) & earlier.is_compared_U[a_P]
+                is_found_P &= ~came_earlier_P
             yield a_P[is_found_P], b_P[is_found_P], distance_P[is_found_P]
 
 

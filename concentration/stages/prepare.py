@@ -1,13 +1,10 @@
 """`concentrate prepare`: images and a taxonomy become shards and their index."""
 
-import concurrent.futures
-import concurrent.futures.process
 import functools
 import hashlib
 import itertools
-import multiprocessing
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -15,12 +12,16 @@ import numpy as np
 import pydantic
 
 from concentration.data.appending import Before, Kept, append_classes, find_kept
+from concentration.data.image_hashes import hash_shard
 from concentration.data.index import ShardIndex, Split, check_keys, index_shard, load_split
+from concentration.data.near_duplicates import MaxDistance
 from concentration.data.order import permutation
 from concentration.data.remote import Location
-from concentration.data.shard_cache import save_access
+from concentration.data.shard_cache import ShardCache, save_access
+from concentration.data.shard_members import LabelMember
 from concentration.data.shards import write_shard
 from concentration.data.sources import DataConfig, build_source
+from concentration.data.sources.glyphs import GlyphsConfig
 from concentration.data.sources.source import Item, Source
 from concentration.data.sources.webdataset_shards import (
     ShardsConfig,
@@ -32,14 +33,23 @@ from concentration.data.sources.webdataset_shards import (
 from concentration.data.splits import SPLITS, Assignment, assign_splits
 from concentration.data.views import Share, ViewConfig
 from concentration.errors import ConfigError, DataError
-from concentration.processes import end_with_parent
 from concentration.progress import Progress
 from concentration.schema import Config, parse_config
+from concentration.stages.prepare_near_duplicates import forget_near_duplicates, hash_splits, report_near_duplicates
+from concentration.stages.prepare_summary import draw_summary, summarise_splits
+from concentration.stages.report_values import as_mapping
 from concentration.stages.run_directory import RunDirectory, StageConfig
+from concentration.stages.task_pool import run_tasks
 from concentration.targets import write_atomically
 from concentration.taxonomy import Taxonomy
 
 SHARDS = "shards"
+
+#: In `shards/`: how many classes and images there are, as a table and as a picture.
+SUMMARY_TEXT, SUMMARY_PICTURE = "summary.txt", "summary.png"
+
+# The summary has a line for each, on a terminal.
+_MAX_VERTICALS_SHOWN = 20
 
 #: In `shards/`: a hash of what was to be written or indexed when the stage was begun.
 _LISTING = "listing.sha256"
@@ -72,6 +82,11 @@ class PrepareConfig(StageConfig):
             )
         return self
 
+    @property
+    def near_duplicates(self) -> MaxDistance | None:
+        """Those of glyphs are known: a character of another typeface."""
+        return None if isinstance(self.data, GlyphsConfig) else self.data.near_duplicates
+
 
 def prepare(config: PrepareConfig) -> None:
     """Runs the stage; what an earlier run wrote whole is kept, if the source still lists the same.
@@ -87,17 +102,22 @@ def prepare(config: PrepareConfig) -> None:
             f"data.path={config.data.path}: is what `prepare` writes to, and clears with overwrite=true; "
             "move your shards to a folder of their own, they are used where they lie"
         )
-    with directory.begin(config, upstream={}, is_growing=config.append) as is_due:
+    is_to_look_anew = directory.is_finished and not _has_looked(config, directory)
+    with directory.begin(config, upstream={}, is_growing=config.append or is_to_look_anew) as is_due:
+        if directory.is_finished and isinstance(config.data, ShardsConfig) and config.data.is_remote:
+            save_access(config.data.access, directory.path)  # a cache may be moved or grow at any time
         if not is_due:
-            if isinstance(config.data, ShardsConfig) and config.data.is_remote:
-                save_access(config.data.access, directory.path)  # a cache may be moved or grow at any time
             return
-        if isinstance(config.data, ShardsConfig):
-            taxonomy = load_shards_taxonomy(config.data)
-            _index_given_shards(config.data, directory.path, taxonomy, config.num_processes)
-            directory.finish(_summarise(directory.path, taxonomy))
-        else:
-            _prepare_source(build_source(config.data), config, directory)
+        if config.append or not directory.is_finished:
+            if isinstance(config.data, ShardsConfig):
+                taxonomy = load_shards_taxonomy(config.data)
+                _index_given_shards(config.data, config, directory.path, taxonomy)
+                directory.finish(_summarise(config, directory.path, taxonomy))
+            else:
+                _prepare_source(build_source(config.data), config, directory)
+        if not _has_looked(config, directory):
+            _, taxonomy, _ = load_prepared(config.workdir, DataOverrides())
+            directory.finish(_summarise(config, directory.path, taxonomy))
 
 
 class PreparedData(Config):
@@ -150,6 +170,12 @@ def load_prepared(workdir: Path, overrides: DataOverrides) -> tuple[PreparedData
     return parse_config(PreparedData, values), taxonomy, done["fingerprint"]
 
 
+def _has_looked(config: PrepareConfig, directory: RunDirectory) -> bool:
+    """Whether the finished set was searched for near-duplicates as `config` says."""
+    looked = directory.load_done("concentrate prepare").get("near_duplicates")
+    return config.near_duplicates == as_mapping(looked).get("max_distance")
+
+
 def _prepare_source(source: Source, config: PrepareConfig, directory: RunDirectory) -> None:
     """Writes all that the source lists, or what is new in it where something was finished before."""
     taxonomy, items = source.build_taxonomy(), source.list_items()
@@ -172,7 +198,7 @@ def _prepare_source(source: Source, config: PrepareConfig, directory: RunDirecto
             return
         _reopen(directory, before)
     _write_shards(source, items_of, len(items), config, directory.path, taxonomy, before)
-    directory.finish(_summarise(directory.path, taxonomy))
+    directory.finish(_summarise(config, directory.path, taxonomy))
     if before is not None:
         before.forget(directory.path)
 
@@ -243,15 +269,15 @@ def _write_shards(
 ) -> None:
     listing = (f"{s} {item.key} {item.labels}" for s, items in items_of.items() for item in items)
     _begin_listing(path, taxonomy, listing, before)
-    tasks, sizes = [], {}
+    tasks, sizes, is_hashed = [], {}, config.near_duplicates is not None
     for split, items in items_of.items():
         first = 0 if before is None else before.next_shard[split]
         for number, chunk in enumerate(_balance(items, config.samples_per_shard), first):
             shard = path / f"{split}-{number:06d}.tar"
-            tasks.append(functools.partial(_write_and_index, shard, chunk, source, taxonomy))
+            tasks.append(functools.partial(_write_and_index, shard, chunk, source, taxonomy, is_hashed))
             sizes[shard] = len(chunk)
     with Progress("prepare", sum(sizes.values()), "images", path) as progress:
-        _run_all(tasks, list(sizes.values()), config.num_processes, progress)
+        run_tasks(tasks, list(sizes.values()), config.num_processes, progress)
     skipped_of = {shard: shard.with_suffix(".skipped").read_text(encoding="utf-8").splitlines() for shard in sizes}
     skipped = [line for lines in skipped_of.values() for line in lines]
     write_atomically(path / "skipped.txt", "".join(f"{line}\n" for line in skipped))
@@ -284,7 +310,7 @@ def _begin_listing(path: Path, taxonomy: Taxonomy, listing: Iterable[str], befor
         digest.update(os.fsencode(f"{line}\n"))
     kept = path / _LISTING
     is_other = kept.exists() and kept.read_bytes() != digest.hexdigest().encode()
-    for pattern in ("*.skipped", "*.index", "*.tar") if is_other else ():
+    for pattern in ("*.skipped", "*.hashes", "*.index", "*.tar") if is_other else ():
         for stale in path.glob(pattern):
             if before is None or not before.holds(stale):
                 stale.unlink()
@@ -294,8 +320,8 @@ def _begin_listing(path: Path, taxonomy: Taxonomy, listing: Iterable[str], befor
     write_atomically(path / "taxonomy.json", taxonomy.to_json())
 
 
-def _write_and_index(shard: Path, items: Sequence[Item], source: Source, taxonomy: Taxonomy) -> None:
-    """Writes the tar, its index, and last the list of what is missing in it, which says that the other two are whole."""
+def _write_and_index(shard: Path, items: Sequence[Item], source: Source, taxonomy: Taxonomy, is_hashed: bool) -> None:
+    """Writes the tar, its index, and then the list of what is missing in it, which says that the other two are whole."""
     marker, index = shard.with_suffix(".skipped"), shard.with_suffix(".index")
     if marker.exists() and _is_whole(
         index, num_expected=len(items) - len(marker.read_text(encoding="utf-8").splitlines())
@@ -307,6 +333,8 @@ def _write_and_index(shard: Path, items: Sequence[Item], source: Source, taxonom
     else:
         index.unlink(missing_ok=True)
     write_atomically(marker, "".join(f"{' '.join(line.splitlines())}\n" for line in skipped))
+    if is_hashed and index.exists():
+        hash_shard(index, cache=None)
 
 
 def _is_whole(index: Path, num_expected: int) -> bool:
@@ -316,22 +344,30 @@ def _is_whole(index: Path, num_expected: int) -> bool:
         return False
 
 
-def _index_given_shards(config: ShardsConfig, path: Path, taxonomy: Taxonomy, num_processes: int | None) -> None:
-    shards_of = {split: list_shards(config, split) for split in SPLITS}
-    check_owners(config, shards_of)
+def _index_given_shards(data: ShardsConfig, config: PrepareConfig, path: Path, taxonomy: Taxonomy) -> None:
+    shards_of = {split: list_shards(data, split) for split in SPLITS}
+    check_owners(data, shards_of)
     located = [(split, shard) for split, shards in shards_of.items() for shard in shards]
     _begin_listing(path, taxonomy, (f"{split} {_describe_state(shard)}" for split, shard in located))
     cache = None
-    if config.is_remote:
-        save_access(config.access, path)
-        cache = config.access.build_cache(path.parent)
-    tasks = []
+    if data.is_remote:
+        save_access(data.access, path)
+        cache = data.access.build_cache(path.parent)
+    tasks, is_hashed = [], config.near_duplicates is not None
     for split, shards in shards_of.items():
         for number, shard in enumerate(shards):
             index = path / f"{split}-{number:06d}.index"
-            tasks.append(functools.partial(index_given_shard, shard, index, taxonomy, config.labels, cache))
+            tasks.append(functools.partial(_index_and_hash, shard, index, taxonomy, data.labels, cache, is_hashed))
     with Progress("index", len(tasks), "shards", path) as progress:
-        _run_all(tasks, [1] * len(tasks), num_processes, progress)
+        run_tasks(tasks, [1] * len(tasks), config.num_processes, progress)
+
+
+def _index_and_hash(
+    shard: Location, index: Path, taxonomy: Taxonomy, labels: LabelMember, cache: ShardCache | None, is_hashed: bool
+) -> None:
+    index_given_shard(shard, index, taxonomy, labels, cache)
+    if is_hashed:
+        hash_shard(index, cache)
 
 
 def _describe_state(shard: Location) -> str:
@@ -346,56 +382,39 @@ def _is_same_folder(data: ShardsConfig, path: Path) -> bool:
     return isinstance(data.path, Path) and data.path.resolve() == path.resolve()
 
 
-def _run_all(tasks: Sequence[Callable], sizes: Sequence[int], num_processes: int | None, progress: Progress) -> None:
-    """Runs tasks in processes, or here where one is enough; the first error ends all."""
-    num_processes = min(num_processes or _count_cores(), len(tasks))
-    if num_processes <= 1:
-        for task, size in zip(tasks, sizes, strict=True):
-            task()
-            progress.advance(size)
-        return
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])  # torch is imported once, not by every worker
-    with concurrent.futures.ProcessPoolExecutor(num_processes, mp_context=context, initializer=end_with_parent) as pool:
-        size_of = {pool.submit(task): size for task, size in zip(tasks, sizes, strict=True)}
-        try:
-            for future in concurrent.futures.as_completed(size_of):
-                future.result()
-                progress.advance(size_of[future])
-        except concurrent.futures.process.BrokenProcessPool:
-            raise DataError(
-                "a process that read images ended abruptly, probably killed for want of memory; "
-                f"give fewer than num_processes={num_processes}, and run the same command again: it continues"
-            ) from None
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-
-
-def _count_cores() -> int:
-    """Those that this process may use: a scheduler may have given it few of the machine's."""
-    if hasattr(os, "sched_getaffinity"):  # not on macOS
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def _summarise(path: Path, taxonomy: Taxonomy) -> dict:
-    """Loads every split, checks what only the whole shows, and counts."""
-    facts: dict = {"taxonomy": taxonomy.fingerprint, "splits": {}}
-    for name in SPLITS:
-        if name != "train" and not any(path.glob(f"{name}-*.index")):
-            continue
-        split = load_split(path, name, taxonomy)
+def _summarise(config: PrepareConfig, path: Path, taxonomy: Taxonomy) -> dict:
+    """Loads every split, checks what only the whole shows, counts, and writes what people should know, too."""
+    names = [name for name in SPLITS if name == "train" or any(path.glob(f"{name}-*.index"))]
+    splits = {name: load_split(path, name, taxonomy) for name in names}
+    for split in splits.values():
         check_keys(split)
-        facts["splits"][name] = _count(split)
-        if name == "train":
-            facts["fingerprint"] = split.fingerprint
-    for vertical, count in facts["splits"]["train"]["by_vertical"].items():
+    facts = {name: _count(split) for name, split in splits.items()}
+    for vertical, count in facts["train"]["by_vertical"].items():
         if count == 0:
             raise DataError(
                 f"{path}: vertical '{vertical}' has no training image; add some, or remove it from the taxonomy"
             )
-    return facts
+    summary = summarise_splits(splits)
+    write_atomically(path / SUMMARY_TEXT, summary.to_text())
+    write_atomically(path / SUMMARY_PICTURE, draw_summary(summary))
+    print(f"\n{summary.to_text(_MAX_VERTICALS_SHOWN)}\nprepare: {path}: {SUMMARY_TEXT}, {SUMMARY_PICTURE}")
+    return {
+        "taxonomy": taxonomy.fingerprint,
+        "splits": facts,
+        "fingerprint": splits["train"].fingerprint,
+        "near_duplicates": _look_for_near_duplicates(config, splits),
+    }
+
+
+def _look_for_near_duplicates(config: PrepareConfig, splits: Mapping[str, Split]) -> dict | None:
+    forget_near_duplicates(splits["train"].directory)
+    if config.near_duplicates is None:
+        return None
+    hash_splits(splits, config.num_processes)
+    advice = "keep images of one thing together by data.split.group"
+    if isinstance(config.data, ShardsConfig):
+        advice = "leave one of each pair out of the shards"
+    return report_near_duplicates(splits, config.near_duplicates, advice)
 
 
 def _count(split: Split) -> dict:

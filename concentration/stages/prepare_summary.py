@@ -36,22 +36,18 @@ class GroupSummary:
     """One vertical, or all of them together.
 
     Attributes:
-        num_leaves, num_inner: its classes.
+        num_classes, num_leaves: inner nodes are classes, too.
         num_samples: by split, the samples with a label in it.
         train_counts: (counted classes,) training images of each, falling.
         num_without_image: classes of which neither they nor a descendant in their vertical have a training image.
     """
 
     name: str
+    num_classes: int
     num_leaves: int
-    num_inner: int
     num_samples: Mapping[str, int]
     train_counts: np.ndarray
     num_without_image: int
-
-    @property
-    def num_classes(self) -> int:
-        return self.num_leaves + self.num_inner
 
     @property
     def largest_share(self) -> float:
@@ -67,22 +63,37 @@ class Summary:
     verticals: Sequence[GroupSummary]
     total: GroupSummary
 
-    def to_text(self) -> str:
-        """A table with a line a vertical, and a sentence on the imbalance."""
+    def to_text(self, max_verticals: int | None = None) -> str:
+        """A table with a line a vertical, and what its columns count.
+
+        Args:
+            max_verticals: of more, only those with the most training images are shown, and long names are cut: for a terminal.
+                None shows all, whole.
+        """
+        shown = list(self.verticals)
+        if max_verticals is not None and len(shown) > max_verticals:
+            shown = sorted(shown, key=lambda group: -group.num_samples["train"])[:max_verticals]
+        num_left_out = len(self.verticals) - len(shown)
         splits = list(self.total.num_samples)
-        titles = ["vertical", "classes", "leaves", "inner", *splits, "per class: min", "median", "max", "no image"]
-        rows = [titles, *(_format_row(group) for group in self.verticals), _format_row(self.total)]
+        titles = ["vertical", "classes", "leaves", *splits, "min", "median", "max", "no image"]
+        rows = [titles, *(_format_row(group) for group in [*shown, self.total])]
+        if max_verticals is not None:
+            rows = [[_cut(row[0]), *row[1:]] for row in rows]
         widths = [max(len(row[column]) for row in rows) for column in range(len(titles))]
         lines = [
             "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
             for row in rows
         ]
         rule = "-" * len(lines[0])
-        return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1], "", self._describe_imbalance()]) + "\n"
+        left_out = [f"({num_left_out} more verticals)"] if num_left_out else []
+        return "\n".join([lines[0], rule, *lines[1:-1], *left_out, rule, lines[-1], "", *self._describe()]) + "\n"
 
-    def _describe_imbalance(self) -> str:
+    def _describe(self) -> list[str]:
         share = format_percent(self.total.largest_share)
-        return f"The largest {LARGEST_SHARE:.0%} of the classes have {share} of the training labels."
+        return [
+            "Training images of a class: min, median, max; no image: neither its own nor a descendant's.",
+            f"The largest {LARGEST_SHARE:.0%} of the classes have {share} of the training labels.",
+        ]
 
 
 def summarise_splits(splits: Mapping[str, Split]) -> Summary:
@@ -95,11 +106,10 @@ def summarise_splits(splits: Mapping[str, Split]) -> Summary:
     samples_of = {name: _count_samples(split) for name, split in splits.items()}
 
     def summarise(name: str, outputs: slice, num_samples: Mapping[str, int]) -> GroupSummary:
-        num_leaves = int(taxonomy.is_leaf[outputs].sum())
         return GroupSummary(
             name=name,
-            num_leaves=num_leaves,
-            num_inner=outputs.stop - outputs.start - num_leaves,
+            num_classes=outputs.stop - outputs.start,
+            num_leaves=int(taxonomy.is_leaf[outputs].sum()),
             num_samples=num_samples,
             train_counts=np.sort(count_C[outputs][is_counted_C[outputs]])[::-1],
             num_without_image=int(is_without_C[outputs].sum()),
@@ -143,7 +153,6 @@ def _format_row(group: GroupSummary) -> list[str]:
         group.name,
         format_count(group.num_classes),
         format_count(group.num_leaves),
-        format_count(group.num_inner),
         *(format_count(number) for number in group.num_samples.values()),
         format_count(counts.min()),
         f"{np.median(counts):,.1f}".removesuffix(".0"),
@@ -228,9 +237,13 @@ def _set_tail_scale(axes, train_counts: np.ndarray) -> None:
     axes.grid(axis="y", color=_GRID)
 
 
+def _cut(name: str) -> str:
+    return name if len(name) <= _MAX_NAME else f"{name[: _MAX_NAME - 1]}…"
+
+
 def _shorten(name: str) -> str:
-    name = name if len(name) <= _MAX_NAME else f"{name[: _MAX_NAME - 1]}…"
-    # NOTE: matplotlib leaves names that start with an underscore out of a legend; it does not see this blank.
+    """NOTE: matplotlib leaves names that start with an underscore out of a legend; it does not see this blank."""
+    name = _cut(name)
     return f"\u200b{name}" if name.startswith("_") else name
 
 

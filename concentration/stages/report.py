@@ -12,6 +12,7 @@ import torch
 import concentration
 from concentration.errors import ConfigError
 from concentration.stages.evaluate import EVALUATIONS
+from concentration.stages.prepare import SHARDS, SUMMARY_PICTURE, SUMMARY_TEXT
 from concentration.stages.report_page import ReportInputs, build_report_page
 from concentration.stages.run_directory import SPEED_FILE, RunDirectory, StageConfig
 from concentration.stages.student import STUDENTS
@@ -40,6 +41,7 @@ def report(config: ReportConfig) -> None:
         ConfigError: nothing has been evaluated.
     """
     evaluations = _load_evaluations(config)
+    picture, text = (config.workdir / SHARDS / name for name in (SUMMARY_PICTURE, SUMMARY_TEXT))
     inputs = ReportInputs(
         title=f"Knowledge concentration: {config.workdir.name}",
         workdir=str(config.workdir),
@@ -48,6 +50,8 @@ def report(config: ReportConfig) -> None:
         configs=_load_configs(config.workdir),
         target_sets=_load_target_sets(config.workdir),
         students=_load_students(config.workdir),
+        data_picture=picture.read_bytes() if picture.exists() else b"",
+        data_text=text.read_text(encoding="utf-8", errors="replace") if text.exists() else "",
         commands=_describe_commands(config),
         facts=_gather_facts(config.workdir),
     )

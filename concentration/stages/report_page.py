@@ -62,6 +62,9 @@ class ReportInputs:
     #: What stored targets are and took, by set, one entry a vertical; and the students' speeds (`report_targets`).
     target_sets: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
     students: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    #: A PNG and a table of the classes and images that were prepared.
+    data_picture: bytes = b""
+    data_text: str = ""
     #: How to reproduce, one command line each.
     commands: Sequence[str] = ()
     #: Machine, commit, date, versions, durations.
@@ -98,6 +101,10 @@ def build_report_page(inputs: ReportInputs) -> str:
         loss_charts=report_curves.draw_vertical_charts(runs, colors, order, "train/", "/loss"),
         ap_charts=report_curves.draw_vertical_charts(runs, colors, order, "val/", "/ap"),
         targets=build_targets_part(inputs.target_sets, inputs.students),
+        data_picture=f"data:image/png;base64,{base64.b64encode(inputs.data_picture).decode()}"
+        if inputs.data_picture
+        else "",
+        data_text=inputs.data_text,
         gallery=_build_gallery(evaluations, subject),
         classes=_build_class_tables(evaluations, subject),
         frequency=_build_frequency(evaluations, colors),

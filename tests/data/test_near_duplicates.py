@@ -107,7 +107,15 @@ def test_no_pair_is_missed_and_none_invented(seed, num_samples, max_distance, nu
     found = find_near_duplicates(hash_N, split_N, max_distance)
     expected = find_slowly(hash_N.tolist(), split_N.tolist(), max_distance)
     assert found.num_pairs == len(expected)
-    assert set(np.flatnonzero(found.has_twin_N).tolist()) == {sample for pair in expected for sample in pair}
+    splits = sorted(set(split_N.tolist()))
+    assert found.num_twins == {
+        (left, right): tuple(
+            len({pair[side] for pair in expected if (split_N[pair[0]], split_N[pair[1]]) == (left, right)})
+            for side in (0, 1)
+        )
+        for left, right in itertools.combinations(splits, 2)
+    }
+    assert found.num_left_out == 0
     listed = [tuple(pair) for pair in found.sample_P2.tolist()]
     hashes = hash_N.tolist()
     firsts = {(hashes[a], hashes[b], split_N[a], split_N[b]): (a, b) for a, b in sorted(expected, reverse=True)}
@@ -128,7 +136,7 @@ def test_pairs_are_found_across_blocks_of_candidates(monkeypatch):
     in_blocks = find_near_duplicates(hash_N, split_N, 3)
     assert whole.num_pairs == in_blocks.num_pairs > 100
     np.testing.assert_array_equal(whole.sample_P2, in_blocks.sample_P2)
-    np.testing.assert_array_equal(whole.has_twin_N, in_blocks.has_twin_N)
+    assert whole.num_twins == in_blocks.num_twins
 
 
 def test_of_thousands_of_copies_one_pair_is_listed_and_all_are_counted():
@@ -137,7 +145,7 @@ def test_of_thousands_of_copies_one_pair_is_listed_and_all_are_counted():
     split_N = (np.arange(30_000) % 3).astype(np.int8)
     found = find_near_duplicates(hash_N, split_N, 1)
     assert found.num_pairs == 3 * 10_000**2
-    assert found.has_twin_N.all()
+    assert found.num_twins == dict.fromkeys([(0, 1), (0, 2), (1, 2)], (10_000, 10_000))
     assert found.sample_P2.tolist() == [[0, 1], [0, 7], [0, 2], [1, 2], [7, 2]]
     assert found.distance_P.tolist() == [0, 1, 0, 0, 1]
 
@@ -160,3 +168,28 @@ def test_a_hundred_thousand_samples_are_compared_at_once():
     split_N = (np.arange(100_000) >= 90_000).astype(np.int8)
     found = find_near_duplicates(hash_N, split_N, 3)
     assert found.sample_P2[np.argsort(found.sample_P2[:, 0])].tolist() == [[n, 99_900 + n] for n in range(100)]
+
+
+@pytest.mark.parametrize("max_compared", [0, 40, 400, 1000, 3000])
+def test_where_too_many_agree_in_a_band_the_others_are_compared_and_it_is_said(max_compared, monkeypatch):
+    """Half of the hashes share their lowest 16 bits: 625 pairs agree in that band, some 50 in each of the three others."""
+    generator = np.random.default_rng(0)
+    hash_N = generator.integers(0, 2**64, 50, dtype=np.uint64)
+    hash_N = np.concatenate([hash_N, flip_bits(generator, hash_N, 3)])
+    hash_N[::2] &= ~np.uint64(0xFFFF)
+    expected = find_slowly(hash_N.tolist(), (np.arange(100) // 50).tolist(), 3)
+    agree_elsewhere = {
+        (a, b) for a, b in expected if any(int(hash_N[a] ^ hash_N[b]) >> start & 0xFFFF == 0 for start in (16, 32, 48))
+    }
+    assert len(expected) == 50 > len(agree_elsewhere)
+    monkeypatch.setattr(near_duplicates, "MAX_COMPARED", max_compared)
+    found = find_near_duplicates(hash_N, np.arange(100) // 50, 3)
+    listed = {(a, b) for a, b in found.sample_P2.tolist()}
+    assert len(listed) == len(found.sample_P2) == found.num_pairs, "each pair once, also where a band left it out"
+    assert listed <= expected
+    assert len(listed) <= max_compared
+    if max_compared >= 400:
+        assert listed >= agree_elsewhere
+    assert (found.num_left_out == 0) == (max_compared == 3000)
+    if max_compared == 3000:
+        assert listed == expected

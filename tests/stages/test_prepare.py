@@ -26,18 +26,28 @@ from concentration.stages.run_directory import RunDirectory
 CLASSES = ("birds/gull", "birds/kite", "cars/taxi", "cars/tram")
 EXTENSIONS = ("png", "jpg", "webp")
 #: What two runs of the same preparation must have in common, to the byte.
-RESULTS = ("*.tar", "*.index", "taxonomy.json", "skipped.txt", "DONE.json")
+RESULTS = (
+    "*.tar",
+    "*.index",
+    "taxonomy.json",
+    "skipped.txt",
+    "DONE.json",
+    "summary.*",
+    "*.hashes",
+    "near_duplicates.*",
+)
 
 
 @pytest.fixture
 def images(tmp_path, encode_image) -> Path:
-    """80 small images of four classes in two verticals, 20 of them each for validation and test."""
+    """80 small images of four classes in two verticals, 20 of them each for validation and test, one of these a copy."""
     for split, count in (("train", 10), ("val", 5), ("test", 5)):
         for class_id, number in itertools.product(CLASSES, range(count)):
             extension = EXTENSIONS[number % 3]
             path = tmp_path / "images" / split / class_id / f"{number}.{extension}"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(encode_image(extension, (9, 7), seed=sum(f"{split}{class_id}".encode()) * 100 + number))
+    shutil.copy(tmp_path / "images/train/birds/gull/0.png", tmp_path / "images/test/birds/gull/0.png")
     return tmp_path / "images"
 
 
@@ -113,6 +123,14 @@ def test_what_was_written_is_counted_and_indexed(images, workdir):
     assert load_prepared(workdir, overrides)[0].model_dump() == overrides.model_dump()
 
 
+def test_the_summary_is_said_and_written(images, workdir, capsys):
+    prepare(build_config(images, workdir))
+    text = (workdir / "shards" / "summary.txt").read_text()
+    assert "all             4       4     40   20    20   10      10   10         0\n" in text
+    assert text in capsys.readouterr().out
+    assert Image.open(workdir / "shards" / "summary.png").format == "PNG"
+
+
 def test_a_finished_preparation_is_left_alone(images, workdir):
     prepare(build_config(images, workdir))
     before = {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in (workdir / "shards").glob("[!.]*")}
@@ -143,7 +161,7 @@ def test_several_processes_write_the_same_bytes_and_raise_the_same_errors(images
     process.join(60)
     assert process.exitcode == 0
     assert read_results(tmp_path / "one") == read_results(tmp_path / "two")
-    assert len(read_results(tmp_path / "two")) == 12 + 12 + 3
+    assert len(read_results(tmp_path / "two")) == 3 * 12 + 5 + 2
     error = (tmp_path / "three" / "error").read_text()
     assert error.startswith(f"{tmp_path}/given/train-")
     assert "no tar" in error
@@ -177,7 +195,9 @@ def kill_at(owner, name: str, call: int, when: str, config: PrepareConfig) -> No
         (concentration.stages.prepare, "index_shard", 3, "after"),
         # Writes of whole files: the listing, the taxonomy, and then each shard's list of what is missing in it.
         *((concentration.stages.prepare, "write_atomically", call, when) for call in (1, 2, 5) for when in ("before", "after")),
+        *((concentration.stages.prepare, "hash_shard", 3, when) for when in ("before", "after")),
         (concentration.stages.prepare, "_summarise", 1, "before"),
+        (concentration.stages.prepare, "report_near_duplicates", 1, "after"),
         (RunDirectory, "finish", 1, "before"),
         (RunDirectory, "finish", 1, "after"),
     ],
@@ -190,12 +210,14 @@ def test_a_killed_preparation_is_continued_to_the_same_files(owner, name, call, 
     process.start()
     process.join(30)
     assert process.exitcode == -signal.SIGKILL
-    whole = {Path(marker).stem: (workdir / "shards" / f"{Path(marker).stem}.tar").stat().st_ino
-             for marker in list_names(workdir, "*.skipped")}  # fmt: skip
+    whole = [f"{Path(marker).stem}.tar" for marker in list_names(workdir, "*.skipped")] + list_names(
+        workdir, "*.hashes"
+    )
+    inodes = {name: (workdir / "shards" / name).stat().st_ino for name in whole}
     prepare(config)
     assert read_results(workdir) == read_results(tmp_path / "whole")
-    for shard, inode in whole.items():
-        assert (workdir / "shards" / f"{shard}.tar").stat().st_ino == inode, "what was whole is not written again"
+    for name, inode in inodes.items():
+        assert (workdir / "shards" / name).stat().st_ino == inode, "what was whole is not written again"
     assert list_names(workdir, ".*.tmp") == []
 
 

@@ -19,25 +19,31 @@ TRAIN = [["gull"]] * 5 + [["osprey", "taxi"], ["taxi"], ["egg", "gull"], ["ramen
 TEST = [["taxi"], ["soup", "ramen"]]
 
 TEXT = """\
-vertical  classes  leaves  inner  train  test  per class: min  median  max  no image
-------------------------------------------------------------------------------------
-birds           5       2      3      9     0               1       2    7         0
-cars            3       2      1      2     1               0       1    2         1
-dishes          3       2      1      2     1               1       1    1         0
-------------------------------------------------------------------------------------
-all            11       6      5     11     2               0       1    7         1
+vertical  classes  leaves  train  test  min  median  max  no image
+------------------------------------------------------------------
+birds           5       2      9     0    1       2    7         0
+cars            3       2      2     1    0       1    2         1
+dishes          3       2      2     1    1       1    1         0
+------------------------------------------------------------------
+all            11       6     11     2    0       1    7         1
 
+Training images of a class: min, median, max; no image: neither its own nor a descendant's.
 The largest 10% of the classes have 50.0% of the training labels.
 """
 
 
 def build_split(taxonomy: Taxonomy, labels: list[list[str]], name: str = "train") -> Split:
     positions = [sorted(taxonomy.position[label] for label in ids) for ids in labels]
-    nowhere = np.zeros(len(labels), dtype=np.int64)
     starts = np.cumsum([0] + [len(ids) for ids in labels])
-    joined = np.array(list(itertools.chain(*positions)), dtype=np.int32)
-    index = ShardIndex(Path("a.tar"), 0, ("",) * len(labels), nowhere, nowhere, starts, joined)
-    return Split(name, [index], [f"{name}-000000"], taxonomy)
+    return index_labels(taxonomy, starts, np.array(list(itertools.chain(*positions)), dtype=np.int32), name)
+
+
+def index_labels(taxonomy: Taxonomy, starts: np.ndarray, positions: np.ndarray, name: str = "train") -> Split:
+    """A split of one shard of which nothing is known but its labels."""
+    nowhere = np.zeros(len(starts) - 1, dtype=np.int64)
+    keys = np.empty(0, dtype=np.uint8)
+    index = ShardIndex(Path("a.tar"), 0, keys, nowhere, nowhere, nowhere.astype(np.uint32), starts, positions)
+    return Split(name, [index], [f"{name}-000000"], taxonomy, Path())
 
 
 def build_taxonomy(names: list[str], size: int = 12) -> Taxonomy:
@@ -61,6 +67,20 @@ def test_the_text_holds_the_numbers(taxonomy):
     """
     splits = {"train": build_split(taxonomy, TRAIN), "test": build_split(taxonomy, TEST, "test")}
     assert summarise_splits(splits).to_text() == TEXT
+
+
+def test_on_a_terminal_the_largest_of_many_verticals_are_shown():
+    taxonomy = build_taxonomy([f"v{n}-" for n in range(30)] + ["n" * 300], 2)
+    labels = [[c.id] for n, c in enumerate(taxonomy.classes) for _ in range(62 - n)]
+    summary = summarise_splits({"train": build_split(taxonomy, labels)})
+    lines = summary.to_text(20).splitlines()
+    assert [line.split()[0] for line in lines[2:22]] == [f"v{n}-" for n in range(20)]
+    assert lines[22] == "(11 more verticals)"
+    assert max(map(len, lines)) <= 100
+    whole = summary.to_text().splitlines()
+    assert "n" * 300 in whole[32]
+    assert [line for line in whole if "more" in line] == []
+    assert summary.to_text(31).splitlines()[32].startswith("n" * 27 + "… ")
 
 
 @given(st.integers(0, 2**31), st.booleans())
@@ -122,12 +142,8 @@ def test_a_picture_has_a_bar_for_every_vertical(num_verticals):
 @pytest.mark.parametrize("counts", [[1, 1], [0, 1], [0, 10**6], [10, 10], [999, 1000], [7, 0]])
 def test_any_counts_can_be_drawn(counts):
     taxonomy = build_taxonomy(["a"], 2)
-    (index,) = build_split(taxonomy, [["a0"]]).shards
     positions = np.repeat([0, 1], counts).astype(np.int32)
-    starts = np.arange(len(positions) + 1)
-    nowhere = np.zeros(len(positions), dtype=np.int64)
-    index = ShardIndex(index.path, 0, ("",) * len(positions), nowhere, nowhere, starts, positions)
-    summary = summarise_splits({"train": Split("train", [index], ["train-000000"], taxonomy)})
+    summary = summarise_splits({"train": index_labels(taxonomy, np.arange(len(positions) + 1), positions)})
     assert count_color(draw_summary(summary), (0x1C, 0x1F, 0x26)) > 500
     assert summary.total.num_without_image == counts.count(0)
 
@@ -152,9 +168,7 @@ def test_a_hundred_thousand_classes_and_a_million_labels_are_counted_at_once():
     taxonomy = build_taxonomy([f"v{n}-" for n in range(20)], 5_000)
     positions = np.random.default_rng(0).integers(0, 90_000, 10**6).astype(np.int32)
     starts = np.concatenate([np.arange(0, 10**6, 2), [10**6]])
-    nowhere = np.zeros(len(starts) - 1, dtype=np.int64)
-    index = ShardIndex(Path("a.tar"), 0, ("",) * len(nowhere), nowhere, nowhere, starts, positions)
-    summary = summarise_splits({"train": Split("train", [index], ["train-000000"], taxonomy)})
+    summary = summarise_splits({"train": index_labels(taxonomy, starts, positions)})
     assert summary.total.train_counts.sum() == 10**6
     assert summary.total.num_samples == {"train": 500_000}
     assert summary.verticals[19].num_without_image == 5_000

@@ -1,5 +1,6 @@
 """The report as a page: well formed, self-contained, honest, and there whatever is missing."""
 
+import base64
 import html
 import json
 import re
@@ -107,6 +108,8 @@ def _full_inputs(**changes) -> ReportInputs:
             "students/generalist": {"seed": 0, "top": {"name": "fc_fc"}},
             "students/student": {"seed": 0, "top": {"name": "fc_sc", "widths": [1, 2]}},
         },
+        "data_picture": base64.b64decode(PIXEL.partition(",")[2]),
+        "data_text": "vertical  classes\nbirds           5\n",
         "commands": ["concentrate run workdir=runs/demo"],
         "facts": {"machine": "two cores"},
     }
@@ -117,13 +120,22 @@ def test_a_full_page_is_well_formed_and_shows_every_part():
     page = _Page(build_report_page(_full_inputs()))
     anchors = {attributes.get("id") for tag, attributes in page.tags if tag == "section"}
     assert anchors == {
-        *("results", "verticals", "training", "pace", "gallery", "classes", "definitions", "configuration", "reproduce")
+        *("results", "verticals", "training", "pace", "gallery", "classes", "data", "definitions", "configuration"),
+        "reproduce",
     }
     linked = {attributes["href"] for tag, attributes in page.tags if tag == "a"}
     assert linked == {f"#{anchor}" for anchor in anchors}
     for vertical in VERTICALS:
         assert page.text.count(vertical) >= 4
-    for text in ("70.0%", "fc_sc", "concentrate run workdir=runs/demo", "two cores", "0123abcd", "› "):
+    for text in (
+        "70.0%",
+        "fc_sc",
+        "concentrate run workdir=runs/demo",
+        "two cores",
+        "0123abcd",
+        "› ",
+        "birds           5\n",
+    ):
         assert text in page.text
 
 
@@ -143,7 +155,7 @@ def test_the_page_loads_nothing():
 def test_an_image_that_is_no_bitmap_in_a_data_uri_is_left_out(image):
     evaluation = _evaluation(0.7)
     evaluation["gallery"][0]["image"] = image
-    page = build_report_page(_full_inputs(evaluations={"student": evaluation}))
+    page = build_report_page(_full_inputs(data_picture=b"", evaluations={"student": evaluation}))
     assert "no image" in page
     assert str(image) not in page or image == 7
     assert not any(tag == "img" for tag, _ in _Page(page).tags)
@@ -172,6 +184,7 @@ def test_hostile_names_are_escaped_everywhere():
                 "students/student": {"a": [HOSTILE]},
                 HOSTILE: {"b": {HOSTILE: 1}},
             },
+            data_text=HOSTILE,
             commands=[HOSTILE],
             facts={HOSTILE: HOSTILE},
         )
@@ -205,6 +218,7 @@ def test_a_single_evaluation_with_a_missing_or_broken_key_is_still_a_page(name, 
 def test_almost_nothing_is_still_a_page(evaluations):
     page = _Page(build_report_page(ReportInputs("t", "w", evaluations)))
     assert "Results" in page.text
+    assert "data" not in {attributes.get("id") for _, attributes in page.tags}
 
 
 def test_broken_lines_of_curves_are_left_out():

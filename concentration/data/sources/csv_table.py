@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 
 import pydantic
 
+from concentration.data.near_duplicates import MaxDistance
 from concentration.data.shard_members import IMAGE_EXTENSIONS
 from concentration.data.sources.image_files import classes_of_paths, has_image_extension, key_of_path, read_image_file
 from concentration.data.sources.source import Item
@@ -29,9 +30,11 @@ class CsvConfig(Config):
     split_column: holds train, val or test, or nothing, which is train; None is `split`, where there is such a column.
     split: `split.group` is a column; images with the same text in it stay together, those with none are by themselves.
     image_size: of the networks' input; shards keep images as they are.
+    near_duplicates: bits of 64 in which the perceptual hashes of images in different splits may differ and be reported as
+        near copies; None looks for none. It may be changed by preparing again, which then only looks anew.
     """
 
-    runtime_fields: ClassVar[frozenset[str]] = frozenset({"path", "root"})
+    runtime_fields: ClassVar[frozenset[str]] = frozenset({"path", "root", "near_duplicates"})
 
     kind: Literal["csv"] = "csv"
     path: Path
@@ -44,6 +47,7 @@ class CsvConfig(Config):
     split: SplitConfig = SplitConfig()
     image_size: pydantic.PositiveInt = 224
     view: ViewConfig = ViewConfig()
+    near_duplicates: MaxDistance | None = 2
 
 
 class CsvSource:

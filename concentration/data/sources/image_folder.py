@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 
 import pydantic
 
+from concentration.data.near_duplicates import MaxDistance
 from concentration.data.shard_members import IMAGE_EXTENSIONS
 from concentration.data.sources.image_files import classes_of_paths, key_of_path, read_image_file
 from concentration.data.sources.source import Item
@@ -27,9 +28,11 @@ class ImageFolderConfig(Config):
     taxonomy: a taxonomy.json whose class ids are the folders' paths (CLASS or VERTICAL/CLASS); None takes the tree itself.
     split: `split.group` is a regular expression, searched in each path below `path`; its first parenthesis is the group.
     image_size: of the networks' input; shards keep images as they are.
+    near_duplicates: bits of 64 in which the perceptual hashes of images in different splits may differ and be reported as
+        near copies; None looks for none. It may be changed by preparing again, which then only looks anew.
     """
 
-    runtime_fields: ClassVar[frozenset[str]] = frozenset({"path"})
+    runtime_fields: ClassVar[frozenset[str]] = frozenset({"path", "near_duplicates"})
 
     kind: Literal["image_folder"] = "image_folder"
     path: Path
@@ -37,6 +40,7 @@ class ImageFolderConfig(Config):
     split: SplitConfig = SplitConfig()
     image_size: pydantic.PositiveInt = 224
     view: ViewConfig = ViewConfig()
+    near_duplicates: MaxDistance | None = 2
 
     @pydantic.model_validator(mode="after")
     def _check_group(self):

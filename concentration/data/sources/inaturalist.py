@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 
 import pydantic
 
+from concentration.data.near_duplicates import MaxDistance
 from concentration.data.shard_members import IMAGE_EXTENSIONS
 from concentration.data.sources.image_files import (
     has_image_extension,
@@ -43,9 +44,11 @@ class INaturalistConfig(Config):
         have below `vertical_rank`, of a supercategory: order, family and genus.
     split: `split.group` is a field of the images, like rights_holder; images with nothing in it are by themselves.
     image_size: of the networks' input; shards keep images as they are.
+    near_duplicates: bits of 64 in which the perceptual hashes of images in different splits may differ and be reported as
+        near copies; None looks for none. It may be changed by preparing again, which then only looks anew.
     """
 
-    runtime_fields: ClassVar[frozenset[str]] = frozenset({"path", "annotations"})
+    runtime_fields: ClassVar[frozenset[str]] = frozenset({"path", "annotations", "near_duplicates"})
 
     kind: Literal["inaturalist"] = "inaturalist"
     path: Path
@@ -57,6 +60,7 @@ class INaturalistConfig(Config):
     split: SplitConfig = SplitConfig()
     image_size: pydantic.PositiveInt = 224
     view: ViewConfig = ViewConfig()
+    near_duplicates: MaxDistance | None = 2
 
     @pydantic.model_validator(mode="after")
     def _check_ranks(self):

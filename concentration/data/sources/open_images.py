@@ -12,6 +12,7 @@ from typing import ClassVar, Literal
 
 import pydantic
 
+from concentration.data.near_duplicates import MaxDistance
 from concentration.data.sources.image_files import OTHER, merge_small_verticals, read_image_file
 from concentration.data.sources.open_images_hierarchy import Hierarchy, load_hierarchy
 from concentration.data.sources.source import Item
@@ -40,9 +41,11 @@ class OpenImagesConfig(Config):
     images: the CSV on the images, needed for `split.group`.
     split: `split.group` is a column of `images`: AuthorProfileURL keeps a photographer's images together.
     image_size: of the networks' input; shards keep images as they are.
+    near_duplicates: bits of 64 in which the perceptual hashes of images in different splits may differ and be reported as
+        near copies; None looks for none. It may be changed by preparing again, which then only looks anew.
     """
 
-    runtime_fields: ClassVar[frozenset[str]] = frozenset({"path", "annotations"})
+    runtime_fields: ClassVar[frozenset[str]] = frozenset({"path", "annotations", "near_duplicates"})
 
     kind: Literal["open_images"] = "open_images"
     path: Path
@@ -57,6 +60,7 @@ class OpenImagesConfig(Config):
     split: SplitConfig = SplitConfig()
     image_size: pydantic.PositiveInt = 224
     view: ViewConfig = ViewConfig()
+    near_duplicates: MaxDistance | None = 2
 
 
 class OpenImagesSource:

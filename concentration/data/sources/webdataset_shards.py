@@ -11,6 +11,7 @@ import pydantic
 from braceexpand import braceexpand
 
 from concentration.data.index import index_shard
+from concentration.data.near_duplicates import MaxDistance
 from concentration.data.remote import Location, Remote, is_url, join, parse_location
 from concentration.data.shard_cache import Access, CacheConfig, ShardCache
 from concentration.data.shard_members import LabelMember
@@ -30,11 +31,13 @@ class ShardsConfig(Config):
         names in braces, `train-{000000..000099}.tar`, are all expected and no folder is listed. `val` and `test` may
         match nothing, or be null, and are then not there.
     labels: the member with a sample's labels; `auto` takes `.json` or `.cls`, whichever is there, and refuses both.
+    near_duplicates: bits of 64 in which the perceptual hashes of images in different splits may differ and be reported as
+        near copies; None looks for none, and decodes no image. It may be changed by preparing again, which then only looks anew.
     storage_options: for fsspec; written to disk, so without secrets: those are taken from the environment.
     cache: of remote shards. Both may be changed by preparing again, which then only notes them.
     """
 
-    runtime_fields: ClassVar[frozenset[str]] = frozenset({"path", "storage_options", "cache"})
+    runtime_fields: ClassVar[frozenset[str]] = frozenset({"path", "storage_options", "cache", "near_duplicates"})
 
     kind: Literal["shards"] = "shards"
     path: Annotated[Location, pydantic.BeforeValidator(parse_location)]
@@ -45,6 +48,7 @@ class ShardsConfig(Config):
     labels: LabelMember = "auto"
     image_size: pydantic.PositiveInt = 224
     view: ViewConfig = ViewConfig()
+    near_duplicates: MaxDistance | None = None
     storage_options: dict[str, Any] | None = None
     cache: CacheConfig = CacheConfig()
 

@@ -1,0 +1,81 @@
+"""The perceptual hashes of a shard's images, `NAME.hashes` beside `NAME.index`: made once, and good as long as the index is.
+
+Shapes: S samples of a shard, N samples of a split.
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save
+
+from concentration.data.index import ShardIndex, Split
+from concentration.data.near_duplicates import hash_image
+from concentration.data.shard_cache import ShardCache
+from concentration.data.views import UNDECODABLE
+from concentration.errors import DataError
+from concentration.targets import load_arrays, load_metadata, write_atomically
+
+
+def hash_shard(index_path: Path, cache: ShardCache | None) -> None:
+    """Writes the hashes of a shard's images, unless they are there.
+
+    Args:
+        index_path: of the shard.
+        cache: of remote shards; None where the shard lies on this machine.
+
+    Raises:
+        DataError: the index or the hashes are damaged, or the shard cannot be read.
+    """
+    shard = ShardIndex.load(index_path)
+    path = index_path.with_suffix(".hashes")
+    if path.exists() and load_metadata(path).get("index") == shard.digest:
+        return
+    hash_S = np.zeros(shard.num_samples, dtype=np.uint64)
+    is_hashed_S = np.zeros(shard.num_samples, dtype=bool)
+    for row, content in enumerate(read_images(shard, range(shard.num_samples), cache)):
+        try:
+            found = hash_image(content)
+        except UNDECODABLE:
+            found = None
+        if found is not None:
+            hash_S[row], is_hashed_S[row] = found, True
+    write_atomically(path, save({"hash": hash_S, "is_hashed": is_hashed_S}, {"index": shard.digest}))
+
+
+def load_hashes(split: Split) -> tuple[np.ndarray, np.ndarray]:
+    """(N,) uint64 hashes, and (N,) bool whether there is one: a blank image has none, nor one that cannot be decoded.
+
+    Raises:
+        DataError: hashes are missing or damaged, or of other images.
+    """
+    parts = []
+    for shard, name in zip(split.shards, split.index_names, strict=True):
+        path = split.directory / f"{name}.hashes"
+        arrays = load_arrays(path, ("hash", "is_hashed"))
+        forms = {name: (array.dtype.name, array.shape) for name, array in arrays.items()}
+        expected = {"hash": ("uint64", (shard.num_samples,)), "is_hashed": ("bool", (shard.num_samples,))}
+        if load_metadata(path).get("index") != shard.digest or forms != expected:
+            raise DataError(
+                f"{path}: damaged, or of other images than {name}.index describes; delete it and prepare again"
+            )
+        parts.append((arrays["hash"], arrays["is_hashed"]))
+    return np.concatenate([hash_S for hash_S, _ in parts]), np.concatenate([is_hashed_S for _, is_hashed_S in parts])
+
+
+def read_images(shard: ShardIndex, rows: range, cache: ShardCache | None) -> Iterator[bytes]:
+    """The encoded images of these samples of a shard, one after the other.
+
+    Raises:
+        DataError: the shard cannot be read.
+    """
+    try:
+        file = os.open(shard.path, os.O_RDONLY) if isinstance(shard.path, Path) else cache.open(shard)
+        try:
+            for row in rows:
+                yield os.pread(file, int(shard.image_size[row]), int(shard.image_offset[row]))
+        finally:
+            os.close(file)
+    except OSError as error:
+        raise DataError(f"{shard.path}: cannot be read ({error.strerror}); bring it back") from None
