@@ -5,6 +5,7 @@ every position in an index and every output inside its vertical remains. `append
 first new file is written until all are; a killed run is continued from it.
 """
 
+import itertools
 import json
 import re
 from collections.abc import Mapping
@@ -38,8 +39,8 @@ class Before:
     def look(cls, path: Path, taxonomy: Taxonomy) -> "Before":
         """Of a finished folder of shards."""
         numbers: dict[str, int] = dict.fromkeys(SPLITS, 0)
-        for shard in path.glob("*.tar"):
-            split, number = _parse_name(shard)
+        for file in [*path.glob("*.tar"), *path.glob("*.index")]:  # given shards lie elsewhere
+            split, number = _parse_name(file)
             numbers[split] = max(numbers[split], number + 1)
         return cls(taxonomy.num_classes, numbers)
 
@@ -135,6 +136,22 @@ def append_classes(earlier: Taxonomy, now: Taxonomy, where: str) -> Taxonomy:
                         "restore it, or prepare everything anew with overwrite=true"
                     )
     return Taxonomy([*earlier.classes, *(c for c in now.classes if c.id not in earlier.position)], where)
+
+
+def extend_classes(earlier: Taxonomy, now: Taxonomy, where: str) -> Taxonomy:
+    """The same, for a taxonomy whose classes are known by their positions (.cls): new ones must stand at its end.
+
+    Raises: DataError where they do not, a class is gone, or means something else.
+    """
+    extended = append_classes(earlier, now, where)
+    for position, pair in enumerate(itertools.zip_longest(extended.classes, now.classes)):
+        expected, found = (None if c is None else c.id for c in pair)
+        if expected != found:
+            raise DataError(
+                f"{where}: class {found!r} at position {position}, expected {expected!r}; classes may only be added at the "
+                "end: restore the others, or prepare everything anew with overwrite=true"
+            )
+    return extended
 
 
 def _parse_name(path: Path) -> tuple[Split, int]:

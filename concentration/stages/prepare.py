@@ -1,33 +1,26 @@
 """`concentrate prepare`: images and a taxonomy become shards and their index."""
 
 import functools
-import hashlib
 import itertools
-import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 import pydantic
 
-from concentration.data.appending import Before, Kept, append_classes, find_kept
+from concentration.data.appending import Before, Kept, append_classes, extend_classes, find_kept
 from concentration.data.image_hashes import hash_shard
 from concentration.data.index import ShardIndex, Split, check_keys, index_shard, load_split
 from concentration.data.near_duplicates import MaxDistance
 from concentration.data.order import permutation
-from concentration.data.remote import Location
-from concentration.data.shard_cache import ShardCache, save_access
-from concentration.data.shard_members import LabelMember
+from concentration.data.shard_cache import save_access
 from concentration.data.shards import write_shard
 from concentration.data.sources import DataConfig, build_source
 from concentration.data.sources.glyphs import GlyphsConfig
 from concentration.data.sources.source import Item, Source
 from concentration.data.sources.webdataset_shards import (
     ShardsConfig,
-    check_owners,
-    index_given_shard,
-    list_shards,
     load_shards_taxonomy,
 )
 from concentration.data.splits import SPLITS, Assignment, assign_splits
@@ -35,6 +28,13 @@ from concentration.data.views import Share, ViewConfig
 from concentration.errors import ConfigError, DataError
 from concentration.progress import Progress
 from concentration.schema import Config, parse_config
+from concentration.stages.prepare_given_shards import (
+    check_kept_shards,
+    describe_state,
+    index_given_shards,
+    list_given_shards,
+)
+from concentration.stages.prepare_listing import begin_listing, reopen
 from concentration.stages.prepare_near_duplicates import forget_near_duplicates, hash_splits, report_near_duplicates
 from concentration.stages.prepare_summary import draw_summary, summarise_splits
 from concentration.stages.report_values import as_mapping
@@ -51,15 +51,13 @@ SUMMARY_TEXT, SUMMARY_PICTURE = "summary.txt", "summary.png"
 # The summary has a line for each, on a terminal.
 _MAX_VERTICALS_SHOWN = 20
 
-#: In `shards/`: a hash of what was to be written or indexed when the stage was begun.
-_LISTING = "listing.sha256"
-
 
 class PrepareConfig(StageConfig):
     """Reads `data`; writes `shards/` with shards of at most `samples_per_shard`, their index, and `taxonomy.json`.
 
     append: lists the source again and adds the images and classes that are new to a finished set; without it, that is left
-        alone. Every sample, position and split that was there stays.
+        alone. Every sample, position and split that was there stays. Of given shards, tars that are new are indexed after
+        the others, and new classes must stand at the end of their taxonomy.json.
     max_skipped_share: of images that cannot be decoded.
     num_processes: None is one per core.
     """
@@ -74,8 +72,6 @@ class PrepareConfig(StageConfig):
 
     @pydantic.model_validator(mode="after")
     def _check_append(self):
-        if self.append and isinstance(self.data, ShardsConfig):
-            raise ValueError("append=true: data=shards cannot grow; prepare the larger set in another workdir")
         if self.append and self.overwrite:
             raise ValueError(
                 "append=true and overwrite: one keeps what is there, the other replaces it; give one of them"
@@ -110,9 +106,7 @@ def prepare(config: PrepareConfig) -> None:
             return
         if config.append or not directory.is_finished:
             if isinstance(config.data, ShardsConfig):
-                taxonomy = load_shards_taxonomy(config.data)
-                _index_given_shards(config.data, config, directory.path, taxonomy)
-                directory.finish(_summarise(config, directory.path, taxonomy))
+                _prepare_given_shards(config.data, config, directory)
             else:
                 _prepare_source(build_source(config.data), config, directory)
         if not _has_looked(config, directory):
@@ -196,8 +190,34 @@ def _prepare_source(source: Source, config: PrepareConfig, directory: RunDirecto
     if before is not None and directory.is_finished:
         if not any(items_of.values()) and taxonomy.num_classes == before.num_classes:
             return
-        _reopen(directory, before)
+        reopen(directory, before)
     _write_shards(source, items_of, len(items), config, directory.path, taxonomy, before)
+    _finish(config, directory, taxonomy, before)
+
+
+def _prepare_given_shards(data: ShardsConfig, config: PrepareConfig, directory: RunDirectory) -> None:
+    """Indexes all shards, or those that are new where something was finished before."""
+    taxonomy, before = load_shards_taxonomy(data), _look_before(config, directory)
+    if before is not None:
+        taxonomy = extend_classes(before.taxonomy(directory.path), taxonomy, str(data.taxonomy or data.path))
+    located = list_given_shards(data, directory.path, before)
+    if before is not None:
+        kept = {index: shard for index, shard in located.items() if before.holds(index)}
+        check_kept_shards(kept, data, taxonomy, config.num_processes)
+        num_new = len(located) - len(kept)
+        print(f"prepare: {len(kept)} shards are indexed already; new: {num_new}")
+        if directory.is_finished:
+            if not num_new and taxonomy.num_classes == before.num_classes:
+                return
+            reopen(directory, before)
+    listing = (f"{index.stem} {describe_state(shard)}" for index, shard in located.items())
+    begin_listing(directory.path, taxonomy, listing, before)
+    is_hashed = config.near_duplicates is not None
+    index_given_shards(located, data, directory.path, taxonomy, is_hashed, config.num_processes)
+    _finish(config, directory, taxonomy, before)
+
+
+def _finish(config: PrepareConfig, directory: RunDirectory, taxonomy: Taxonomy, before: Before | None) -> None:
     directory.finish(_summarise(config, directory.path, taxonomy))
     if before is not None:
         before.forget(directory.path)
@@ -209,16 +229,6 @@ def _look_before(config: PrepareConfig, directory: RunDirectory) -> Before | Non
         return Before.load(directory.path)
     _, taxonomy, _ = load_prepared(config.workdir, DataOverrides())  # refuses what has changed since
     return Before.look(directory.path, taxonomy)
-
-
-def _reopen(directory: RunDirectory, before: Before) -> None:
-    """Notes what was there, and only then takes back that the stage is finished."""
-    # What an earlier run could not decode is tried again, and not taken for done.
-    for stale in [directory.path / _LISTING, *directory.path.glob("*.skipped")]:
-        if stale.name == _LISTING or not before.holds(stale):
-            stale.unlink(missing_ok=True)
-    before.save(directory.path)
-    directory.reopen()
 
 
 def _index_keys(items: Sequence[Item]) -> dict[str, Item]:
@@ -268,7 +278,7 @@ def _write_shards(
     before: Before | None,
 ) -> None:
     listing = (f"{s} {item.key} {item.labels}" for s, items in items_of.items() for item in items)
-    _begin_listing(path, taxonomy, listing, before)
+    begin_listing(path, taxonomy, listing, before)
     tasks, sizes, is_hashed = [], {}, config.near_duplicates is not None
     for split, items in items_of.items():
         first = 0 if before is None else before.next_shard[split]
@@ -299,27 +309,6 @@ def _balance(items: Sequence[Item], samples_per_shard: int) -> list[list[Item]]:
     return [shuffled[start:stop] for start, stop in itertools.pairwise(bounds)]
 
 
-def _begin_listing(path: Path, taxonomy: Taxonomy, listing: Iterable[str], before: Before | None = None) -> None:
-    """Notes what is to be done, and removes what an earlier, unfinished run wrote if that was to do something else.
-
-    Images may have come or gone since, and would be lost or double; or classes: indices hold positions in the taxonomy.
-    What was there before the unfinished run is never touched.
-    """
-    digest = hashlib.sha256(taxonomy.fingerprint.encode())
-    for line in listing:
-        digest.update(os.fsencode(f"{line}\n"))
-    kept = path / _LISTING
-    is_other = kept.exists() and kept.read_bytes() != digest.hexdigest().encode()
-    for pattern in ("*.skipped", "*.hashes", "*.index", "*.tar") if is_other else ():
-        for stale in path.glob(pattern):
-            if before is None or not before.holds(stale):
-                stale.unlink()
-    for left_by_a_kill in path.glob(".*.tmp"):
-        left_by_a_kill.unlink()
-    write_atomically(kept, digest.hexdigest())
-    write_atomically(path / "taxonomy.json", taxonomy.to_json())
-
-
 def _write_and_index(shard: Path, items: Sequence[Item], source: Source, taxonomy: Taxonomy, is_hashed: bool) -> None:
     """Writes the tar, its index, and then the list of what is missing in it, which says that the other two are whole."""
     marker, index = shard.with_suffix(".skipped"), shard.with_suffix(".index")
@@ -342,40 +331,6 @@ def _is_whole(index: Path, num_expected: int) -> bool:
         return num_expected == 0 or ShardIndex.load(index).num_samples == num_expected
     except DataError:
         return False
-
-
-def _index_given_shards(data: ShardsConfig, config: PrepareConfig, path: Path, taxonomy: Taxonomy) -> None:
-    shards_of = {split: list_shards(data, split) for split in SPLITS}
-    check_owners(data, shards_of)
-    located = [(split, shard) for split, shards in shards_of.items() for shard in shards]
-    _begin_listing(path, taxonomy, (f"{split} {_describe_state(shard)}" for split, shard in located))
-    cache = None
-    if data.is_remote:
-        save_access(data.access, path)
-        cache = data.access.build_cache(path.parent)
-    tasks, is_hashed = [], config.near_duplicates is not None
-    for split, shards in shards_of.items():
-        for number, shard in enumerate(shards):
-            index = path / f"{split}-{number:06d}.index"
-            tasks.append(functools.partial(_index_and_hash, shard, index, taxonomy, data.labels, cache, is_hashed))
-    with Progress("index", len(tasks), "shards", path) as progress:
-        run_tasks(tasks, [1] * len(tasks), config.num_processes, progress)
-
-
-def _index_and_hash(
-    shard: Location, index: Path, taxonomy: Taxonomy, labels: LabelMember, cache: ShardCache | None, is_hashed: bool
-) -> None:
-    index_given_shard(shard, index, taxonomy, labels, cache)
-    if is_hashed:
-        hash_shard(index, cache)
-
-
-def _describe_state(shard: Location) -> str:
-    """A remote shard that changes before the end is found out when it is read: its index holds checksums."""
-    if isinstance(shard, str):
-        return shard
-    state = shard.stat()
-    return f"{shard} {state.st_size} {state.st_mtime_ns}"
 
 
 def _is_same_folder(data: ShardsConfig, path: Path) -> bool:

@@ -148,7 +148,8 @@ PLANTS = [
     ("data.appending:write_atomically", 1, "after"),
     ("stages.run_directory:RunDirectory.reopen", 1, "before"),
     ("stages.run_directory:RunDirectory.reopen", 1, "after"),
-    *(("stages.prepare:write_atomically", call, when) for call in (1, 2, 4) for when in ("before", "after")),
+    *(("stages.prepare_listing:write_atomically", call, when) for call in (1, 2) for when in ("before", "after")),
+    *(("stages.prepare:write_atomically", 2, when) for when in ("before", "after")),
     ("stages.prepare:write_shard", 2, "after"),
     ("stages.prepare:index_shard", 3, "after"),
     ("stages.prepare:_summarise", 1, "before"),
@@ -259,10 +260,8 @@ def test_what_has_changed_in_the_prepared_set_is_refused(images, more, tmp_path)
     concentrate(*append, directory=tmp_path)
 
 
-def test_given_shards_do_not_grow_and_overwriting_is_no_appending(tmp_path):
+def test_overwriting_is_no_appending(tmp_path):
     stage = {"workdir": tmp_path, "append": True}
-    with pytest.raises(ConfigError, match="append=true: data=shards cannot grow"):
-        parse_config(PrepareConfig, {**stage, "data": {"kind": "shards", "path": tmp_path}})
     with pytest.raises(ConfigError, match=r"append=true and overwrite: .* give one of them"):
         parse_config(PrepareConfig, {**stage, "overwrite": True, "data": {"kind": "glyphs"}})
 

@@ -20,6 +20,7 @@ from concentration.data.shards import write_shard
 from concentration.data.sources.image_folder import ImageFolderSource
 from concentration.errors import ConfigError, DataError
 from concentration.schema import parse_config
+from concentration.stages import prepare_listing
 from concentration.stages.prepare import DataOverrides, PrepareConfig, load_prepared, prepare
 from concentration.stages.run_directory import RunDirectory
 
@@ -194,7 +195,8 @@ def kill_at(owner, name: str, call: int, when: str, config: PrepareConfig) -> No
         (concentration.stages.prepare, "write_shard", 3, "after"),
         (concentration.stages.prepare, "index_shard", 3, "after"),
         # Writes of whole files: the listing, the taxonomy, and then each shard's list of what is missing in it.
-        *((concentration.stages.prepare, "write_atomically", call, when) for call in (1, 2, 5) for when in ("before", "after")),
+        *((prepare_listing, "write_atomically", call, when) for call in (1, 2) for when in ("before", "after")),
+        *((concentration.stages.prepare, "write_atomically", 3, when) for when in ("before", "after")),
         *((concentration.stages.prepare, "hash_shard", 3, when) for when in ("before", "after")),
         (concentration.stages.prepare, "_summarise", 1, "before"),
         (concentration.stages.prepare, "report_near_duplicates", 1, "after"),
