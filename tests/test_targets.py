@@ -214,7 +214,7 @@ def test_a_tail_mass_beyond_float16_is_kept_as_its_largest_number(tmp_path):
     [
         ({"index": np.array([[3, 0], [10, 4], [1, 2]], np.uint16)}, "class index 10 in a vertical of 10 classes"),
         ({"index": np.array([[3, 0], [-1, 4], [1, 2]], np.int64)}, r"holds .*'index': \('i8'"),
-        ({"tail": np.zeros(3, np.float32)}, "'tail' is F32, expected one of U8, U16, U32, I32, I64, F16"),
+        ({"tail": np.zeros(3, np.float32)}, "'tail' is F32, expected one of "),
         ({"probability": np.full((3, 2), np.nan, np.float16)}, r"a probability lies outside \[0, 1\]"),
         ({"probability": np.full((3, 2), 1.001, np.float16)}, r"a probability lies outside \[0, 1\]"),
         ({"probability": np.full((3, 2), -0.1, np.float16)}, r"a probability lies outside \[0, 1\]"),
