@@ -1,4 +1,4 @@
-"""Processes that belong to another process."""
+"""Processes that belong to another process, and how many there may be."""
 
 import multiprocessing
 import os
@@ -13,3 +13,10 @@ def end_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()
+
+
+def count_cores() -> int:
+    """Those that this process may use: a scheduler may have given it few of the machine's."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -1,7 +1,6 @@
 """`concentrate run`: the whole pipeline, skipping what is done."""
 
 import json
-import os
 import shlex
 import sys
 
@@ -10,6 +9,7 @@ from rich.table import Table
 
 from concentration.pipeline.graph import GENERALIST, RunConfig, build_jobs, build_prepare_job
 from concentration.pipeline.local import LocalLauncher
+from concentration.processes import count_cores
 from concentration.stages.evaluate import EVALUATIONS, SPECIALISTS
 from concentration.stages.prepare import DataOverrides, load_prepared
 from concentration.stages.report import COMMAND_FILE, REPORT
@@ -27,7 +27,7 @@ def run(config: RunConfig) -> None:
     """
     command = shlex.join(["concentrate", *sys.argv[1:]])
     write_atomically(config.workdir / COMMAND_FILE, {"command": command})
-    launcher = LocalLauncher(config.num_processes or os.cpu_count() or 1)
+    launcher = LocalLauncher(config.num_processes or count_cores())
     num_new = launcher.run([build_prepare_job(config)])
     _, taxonomy, _ = load_prepared(config.workdir, DataOverrides())
     num_new += launcher.run(build_jobs(config, taxonomy))

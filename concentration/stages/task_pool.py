@@ -3,11 +3,10 @@
 import concurrent.futures
 import concurrent.futures.process
 import multiprocessing
-import os
 from collections.abc import Callable, Sequence
 
 from concentration.errors import DataError
-from concentration.processes import end_with_parent
+from concentration.processes import count_cores, end_with_parent
 from concentration.progress import Progress
 
 
@@ -24,7 +23,7 @@ def run_tasks(
     Raises:
         DataError: a process was killed; or what a task raises.
     """
-    num_processes = min(num_processes or _count_cores(), len(tasks))
+    num_processes = min(num_processes or count_cores(), len(tasks))
     if num_processes <= 1:
         for task, size in zip(tasks, sizes, strict=True):
             task()
@@ -46,10 +45,3 @@ def run_tasks(
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-
-
-def _count_cores() -> int:
-    """Those that this process may use: a scheduler may have given it few of the machine's."""
-    if hasattr(os, "sched_getaffinity"):  # not on macOS
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

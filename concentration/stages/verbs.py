@@ -26,9 +26,11 @@ def _stage(name: str, summary: str) -> Verb:
 
 STAGE_VERBS: Mapping[str, Verb] = {
     "prepare": _stage("prepare", "images and a taxonomy become shards and their index"),
-    "teacher": _stage("teacher", "train the specialist of one vertical"),
+    "teacher": _stage("teacher", "train the specialist of one vertical, or take over your own (external=onnx)"),
     "targets": _stage("targets", "store what the teachers say of every training image"),
-    "student": _stage("student", "train one network over all verticals (targets=labels: the generalist)"),
+    "student": _stage(
+        "student", "train one network over all verticals (targets=labels: a generalist; online: teachers in the loop)"
+    ),
     "evaluate": _stage("evaluate", "measure a student, a teacher, or all teachers (name=specialists)"),
     "report": _stage("report", "a page with everything that was measured"),
 }
