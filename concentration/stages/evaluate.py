@@ -17,13 +17,12 @@ from concentration.errors import ConfigError
 from concentration.metrics.evaluation import Evaluator
 from concentration.networks.cost import count_multiply_adds, count_parameters
 from concentration.progress import Progress
-from concentration.schema import hash_values
 from concentration.stages.gallery import build_gallery
 from concentration.stages.prepare import SHARDS, DataOverrides, load_prepared
 from concentration.stages.run_directory import RunDirectory, StageConfig
 from concentration.stages.student import STUDENTS
 from concentration.stages.subject import Subject
-from concentration.stages.teacher import TEACHERS
+from concentration.stages.teacher import TEACHERS, identify_teachers, load_teachers
 from concentration.stages.train_network import load_network
 from concentration.targets import write_atomically
 from concentration.taxonomy import Taxonomy
@@ -96,9 +95,7 @@ def _find_checkpoint(workdir: Path, name: str, taxonomy: Taxonomy) -> str:
         ConfigError: they are not finished, or nothing has this name.
     """
     if name == SPECIALISTS:
-        directories = {v: RunDirectory(workdir / TEACHERS / v) for v in taxonomy.verticals}
-        done = {v: d.load_done(f"concentrate teacher vertical={v}") for v, d in directories.items()}
-        return hash_values({vertical: facts["checkpoint"] for vertical, facts in done.items()})
+        return identify_teachers(workdir, taxonomy)
     for kind, command in (
         (STUDENTS, f"concentrate student name={name}"),
         (TEACHERS, f"concentrate teacher vertical={name}"),
@@ -115,7 +112,7 @@ def _load_subject(config: EvaluateConfig, taxonomy: Taxonomy, split: Split, chec
     if (workdir / STUDENTS / name).is_dir():
         networks = [load_network(workdir / STUDENTS / name, taxonomy)]
     elif name == SPECIALISTS:
-        networks = [load_network(workdir / TEACHERS / v, taxonomy.restrict(v)) for v in taxonomy.verticals]
+        networks = load_teachers(workdir, taxonomy)
     else:
         first_output, ordinals = taxonomy.vertical_slice(name).start, split.routed(name)
         taxonomy = taxonomy.restrict(name)

@@ -14,14 +14,8 @@ from concentration.schema import Config, hash_values
 from concentration.stages.prepare import SHARDS, PreparedData, load_prepared
 from concentration.stages.run_directory import RunDirectory
 from concentration.stages.targets import TARGETS, SoftTargetsConfig
-from concentration.stages.teacher import TEACHERS
-from concentration.stages.train_network import (
-    NetworkStageConfig,
-    Task,
-    identify_base_checkpoint,
-    load_network,
-    train_network,
-)
+from concentration.stages.teacher import TEACHERS, identify_teachers, load_teachers
+from concentration.stages.train_network import NetworkStageConfig, Task, identify_base_checkpoint, train_network
 from concentration.taxonomy import Taxonomy
 
 STUDENTS = "students"
@@ -110,7 +104,7 @@ def student(config: StudentConfig) -> None:
     if config.targets.kind == "soft":
         upstream["targets"] = _identify_targets(config, taxonomy)
     elif config.targets.kind == "online":
-        upstream["teachers"] = hash_values(_identify_teachers(config, taxonomy))
+        upstream["teachers"] = identify_teachers(config.workdir, taxonomy)
     with directory.begin(config, upstream) as is_due:
         if not is_due:
             return
@@ -125,7 +119,7 @@ def student(config: StudentConfig) -> None:
             targets=_build_targets(config, split, smear),
             counts_C=counts_C,
             frequency_C=counts_C / _count_seen(split, config.outside_weight),
-            teachers=_load_teachers(config, taxonomy, prepared) if config.targets.kind == "online" else None,
+            teachers=_load_fitting_teachers(config, taxonomy, prepared) if config.targets.kind == "online" else None,
         )
         train_network(config, directory, task, prepared)
 
@@ -147,15 +141,9 @@ def _count_seen(split: Split, outside_weight: float) -> np.ndarray:
     return num_seen_M[taxonomy.vertical_of_output]
 
 
-def _identify_teachers(config: StudentConfig, taxonomy: Taxonomy) -> dict[str, str]:
-    """Raises: ConfigError where one has not finished."""
-    directories = {v: RunDirectory(config.workdir / TEACHERS / v) for v in taxonomy.verticals}
-    return {v: d.load_done(f"concentrate teacher vertical={v}")["checkpoint"] for v, d in directories.items()}
-
-
-def _load_teachers(config: StudentConfig, taxonomy: Taxonomy, prepared: PreparedData) -> RoutedTeachers:
+def _load_fitting_teachers(config: StudentConfig, taxonomy: Taxonomy, prepared: PreparedData) -> RoutedTeachers:
     """Raises: ConfigError where a teacher takes images of another size than the student."""
-    teachers = [load_network(config.workdir / TEACHERS / v, taxonomy.restrict(v)) for v in taxonomy.verticals]
+    teachers = load_teachers(config.workdir, taxonomy)
     for vertical, teacher in zip(taxonomy.verticals, teachers, strict=True):
         if teacher.image_size != prepared.image_size:
             raise ConfigError(

@@ -1,6 +1,7 @@
 """`concentrate teacher vertical=NAME`: a specialist of one vertical, trained here or taken over (Gao et al., section 3.1)."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,13 +10,21 @@ import pydantic
 from concentration import distributed
 from concentration.data.index import load_split
 from concentration.data.sample_targets import LabelTargets
+from concentration.networks.classifier import Classifier
 from concentration.networks.external import ExternalConfig, find_external_files
 from concentration.networks.external.teacher import ExternalTeacher, take_over
 from concentration.progress import Progress
 from concentration.schema import Config, hash_values
 from concentration.stages.prepare import SHARDS, DataOverrides, load_prepared
 from concentration.stages.run_directory import RunDirectory, StageConfig, hash_file
-from concentration.stages.train_network import NetworkStageConfig, Task, identify_base_checkpoint, train_network
+from concentration.stages.train_network import (
+    NetworkStageConfig,
+    Task,
+    identify_base_checkpoint,
+    load_network,
+    train_network,
+)
+from concentration.taxonomy import Taxonomy
 
 TEACHERS = "teachers"
 
@@ -58,6 +67,22 @@ def teacher(config: TeacherConfig | ExternalTeacherConfig) -> None:
         _take_over(config)
     else:
         _train(config)
+
+
+def identify_teachers(workdir: Path, taxonomy: Taxonomy) -> str:
+    """A hash of the files of all verticals' teachers.
+
+    Raises:
+        ConfigError: one has not finished.
+    """
+    directories = {v: RunDirectory(workdir / TEACHERS / v) for v in taxonomy.verticals}
+    done = {v: d.load_done(f"concentrate teacher vertical={v}") for v, d in directories.items()}
+    return hash_values({vertical: facts["checkpoint"] for vertical, facts in done.items()})
+
+
+def load_teachers(workdir: Path, taxonomy: Taxonomy) -> list[Classifier]:
+    """All verticals' teachers, in the order of the verticals. Raises: as `load_network`."""
+    return [load_network(workdir / TEACHERS / v, taxonomy.restrict(v)) for v in taxonomy.verticals]
 
 
 def _train(config: TeacherConfig) -> None:
