@@ -7,19 +7,23 @@ from typing import ClassVar, Literal
 
 import pydantic
 
-from concentration.data.near_duplicates import MaxDistance
 from concentration.data.shard_members import IMAGE_EXTENSIONS
-from concentration.data.sources.image_files import classes_of_paths, has_image_extension, key_of_path, read_image_file
+from concentration.data.sources.image_files import (
+    ImageFilesConfig,
+    classes_of_paths,
+    has_image_extension,
+    key_of_path,
+    read_image_file,
+)
 from concentration.data.sources.source import Item
 from concentration.data.sources.tables import find_column, read_table
-from concentration.data.splits import SPLIT_OF_NAME, Split, SplitConfig
-from concentration.data.views import ViewConfig
+from concentration.data.splits import SPLIT_OF_NAME, Split
 from concentration.errors import DataError
-from concentration.schema import Config, suggest
+from concentration.schema import suggest
 from concentration.taxonomy import Taxonomy
 
 
-class CsvConfig(Config):
+class CsvConfig(ImageFilesConfig):
     """Which columns of which table say what.
 
     path: the table, with a header; columns are parted by tabs in .tsv, by commas otherwise.
@@ -29,12 +33,9 @@ class CsvConfig(Config):
     label_separator: stands between the labels of one image.
     split_column: holds train, val or test, or nothing, which is train; None is `split`, where there is such a column.
     split: `split.group` is a column; images with the same text in it stay together, those with none are by themselves.
-    image_size: of the networks' input; shards keep images as they are.
-    near_duplicates: bits of 64 in which the perceptual hashes of images in different splits may differ and be reported as
-        near copies; None looks for none. It may be changed by preparing again, which then only looks anew.
     """
 
-    runtime_fields: ClassVar[frozenset[str]] = frozenset({"path", "root", "near_duplicates"})
+    runtime_fields: ClassVar[frozenset[str]] = ImageFilesConfig.runtime_fields | {"path", "root"}
 
     kind: Literal["csv"] = "csv"
     path: Path
@@ -44,10 +45,6 @@ class CsvConfig(Config):
     labels_column: str = "labels"
     label_separator: str = pydantic.Field(default="|", min_length=1)
     split_column: str | None = None
-    split: SplitConfig = SplitConfig()
-    image_size: pydantic.PositiveInt = 224
-    view: ViewConfig = ViewConfig()
-    near_duplicates: MaxDistance | None = 2
 
 
 class CsvSource:

@@ -7,14 +7,37 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
+import pydantic
+
+from concentration.data.near_duplicates import MaxDistance
 from concentration.data.shard_members import IMAGE_EXTENSIONS
-from concentration.data.views import UNDECODABLE, open_image
+from concentration.data.splits import SplitConfig
+from concentration.data.views import UNDECODABLE, ViewConfig, open_image
 from concentration.errors import DataError
+from concentration.schema import Config
 from concentration.taxonomy import TaxonomyClass
 
 #: The vertical of classes that belong to no other.
 OTHER = "other"
+
+
+class ImageFilesConfig(Config):
+    """What all sources of image files can be told; each adds `kind`, `path`, and what it reads.
+
+    split: how images are shared out; each source says what `split.group` names.
+    image_size: of the networks' input; shards keep images as they are.
+    near_duplicates: bits of 64 in which the perceptual hashes of images in different splits may differ and be reported as
+        near copies; None looks for none. It may be changed by preparing again, which then only looks anew.
+    """
+
+    runtime_fields: ClassVar[frozenset[str]] = frozenset({"near_duplicates"})
+
+    split: SplitConfig = SplitConfig()
+    image_size: pydantic.PositiveInt = 224
+    view: ViewConfig = ViewConfig()
+    near_duplicates: MaxDistance | None = 2
 
 
 def read_image_file(path: Path) -> tuple[str, bytes]:

@@ -9,38 +9,28 @@ from typing import ClassVar, Literal
 
 import pydantic
 
-from concentration.data.near_duplicates import MaxDistance
 from concentration.data.shard_members import IMAGE_EXTENSIONS
-from concentration.data.sources.image_files import classes_of_paths, key_of_path, read_image_file
+from concentration.data.sources.image_files import ImageFilesConfig, classes_of_paths, key_of_path, read_image_file
 from concentration.data.sources.source import Item
-from concentration.data.splits import SPLIT_OF_NAME, Split, SplitConfig
-from concentration.data.views import ViewConfig
+from concentration.data.splits import SPLIT_OF_NAME, Split
 from concentration.errors import ConfigError, DataError
-from concentration.schema import Config
 from concentration.taxonomy import Taxonomy
 
 
-class ImageFolderConfig(Config):
+class ImageFolderConfig(ImageFilesConfig):
     """Where the images lie and how they are split.
 
     path: holds CLASS/IMAGE, or VERTICAL/CLASS/IMAGE; deeper folders are subclasses of the ones above them. Or it holds
         `train`, and perhaps `val` (`valid`, `validation`) and `test`, with such folders inside. Links are followed.
     taxonomy: a taxonomy.json whose class ids are the folders' paths (CLASS or VERTICAL/CLASS); None takes the tree itself.
     split: `split.group` is a regular expression, searched in each path below `path`; its first parenthesis is the group.
-    image_size: of the networks' input; shards keep images as they are.
-    near_duplicates: bits of 64 in which the perceptual hashes of images in different splits may differ and be reported as
-        near copies; None looks for none. It may be changed by preparing again, which then only looks anew.
     """
 
-    runtime_fields: ClassVar[frozenset[str]] = frozenset({"path", "near_duplicates"})
+    runtime_fields: ClassVar[frozenset[str]] = ImageFilesConfig.runtime_fields | {"path"}
 
     kind: Literal["image_folder"] = "image_folder"
     path: Path
     taxonomy: Path | None = None
-    split: SplitConfig = SplitConfig()
-    image_size: pydantic.PositiveInt = 224
-    view: ViewConfig = ViewConfig()
-    near_duplicates: MaxDistance | None = 2
 
     @pydantic.model_validator(mode="after")
     def _check_group(self):

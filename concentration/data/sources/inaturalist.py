@@ -11,19 +11,17 @@ from typing import Any, ClassVar, Literal
 
 import pydantic
 
-from concentration.data.near_duplicates import MaxDistance
 from concentration.data.shard_members import IMAGE_EXTENSIONS
 from concentration.data.sources.image_files import (
+    ImageFilesConfig,
     has_image_extension,
     key_of_path,
     merge_small_verticals,
     read_image_file,
 )
 from concentration.data.sources.source import Item
-from concentration.data.splits import Split, SplitConfig
-from concentration.data.views import ViewConfig
+from concentration.data.splits import Split
 from concentration.errors import ConfigError, DataError
-from concentration.schema import Config
 from concentration.taxonomy import Taxonomy, TaxonomyClass
 
 RANKS = ("kingdom", "phylum", "class", "order", "family", "genus")
@@ -33,7 +31,7 @@ Rank = Literal["kingdom", "phylum", "class", "order", "family", "genus"]
 _BELOW_SUPERCATEGORY = ("order", "family", "genus")
 
 
-class INaturalistConfig(Config):
+class INaturalistConfig(ImageFilesConfig):
     """Which files are which split, and which ranks are verticals and inner classes.
 
     path: what the images' `file_name` starts from.
@@ -43,12 +41,9 @@ class INaturalistConfig(Config):
     ranks: those between vertical and species that become inner classes (`family:Rosaceae`); None takes all that the files
         have below `vertical_rank`, of a supercategory: order, family and genus.
     split: `split.group` is a field of the images, like rights_holder; images with nothing in it are by themselves.
-    image_size: of the networks' input; shards keep images as they are.
-    near_duplicates: bits of 64 in which the perceptual hashes of images in different splits may differ and be reported as
-        near copies; None looks for none. It may be changed by preparing again, which then only looks anew.
     """
 
-    runtime_fields: ClassVar[frozenset[str]] = frozenset({"path", "annotations", "near_duplicates"})
+    runtime_fields: ClassVar[frozenset[str]] = ImageFilesConfig.runtime_fields | {"path", "annotations"}
 
     kind: Literal["inaturalist"] = "inaturalist"
     path: Path
@@ -57,10 +52,6 @@ class INaturalistConfig(Config):
     val: str = "val*.json"
     vertical_rank: Literal["supercategory", "kingdom", "phylum", "class", "order", "family", "genus"] = "supercategory"
     ranks: tuple[Rank, ...] | None = None
-    split: SplitConfig = SplitConfig()
-    image_size: pydantic.PositiveInt = 224
-    view: ViewConfig = ViewConfig()
-    near_duplicates: MaxDistance | None = 2
 
     @pydantic.model_validator(mode="after")
     def _check_ranks(self):

@@ -10,23 +10,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar, Literal
 
-import pydantic
-
-from concentration.data.near_duplicates import MaxDistance
-from concentration.data.sources.image_files import OTHER, merge_small_verticals, read_image_file
+from concentration.data.sources.image_files import OTHER, ImageFilesConfig, merge_small_verticals, read_image_file
 from concentration.data.sources.open_images_hierarchy import Hierarchy, load_hierarchy
 from concentration.data.sources.source import Item
 from concentration.data.sources.tables import find_column, read_table
-from concentration.data.splits import SPLIT_OF_NAME, SplitConfig
-from concentration.data.views import Share, ViewConfig
+from concentration.data.splits import SPLIT_OF_NAME
+from concentration.data.views import Share
 from concentration.errors import ConfigError, DataError
-from concentration.schema import Config
 from concentration.taxonomy import Taxonomy, TaxonomyClass
 
 _FOLDERS = ("train", "validation", "test")
 
 
-class OpenImagesConfig(Config):
+class OpenImagesConfig(ImageFilesConfig):
     """Which files of Open Images are used, and what the verticals are.
 
     path: holds `train`, `validation`, `test` with IMAGEID.jpg in them; each may be missing or hold only some images.
@@ -40,12 +36,9 @@ class OpenImagesConfig(Config):
     outside: what is done with labels below none of these: "other" makes them a vertical of this name, "drop" leaves them out.
     images: the CSV on the images, needed for `split.group`.
     split: `split.group` is a column of `images`: AuthorProfileURL keeps a photographer's images together.
-    image_size: of the networks' input; shards keep images as they are.
-    near_duplicates: bits of 64 in which the perceptual hashes of images in different splits may differ and be reported as
-        near copies; None looks for none. It may be changed by preparing again, which then only looks anew.
     """
 
-    runtime_fields: ClassVar[frozenset[str]] = frozenset({"path", "annotations", "near_duplicates"})
+    runtime_fields: ClassVar[frozenset[str]] = ImageFilesConfig.runtime_fields | {"path", "annotations"}
 
     kind: Literal["open_images"] = "open_images"
     path: Path
@@ -57,10 +50,6 @@ class OpenImagesConfig(Config):
     verticals: tuple[str, ...] | None = None
     outside: Literal["other", "drop"] = "other"
     images: str = "image_ids_and_rotation.csv"
-    split: SplitConfig = SplitConfig()
-    image_size: pydantic.PositiveInt = 224
-    view: ViewConfig = ViewConfig()
-    near_duplicates: MaxDistance | None = 2
 
 
 class OpenImagesSource:
