@@ -8,7 +8,7 @@ import json
 import os
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -62,6 +62,11 @@ class SoftTargets:
 
     def pin_memory(self) -> "SoftTargets":
         return self._map(Tensor.pin_memory)
+
+    def weighted(self, weight_B: Tensor, num_verticals: int) -> "SoftTargets":
+        """The same, each sample's loss multiplied by its weight in every vertical."""
+        weight_BM = weight_B.unsqueeze(1).expand(-1, num_verticals)
+        return replace(self, weight_BM=weight_BM if self.weight_BM is None else self.weight_BM * weight_BM)
 
     def dense(self, *vertical_sizes: int) -> Tensor:
         """(B, C) float32, for tests and small problems; with a background the sizes of all verticals are needed."""

@@ -11,10 +11,8 @@ import pydantic
 import torch
 from torch import Tensor, nn
 
+from concentration.objectives.fused_block import EPSILON
 from concentration.schema import Config
-
-#: Added under the root as N_v times this, so that the norm's slope stays finite when all logits are 0.
-EPSILON = 1e-6
 
 
 class PaceConfig(Config):
@@ -81,12 +79,21 @@ class Pace(nn.Module):
         """Paced logits, float32, from raw logits; (B, V) per vertical."""
         if self.config.kind == "none":
             return list(logits)
-        gammas = self._by_vertical(self.compute_gamma(), per_class=self.config.kind == "class")
-        paced = [gamma * normalise(logits_BV) for gamma, logits_BV in zip(gammas, logits, strict=True)]
-        if self.config.offset == "none":
-            return paced
-        offsets = self._by_vertical(self.offset, per_class=self.config.offset == "class")
-        return [paced_BV + offset for paced_BV, offset in zip(paced, offsets, strict=True)]
+        paced = []
+        for (gamma, offset), logits_BV in zip(self.by_vertical(), logits, strict=True):
+            paced_BV = gamma * normalise(logits_BV)
+            paced.append(paced_BV if offset is None else paced_BV + offset)
+        return paced
+
+    def by_vertical(self) -> list[tuple[Tensor | None, Tensor | None]]:
+        """gamma and offset of every vertical: a number or (V,) each; None where there is none."""
+        nothing = [None] * len(self.vertical_sizes)
+        gammas, offsets = nothing, nothing
+        if self.config.kind != "none":
+            gammas = self._by_vertical(self.compute_gamma(), per_class=self.config.kind == "class")
+        if self.config.offset != "none":
+            offsets = self._by_vertical(self.offset, per_class=self.config.offset == "class")
+        return list(zip(gammas, offsets, strict=True))
 
     def compute_gamma(self) -> Tensor:
         """gamma, (M,), or (C,) with `kind=class`."""

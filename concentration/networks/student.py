@@ -16,7 +16,8 @@ from concentration.errors import ConfigError, DataError
 from concentration.networks.bases import BaseConfig, build_base
 from concentration.networks.pace import Pace, PaceConfig
 from concentration.networks.top_layers import TopConfig, TopLayers
-from concentration.objectives.sigmoid_cross_entropy import sigmoid_cross_entropy_by_vertical
+from concentration.objectives.fused_block import HeadParameters
+from concentration.objectives.fused_head import GradientTime, fused_loss_by_vertical
 from concentration.schema import Config, parse_config, parse_json
 from concentration.targets import SoftTargets, load_metadata, sort_metadata, write_atomically
 
@@ -33,6 +34,9 @@ class NetworkConfig(Config):
 
 class Student(nn.Module):
     """`student(images)` gives logits (B, C), `student(images, targets)` the loss of each sample (B,).
+
+    With `weight_B` each sample's loss is multiplied by its weight. (Afterwards it may only be multiplied by one number for all
+    samples, as sum and mean do: see `fused_loss_by_vertical`, which also says what `gradients` chooses.)
 
     Images are (B, 3, H, W), uint8 or float in [0, 1]; the base network's mean and deviation are applied here, so that a
     saved network needs no preprocessing beside it but the resize.
@@ -51,7 +55,8 @@ class Student(nn.Module):
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
         self.register_buffer("class_weight_C", None, persistent=False)
-        # The latest step's mean loss by vertical, kept for logs: a forward pass may only return what DDP should see.
+        self.gradients: GradientTime = "forward"
+        # The latest step's loss by vertical, summed over samples, for logs: a forward pass returns only what DDP should see.
         self.register_buffer("vertical_loss_M", torch.zeros(len(vertical_sizes)), persistent=False)
 
     @property
@@ -66,17 +71,27 @@ class Student(nn.Module):
     def device(self) -> torch.device:
         return self.mean.device
 
-    def forward(self, images: Tensor, targets: SoftTargets | None = None) -> Tensor:
-        logits = self.compute_logits(images)
+    def forward(self, images: Tensor, targets: SoftTargets | None = None, weight_B: Tensor | None = None) -> Tensor:
         if targets is None:
-            return torch.cat(logits, dim=1).float()
-        loss_BM = sigmoid_cross_entropy_by_vertical(logits, targets, self.class_weight_C)
-        self.vertical_loss_M.copy_(loss_BM.detach().mean(0))
+            return torch.cat(self.compute_logits(images), dim=1).float()
+        hidden = self.top.hidden(self.base(self.normalise_images(images)))
+        if weight_B is not None:
+            targets = targets.weighted(weight_B, len(hidden))
+        # The readable form is sigmoid_cross_entropy_by_vertical(self.compute_logits(images), targets, self.class_weight_C).
+        loss_BM = fused_loss_by_vertical(hidden, self.head_parameters(), targets, self.class_weight_C, self.gradients)
+        self.vertical_loss_M.copy_(loss_BM.detach().sum(0))
         return loss_BM.sum(1)
 
     def compute_logits(self, images: Tensor) -> list[Tensor]:
         """Logits per vertical, (B, V)."""
         return self.pace(self.top(self.base(self.normalise_images(images))))
+
+    def head_parameters(self) -> list[HeadParameters]:
+        """Classifier and pace of every vertical."""
+        return [
+            HeadParameters(classify.weight, classify.bias, gamma, offset)
+            for classify, (gamma, offset) in zip(self.top.classifiers, self.pace.by_vertical(), strict=True)
+        ]
 
     def normalise_images(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) float32 with the mean and deviation that the base network expects."""

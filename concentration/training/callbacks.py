@@ -210,7 +210,7 @@ class Curves(Callback):
     ) -> None:
         self._batch_ended = time.monotonic()
         self._samples += len(batch.weight_B) * trainer.world_size
-        self._loss_sum = self._loss_sum + (module.latest_loss_B * batch.weight_B).sum()
+        self._loss_sum = self._loss_sum + module.latest_loss_B.sum()
         self._loss_count = self._loss_count + batch.weight_B.sum()
         self._count_routed(batch)
         if not is_end_of_step(trainer, batch_idx) or trainer.global_step % self._every_steps:

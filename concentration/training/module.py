@@ -49,7 +49,7 @@ class StudentModule(pl.LightningModule):
         self._seed = seed
         self._accumulate = accumulate
         self._teachers = teachers
-        #: (B,) the losses of the latest micro-batch, for the checks and logs of callbacks.
+        #: (B,) the losses of the latest micro-batch, 0 for samples of weight 0, for the checks and logs of callbacks.
         self.latest_loss_B: Tensor | None = None
         self.latest_batch: Batch | None = None
 
@@ -67,9 +67,10 @@ class StudentModule(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         targets = batch.targets if self._teachers is None else self._teachers(batch.images, batch.targets)
-        loss_B = self.student(batch.images, targets)
-        self.latest_loss_B, self.latest_batch = loss_B.detach(), batch
-        return scale_loss(loss_B, batch.weight_B, batch.global_count, self.trainer.world_size, self._accumulate)
+        share = share_of_sample(batch.global_count, self.trainer.world_size, self._accumulate)
+        loss_B = self.student(batch.images, targets, batch.weight_B * share)
+        self.latest_loss_B, self.latest_batch = loss_B.detach() / share, batch
+        return loss_B.sum()
 
     def on_validation_epoch_start(self) -> None:
         self._evaluator = Evaluator(self._taxonomy)
@@ -98,10 +99,10 @@ def labels_of(batch: Batch) -> Tensor:
     return torch.where(batch.targets.probability_BK > 0, batch.targets.index_BK, -1).cpu()
 
 
-def scale_loss(loss_B: Tensor, weight_B: Tensor, global_count: int, world_size: int, accumulate: int) -> Tensor:
-    """What this rank backpropagates, so that the step's gradient is that of the mean loss over the global batch.
+def share_of_sample(global_count: int, world_size: int, accumulate: int) -> float:
+    """What a sample's loss is multiplied by, so that the step's gradient is that of the mean loss over the global batch.
 
     DistributedDataParallel divides by the world size and Lightning by the number of micro-batches; both are undone here,
     and the sum is divided by the global count instead: a mean of rank means is wrong when ranks hold uneven counts.
     """
-    return (loss_B * weight_B).sum() * (world_size * accumulate / global_count)
+    return world_size * accumulate / global_count

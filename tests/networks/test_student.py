@@ -85,7 +85,15 @@ def test_the_latest_loss_by_vertical_is_kept_and_adds_up():
     loss_B = student(draw_images(), draw_targets())
     assert student.vertical_loss_M.shape == (3,)
     assert not student.vertical_loss_M.requires_grad
-    torch.testing.assert_close(student.vertical_loss_M.sum(), loss_B.detach().mean())
+    torch.testing.assert_close(student.vertical_loss_M.sum(), loss_B.detach().sum())
+
+
+def test_weights_of_samples_weigh_the_loss():
+    student = build().eval()
+    images, targets = draw_images(), draw_targets()
+    weight_B = torch.tensor([0.0, 1.0, 0.5, 2.0, 1.0, 0.0])
+    weighted_B = student(images, targets, weight_B)
+    torch.testing.assert_close(weighted_B, student(images, targets) * weight_B)
 
 
 def test_class_weights_weigh_the_loss():

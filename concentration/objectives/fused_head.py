@@ -1,0 +1,303 @@
+"""Classifier, pace and sigmoid cross-entropy of every vertical in one pass: no (B, C) tensor is ever held.
+
+The readable form is `sigmoid_cross_entropy_by_vertical(pace(top(features)), targets)`; this is the same function of the same
+parameters. It goes vertical by vertical and, inside a large one, some samples at a time; what it needs of a block of logits
+it takes while the block is in the cache: the loss, and the gradient in closed form.
+
+Shapes: B samples, R samples of a block, S features of a classifier (s2), V classes of one vertical, M verticals, C all
+classes.
+
+Source: Gao et al., Equations 1 to 4. Taking the classifier's gradient in the forward pass is the idea of Liger-Kernel's fused
+linear cross-entropy (Hsu et al. 2024, arXiv:2410.10989).
+"""
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from concentration.errors import DataError
+from concentration.objectives.fused_block import Block, ClassRange, HeadParameters, VerticalTargets, compute_block
+from concentration.targets import SoftTargets
+
+#: Logits of a block: few enough to stay in a processor's cache with what is made of them, many enough for a fast product.
+BLOCK_ELEMENTS = 1 << 20
+
+#: When the gradients are computed; see `fused_loss_by_vertical`.
+GradientTime = Literal["forward", "backward"]
+
+
+def fused_loss_by_vertical(
+    hidden: Sequence[Tensor],
+    parameters: Sequence[HeadParameters],
+    targets: SoftTargets,
+    class_weight_C: Tensor | None = None,
+    gradients: GradientTime = "forward",
+) -> Tensor:
+    """What each vertical's classes add to the loss of each sample, (B, M).
+
+    Args:
+        hidden: (B, S) per vertical, what its classifier sees.
+        parameters: of each vertical, in the order of the outputs.
+        targets: as in the readable form.
+        class_weight_C: multiplies both terms of a class.
+        gradients: `forward` takes them with the loss, one product less; then the loss may only be multiplied by ONE number
+            for all samples and verticals afterwards (as sum and mean do): what weighs samples belongs into
+            `targets.weight_BM`. `backward` computes the logits again, keeps nothing, and takes any weights; a hook on a
+            classifier's weight sees its gradient before the next vertical's exists.
+
+    Raises:
+        DataError: shapes, types or devices do not fit; on a CPU also where targets name a class that is none, or are not
+            finite.
+    """
+    _check(hidden, parameters, targets, class_weight_C)
+    ranges, start = [], 0
+    for vertical in parameters:
+        ranges.append(ClassRange(start, len(vertical.weight)))
+        start += len(vertical.weight)
+    losses = [
+        fused_vertical_loss(hidden_BS, vertical, classes, targets, number, class_weight_C, gradients)
+        for number, (hidden_BS, vertical, classes) in enumerate(zip(hidden, parameters, ranges, strict=True))
+    ]
+    return torch.stack(losses, dim=1)
+
+
+@torch.compiler.disable
+def fused_vertical_loss(
+    hidden_BS: Tensor,
+    vertical: HeadParameters,
+    classes: ClassRange,
+    targets: SoftTargets,
+    number: int,
+    class_weight_C: Tensor | None = None,
+    gradients: GradientTime = "forward",
+) -> Tensor:
+    """The loss of each sample, (B,), in the classes of one vertical, the `number`-th, or in this rank's share of them."""
+    here = slice(classes.start, classes.start + len(vertical.weight))
+    vertical_targets = VerticalTargets.of(targets, number, here, class_weight_C)
+    time = gradients if torch.is_grad_enabled() else None
+    return _VerticalLoss.apply(hidden_BS, *vertical, vertical_targets, classes, time, _product_types(hidden_BS))
+
+
+class _ProductTypes(NamedTuple):
+    """In which types the matrix products are made; None is the parameters' own.
+
+    NOTE: the gradients' products are never float16: its loss scale, which keeps small gradients from vanishing, is not
+    known before the backward pass.
+    """
+
+    logits: torch.dtype | None
+    gradients: torch.dtype | None
+
+
+class _Gradients(NamedTuple):
+    """Of the summed loss; None where none is asked for."""
+
+    hidden_BS: Tensor | None
+    weight_VS: Tensor | None
+    bias_V: Tensor | None
+    gamma: Tensor | None
+    offset: Tensor | None
+
+
+class _VerticalLoss(torch.autograd.Function):
+    """Of hidden_BS, weight_VS, bias_V, gamma, offset, and what needs no gradient."""
+
+    @staticmethod
+    def forward(ctx, hidden_BS, weight_VS, bias_V, gamma, offset, targets, classes, gradients, types) -> Tensor:
+        vertical = HeadParameters(weight_VS, bias_V, gamma, offset)
+        needed = _Needed(*ctx.needs_input_grad[:5]) if gradients == "forward" else _Needed()
+        loss_B, ctx.gradients = _compute(hidden_BS, vertical, targets, classes, needed, types, upstream_B=None)
+        if gradients == "backward":
+            ctx.save_for_backward(hidden_BS, *vertical)
+            ctx.recompute = targets, classes, types
+        ctx.time = gradients
+        return loss_B
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient_B: Tensor):
+        if ctx.time == "backward":
+            hidden_BS, *vertical = ctx.saved_tensors
+            targets, classes, types = ctx.recompute
+            needed = _Needed(*ctx.needs_input_grad[:5])
+            _, found = _compute(hidden_BS, HeadParameters(*vertical), targets, classes, needed, types, gradient_B)
+        else:
+            if ctx.gradients is None:
+                raise RuntimeError("the fused loss keeps its gradients for one backward pass; compute the loss again")
+            found, ctx.gradients = ctx.gradients, None  # the only reference, so that autograd need not copy them
+            _scale(found, gradient_B)
+        return *found, None, None, None, None
+
+
+class _Needed(NamedTuple):
+    """Which gradients are asked for."""
+
+    hidden: bool = False
+    weight: bool = False
+    bias: bool = False
+    gamma: bool = False
+    offset: bool = False
+
+
+def _compute(
+    hidden_BS: Tensor,
+    vertical: HeadParameters,
+    targets: VerticalTargets,
+    classes: ClassRange,
+    needed: _Needed,
+    types: _ProductTypes,
+    upstream_B: Tensor | None,
+) -> tuple[Tensor, _Gradients | None]:
+    """The loss (B,), and the gradients of its sum over samples, each multiplied by its `upstream_B` (None is 1)."""
+    num_samples = len(hidden_BS)
+    num_rows = max(1, min(num_samples, BLOCK_ELEMENTS // len(vertical.weight)))
+    found = _allocate(hidden_BS, vertical, needed)
+    weight_VS, bias_V = _cast(vertical.weight, types.logits), _cast(vertical.bias, types.logits)
+    exact = torch.promote_types(hidden_BS.dtype, torch.float32)
+    loss_B = torch.empty(num_samples, dtype=exact, device=hidden_BS.device)
+    with torch.autocast(hidden_BS.device.type, enabled=False):
+        for first in range(0, num_samples, num_rows):
+            rows = slice(first, first + num_rows)
+            logits_RV = torch.addmm(bias_V, _cast(hidden_BS[rows], types.logits), weight_VS.T)
+            upstream_R = None if upstream_B is None else upstream_B[rows].to(exact)
+            block = compute_block(logits_RV, vertical, targets.rows(rows), classes, upstream_R, any(needed))
+            loss_B[rows] = block.loss_R
+            _accumulate(found, rows, block, hidden_BS, vertical.weight, types.gradients)
+    # Sums are made in float32 at least, and handed over in the type of the parameter.
+    parameters = (hidden_BS, *vertical)
+    return loss_B, _Gradients(*(f if f is None else f.to(p.dtype) for f, p in zip(found, parameters, strict=True)))
+
+
+def _allocate(hidden_BS: Tensor, vertical: HeadParameters, needed: _Needed) -> _Gradients:
+    def allocate(tensor: Tensor | None, is_needed: bool, value: float | None) -> Tensor | None:
+        if not is_needed:
+            return None
+        dtype = torch.promote_types(tensor.dtype, torch.float32)
+        like = torch.empty_like(tensor, dtype=dtype, memory_format=torch.contiguous_format)
+        return like if value is None else like.fill_(value)
+
+    # The first block writes hidden and weight without reading them.
+    return _Gradients(
+        allocate(hidden_BS, needed.hidden, None),
+        allocate(vertical.weight, needed.weight, None),
+        allocate(vertical.bias, needed.bias, 0.0),
+        allocate(vertical.gamma, needed.gamma, 0.0),
+        allocate(vertical.offset, needed.offset, 0.0),
+    )
+
+
+def _accumulate(
+    found: _Gradients, rows: slice, block: Block, hidden_BS: Tensor, weight_VS: Tensor, dtype: torch.dtype | None
+) -> None:
+    """Adds what a block's derivatives are for the parameters."""
+    if block.slope_RV is None:
+        return
+    slope_RV = _cast(block.slope_RV, dtype or hidden_BS.dtype)
+    scale_R1 = block.scale_R.unsqueeze(1)
+    if found.hidden_BS is not None:
+        torch.mul(slope_RV @ _cast(weight_VS, dtype), scale_R1, out=found.hidden_BS[rows])
+    if found.weight_VS is not None:
+        scaled_RS = (hidden_BS[rows] * scale_R1).to(slope_RV.dtype)
+        _add_product(found.weight_VS, slope_RV.T, scaled_RS, is_first=rows.start == 0)
+    if found.bias_V is not None:
+        found.bias_V.addmv_(block.slope_RV.T, block.scale_R)
+    if found.gamma is not None:
+        found.gamma.add_(block.gamma)
+    if found.offset is not None:
+        found.offset.add_(block.offset)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor, is_first: bool) -> None:
+    if left.dtype == total.dtype:
+        total.addmm_(left, right, beta=0 if is_first else 1)
+    elif is_first:
+        total.copy_(left @ right)
+    else:
+        total.add_(left @ right)
+
+
+def _scale(found: _Gradients, upstream_B: Tensor) -> None:
+    """Multiplies gradients by what arrives from above, which must be one number.
+
+    Raises: DataError on a CPU, and an assertion of the device elsewhere, where samples are weighed after the loss.
+    """
+    upstream = upstream_B[0]
+    is_one_number = (upstream_B == upstream).all() | upstream_B.isnan().any()
+    if upstream_B.device.type == "cpu":
+        if not is_one_number:
+            raise DataError(
+                "the fused loss took its gradients with the loss, and its samples are weighed afterwards; expected one weight "
+                'for all: give weights as `targets.weight_BM`, or use gradients="backward"'
+            )
+        if upstream == 1:
+            return
+    else:
+        torch._assert_async(is_one_number)  # no wait for the device
+    for gradient in found:
+        if gradient is not None:
+            gradient.mul_(upstream)
+
+
+def _product_types(hidden_BS: Tensor) -> _ProductTypes:
+    device = hidden_BS.device.type
+    if not torch.is_autocast_enabled(device):
+        return _ProductTypes(None, None)
+    dtype = torch.get_autocast_dtype(device)
+    return _ProductTypes(dtype, torch.bfloat16 if dtype == torch.float16 else dtype)
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return tensor if dtype is None else tensor.to(dtype)
+
+
+def _check(
+    hidden: Sequence[Tensor], parameters: Sequence[HeadParameters], targets: SoftTargets, class_weight_C: Tensor | None
+) -> None:
+    if len(hidden) != len(parameters) or not hidden:
+        raise DataError(f"fused loss: {len(hidden)} verticals of features for {len(parameters)} verticals of classes")
+    num_samples, num_classes = len(hidden[0]), sum(len(vertical.weight) for vertical in parameters)
+    for number, (hidden_BS, vertical) in enumerate(zip(hidden, parameters, strict=True)):
+        size, width = vertical.weight.shape
+        expected = {"features": (num_samples, width), "bias": (size,)}
+        found = {"features": tuple(hidden_BS.shape), "bias": tuple(vertical.bias.shape)}
+        for name, tensor in (("gamma", vertical.gamma), ("offset", vertical.offset)):
+            if tensor is not None and tensor.ndim:
+                expected[name], found[name] = (size,), tuple(tensor.shape)
+        if found != expected:
+            raise DataError(f"fused loss: vertical {number} has the shapes {found}, expected {expected}")
+        places = {tensor.device for tensor in (hidden_BS, *vertical, targets.index_BK) if tensor is not None}
+        if len(places) > 1:
+            raise DataError(f"fused loss: vertical {number} lies on {sorted(map(str, places))}; expected one device")
+        is_mixed = torch.is_autocast_enabled(hidden_BS.device.type)
+        if not is_mixed and hidden_BS.dtype != vertical.weight.dtype:
+            raise DataError(
+                f"fused loss: vertical {number} has features of {hidden_BS.dtype} and weights of {vertical.weight.dtype}; "
+                "expected one type, or autocast"
+            )
+    _check_targets(targets, num_samples, num_classes, len(parameters))
+    if class_weight_C is not None and class_weight_C.shape != (num_classes,):
+        raise DataError(f"fused loss: class weights {tuple(class_weight_C.shape)}, expected {(num_classes,)}")
+
+
+def _check_targets(targets: SoftTargets, num_samples: int, num_classes: int, num_verticals: int) -> None:
+    shape = tuple(targets.index_BK.shape)
+    if len(shape) != 2 or shape[0] != num_samples or targets.probability_BK.shape != shape:
+        raise DataError(
+            f"fused loss: targets of {shape} classes and {tuple(targets.probability_BK.shape)} probabilities for "
+            f"{num_samples} samples; expected (samples, K) for both"
+        )
+    for name, tensor in (("background", targets.background_BM), ("weight", targets.weight_BM)):
+        if tensor is not None and tensor.shape != (num_samples, num_verticals):
+            raise DataError(
+                f"fused loss: targets' {name} {tuple(tensor.shape)}, expected {(num_samples, num_verticals)}"
+            )
+    if targets.index_BK.device.type != "cpu" or not targets.index_BK.numel():
+        return  # on other devices a look at values is a wait for the device; the loader's come from a CPU
+    first, last = int(targets.index_BK.min()), int(targets.index_BK.max())
+    if first < 0 or last >= num_classes:
+        raise DataError(f"fused loss: targets name classes {first} to {last}; expected 0 to {num_classes - 1}")
+    if not (targets.probability_BK.abs() <= 1).all():  # also where it is NaN
+        raise DataError("fused loss: targets hold probabilities outside [0, 1], or NaN; make them again")
