@@ -18,7 +18,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import hypothesis
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+
+# Without a GPU, Triton's interpreter runs the kernels; it is chosen when triton is first imported, which Lightning does.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from concentration.data.index import Split, index_shard, load_split
 from concentration.taxonomy import Taxonomy

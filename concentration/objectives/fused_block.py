@@ -91,7 +91,7 @@ class Block(NamedTuple):
 
     loss_R: of each sample.
     slope_RV, scale_R: their product is the derivative of the loss by the raw logits.
-    gamma, offset: the derivatives by these, summed over the block.
+    gamma, offset, bias_V: the derivatives by these, summed over the block.
     """
 
     loss_R: Tensor
@@ -99,6 +99,7 @@ class Block(NamedTuple):
     scale_R: Tensor | None = None
     gamma: Tensor | None = None
     offset: Tensor | None = None
+    bias_V: Tensor | None = None
 
 
 def compute_block(
@@ -142,32 +143,33 @@ def compute_block(
     g.scatter_add_(1, targets.index_BK, probability_RK.neg())
     if class_weight_V is not None:
         g.mul_(class_weight_V)
-    weight_R = _product(targets.weight_B, upstream_R, like=loss_R)
+    weight_R = multiply_weights(targets.weight_B, upstream_R, like=loss_R)
+    offset_sum = None
+    if offset is not None:
+        offset_sum = torch.mv(g.T, weight_R) if offset.ndim else torch.dot(sum_over_shards(g.sum(1)), weight_R)
     if gamma is None:
-        return Block(loss_R, g, weight_R, None, _sum_rows(g, weight_R, offset, _as_it_is))
+        return Block(loss_R, g, weight_R, None, offset_sum, torch.mv(g.T, weight_R))
     inverse_norm_R = inverse_norm_R1[:, 0]
-    offset_gradient = _sum_rows(g, weight_R, offset, sum_over_shards)
     if gamma.ndim:
-        gamma_gradient = torch.mv((g * x).T, weight_R * inverse_norm_R)
+        gamma_sum = torch.mv((g * x).T, weight_R * inverse_norm_R)
         g.mul_(gamma)
     # As a product of matrices with one row and one column each, no (R, V) product is written.
     dot_R = sum_over_shards(torch.bmm(g.unsqueeze(1), x.unsqueeze(2)).flatten())
     slope_RV = g.addcmul_(x, (dot_R * inverse_norm_R.square()).unsqueeze(1), value=-1)
     scale_R = weight_R * inverse_norm_R
     if not gamma.ndim:
-        gamma_gradient = torch.dot(dot_R, scale_R)
+        gamma_sum = torch.dot(dot_R, scale_R)
         scale_R = scale_R * gamma
-    return Block(loss_R, slope_RV, scale_R, gamma_gradient, offset_gradient)
+    return Block(loss_R, slope_RV, scale_R, gamma_sum, offset_sum, torch.mv(slope_RV.T, scale_R))
 
 
-def _sum_rows(g_RV: Tensor, weight_R: Tensor, offset: Tensor | None, sum_over_shards: Callable) -> Tensor | None:
-    """The derivative by an offset, or by one of every class."""
-    if offset is None:
-        return None
-    return torch.mv(g_RV.T, weight_R) if offset.ndim else torch.dot(sum_over_shards(g_RV.sum(1)), weight_R)
+def scale_in_place(tensor: Tensor, factor: Tensor) -> None:
+    """tensor *= factor, a number that is 1 as a rule, which then costs nothing."""
+    if factor.device.type != "cpu" or factor != 1:
+        tensor.mul_(factor)
 
 
-def _product(*factors: Tensor | None, like: Tensor) -> Tensor:
+def multiply_weights(*factors: Tensor | None, like: Tensor) -> Tensor:
     """(R,) of those that are given; ones where none is."""
     product_R = torch.ones_like(like)
     for factor_R in factors:

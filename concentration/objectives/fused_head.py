@@ -12,6 +12,7 @@ linear cross-entropy (Hsu et al. 2024, arXiv:2410.10989).
 """
 
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Literal, NamedTuple
 
 import torch
@@ -19,11 +20,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from concentration.errors import DataError
-from concentration.objectives.fused_block import Block, ClassRange, HeadParameters, VerticalTargets, compute_block
+from concentration.objectives import fused_block
+from concentration.objectives.fused_block import Block, ClassRange, HeadParameters, VerticalTargets
 from concentration.targets import SoftTargets
 
-#: Logits of a block: few enough to stay in a processor's cache with what is made of them, many enough for a fast product.
-BLOCK_ELEMENTS = 1 << 20
+#: Logits of a block: few enough to stay in a cache (a GPU's second-level one) with what is made of them, many enough for a
+#: fast product.
+BLOCK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 24}
 
 #: When the gradients are computed; see `fused_loss_by_vertical`.
 GradientTime = Literal["forward", "backward"]
@@ -153,22 +156,32 @@ def _compute(
 ) -> tuple[Tensor, _Gradients | None]:
     """The loss (B,), and the gradients of its sum over samples, each multiplied by its `upstream_B` (None is 1)."""
     num_samples = len(hidden_BS)
-    num_rows = max(1, min(num_samples, BLOCK_ELEMENTS // len(vertical.weight)))
+    num_rows = max(1, min(num_samples, BLOCK_ELEMENTS.get(hidden_BS.device.type, 1 << 24) // len(vertical.weight)))
     found = _allocate(hidden_BS, vertical, needed)
     weight_VS, bias_V = _cast(vertical.weight, types.logits), _cast(vertical.bias, types.logits)
     exact = torch.promote_types(hidden_BS.dtype, torch.float32)
+    kernels = _choose_kernels(hidden_BS.device, exact)
     loss_B = torch.empty(num_samples, dtype=exact, device=hidden_BS.device)
     with torch.autocast(hidden_BS.device.type, enabled=False):
         for first in range(0, num_samples, num_rows):
             rows = slice(first, first + num_rows)
             logits_RV = torch.addmm(bias_V, _cast(hidden_BS[rows], types.logits), weight_VS.T)
             upstream_R = None if upstream_B is None else upstream_B[rows].to(exact)
-            block = compute_block(logits_RV, vertical, targets.rows(rows), classes, upstream_R, any(needed))
+            block = kernels.compute_block(logits_RV, vertical, targets.rows(rows), classes, upstream_R, any(needed))
             loss_B[rows] = block.loss_R
             _accumulate(found, rows, block, hidden_BS, vertical.weight, types.gradients)
     # Sums are made in float32 at least, and handed over in the type of the parameter.
     parameters = (hidden_BS, *vertical)
     return loss_B, _Gradients(*(f if f is None else f.to(p.dtype) for f, p in zip(found, parameters, strict=True)))
+
+
+def _choose_kernels(device: torch.device, dtype: torch.dtype) -> ModuleType:
+    """The module whose `compute_block` and `scale_in_place` serve sums of this type on this device."""
+    if device.type != "cuda" or dtype == torch.float64:
+        return fused_block
+    from concentration.objectives import fused_block_triton  # Triton comes with torch for CUDA alone
+
+    return fused_block_triton
 
 
 def _allocate(hidden_BS: Tensor, vertical: HeadParameters, needed: _Needed) -> _Gradients:
@@ -203,7 +216,7 @@ def _accumulate(
         scaled_RS = (hidden_BS[rows] * scale_R1).to(slope_RV.dtype)
         _add_product(found.weight_VS, slope_RV.T, scaled_RS, is_first=rows.start == 0)
     if found.bias_V is not None:
-        found.bias_V.addmv_(block.slope_RV.T, block.scale_R)
+        found.bias_V.add_(block.bias_V)
     if found.gamma is not None:
         found.gamma.add_(block.gamma)
     if found.offset is not None:
@@ -226,19 +239,17 @@ def _scale(found: _Gradients, upstream_B: Tensor) -> None:
     """
     upstream = upstream_B[0]
     is_one_number = (upstream_B == upstream).all() | upstream_B.isnan().any()
-    if upstream_B.device.type == "cpu":
-        if not is_one_number:
-            raise DataError(
-                "the fused loss took its gradients with the loss, and its samples are weighed afterwards; expected one weight "
-                'for all: give weights as `targets.weight_BM`, or use gradients="backward"'
-            )
-        if upstream == 1:
-            return
-    else:
+    if upstream_B.device.type != "cpu":
         torch._assert_async(is_one_number)  # no wait for the device
+    elif not is_one_number:
+        raise DataError(
+            "the fused loss took its gradients with the loss, and its samples are weighed afterwards; expected one weight "
+            'for all: give weights as `targets.weight_BM`, or use gradients="backward"'
+        )
+    kernels = _choose_kernels(upstream.device, upstream.dtype)
     for gradient in found:
         if gradient is not None:
-            gradient.mul_(upstream)
+            kernels.scale_in_place(gradient, upstream)
 
 
 def _product_types(hidden_BS: Tensor) -> _ProductTypes:
