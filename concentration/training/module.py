@@ -15,6 +15,7 @@ from concentration.metrics.evaluation import Evaluator
 from concentration.networks.routed_teachers import RoutedTeachers
 from concentration.networks.student import Student
 from concentration.taxonomy import Taxonomy
+from concentration.training.backward_updates import BackwardUpdates, classifier_weights
 from concentration.training.optimizers import ScheduleConfig, build_optimizer, build_schedule
 
 
@@ -29,6 +30,7 @@ class StudentModule(pl.LightningModule):
         seed: of dropout and the like; the step is mixed in, so that a resumed step draws what it would have drawn.
         accumulate: micro-batches a step.
         teachers: give the targets of each batch from its labels; None where its targets are they.
+        update_in_backward: steps each classifier inside the backward pass; see `BackwardUpdates`.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class StudentModule(pl.LightningModule):
         seed: int,
         accumulate: int,
         teachers: RoutedTeachers | None = None,
+        update_in_backward: bool = False,
     ):
         super().__init__()
         self.student = student
@@ -49,18 +52,30 @@ class StudentModule(pl.LightningModule):
         self._seed = seed
         self._accumulate = accumulate
         self._teachers = teachers
+        self._updates = None
+        if update_in_backward:
+            self._updates = BackwardUpdates(student, optimizer, total_steps, lambda: self.trainer.global_step)
         #: (B,) the losses of the latest micro-batch, 0 for samples of weight 0, for the checks and logs of callbacks.
         self.latest_loss_B: Tensor | None = None
         self.latest_batch: Batch | None = None
 
     def configure_optimizers(self):
-        optimizer = build_optimizer(self._optimizer, self.student)
+        left_out = classifier_weights(self.student) if self._updates else ()
+        optimizer = build_optimizer(self._optimizer, self.student, left_out)
         schedule = build_schedule(self._optimizer, optimizer, self._total_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_fit_start(self) -> None:
         if self._teachers is not None:
             self._teachers.to(self.device)
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        if self._updates:
+            checkpoint["backward_updates"] = self._updates.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        if self._updates:
+            self._updates.load_state_dict(checkpoint["backward_updates"])
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         torch.manual_seed(int(random_bits(self._seed, batch_idx, rank()) >> np.uint64(1)))

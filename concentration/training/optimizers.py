@@ -1,6 +1,7 @@
 """Optimizers and learning-rate schedules, each with its config."""
 
 import math
+from collections.abc import Collection
 from typing import Annotated, Literal
 
 import pydantic
@@ -54,8 +55,11 @@ class SGDConfig(ScheduleConfig):
 OptimizerConfig = Annotated[AdagradConfig | AdamWConfig | SGDConfig, pydantic.Field(discriminator="kind")]
 
 
-def build_optimizer(config: ScheduleConfig, student: Student) -> torch.optim.Optimizer:
+def build_optimizer(
+    config: ScheduleConfig, student: Student, left_out: Collection[torch.nn.Parameter] = ()
+) -> torch.optim.Optimizer:
     """Weights decay; biases, norms, gamma and offsets do not; gamma has its own learning rate where `pace.lr` is given."""
+    left_out = {id(parameter) for parameter in left_out}
     gamma = {id(parameter) for parameter in student.pace.gamma_parameters()}
     groups = {
         "weights": {"params": [], "weight_decay": config.weight_decay},
@@ -63,6 +67,8 @@ def build_optimizer(config: ScheduleConfig, student: Student) -> torch.optim.Opt
         "gamma": {"params": [], "weight_decay": 0.0, "lr": student.config.pace.lr or config.lr},
     }
     for parameter in student.parameters():
+        if id(parameter) in left_out:
+            continue
         name = "gamma" if id(parameter) in gamma else "weights" if parameter.ndim > 1 else "vectors"
         groups[name]["params"].append(parameter)
     return config.build([group for group in groups.values() if group["params"]])

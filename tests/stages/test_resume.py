@@ -198,6 +198,7 @@ def test_where_every_checkpoint_is_truncated_training_begins_again(undisturbed, 
         pytest.param(("trainer.ema_decay=0.9", "trainer.accumulate=2"), id="ema"),
         pytest.param(("trainer.num_workers=1",), id="workers", marks=pytest.mark.long),
         pytest.param(("trainer.sampling=class_balanced", "trainer.clip_norm=0.5", "pace.lr=0.01"), id="balanced"),
+        pytest.param(("trainer.update_in_backward=true", "optimizer=adamw", "optimizer.lr=0.01"), id="backward"),
     ],
 )
 def test_resume_is_exact_with(prepared, workdir, tmp_path, options):

@@ -308,6 +308,26 @@ def test_the_prior_starts_the_outputs_at_the_frequencies(prepared):
     not (shutil.which("g++") or shutil.which("clang++")),
     reason="NOT TESTED: trainer.compile=true, because neither g++ nor clang++ is installed",
 )
+@pytest.mark.parametrize("optimizer", ["adagrad", "adamw"])
+def test_classifiers_updated_in_the_backward_pass_take_the_same_steps(prepared, optimizer):
+    options = (*TINY, *LABELS, f"optimizer={optimizer}", "optimizer.lr=0.01", "optimizer.schedule=cosine",
+               "optimizer.weight_decay=0.01", "optimizer.warmup_steps=3")  # fmt: skip
+    together = train(prepared, f"together-{optimizer}", *options)
+    early = train(prepared, f"early-{optimizer}", *options, "trainer.update_in_backward=true")
+    assert_close_weights(early, together, tolerance=1e-4)
+    start = train(prepared, f"start-{optimizer}", *options, "trainer.max_steps=1")
+    assert largest_difference(start, together) > 0.01, "it has trained"
+
+
+@pytest.mark.parametrize(
+    "option", ["accumulate=2", "clip_norm=1", "precision=16-mixed", "devices=2"],
+)  # fmt: skip
+def test_updates_in_the_backward_pass_are_refused_where_the_gradient_is_not_yet_known(prepared, option):
+    options = ("trainer.update_in_backward=true", f"trainer.{option}")
+    message = one_line(train(prepared, "early", *FEW, *options, code=2))
+    assert f"trainer.update_in_backward=true with trainer.{option}" in message
+
+
 def test_a_compiled_network_learns_the_same(prepared):
     eager = train(prepared, "eager", *FEW, "optimizer.lr=0.01")
     compiled = train(prepared, "compiled", *FEW, "optimizer.lr=0.01", "trainer.compile=true")
