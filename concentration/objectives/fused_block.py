@@ -21,7 +21,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
 
 from concentration.targets import SoftTargets
 
@@ -119,25 +118,23 @@ def compute_block(
     else:
         square_R1 = sum_over_shards(torch.linalg.vector_norm(x, dim=1, keepdim=True).square_())
         inverse_norm_R1 = square_R1.add_(classes.vertical_size * EPSILON).rsqrt_()
-        y = x * (inverse_norm_R1 * gamma) if gamma.ndim == 0 else (x * inverse_norm_R1).mul_(gamma)
-        y = y if offset is None else y.add_(offset)
+        y = _pace(x, inverse_norm_R1, gamma, offset)
 
     probability_RK = targets.probability_BK.to(y.dtype)
     listed_RK = y.gather(1, targets.index_BK).mul_(probability_RK)
-    if class_weight_V is None:
-        loss_R = softplus(y).sum(1)
-    else:
-        loss_R = softplus(y) @ class_weight_V
+    if class_weight_V is not None:
         listed_RK.mul_(class_weight_V[targets.index_BK])
-    loss_R -= listed_RK.sum(1)
+    linear_R = listed_RK.sum(1)  # the part of the loss that is linear in y
     if targets.background_B1 is not None:
-        loss_R -= targets.background_B1[:, 0] * (y.sum(1) if class_weight_V is None else y @ class_weight_V)
+        linear_R += targets.background_B1[:, 0] * _sum_classes(y, class_weight_V)
+    positive_part = y.clamp_min(0)
+    g = torch.sigmoid(y, out=y)
+    loss_R = _sum_classes(_softplus(positive_part, g), class_weight_V) - linear_R
     if targets.weight_B is not None:
         loss_R *= targets.weight_B
     if not wants_gradients:
         return Block(loss_R)
 
-    g = torch.sigmoid(y, out=y)
     if targets.background_B1 is not None:
         g.sub_(targets.background_B1)
     g.scatter_add_(1, targets.index_BK, probability_RK.neg())
@@ -150,17 +147,41 @@ def compute_block(
     if gamma is None:
         return Block(loss_R, g, weight_R, None, offset_sum, torch.mv(g.T, weight_R))
     inverse_norm_R = inverse_norm_R1[:, 0]
+    gx = g * x
     if gamma.ndim:
-        gamma_sum = torch.mv((g * x).T, weight_R * inverse_norm_R)
+        gamma_sum = torch.mv(gx.T, weight_R * inverse_norm_R)
         g.mul_(gamma)
-    # As a product of matrices with one row and one column each, no (R, V) product is written.
-    dot_R = sum_over_shards(torch.bmm(g.unsqueeze(1), x.unsqueeze(2)).flatten())
+        gx.mul_(gamma)
+    dot_R = sum_over_shards(gx.sum(1))
     slope_RV = g.addcmul_(x, (dot_R * inverse_norm_R.square()).unsqueeze(1), value=-1)
     scale_R = weight_R * inverse_norm_R
     if not gamma.ndim:
         gamma_sum = torch.dot(dot_R, scale_R)
         scale_R = scale_R * gamma
     return Block(loss_R, slope_RV, scale_R, gamma_sum, offset_sum, torch.mv(slope_RV.T, scale_R))
+
+
+def _pace(x: Tensor, inverse_norm_R1: Tensor, gamma: Tensor, offset: Tensor | None) -> Tensor:
+    """y of Equation 3, in a new tensor."""
+    if gamma.ndim:
+        y = (x * inverse_norm_R1).mul_(gamma)
+        return y if offset is None else y.add_(offset)
+    scale_R1 = inverse_norm_R1 * gamma
+    return x * scale_R1 if offset is None else torch.addcmul(offset, x, scale_R1)
+
+
+def _softplus(positive_part: Tensor, sigmoid: Tensor) -> Tensor:
+    """log(1 + exp(y)) from max(y, 0), which is overwritten, and the sigmoid, at half the time of softplus(y).
+
+    log(1 + exp(y)) = max(y, 0) - log(1 - q) with q = sigmoid(-|y|), the smaller of sigmoid and 1 - sigmoid. Where y is far
+    below 0, q is the sigmoid itself, so that nothing is lost; where y is far above, what q loses is nothing beside y.
+    """
+    q = torch.minimum(sigmoid, 1 - sigmoid)
+    return positive_part.sub_(q.neg_().log1p_())
+
+
+def _sum_classes(values_RV: Tensor, class_weight_V: Tensor | None) -> Tensor:
+    return values_RV.sum(1) if class_weight_V is None else values_RV @ class_weight_V
 
 
 def scale_in_place(tensor: Tensor, factor: Tensor) -> None:

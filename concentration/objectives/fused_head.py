@@ -26,7 +26,7 @@ from concentration.targets import SoftTargets
 
 #: Logits of a block: few enough to stay in a cache (a GPU's second-level one) with what is made of them, many enough for a
 #: fast product.
-BLOCK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 24}
+BLOCK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 24}
 
 #: When the gradients are computed; see `fused_loss_by_vertical`.
 GradientTime = Literal["forward", "backward"]

@@ -244,6 +244,17 @@ def test_gradients_far_below_the_range_of_float16_are_kept():
     assert (found - expected).norm() < 0.03 * expected.norm()
 
 
+def test_the_loss_in_float32_is_exact_for_logits_far_from_zero():
+    """Also of one class alone: in a sum the small ones would be drowned."""
+    logits = torch.linspace(-80, 80, 321, dtype=torch.float64)
+    vertical = HeadParameters(torch.zeros(1, 1), torch.zeros(1), offset=None)
+    targets = SoftTargets(torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 1))
+    for logit in logits:
+        found = fused_loss_by_vertical([torch.zeros(1, 1)], [vertical._replace(bias=logit.float()[None])], targets)
+        expected = torch.nn.functional.softplus(logit, threshold=700)
+        torch.testing.assert_close(found[0, 0].double(), expected, rtol=3e-7, atol=1e-44)
+
+
 def test_equal_inputs_give_equal_bits():
     head = Head(0, [40, 7], PaceConfig(kind="vertical", offset="class"), num_samples=16).float()
     targets = draw_targets(0, 16, [40, 7], 20, background=False, weight=False)
