@@ -216,6 +216,11 @@ class Split:
         """The sample's own labels (not smeared), as outputs."""
         return tuple(self.label_output[self.label_start[ordinal] : self.label_start[ordinal + 1]].tolist())
 
+    def labels_of(self, ordinals: np.ndarray) -> list[tuple[int, ...]]:
+        """`labels` of each of these samples."""
+        starts, stops = self.label_start[ordinals].tolist(), self.label_start[ordinals + 1].tolist()
+        return [tuple(self.label_output[start:stop].tolist()) for start, stop in zip(starts, stops, strict=True)]
+
     def key(self, ordinal: int) -> str:
         """`SHARD/KEY`: enough to find the sample by hand."""
         number = self.shard_of(ordinal)

@@ -22,16 +22,19 @@ from concentration.data.order import Order
 from concentration.data.prefetch import Prefetch, check_room
 from concentration.data.sample_targets import SampleTargets
 from concentration.data.shard_cache import load_cache
-from concentration.data.views import UNDECODABLE, CentreView, ViewConfig, Views, decode_view, draw_views
+from concentration.data.views import UNDECODABLE, CentreView, View, ViewConfig, Views, decode_view, draw_views
 from concentration.distributed import slice_of_rank
 from concentration.errors import ConcentrationError, DataError
 from concentration.targets import VIEW_BYTES, SoftTargets
+
+#: An image's bytes are read with others, until they are so many: see `SampleReader.read`.
+_READ_TOGETHER_BYTES = 2**18
 
 
 class Batch(NamedTuple):
     """One rank's share of a micro-batch.
 
-    images: (B, 3, H, W) uint8, black where an image could not be decoded.
+    images: (B, 3, H, W) uint8, black where an image could not be decoded; in memory a pixel's three values lie together.
     targets: of each sample.
     weight_B: float32, 1; 0 for an undecodable image and for places behind the end of an epoch.
     skipped_B: bool, where an image could not be decoded.
@@ -85,18 +88,21 @@ class SampleReader:
     def read(self, ordinals: np.ndarray, epoch: int) -> ReadSamples:
         """The samples' images and targets in this epoch."""
         size = self._image_size
-        images = np.zeros((len(ordinals), 3, size, size), dtype=np.uint8)
-        skipped_B = np.zeros(len(ordinals), dtype=bool)
-        view_BV = np.zeros((len(ordinals), VIEW_BYTES), dtype=np.uint8)
+        # As decoders give them: a transposing copy of each image would be the dearest step beside decoding small ones.
+        images = np.empty((len(ordinals), size, size, 3), dtype=np.uint8).transpose(0, 3, 1, 2)
         views = self._choose_views(ordinals, epoch)
-        for row, ordinal in enumerate(ordinals):
-            content = self.read_encoded(int(ordinal))
+        seen: list[View | None] = []
+        # NOTE: decoding empties the processor's caches of everything else, so that what comes between two images takes
+        # several times as long as it does alone: hence the loop does no more than it must, and files are read in stretches.
+        for row, content in enumerate(self._read_stretches(ordinals)):
             try:
                 images[row], view = decode_view(content, views, row, size)
             except UNDECODABLE:
-                skipped_B[row] = True
-            else:
-                view_BV[row] = np.frombuffer(view.encode(), dtype=np.uint8)
+                images[row], view = 0, None
+            seen.append(view)
+        skipped_B = np.array([view is None for view in seen], dtype=bool)
+        records = b"".join(bytes(VIEW_BYTES) if view is None else view.encode() for view in seen)
+        view_BV = np.frombuffer(bytearray(records), dtype=np.uint8).reshape(len(ordinals), VIEW_BYTES)
         targets = self._targets.lookup(ordinals, epoch)
         return ReadSamples(torch.from_numpy(images), targets, torch.from_numpy(skipped_B), torch.from_numpy(view_BV))
 
@@ -109,11 +115,27 @@ class SampleReader:
     def read_encoded(self, ordinal: int) -> bytes:
         """The image's bytes as they lie in the shard."""
         number = self.split.shard_of(ordinal)
+        return self._read_row(number, ordinal - self.split.shard_start[number])
+
+    def _read_stretches(self, ordinals: np.ndarray) -> Iterator[bytes]:
+        """The images' bytes in turn, of which a few are read at once, and never so many that they would fill the memory."""
+        numbers = np.searchsorted(self.split.shard_start, ordinals, side="right") - 1
+        rows = ordinals - self.split.shard_start[numbers]
+        contents, num_bytes = [], 0
+        for number, row in zip(numbers.tolist(), rows.tolist(), strict=True):
+            contents.append(self._read_row(number, row))
+            num_bytes += len(contents[-1])
+            if num_bytes >= _READ_TOGETHER_BYTES:
+                yield from contents
+                contents, num_bytes = [], 0
+        yield from contents
+
+    def _read_row(self, number: int, row: int) -> bytes:
+        """The bytes of an image by its shard's number and its place in it."""
         shard = self.split.shards[number]
-        row = ordinal - self.split.shard_start[number]
-        size = int(shard.image_size[row])
+        size = shard.image_size.item(row)
         try:
-            content = os.pread(self._open(number), size, int(shard.image_offset[row]))
+            content = os.pread(self._open(number), size, shard.image_offset.item(row))
         except OSError as error:
             raise DataError(f"{shard.path}: cannot be read ({error.strerror}); bring it back") from None
         if len(content) != size:
@@ -121,7 +143,7 @@ class SampleReader:
                 f"{shard.path}: ends inside the sample '{shard.keys[row]}'; the shard changed while it was read: "
                 "bring it back and run the same command again"
             )
-        if zlib.crc32(content) != shard.image_crc32[row]:
+        if zlib.crc32(content) != shard.image_crc32.item(row):
             if self.cache is not None:
                 self.cache.discard(shard)  # the copy was checked when it was fetched
             raise DataError(

@@ -5,6 +5,7 @@ Shapes: B batch, K targets a sample, M verticals.
 
 import dataclasses
 import functools
+import itertools
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -50,21 +51,18 @@ class LabelTargets:
 
     def lookup(self, ordinals: np.ndarray, epoch: int = 0) -> SoftTargets:
         """As the protocol says; labels are the same in every epoch."""
-        index_BK = np.zeros((len(ordinals), self._width), dtype=np.int64)
-        probability_BK = np.zeros(index_BK.shape, dtype=np.float32)
-        for row, ordinal in enumerate(ordinals):
-            outputs = self._targets_of(self._split.labels(ordinal))
-            index_BK[row, : len(outputs)] = outputs
-            probability_BK[row, : len(outputs)] = 1.0
-        return SoftTargets(torch.from_numpy(index_BK), torch.from_numpy(probability_BK))
+        outputs_B = [self._targets_of(labels) for labels in self._split.labels_of(ordinals)]
+        is_used_BK = np.arange(self._width) < np.array([len(outputs) for outputs in outputs_B])[:, None]
+        index_BK = np.zeros(is_used_BK.shape, dtype=np.int64)
+        index_BK[is_used_BK] = list(itertools.chain.from_iterable(outputs_B))
+        return SoftTargets(torch.from_numpy(index_BK), torch.from_numpy(is_used_BK.astype(np.float32)))
 
     def views(self, ordinals: np.ndarray, epoch: int) -> None:
         return None
 
-    def _compute_targets(self, labels: tuple[int, ...]) -> np.ndarray:
+    def _compute_targets(self, labels: tuple[int, ...]) -> tuple[int, ...]:
         outputs = self._split.taxonomy.smear(labels) if self._smear else labels
-        inside = [o - self._outputs.start for o in outputs if self._outputs.start <= o < self._outputs.stop]
-        return np.array(inside, dtype=np.int64)
+        return tuple(o - self._outputs.start for o in outputs if self._outputs.start <= o < self._outputs.stop)
 
     @functools.cached_property
     def _width(self) -> int:

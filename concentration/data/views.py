@@ -90,9 +90,14 @@ class View:
 
     def encode(self) -> bytes:
         """The record, little-endian: crop in 1/65,535 (4 x u16), flip and brightness in 1/64 (1 and 7 bits), contrast in 1/64."""
-        crop = [round(share * _CROP_STEPS) for share in (self.left, self.top, self.right, self.bottom)]
-        brightness, contrast = (min(127, round(factor * _FACTOR_STEPS)) for factor in (self.brightness, self.contrast))
-        return _RECORD.pack(*crop, self.flip << 7 | brightness, contrast)
+        return _RECORD.pack(
+            round(self.left * _CROP_STEPS),
+            round(self.top * _CROP_STEPS),
+            round(self.right * _CROP_STEPS),
+            round(self.bottom * _CROP_STEPS),
+            self.flip << 7 | min(127, round(self.brightness * _FACTOR_STEPS)),
+            min(127, round(self.contrast * _FACTOR_STEPS)),
+        )
 
     @classmethod
     def decode(cls, record: bytes) -> "View":

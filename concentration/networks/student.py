@@ -96,7 +96,8 @@ class Student(nn.Module):
     def normalise_images(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) float32 with the mean and deviation that the base network expects."""
         if images.dtype == torch.uint8:
-            images = images.float() / 255
+            # Loaders give images whose channels lie innermost; a base network chooses for itself.
+            images = images.to(torch.float32, memory_format=torch.contiguous_format) / 255
         return (images - self.mean) / self.std
 
     def set_prior(self, frequency_C: Tensor) -> None:

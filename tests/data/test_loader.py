@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from concentration.data import loader
 from concentration.data.index import ShardIndex, index_shard, load_split
 from concentration.data.loader import Batch, SampleReader, StepBatches, StepLoader, build_loader
 from concentration.data.order import SequentialOrder, WindowOrder
@@ -93,6 +94,19 @@ def test_a_reader_gives_the_view_of_the_images_own_bytes(split):
             assert own == set(split.taxonomy.smear(split.labels(ordinal)))
 
 
+@pytest.mark.parametrize("num_bytes", [1, 1500])
+def test_it_does_not_matter_how_many_images_are_read_at_once(num_bytes, split, monkeypatch):
+    ordinals = np.array([15, 0, 7, 7, 3, 12])
+    sizes = [len(build_reader(split).read_encoded(ordinal)) for ordinal in ordinals.tolist()]
+    assert max(sizes) < 1500 < sum(sizes), "some of them at once"
+    expected = build_reader(split).read(ordinals, epoch=1)
+    monkeypatch.setattr(loader, "_READ_TOGETHER_BYTES", num_bytes)
+    read = build_reader(split).read(ordinals, epoch=1)
+    assert torch.equal(read.images, expected.images)
+    assert torch.equal(read.view_BV, expected.view_BV)
+    assert not read.skipped_B.any()
+
+
 @pytest.mark.parametrize("batch_size", [5, 7, 12, 16, 40])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 @pytest.mark.parametrize("accumulate", [1, 2, 3])
@@ -160,9 +174,9 @@ def test_any_number_of_workers_gives_the_same_batches(batches):
 def test_a_resumed_loader_gives_the_remaining_batches_exactly(num_workers, batches):
     expected = [batches[number] for number in range(9)]
     for num_seen in (0, 1, 5, 9):
-        loader = StepLoader(batches, 9, num_workers, pin_memory=False)
-        seen = list(itertools.islice(loader, num_seen))
-        state = loader.state_dict()
+        begun = StepLoader(batches, 9, num_workers, pin_memory=False)
+        seen = list(itertools.islice(begun, num_seen))
+        state = begun.state_dict()
         assert state == {"num_yielded": num_seen}, "what is read ahead does not count"
         resumed = StepLoader(batches, 9, 2 - num_workers, pin_memory=False)
         resumed.load_state_dict(state)

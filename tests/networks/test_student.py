@@ -117,6 +117,15 @@ def test_images_are_normalised_by_the_bases_mean_and_deviation():
     torch.testing.assert_close(student.normalise_images(white), expected.expand(1, 3, 2, 2))
 
 
+def test_the_base_is_given_contiguous_images_however_the_loader_lays_them_out():
+    """Else the loader would choose the kernels of the base's convolutions, and with them the last bits of every gradient."""
+    student = build()
+    images = draw_images(3)
+    found = student.normalise_images(images.contiguous(memory_format=torch.channels_last))
+    assert found.is_contiguous()
+    assert torch.equal(found, student.normalise_images(images))
+
+
 @pytest.mark.parametrize("top", TOPS)
 @pytest.mark.parametrize("pace", [*PACES, {"kind": "fixed", "init": 4}])
 def test_a_saved_network_gives_the_same_logits(tmp_path, pace, top):

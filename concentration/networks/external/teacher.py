@@ -100,7 +100,7 @@ class ExternalTeacher:
                 f"give data.image_size={self.image_size}"
             )
         if images.dtype == torch.uint8:
-            images = images.float() / 255
+            images = images.to(torch.float32, memory_format=torch.contiguous_format) / 255
         size = self.model.config.image_size
         start = (self.image_size - size) // 2
         return (images[..., start : start + size, start : start + size] - self._mean) / self._std
