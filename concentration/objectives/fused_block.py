@@ -127,9 +127,9 @@ def compute_block(
     linear_R = listed_RK.sum(1)  # the part of the loss that is linear in y
     if targets.background_B1 is not None:
         linear_R += targets.background_B1[:, 0] * _sum_classes(y, class_weight_V)
-    positive_part = y.clamp_min(0)
+    loss_R = _sum_classes(y.clamp_min(0), class_weight_V) - linear_R
     g = torch.sigmoid(y, out=y)
-    loss_R = _sum_classes(_softplus(positive_part, g), class_weight_V) - linear_R
+    loss_R -= _sum_classes(_log_of_larger(g), class_weight_V)
     if targets.weight_B is not None:
         loss_R *= targets.weight_B
     if not wants_gradients:
@@ -170,14 +170,14 @@ def _pace(x: Tensor, inverse_norm_R1: Tensor, gamma: Tensor, offset: Tensor | No
     return x * scale_R1 if offset is None else torch.addcmul(offset, x, scale_R1)
 
 
-def _softplus(positive_part: Tensor, sigmoid: Tensor) -> Tensor:
-    """log(1 + exp(y)) from max(y, 0), which is overwritten, and the sigmoid, at half the time of softplus(y).
+def _log_of_larger(sigmoid: Tensor) -> Tensor:
+    """log max(s, 1 - s), of which log(1 + exp(y)) = max(y, 0) - log max(s, 1 - s): half the time of softplus(y).
 
-    log(1 + exp(y)) = max(y, 0) - log(1 - q) with q = sigmoid(-|y|), the smaller of sigmoid and 1 - sigmoid. Where y is far
-    below 0, q is the sigmoid itself, so that nothing is lost; where y is far above, what q loses is nothing beside y.
+    It is log(1 - q) with q the smaller of the two. Where y is far below 0, q is the sigmoid itself, so that nothing is lost;
+    where y is far above, what q loses is nothing beside y.
     """
-    q = torch.minimum(sigmoid, 1 - sigmoid)
-    return positive_part.sub_(q.neg_().log1p_())
+    q = torch.rsub(sigmoid, 1)
+    return torch.minimum(sigmoid, q, out=q).neg_().log1p_()
 
 
 def _sum_classes(values_RV: Tensor, class_weight_V: Tensor | None) -> Tensor:

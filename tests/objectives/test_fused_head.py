@@ -10,11 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.nn.functional import linear
 
 from concentration.errors import DataError
 from concentration.networks.pace import Pace, PaceConfig
-from concentration.objectives import fused_head
+from concentration.objectives import fused_block, fused_head
 from concentration.objectives.fused_block import HeadParameters
 from concentration.objectives.fused_head import fused_loss_by_vertical
 from concentration.objectives.sigmoid_cross_entropy import sigmoid_cross_entropy_by_vertical
@@ -329,3 +330,25 @@ def test_parts_that_do_not_fit_are_named():
         fused_loss_by_vertical(hidden, parameters, targets, torch.ones(4))
     with pytest.raises(DataError, match=r"lies on .*cpu.*meta"):
         fused_loss_by_vertical([h.to("meta") for h in hidden], parameters, targets)
+
+
+def test_on_a_gpu_the_host_never_waits_for_a_value(monkeypatch):
+    """Tensors of torch's fake mode lie on a GPU that need not be here and hold no values: who asks for one gets an error."""
+    monkeypatch.setattr(fused_head, "_choose_kernels", lambda *_: fused_block)
+    with FakeTensorMode():
+
+        def make(*shape: int) -> Tensor:
+            return torch.zeros(shape, device="cuda", requires_grad=True)
+
+        sizes = (30, 200)
+        hidden = [make(6, 8) for _ in sizes]
+        parameters = [HeadParameters(make(size, 8), make(size), make(), make(size)) for size in sizes]
+        index_BK = torch.zeros(6, 9, dtype=torch.int64, device="cuda")
+        targets = SoftTargets(index_BK, make(6, 9).detach(), make(6, 2).detach(), make(6, 2).detach())
+        loss_BM = fused_loss_by_vertical(hidden, parameters, targets, make(230).detach())
+        assert (loss_BM.device.type, loss_BM.shape) == ("cuda", (6, 2))
+        # torch's backward pass wants a real device; these are the steps that ours takes in it.
+        found = fused_head._Gradients(*(tensor.detach() for tensor in (hidden[0], *parameters[0])))
+        fused_head._scale(found, make(6).detach())
+        with pytest.raises(DataDependentOutputException):
+            bool(loss_BM.sum() > 0)
