@@ -18,6 +18,8 @@ _PUBLIC = {
     "PaceConfig": "networks.pace",
     "Student": "networks.student",
     "sigmoid_cross_entropy": "objectives.sigmoid_cross_entropy",
+    "HeadParameters": "objectives.fused_block",
+    "fused_loss_by_vertical": "objectives.fused_head",
     "average_precision": "metrics.average_precision",
 }
 __all__ = sorted(_PUBLIC)

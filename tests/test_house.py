@@ -47,6 +47,7 @@ PLACES = {
     "webdataset": {"data"},
     "fsspec": {"data"},
     "aiohttp": {"data"},
+    "triton": {"objectives"},
 }
 
 CORE = {
@@ -61,7 +62,7 @@ CORE = {
     "metrics",
     "grouping",
 }
-CORE_LIBRARIES = {"numpy", "pydantic", "safetensors", "timm", "torch"}
+CORE_LIBRARIES = {"numpy", "pydantic", "safetensors", "timm", "torch", "triton"}  # triton comes with torch
 
 
 class Import(NamedTuple):
