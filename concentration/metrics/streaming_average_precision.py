@@ -156,7 +156,7 @@ class StreamingAveragePrecision:
 
     def _count(self, scores_BV: np.ndarray, offset_B: np.ndarray | None, first_row: int) -> None:
         """Adds a block of samples to `_num_at_least_P`."""
-        positive_P = self._first.arrays()["score_P"]
+        positive_P, start_V = self._first.arrays()["score_P"], self._start_V.tolist()
         for first in range(0, self.num_classes, COLUMNS_PER_BLOCK):
             block_BV = scores_BV[:, first : first + COLUMNS_PER_BLOCK]
             scores_VB = np.empty(block_BV.shape[::-1], dtype=self.dtype)
@@ -166,7 +166,7 @@ class StreamingAveragePrecision:
                 scores_VB -= offset_B
             check_not_nan(scores_VB, first_row, first)
             for column, scores_B in enumerate(scores_VB, start=first):
-                own = slice(self._start_V[column], self._start_V[column + 1])
+                own = slice(start_V[column], start_V[column + 1])
                 if own.start == own.stop:
                     continue
                 reaches_B = scores_B >= positive_P[own.start]

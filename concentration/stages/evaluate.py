@@ -40,7 +40,7 @@ class EvaluateConfig(StageConfig):
         them are in memory, whatever `memory_gib` is.
     gallery: pictures with their top-3 predictions.
     memory_gib: what the scores of samples in their own verticals may take, 4 bytes each. Where they would take more, none is kept
-        and the network looks at the images twice; the numbers are the same.
+        (1 GiB waits to be counted) and the network looks at the images twice; the numbers are the same.
     """
 
     runtime_fields = StageConfig.runtime_fields | {"batch_size", "num_workers", "accelerator", "memory_gib"}
