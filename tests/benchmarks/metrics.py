@@ -192,7 +192,7 @@ def compare_memory() -> Comparison:
 def extrapolate(what: str, num_scores: int, ns_per_score: float) -> Comparison:
     minutes, measured_minutes = (ns_per_score * count / 60e9 for count in (num_scores, NUM_SAMPLES * NUM_CLASSES))
     return Comparison(f"EXTRAPOLATED to 5M images: {what}", "minutes", minutes, measured_minutes,
-                      f"the measured rate at {NUM_SAMPLES:,} x {NUM_CLASSES:,}")  # fmt: skip
+                      f"the rate measured above, for {NUM_SAMPLES:,} x {NUM_CLASSES:,}")  # fmt: skip
 
 
 def time_both(ours: Callable[[], object], reference: Callable[[], object], num_scores: int) -> tuple[float, float]:
