@@ -25,6 +25,7 @@ bench: $(VENV)/installed
 	$(BIN)/python tests/benchmarks/targets.py
 	$(BIN)/python tests/benchmarks/head.py
 	$(BIN)/python tests/benchmarks/student.py
+	$(BIN)/python tests/benchmarks/metrics.py
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

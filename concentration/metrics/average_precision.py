@@ -77,18 +77,28 @@ def average_precision_of_pairs(
     ap_V = np.full(num_classes, np.nan)
     for first in range(0, num_classes, COLUMNS_PER_BLOCK):
         scores_VB = np.ascontiguousarray(scores_BV[:, first : first + COLUMNS_PER_BLOCK].T)
-        if np.isnan(scores_VB).any():
-            column, row = (int(indices[0]) for indices in np.nonzero(np.isnan(scores_VB)))
-            raise DataError(
-                f"average precision: the score of sample {row} for class {first + column} is NaN; "
-                "the network diverged or its checkpoint is damaged"
-            )
+        check_not_nan(scores_VB, first_row=0, first_column=first)
         if offset_B is not None:
             scores_VB = scores_VB - offset_B
         for column, scores_B in enumerate(scores_VB, start=first):
             if start_V[column] < stop_V[column]:
                 ap_V[column] = _column_ap(scores_B, row_P[start_V[column] : stop_V[column]])
     return ap_V
+
+
+def check_not_nan(scores_VB: np.ndarray, first_row: int, first_column: int) -> None:
+    """Raises: DataError where a score of this block, (classes, samples), is NaN; and which, counting from its place."""
+    if scores_VB.size and np.isnan(scores_VB.max()):  # the largest of anything with NaN is NaN
+        column, row = (int(indices[0]) for indices in np.nonzero(np.isnan(scores_VB)))
+        raise DataError(
+            f"average precision: the score of sample {first_row + row} for class {first_column + column} is NaN; "
+            "the network diverged or its checkpoint is damaged"
+        )
+
+
+def count_at_least(sorted_N: np.ndarray, value_P: np.ndarray) -> np.ndarray:
+    """(P,) how many of the rising numbers are at least as large as each value."""
+    return sorted_N.size - np.searchsorted(sorted_N, value_P, side="left")
 
 
 def mean_average_precision(ap_V: np.ndarray) -> float:
@@ -132,6 +142,5 @@ def _column_ap(scores_B: np.ndarray, positive_rows: np.ndarray) -> float:
     only a sort of values, and no look at thresholds without a positive.
     """
     positive_P = np.sort(scores_B[positive_rows])
-    num_at_least_P = scores_B.size - np.searchsorted(np.sort(scores_B), positive_P, side="left")
-    num_right_P = positive_P.size - np.searchsorted(positive_P, positive_P, side="left")
-    return float(np.mean(num_right_P / num_at_least_P))
+    num_at_least_P = count_at_least(np.sort(scores_B), positive_P)
+    return float(np.mean(count_at_least(positive_P, positive_P) / num_at_least_P))

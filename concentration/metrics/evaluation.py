@@ -12,6 +12,7 @@ Shapes: B samples of a batch, C all classes, V classes of one vertical, N sample
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -21,14 +22,17 @@ from concentration.metrics.average_precision import (
     Frequency,
     FrequencyGroup,
     average_precision_by_frequency,
-    average_precision_of_pairs,
     mean_average_precision,
 )
 from concentration.metrics.ranking import MeanAveragePrecisionAtK, rank_of_best_label
+from concentration.metrics.streaming_average_precision import take_prefixed
+from concentration.metrics.vertical_samples import KeptSamples, StreamedSamples
 from concentration.taxonomy import Taxonomy
 
-#: Samples whose log-sum-exp is taken together: bounds the float64 copy of a large vertical.
-ROWS_PER_BLOCK = 4096
+#: What samples may take, in two passes, that wait until those of their vertical are counted together.
+WAITING_BYTES = 1 << 30
+#: As many of a vertical are counted together where that allows it; more are not faster, fewer than the least are slow.
+MIN_WAITING_ROWS, MAX_WAITING_ROWS = 256, 4096
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,17 +80,20 @@ class Evaluation:
 class Evaluator:
     """Collects scores and labels batch by batch, in parts that can be merged, and computes an Evaluation.
 
-    It keeps the scores of a sample only for the verticals that the sample is labelled in, as float32, and otherwise
-    counts and the 50 best samples of every class. The order of samples does not matter.
+    In one pass it keeps the scores of a sample for the verticals that the sample is labelled in, as float32: see
+    `measure_kept_bytes`. In two, it is shown all samples, `begin_second_pass` is called, and it is shown them again: that takes
+    a few numbers for each positive, and the result is the same. Beside them it keeps counts and the 50 best samples of every
+    class. The order of samples does not matter.
 
     Args:
         train_counts_C: (C,) by output, the number of training images of every class, for AP by frequency.
+        num_passes: over the samples.
 
     Raises:
         DataError: there is not one training count per class.
     """
 
-    def __init__(self, taxonomy: Taxonomy, train_counts_C: np.ndarray | None = None):
+    def __init__(self, taxonomy: Taxonomy, train_counts_C: np.ndarray | None = None, num_passes: Literal[1, 2] = 1):
         if train_counts_C is not None and np.shape(train_counts_C) != (taxonomy.num_classes,):
             raise DataError(
                 f"evaluation: training counts of the shape {np.shape(train_counts_C)}, expected one per class: "
@@ -94,7 +101,14 @@ class Evaluator:
             )
         self.taxonomy = taxonomy
         self.train_counts_C = train_counts_C
-        self._samples = [_VerticalSamples(size) for size in taxonomy.vertical_sizes]
+        self.num_passes = num_passes
+        self._is_second_pass = False
+        self._samples: list[KeptSamples] | list[StreamedSamples]
+        if num_passes == 1:
+            self._samples = [KeptSamples(size) for size in taxonomy.vertical_sizes]
+        else:
+            rows = min(max(WAITING_BYTES // (4 * taxonomy.num_classes), MIN_WAITING_ROWS), MAX_WAITING_ROWS)
+            self._samples = [StreamedSamples(size, rows) for size in taxonomy.vertical_sizes]
         self._best = MeanAveragePrecisionAtK(taxonomy.num_classes, k=50)
         self._counts: Counter[str] = Counter()
         self._leaves_L = np.flatnonzero(taxonomy.is_leaf)
@@ -102,7 +116,7 @@ class Evaluator:
         self._leaf_number_C = np.cumsum(taxonomy.is_leaf) - 1
 
     def update(self, scores_BC: np.ndarray | torch.Tensor, label_outputs: Sequence[Sequence[int]]) -> None:
-        """Adds a batch.
+        """Adds a batch to the pass that has begun.
 
         Args:
             scores_BC: (B, C) logits by output: a numpy array or a CPU tensor. The specialists as an ensemble put the
@@ -117,8 +131,9 @@ class Evaluator:
         if not len(scores_BC):
             return
         row_P, output_P, is_direct_P = self._label_pairs(label_outputs)
-        self._best.update(scores_BC, row_P, output_P)
-        self._count_top_k(scores_BC, row_P, output_P)
+        if not self._is_second_pass:
+            self._best.update(scores_BC, row_P, output_P)
+            self._count_top_k(scores_BC, row_P, output_P)
         vertical_P = self.taxonomy.vertical_of_output[output_P]
         for number in np.unique(vertical_P):
             start, stop = self.taxonomy.vertical_starts[number], self.taxonomy.vertical_starts[number + 1]
@@ -126,24 +141,39 @@ class Evaluator:
             rows, row_in_vertical_P = np.unique(row_P[inside_P], return_inverse=True)
             scores_NV, column_P = scores_BC[rows, start:stop], output_P[inside_P] - start
             self._samples[number].add(scores_NV, row_in_vertical_P, column_P, is_direct_P[inside_P])
-            self._count_top1_in_vertical(scores_NV, row_in_vertical_P, column_P, self.taxonomy.is_leaf[start:stop])
+            if not self._is_second_pass:
+                self._count_top1_in_vertical(scores_NV, row_in_vertical_P, column_P, self.taxonomy.is_leaf[start:stop])
+
+    def begin_second_pass(self) -> None:
+        """To be called when all samples were seen once, and all parts of the first pass are merged, if there are two."""
+        assert self.num_passes == 2, "this evaluator keeps all scores in its one pass"
+        self._is_second_pass = True
+        for samples in self._samples:
+            samples.begin_second_pass()
 
     def merge(self, other: "Evaluator") -> None:
-        """Adds what another evaluator has seen of other samples of the same split."""
+        """Adds what another evaluator has seen of other samples of the same split, in the same pass.
+
+        In the second, both are copies (`from_state`) of the one that all parts of the first were merged into.
+        """
         assert self.taxonomy.fingerprint == other.taxonomy.fingerprint, "evaluators of two taxonomies cannot be merged"
-        self._counts.update(other._counts)
-        self._best.merge(other._best)
+        passes = [(evaluator.num_passes, evaluator._is_second_pass) for evaluator in (self, other)]
+        assert passes[0] == passes[1], "merged evaluators must be in one pass"
+        if not self._is_second_pass:
+            self._counts.update(other._counts)
+            self._best.merge(other._best)
         for mine, theirs in zip(self._samples, other._samples, strict=True):
-            mine.add(**theirs.arrays())
+            mine.merge(theirs)
 
     def state(self) -> dict[str, np.ndarray]:
         """Everything seen, as plain arrays, for another process: see `from_state`."""
-        state = {f"counts/{name}": np.array(count) for name, count in self._counts.items()}
+        state = {"num_passes": np.array(self.num_passes), "is_second_pass": np.array(self._is_second_pass)}
+        state |= {f"counts/{name}": np.array(count) for name, count in self._counts.items()}
         state["best/score_CK"] = self._best.score_CK.copy()
         state["best/positive_CK"] = self._best.positive_CK.copy()
         state["best/num_positives_C"] = self._best.num_positives_C.copy()
         for number, samples in enumerate(self._samples):
-            state.update({f"samples/{number}/{name}": array for name, array in samples.arrays().items()})
+            state.update({f"samples/{number}/{name}": array for name, array in samples.state().items()})
         return state
 
     @classmethod
@@ -151,7 +181,8 @@ class Evaluator:
         cls, taxonomy: Taxonomy, state: Mapping[str, np.ndarray], train_counts_C: np.ndarray | None = None
     ) -> "Evaluator":
         """An evaluator that has seen what `state` describes."""
-        evaluator = cls(taxonomy, train_counts_C)
+        evaluator = cls(taxonomy, train_counts_C, int(state["num_passes"]))
+        evaluator._is_second_pass = bool(state["is_second_pass"])
         for key, array in state.items():
             part, _, name = key.partition("/")
             if part == "counts":
@@ -159,11 +190,11 @@ class Evaluator:
             elif part == "best":
                 setattr(evaluator._best, name, np.array(array))
         for number, samples in enumerate(evaluator._samples):
-            samples.add(**{name: state[f"samples/{number}/{name}"] for name in samples.arrays()})
+            samples.load_state(take_prefixed(state, f"samples/{number}/"))
         return evaluator
 
     def compute(self) -> Evaluation:
-        """Raises: DataError where no sample was seen."""
+        """Raises: DataError where no sample was seen, or the second of two passes did not see what the first saw."""
         num_samples = self._counts["samples"]
         if not num_samples:
             raise DataError("evaluation: the split has no sample; prepare it, or evaluate another split")
@@ -229,53 +260,10 @@ class Evaluator:
         self._counts.update(verticals_with_leaf=rank_N.size, right_in_vertical=int((rank_N <= 1).sum()))
 
 
-class _VerticalSamples:
-    """The samples labelled in one vertical: their scores there, and their smeared labels as (row, column) pairs."""
-
-    def __init__(self, num_classes: int):
-        self.num_samples = 0
-        nothing = np.zeros(0, dtype=np.int64)
-        self._parts = [
-            {
-                "scores_NV": np.zeros((0, num_classes), dtype=np.float32),
-                "row_P": nothing,
-                "column_P": nothing,
-                "is_direct_P": nothing.astype(bool),
-            }
-        ]
-
-    def add(self, scores_NV: np.ndarray, row_P: np.ndarray, column_P: np.ndarray, is_direct_P: np.ndarray) -> None:
-        """Adds N samples; `row_P` counts from the first of them."""
-        row_P = row_P + self.num_samples
-        self._parts.append({"scores_NV": scores_NV, "row_P": row_P, "column_P": column_P, "is_direct_P": is_direct_P})
-        self.num_samples += len(scores_NV)
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        """All samples so far, as the arguments of `add`."""
-        if len(self._parts) > 1:
-            self._parts = [{name: np.concatenate([part[name] for part in self._parts]) for name in self._parts[0]}]
-        return self._parts[0]
-
-    def compute_ap(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Three times (V,) AP: of the scores, of their log-softmax, and of the scores for direct labels only."""
-        scores_NV, row_P, column_P, is_direct_P = self.arrays().values()
-        return (
-            average_precision_of_pairs(scores_NV, row_P, column_P),
-            average_precision_of_pairs(scores_NV, row_P, column_P, offset_B=_log_sum_exp(scores_NV)),
-            average_precision_of_pairs(scores_NV, row_P[is_direct_P], column_P[is_direct_P]),
-        )
-
-
-def _log_sum_exp(scores_NV: np.ndarray) -> np.ndarray:
-    """(N,) float64; 0 for a sample that has only -inf, whose log-softmax so stays -inf."""
-    total_N = np.zeros(len(scores_NV))
-    for first in range(0, len(scores_NV), ROWS_PER_BLOCK):
-        block_BV = scores_NV[first : first + ROWS_PER_BLOCK].astype(np.float64)
-        peak_B = block_BV.max(axis=1)
-        peak_B[np.isneginf(peak_B)] = 0.0
-        sum_B = np.exp(block_BV - peak_B[:, None]).sum(axis=1)
-        total_N[first : first + ROWS_PER_BLOCK] = np.log(sum_B, out=np.zeros_like(sum_B), where=sum_B > 0) + peak_B
-    return total_N
+def measure_kept_bytes(vertical_sizes: Sequence[int], num_samples: Sequence[int]) -> int:
+    """The scores that an Evaluator holds at most in one pass, given how many samples each vertical has."""
+    kept = [4 * size * count for size, count in zip(vertical_sizes, num_samples, strict=True)]
+    return sum(kept) + max(kept)  # the parts of one vertical at a time are put together
 
 
 def _as_float32(scores_BC: np.ndarray | torch.Tensor) -> np.ndarray:

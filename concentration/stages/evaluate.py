@@ -10,11 +10,11 @@ import safetensors.numpy
 import torch
 
 from concentration.data.index import Split, load_split
-from concentration.data.loader import StepBatches, build_loader
+from concentration.data.loader import Batch, StepBatches, build_loader
 from concentration.data.order import SequentialOrder
 from concentration.distributed import choose_device
 from concentration.errors import ConfigError
-from concentration.metrics.evaluation import Evaluator
+from concentration.metrics.evaluation import Evaluator, measure_kept_bytes
 from concentration.networks.cost import count_multiply_adds, count_parameters
 from concentration.progress import Progress
 from concentration.stages.gallery import build_gallery
@@ -36,11 +36,14 @@ class EvaluateConfig(StageConfig):
 
     name: of a student, of a vertical's teacher, or `specialists` for all teachers as one ensemble.
     split: `test`; `val` is for choices.
-    save_scores: also writes `evaluations/NAME.safetensors` with `scores` (N, C) and `labels` (N, C), unsmeared.
+    save_scores: also writes `evaluations/NAME.safetensors` with `scores` (N, C) and `labels` (N, C), unsmeared; until then all of
+        them are in memory, whatever `memory_gib` is.
     gallery: pictures with their top-3 predictions.
+    memory_gib: what the scores of samples in their own verticals may take, 4 bytes each. Where they would take more, none is kept
+        (1 GiB waits to be counted) and the network looks at the images twice; the numbers are the same.
     """
 
-    runtime_fields = StageConfig.runtime_fields | {"batch_size", "num_workers", "accelerator"}
+    runtime_fields = StageConfig.runtime_fields | {"batch_size", "num_workers", "accelerator", "memory_gib"}
 
     name: str = "student"
     split: Literal["val", "test"] = "test"
@@ -49,6 +52,7 @@ class EvaluateConfig(StageConfig):
     accelerator: Literal["cpu", "gpu"] = "cpu"
     batch_size: pydantic.PositiveInt = 256
     num_workers: pydantic.NonNegativeInt = 0
+    memory_gib: pydantic.NonNegativeFloat = 8.0
 
     @property
     def output(self) -> Path:
@@ -74,13 +78,14 @@ def evaluate(config: EvaluateConfig) -> None:
         train = load_split(config.workdir / SHARDS, "train", taxonomy)
         outputs = slice(subject.first_output, subject.first_output + subject.taxonomy.num_classes)
         counts = {"num_train": train.count_smeared()[outputs], "num_test": split.count_smeared()[outputs]}
-        evaluator = Evaluator(subject.taxonomy, counts["num_train"])
+        evaluator = Evaluator(subject.taxonomy, counts["num_train"], _choose_num_passes(config, subject))
         ordinals, scores_NC = _score_samples(config, subject, evaluator, directory.path)
         content = evaluator.compute().to_json()
         content["classes"] = _describe_classes(subject.taxonomy, content.pop("ap_of_class"), counts)
         content |= _describe_cost(subject)
         content["num_samples_skipped"] = len(subject.ordinals) - len(ordinals)
         content["split"] = config.split
+        content["num_passes"] = evaluator.num_passes
         content["gallery"] = build_gallery(subject, config.gallery)
         if config.save_scores:
             _save_scores(config, subject, ordinals, scores_NC)
@@ -122,10 +127,16 @@ def _load_subject(config: EvaluateConfig, taxonomy: Taxonomy, split: Split, chec
     return Subject(networks, checkpoint, taxonomy, first_output, split, ordinals)
 
 
+def _choose_num_passes(config: EvaluateConfig, subject: Subject) -> Literal[1, 2]:
+    num_samples = [len(subject.split.routed(vertical)) for vertical in subject.taxonomy.verticals]
+    kept_bytes = measure_kept_bytes(subject.taxonomy.vertical_sizes, num_samples)
+    return 1 if kept_bytes <= config.memory_gib * 2**30 else 2
+
+
 def _score_samples(
     config: EvaluateConfig, subject: Subject, evaluator: Evaluator, path: Path
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Feeds the evaluator.
+    """Feeds the evaluator, in one pass or two.
 
     Returns:
         (N,) the ordinals of the samples whose image could be decoded, and where they are to be saved all scores (N, C)
@@ -137,20 +148,31 @@ def _score_samples(
     for size, reader in subject.build_readers().items():
         batches = StepBatches(reader, order, batch_size, accumulate=1, rank=0, world_size=1)
         loaders[size] = build_loader(batches, range(batches.steps_per_epoch), config.num_workers)
-    seen, kept = [], []
-    with Progress(f"evaluate {config.name}", len(order), "images", path) as progress:
-        for of_size in zip(*loaders.values(), strict=True):
-            batch = of_size[0]  # the others hold the same samples
-            is_real_B = torch.stack([each.weight_B > 0 for each in of_size]).all(0)
-            scores_BC = subject.score({size: each.images for size, each in zip(loaders, of_size, strict=True)})[
-                is_real_B
-            ]
-            evaluator.update(scores_BC, [subject.labels(int(ordinal)) for ordinal in batch.ordinal_B[is_real_B]])
-            seen.append(batch.ordinal_B[is_real_B].numpy())
-            if config.save_scores:
-                kept.append(scores_BC.numpy())
-            progress.advance(batch.global_count)
+    title = f"evaluate {config.name}" + (" in two passes" if evaluator.num_passes == 2 else "")
+    with Progress(title, evaluator.num_passes * len(order), "images", path) as progress:
+        seen, kept = _run_pass(loaders, subject, evaluator, progress, keep=config.save_scores)
+        if evaluator.num_passes == 2:
+            evaluator.begin_second_pass()
+            _run_pass(loaders, subject, evaluator, progress, keep=False)
     return np.concatenate(seen), np.concatenate(kept) if kept else None
+
+
+def _run_pass(
+    loaders: Mapping[int, Iterable[Batch]], subject: Subject, evaluator: Evaluator, progress: Progress, keep: bool
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Shows the evaluator all samples. Returns what `_score_samples` returns, batch by batch."""
+    seen, kept = [], []
+    for of_size in zip(*loaders.values(), strict=True):
+        batch = of_size[0]  # the others hold the same samples
+        is_real_B = torch.stack([each.weight_B > 0 for each in of_size]).all(0)
+        images = {size: each.images for size, each in zip(loaders, of_size, strict=True)}
+        scores_BC = subject.score(images)[is_real_B]
+        evaluator.update(scores_BC, [subject.labels(int(ordinal)) for ordinal in batch.ordinal_B[is_real_B]])
+        seen.append(batch.ordinal_B[is_real_B].numpy())
+        if keep:
+            kept.append(scores_BC.numpy())
+        progress.advance(batch.global_count)
+    return seen, kept
 
 
 def _describe_classes(taxonomy: Taxonomy, ap_C: list, counts: Mapping[str, np.ndarray]) -> list[dict]:

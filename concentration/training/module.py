@@ -88,6 +88,7 @@ class StudentModule(pl.LightningModule):
         return loss_B.sum()
 
     def on_validation_epoch_start(self) -> None:
+        # NOTE: one pass, which keeps the scores of the validation samples in their verticals; `evaluate` can do without.
         self._evaluator = Evaluator(self._taxonomy)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:

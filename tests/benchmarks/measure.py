@@ -9,6 +9,7 @@ import os
 import platform
 import subprocess
 import time
+import tracemalloc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -55,6 +56,15 @@ def time_once(side: Callable[[], object]) -> float:
     started = time.perf_counter()
     side()
     return time.perf_counter() - started
+
+
+def measure_mb(call: Callable[[], object]) -> float:
+    """The most memory that the call holds at a time, without what it was given."""
+    tracemalloc.start()
+    call()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak / 1e6
 
 
 def publish(name: str, title: str, comparisons: Sequence[Comparison]) -> None:

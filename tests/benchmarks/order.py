@@ -4,14 +4,12 @@ python tests/benchmarks/order.py
 """
 
 import tempfile
-import tracemalloc
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import webdataset
 from data import TAXONOMY, draw_photograph, encode_jpeg, write_split
-from measure import Comparison, publish, time_in_turns, time_once
+from measure import Comparison, measure_mb, publish, time_in_turns, time_once
 
 from concentration.data.index import index_shard
 from concentration.data.order import WindowOrder
@@ -64,15 +62,6 @@ def compare_seeking() -> list[Comparison]:
         Comparison("its memory", "MB", measure_mb(seek_with_ours), measure_mb(seek_with_a_permutation), reference_is),
         Comparison(f"the next {BATCH_SIZE} samples", "ms", next_ms, seek_ms, "our seeking"),
     ]
-
-
-def measure_mb(call: Callable[[], object]) -> float:
-    """The most memory that the call holds at a time, without what it was given."""
-    tracemalloc.start()
-    call()
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    return peak / 1e6
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ from scipy.special import log_softmax
 from sklearn.metrics import average_precision_score
 
 from concentration.errors import DataError
-from concentration.metrics import evaluation
-from concentration.metrics.evaluation import Evaluator
+from concentration.metrics import evaluation, vertical_samples
+from concentration.metrics.evaluation import Evaluator, measure_kept_bytes
 from concentration.metrics.ranking import MeanAveragePrecisionAtK
 from concentration.schema import flatten
 from concentration.taxonomy import Taxonomy, TaxonomyClass
@@ -54,7 +54,16 @@ def draw(seed, num_samples=120, tied=False):
 
 
 def evaluate(scores_BC, labels, batch_size=16, train_counts_C=None):
-    evaluator = Evaluator(TAXONOMY, train_counts_C)
+    return show(Evaluator(TAXONOMY, train_counts_C), scores_BC, labels, batch_size)
+
+
+def evaluate_twice(scores_BC, labels, train_counts_C=None):
+    evaluator = show(Evaluator(TAXONOMY, train_counts_C, num_passes=2), scores_BC, labels)
+    evaluator.begin_second_pass()
+    return show(evaluator, scores_BC, labels)
+
+
+def show(evaluator, scores_BC, labels, batch_size=16):
     for first in range(0, len(labels), batch_size):
         evaluator.update(scores_BC[first : first + batch_size], labels[first : first + batch_size])
     return evaluator
@@ -222,6 +231,55 @@ def test_order_batches_merging_and_travelling_as_state_change_nothing(tied):
     assert_same(merged.compute(), whole.compute())
 
 
+@pytest.mark.parametrize("max_waiting_rows", [5, 4096])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_two_passes_are_one(seed, tied, max_waiting_rows, monkeypatch):
+    monkeypatch.setattr(evaluation, "MIN_WAITING_ROWS", 1)
+    monkeypatch.setattr(evaluation, "MAX_WAITING_ROWS", max_waiting_rows)
+    scores_BC, labels = draw(seed, tied=tied)
+    scores_BC[7, :5] = scores_BC[8] = -np.inf
+    counts_C = np.arange(TAXONOMY.num_classes) * 15
+    once, twice = evaluate(scores_BC, labels, 16, counts_C), evaluate_twice(scores_BC, labels, counts_C)
+    assert once.compute().to_json() == twice.compute().to_json()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_two_passes_of_several_ranks_merged_are_one_pass(tied):
+    scores_BC, labels = draw(21, tied=tied)
+    merged = Evaluator(TAXONOMY, num_passes=2)
+    for pass_number in range(2):
+        ranks = [Evaluator.from_state(TAXONOMY, merged.state()) for _ in range(3)]
+        for rank, part in zip(
+            ranks, np.array_split(np.random.default_rng(pass_number).permutation(len(labels)), 3), strict=True
+        ):
+            show(rank, scores_BC[part], [labels[row] for row in part], batch_size=7)
+            merged.merge(Evaluator.from_state(TAXONOMY, rank.state()))
+        if pass_number == 0:
+            merged.begin_second_pass()
+    assert_same(merged.compute(), evaluate(scores_BC, labels).compute())
+
+
+def test_a_second_pass_that_was_left_out_or_saw_other_labels_is_an_error():
+    scores_BC, labels = draw(22)
+    evaluator = show(Evaluator(TAXONOMY, num_passes=2), scores_BC, labels)
+    with pytest.raises(DataError, match="second pass saw 0 samples"):
+        evaluator.compute()
+    evaluator.begin_second_pass()
+    show(evaluator, scores_BC, [*labels[1:], labels[0]])
+    with pytest.raises(DataError, match="second"):
+        evaluator.compute()
+
+
+def test_what_one_pass_keeps_is_known_before():
+    scores_BC, labels = draw(23)
+    counts = [
+        len({row for row, own in enumerate(labels) for o in own if IDS[o].startswith(v)}) for v in TAXONOMY.verticals
+    ]
+    held = [array.nbytes for name, array in evaluate(scores_BC, labels).state().items() if name.endswith("scores_NV")]
+    assert measure_kept_bytes(TAXONOMY.vertical_sizes, counts) == sum(held) + max(held)
+
+
 def test_a_state_is_a_copy_that_can_go_on_counting():
     scores_BC, labels = draw(12)
     first = evaluate(scores_BC[:60], labels[:60])
@@ -243,7 +301,7 @@ def test_tensors_of_any_float_type_are_taken():
 def test_log_sum_exp_in_blocks_of_samples_is_that_of_all(monkeypatch):
     scores_BC, labels = draw(14)
     expected = evaluate(scores_BC, labels).compute()
-    monkeypatch.setattr(evaluation, "ROWS_PER_BLOCK", 7)
+    monkeypatch.setattr(vertical_samples, "ROWS_PER_BLOCK", 7)
     assert_same(evaluate(scores_BC, labels).compute(), expected)
 
 

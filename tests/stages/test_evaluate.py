@@ -128,6 +128,25 @@ def test_an_unknown_name_lists_the_valid_ones(workdir):
         assert name in message
 
 
+@pytest.mark.parametrize("name", ["generalist", "specialists", "tools"])
+def test_two_passes_without_the_memory_for_scores_are_one_pass_with_it(workdir, name, tmp_path):
+    once = load_json(workdir / "evaluations" / f"{name}.json")
+    for part in ("shards", "students", "teachers"):
+        (tmp_path / part).symlink_to(workdir / part)
+    finished = concentrate("evaluate", f"name={name}", "memory_gib=0", "batch_size=25", f"workdir={tmp_path}",
+                           directory=tmp_path)  # fmt: skip
+    twice = load_json(tmp_path / "evaluations" / f"{name}.json")
+    assert (once.pop("num_passes"), twice.pop("num_passes")) == (1, 2)
+    assert twice == once
+    assert f"evaluate {name} in two passes: {2 * once['num_samples']}/" in finished.err
+
+
+def test_a_budget_that_was_raised_or_lowered_does_not_evaluate_again(workdir):
+    finished = concentrate("evaluate", "name=generalist", "save_scores=true", "memory_gib=0", f"workdir={workdir}",
+                           directory=workdir.parent)  # fmt: skip
+    assert "finished already" in finished.out
+
+
 def test_the_validation_split_is_evaluated_beside_the_test_split(workdir):
     before = (workdir / "evaluations/generalist.json").read_bytes()
     concentrate("evaluate", "name=generalist", "split=val", f"workdir={workdir}", directory=workdir.parent)
