@@ -186,8 +186,13 @@ def _sum_classes(values_RV: Tensor, class_weight_V: Tensor | None) -> Tensor:
 
 def scale_in_place(tensor: Tensor, factor: Tensor) -> None:
     """tensor *= factor, a number that is 1 as a rule, which then costs nothing."""
-    if factor.device.type != "cpu" or factor != 1:
+    if not (has_values_at_hand(factor) and factor == 1):
         tensor.mul_(factor)
+
+
+def has_values_at_hand(tensor: Tensor) -> bool:
+    """Whether a look at a value costs nothing. On a GPU it waits for all that was asked of it; torch's fake tensors have none."""
+    return tensor.device.type == "cpu" and type(tensor) is Tensor
 
 
 def multiply_weights(*factors: Tensor | None, like: Tensor) -> Tensor:

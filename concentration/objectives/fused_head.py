@@ -239,8 +239,8 @@ def _scale(found: _Gradients, upstream_B: Tensor) -> None:
     """
     upstream = upstream_B[0]
     is_one_number = (upstream_B == upstream).all() | upstream_B.isnan().any()
-    if upstream_B.device.type != "cpu":
-        torch._assert_async(is_one_number)  # no wait for the device
+    if not fused_block.has_values_at_hand(is_one_number):
+        torch._assert_async(is_one_number)
     elif not is_one_number:
         raise DataError(
             "the fused loss took its gradients with the loss, and its samples are weighed afterwards; expected one weight "
@@ -305,8 +305,8 @@ def _check_targets(targets: SoftTargets, num_samples: int, num_classes: int, num
             raise DataError(
                 f"fused loss: targets' {name} {tuple(tensor.shape)}, expected {(num_samples, num_verticals)}"
             )
-    if targets.index_BK.device.type != "cpu" or not targets.index_BK.numel():
-        return  # on other devices a look at values is a wait for the device; the loader's come from a CPU
+    if not fused_block.has_values_at_hand(targets.index_BK) or not targets.index_BK.numel():
+        return
     first, last = int(targets.index_BK.min()), int(targets.index_BK.max())
     if first < 0 or last >= num_classes:
         raise DataError(f"fused loss: targets name classes {first} to {last}; expected 0 to {num_classes - 1}")
