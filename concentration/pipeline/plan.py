@@ -73,7 +73,7 @@ class _Planner:
         self._config = config
         self._data = data
         self._speeds: dict[str, Speed] = {}  # by the name of the job that trains
-        self._obstacles: dict[str, str | None] = {}  # by verb, and student's name
+        self._obstacles: dict[str, str | None] = {}  # by student's job, and of all teachers
 
     def plan(self, jobs: Sequence[Job]) -> list[StagePlan]:
         return [self._plan_job(job) for job in jobs]
@@ -101,11 +101,11 @@ class _Planner:
         if isinstance(config, TeacherConfig):
             taxonomy = data.taxonomy.restrict(config.vertical)
             num_samples, shape = data.num_routed[config.vertical], describe_teacher_step(config, taxonomy)
-            kind = config.optimizer.kind, "teacher"  # the first is that of the largest vertical
+            key = "teacher"  # the first is that of the largest vertical, and stands for all
         else:
             assert isinstance(config, StudentConfig)
             taxonomy, num_samples = data.taxonomy, data.num_samples["train"]
-            shape, kind = describe_student_step(config, taxonomy), (config.optimizer.kind, config.name)
+            shape, key = describe_student_step(config, taxonomy), f"student {config.name}"
         batch_size = min(trainer.batch_size, num_samples)
         trainer = trainer.model_copy(update={"batch_size": batch_size})
         num_steps = count_steps(trainer, -(-num_samples // batch_size))
@@ -113,7 +113,6 @@ class _Planner:
         weight_bytes = sum(t.nbytes for t in build_without_weights(network).state_dict().values())
         copies = 1 + _STATE_COPIES[config.optimizer.kind] + (trainer.ema_decay is not None)
         written = StagePlan(job, num_steps * batch_size, weight_bytes, trainer.keep_checkpoints * copies * weight_bytes)
-        key = kind[1]
         if key not in self._obstacles:
             memory = plan_memory(network, config.optimizer, trainer, shape)
             self._obstacles[key] = find_obstacle(trainer, memory)

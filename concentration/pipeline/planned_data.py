@@ -27,14 +27,16 @@ _TAR_BLOCK = 512
 
 @dataclass(frozen=True)
 class PlannedData:
-    """
-    taxonomy: of all classes.
-    image_size: pixels of a side.
-    num_samples: by split.
-    num_routed: by vertical, the training samples with a label in it.
-    stored_bytes: of the shards, written or to be written; 0 where given shards are used where they lie.
-    write_seconds: to read an image at its source; None where that is done, or nothing is written.
-    read_seconds: to decode and crop an image; None where it was not measured.
+    """How many images there are, and how long one takes.
+
+    Attributes:
+        taxonomy: of all classes.
+        image_size: pixels of a side.
+        num_samples: by split.
+        num_routed: by vertical, the training samples with a label in it.
+        stored_bytes: of the shards, written or to be written; 0 where given shards are used where they lie.
+        write_seconds: to read an image at its source; None where that is done, or nothing is written.
+        read_seconds: to decode and crop an image; None where it was not measured.
     """
 
     taxonomy: Taxonomy
@@ -111,7 +113,7 @@ def _look_at_source(config: RunConfig) -> PlannedData:
     return PlannedData(
         taxonomy,
         config.data.image_size,
-        {name: count for name, count in Counter(splits).items()},
+        dict(Counter(splits)),
         {vertical: routed[vertical] for vertical in taxonomy.verticals},
         round(len(items) * _TAR_BLOCK * (3 + image_blocks)),
         write_seconds,
