@@ -1,5 +1,6 @@
 # make demo    the whole pipeline on drawn characters, a few minutes on two cores
 # make test    the default tests
+# make costs   docs/costs.md: parameters and multiply-adds of the papers' tables
 # make bench   tests/benchmarks: tables, and runs/bench/NAME.json
 VENV   ?= .venv
 PYTHON ?= python3
@@ -7,7 +8,7 @@ BIN     = $(VENV)/bin
 # The CPU is shared: one thread for each process, and several processes.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-long bench lint clean
+.PHONY: demo test test-long bench costs lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/concentrate run workdir=runs/demo
@@ -26,6 +27,9 @@ bench: $(VENV)/installed
 	$(BIN)/python tests/benchmarks/head.py
 	$(BIN)/python tests/benchmarks/student.py
 	$(BIN)/python tests/benchmarks/metrics.py
+
+costs: $(VENV)/installed
+	$(BIN)/python docs/costs.py
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -141,6 +141,21 @@ class TargetRecords:
         write_atomically(path, sort_metadata(content))
 
 
+def count_target_bytes(codec: Codec, vertical_size: int, top_k: int, num_rows: int, num_views: int) -> int:
+    """Bytes of the stored targets of `num_rows` samples of a vertical, without the files' headers.
+
+    `num_views` is 0 where they are of the centre view.
+    """
+    kept = min(top_k, vertical_size)
+    if codec == "packed":
+        record_bytes = PackedLayout(vertical_size, kept).record_bytes
+    else:
+        record_bytes = kept * ((2 if vertical_size <= 2**16 else 4) + 2) + 2
+    if num_views:
+        record_bytes += VIEW_BYTES
+    return num_rows * (2 + max(1, num_views) * record_bytes)
+
+
 class TargetFile:
     """A shard's stored targets, memory-mapped: any record is one look away, and nothing is read before it is asked for.
 

@@ -19,6 +19,7 @@ from concentration.targets import (
     SoftTargets,
     TargetFile,
     TargetRecords,
+    count_target_bytes,
     keep_top_k,
     load_arrays,
     load_metadata,
@@ -343,3 +344,22 @@ def test_bytes_text_and_mappings_are_written_into_new_directories(tmp_path):
         assert (tmp_path / "new" / "deep" / "file").read_bytes() == expected
     write_atomically(tmp_path / "file.json", {"a": ["größe"]})
     assert json.loads((tmp_path / "file.json").read_text()) == {"a": ["größe"]}
+
+
+@pytest.mark.parametrize("codec", ["plain", "packed"])
+@pytest.mark.parametrize(("vertical_size", "top_k"), [(5000, 100), (70_000, 100), (40, 100)])
+@pytest.mark.parametrize("num_views", [0, 2])
+def test_the_bytes_of_targets_are_known_before_they_are_made(tmp_path, codec, vertical_size, top_k, num_views):
+    num_rows, kept = 30, min(top_k, vertical_size)
+    num_records = num_rows * max(1, num_views)
+    records = TargetRecords(
+        np.arange(num_rows),
+        np.tile(np.arange(kept), (num_records, 1)),
+        np.full((num_records, kept), 0.5, dtype=np.float32),
+        np.zeros(num_records, dtype=np.float32),
+        np.zeros((num_records, 10), dtype=np.uint8) if num_views else None,
+    )
+    records.save(tmp_path / "targets", codec, vertical_size)
+    content = (tmp_path / "targets").read_bytes()
+    header = 8 + int.from_bytes(content[:8], "little")
+    assert count_target_bytes(codec, vertical_size, top_k, num_rows, num_views) == len(content) - header

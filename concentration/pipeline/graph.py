@@ -49,9 +49,10 @@ class RunConfig(StageConfig):
 
     name: of the student; several students may share teachers and targets.
     num_processes: jobs at a time on this machine; None is one per core.
+    plan: prints what every stage would read, write and take, and runs none.
     """
 
-    runtime_fields: ClassVar[frozenset[str]] = StageConfig.runtime_fields | {"launcher", "num_processes"}
+    runtime_fields: ClassVar[frozenset[str]] = StageConfig.runtime_fields | {"launcher", "num_processes", "plan"}
 
     seed: int = 0
     name: str = "student"
@@ -70,6 +71,7 @@ class RunConfig(StageConfig):
     samples_per_shard: pydantic.PositiveInt = 4000
     launcher: Literal["local"] = "local"
     num_processes: pydantic.PositiveInt | None = None
+    plan: bool = False
 
     @pydantic.model_validator(mode="after")
     def _check_name(self):

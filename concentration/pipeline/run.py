@@ -9,6 +9,7 @@ from rich.table import Table
 
 from concentration.pipeline.graph import GENERALIST, RunConfig, build_jobs, build_prepare_job
 from concentration.pipeline.local import LocalLauncher
+from concentration.pipeline.plan import print_run_plan
 from concentration.processes import count_cores
 from concentration.stages.evaluate import EVALUATIONS, SPECIALISTS
 from concentration.stages.prepare import DataOverrides, load_prepared
@@ -19,12 +20,16 @@ __all__ = ["RunConfig", "run"]
 
 
 def run(config: RunConfig) -> None:
-    """Runs all stages and prints what came out.
+    """Runs all stages and prints what came out, or with `plan` what they would take.
 
     Raises:
+        ConfigError: (with `plan`) nothing is known of the data yet.
         JobFailed: with what failed and why.
         Preempted: a signal asked to stop.
     """
+    if config.plan:
+        print_run_plan(config)
+        return
     command = shlex.join(["concentrate", *sys.argv[1:]])
     write_atomically(config.workdir / COMMAND_FILE, {"command": command})
     launcher = LocalLauncher(config.num_processes or count_cores())

@@ -11,12 +11,14 @@ from concentration.data.sample_targets import LabelTargets, SampleTargets, Store
 from concentration.errors import ConfigError
 from concentration.networks.routed_teachers import RoutedTeachers
 from concentration.schema import Config, hash_values
+from concentration.stages.plan import count_most_labels, print_training_plan
 from concentration.stages.prepare import SHARDS, PreparedData, load_prepared
 from concentration.stages.run_directory import RunDirectory
 from concentration.stages.targets import TARGETS, SoftTargetsConfig
-from concentration.stages.teacher import TEACHERS, identify_teachers, load_teachers
+from concentration.stages.teacher import TEACHERS, identify_teachers, load_teachers, measure_teachers
 from concentration.stages.train_network import NetworkStageConfig, Task, identify_base_checkpoint, train_network
 from concentration.taxonomy import Taxonomy
+from concentration.training.memory import StepShape
 
 STUDENTS = "students"
 
@@ -97,6 +99,9 @@ def student(config: StudentConfig) -> None:
     Raises:
         ConfigError, DataError, DivergedError, Preempted.
     """
+    if config.plan:
+        _print_plan(config)
+        return
     distributed.start("nccl" if config.trainer.accelerator == "gpu" else "gloo")
     prepared, taxonomy, fingerprint = load_prepared(config.workdir, config.data)
     directory = RunDirectory(config.workdir / STUDENTS / config.name)
@@ -122,6 +127,23 @@ def student(config: StudentConfig) -> None:
             teachers=_load_fitting_teachers(config, taxonomy, prepared) if config.targets.kind == "online" else None,
         )
         train_network(config, directory, task, prepared)
+
+
+def describe_step(config: StudentConfig, taxonomy: Taxonomy) -> StepShape:
+    """What a step's memory depends on beside the network."""
+    if config.targets.kind == "labels":
+        listed = count_most_labels(taxonomy) if config.smear is not False else 1
+    else:
+        listed = min(config.targets.top_k, max(taxonomy.vertical_sizes))
+    return StepShape(listed, has_background=config.tail == "spread", has_weight=config.outside_weight != 1)
+
+
+def _print_plan(config: StudentConfig) -> None:
+    """Raises: ConfigError where the data or teachers in the loop are not there."""
+    prepared, taxonomy, _ = load_prepared(config.workdir, config.data)
+    teachers_bytes = measure_teachers(config.workdir, taxonomy) if config.targets.kind == "online" else 0
+    shape = describe_step(config, taxonomy)
+    print_training_plan(config, f"student {config.name}", taxonomy, prepared.image_size, shape, teachers_bytes)
 
 
 def _build_targets(config: StudentConfig, split: Split, smear: bool) -> SampleTargets:

@@ -15,9 +15,11 @@ from concentration.networks.external import ExternalConfig, find_external_files
 from concentration.networks.external.teacher import ExternalTeacher, take_over
 from concentration.progress import Progress
 from concentration.schema import Config, hash_values
+from concentration.stages.plan import count_most_labels, print_training_plan
 from concentration.stages.prepare import SHARDS, DataOverrides, load_prepared
 from concentration.stages.run_directory import RunDirectory, StageConfig, hash_file
 from concentration.stages.train_network import (
+    NETWORK_FILE,
     NetworkStageConfig,
     Task,
     identify_base_checkpoint,
@@ -25,6 +27,7 @@ from concentration.stages.train_network import (
     train_network,
 )
 from concentration.taxonomy import Taxonomy
+from concentration.training.memory import StepShape
 
 TEACHERS = "teachers"
 
@@ -85,8 +88,25 @@ def load_teachers(workdir: Path, taxonomy: Taxonomy) -> list[Classifier]:
     return [load_network(workdir / TEACHERS / v, taxonomy.restrict(v)) for v in taxonomy.verticals]
 
 
+def measure_teachers(workdir: Path, taxonomy: Taxonomy) -> int:
+    """Bytes of the files of all verticals' teachers.
+
+    Raises:
+        ConfigError: one has not finished.
+    """
+    num_bytes = 0
+    for vertical in taxonomy.verticals:
+        directory = RunDirectory(workdir / TEACHERS / vertical)
+        files = directory.load_done(f"concentrate teacher vertical={vertical}").get("files", (NETWORK_FILE,))
+        num_bytes += sum((directory.path / name).stat().st_size for name in files)
+    return num_bytes
+
+
 def _train(config: TeacherConfig) -> None:
     """Trains with Equation 1."""
+    if config.plan:
+        _print_plan(config)
+        return
     distributed.start("nccl" if config.trainer.accelerator == "gpu" else "gloo")
     prepared, taxonomy, fingerprint = load_prepared(config.workdir, config.data)
     outputs = taxonomy.vertical_slice(config.vertical)
@@ -109,6 +129,18 @@ def _train(config: TeacherConfig) -> None:
             vertical=config.vertical,
         )
         train_network(config, directory, task, prepared)
+
+
+def describe_step(config: TeacherConfig, restricted: Taxonomy) -> StepShape:
+    """What a step's memory depends on beside the network; `restricted` is the taxonomy of the teacher's vertical."""
+    return StepShape(count_most_labels(restricted) if config.smear else 1)
+
+
+def _print_plan(config: TeacherConfig) -> None:
+    prepared, taxonomy, _ = load_prepared(config.workdir, config.data)
+    restricted = taxonomy.restrict(config.vertical)
+    shape = describe_step(config, restricted)
+    print_training_plan(config, f"teacher {config.vertical}", restricted, prepared.image_size, shape)
 
 
 def _take_over(config: ExternalTeacherConfig) -> None:

@@ -35,9 +35,12 @@ NETWORK_FILE = "model.safetensors"
 
 
 class NetworkStageConfig(StageConfig):
-    """The parts of a network and of its training."""
+    """The parts of a network and of its training.
 
-    runtime_fields = StageConfig.runtime_fields | {"logger"}
+    plan: prints what the network has and what a step of it needs, and trains nothing.
+    """
+
+    runtime_fields = StageConfig.runtime_fields | {"logger", "plan"}
 
     seed: int = 0
     data: DataOverrides = DataOverrides()
@@ -47,6 +50,7 @@ class NetworkStageConfig(StageConfig):
     optimizer: OptimizerConfig
     trainer: TrainerConfig
     logger: LoggerConfig = LoggerConfig()
+    plan: bool = False
 
 
 @dataclass(frozen=True)
@@ -159,11 +163,13 @@ def _check_unchanged(path: Path, expected: str | None, since: str) -> None:
 
 def build_network(config: NetworkStageConfig, taxonomy: Taxonomy, image_size: int) -> Student:
     """The untrained network of a config."""
+    return Student(describe_network(config, taxonomy, image_size))
+
+
+def describe_network(config: NetworkStageConfig, taxonomy: Taxonomy, image_size: int) -> NetworkConfig:
+    """The architecture of a config's network."""
     verticals = dict(zip(taxonomy.verticals, taxonomy.vertical_sizes, strict=True))
-    network = NetworkConfig(
-        base=config.base, top=config.top, pace=config.pace, image_size=image_size, verticals=verticals
-    )
-    return Student(network)
+    return NetworkConfig(base=config.base, top=config.top, pace=config.pace, image_size=image_size, verticals=verticals)
 
 
 def compute_class_weights(counts_C: np.ndarray) -> torch.Tensor:

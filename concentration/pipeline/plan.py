@@ -1,0 +1,245 @@
+"""`concentrate run plan=true`: what every stage would process and write, and how long it would take; nothing is run."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
+
+from concentration.networks.cost import build_without_weights
+from concentration.pipeline.graph import RunConfig, build_jobs, build_prepare_job
+from concentration.pipeline.jobs import Job
+from concentration.pipeline.planned_data import NUM_PROBED, PlannedData, look_at_data
+from concentration.pipeline.probe import NUM_TIMED, NUM_WARM_UP, Speed, find_obstacle, measure_speed
+from concentration.processes import count_cores
+from concentration.stages.evaluate import SPECIALISTS, EvaluateConfig
+from concentration.stages.prepare import PrepareConfig
+from concentration.stages.student import StudentConfig
+from concentration.stages.student import describe_step as describe_student_step
+from concentration.stages.targets import TargetsConfig
+from concentration.stages.teacher import TeacherConfig
+from concentration.stages.teacher import describe_step as describe_teacher_step
+from concentration.stages.train_network import NetworkStageConfig, describe_network
+from concentration.targets import count_target_bytes
+from concentration.training.fit import count_steps
+from concentration.training.memory import plan_memory
+
+#: Copies of the weights that an optimizer keeps, beside them.
+_STATE_COPIES = {"adagrad": 1, "adamw": 2, "sgd": 1}
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """What one job would process, write and take; None: not known, or not estimated.
+
+    Attributes:
+        num_images: a training's are its samples in all passes.
+        stored_bytes: what stays.
+        passing_bytes: beside it, of checkpoints while it runs.
+        seconds: of the job alone.
+        note: why there are no seconds.
+    """
+
+    job: Job
+    num_images: int | None = None
+    stored_bytes: int | None = None
+    passing_bytes: int | None = None
+    seconds: float | None = None
+    note: str = ""
+
+
+def print_run_plan(config: RunConfig) -> None:
+    """Measures for some seconds, and prints a line a stage.
+
+    Raises:
+        ConfigError: nothing is known of the data yet; or as the stages.
+    """
+    start = time.perf_counter()
+    data = look_at_data(config)
+    jobs = [build_prepare_job(config), *build_jobs(config, data.taxonomy)]
+    plans = _Planner(config, data).plan(jobs)
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(_tabulate(config, plans))
+    num_processes = config.num_processes or count_cores()
+    for line in _describe(config, data, plans, num_processes, time.perf_counter() - start):
+        console.print(line)
+
+
+class _Planner:
+    """Plans jobs in their order: a later one may need the speed of an earlier one's network."""
+
+    def __init__(self, config: RunConfig, data: PlannedData):
+        self._config = config
+        self._data = data
+        self._speeds: dict[str, Speed] = {}  # by the name of the job that trains
+        self._obstacles: dict[str, str | None] = {}  # by student's job, and of all teachers
+
+    def plan(self, jobs: Sequence[Job]) -> list[StagePlan]:
+        return [self._plan_job(job) for job in jobs]
+
+    def _plan_job(self, job: Job) -> StagePlan:
+        config = job.config
+        if isinstance(config, PrepareConfig):
+            return self._plan_prepare(job)
+        if isinstance(config, NetworkStageConfig):
+            return self._plan_training(job, config)
+        if isinstance(config, TargetsConfig):
+            return self._plan_targets(job, config)
+        if isinstance(config, EvaluateConfig):
+            return self._plan_evaluation(job, config)
+        return StagePlan(job)
+
+    def _plan_prepare(self, job: Job) -> StagePlan:
+        data, num_images = self._data, sum(self._data.num_samples.values())
+        num_processes = self._config.num_processes or count_cores()
+        seconds = None if data.write_seconds is None else num_images * data.write_seconds / num_processes
+        return StagePlan(job, num_images, data.stored_bytes, seconds=seconds)
+
+    def _plan_training(self, job: Job, config: NetworkStageConfig) -> StagePlan:
+        data, trainer = self._data, config.trainer
+        if isinstance(config, TeacherConfig):
+            taxonomy = data.taxonomy.restrict(config.vertical)
+            num_samples, shape = data.num_routed[config.vertical], describe_teacher_step(config, taxonomy)
+            key = "teacher"  # the first is that of the largest vertical, and stands for all
+        else:
+            assert isinstance(config, StudentConfig)
+            taxonomy, num_samples = data.taxonomy, data.num_samples["train"]
+            shape, key = describe_student_step(config, taxonomy), f"student {config.name}"
+        batch_size = min(trainer.batch_size, num_samples)
+        trainer = trainer.model_copy(update={"batch_size": batch_size})
+        num_steps = count_steps(trainer, -(-num_samples // batch_size))
+        network = describe_network(config, taxonomy, data.image_size)
+        weight_bytes = sum(t.nbytes for t in build_without_weights(network).state_dict().values())
+        copies = 1 + _STATE_COPIES[config.optimizer.kind] + (trainer.ema_decay is not None)
+        written = StagePlan(job, num_steps * batch_size, weight_bytes, trainer.keep_checkpoints * copies * weight_bytes)
+        if key not in self._obstacles:
+            memory = plan_memory(network, config.optimizer, trainer, shape)
+            self._obstacles[key] = find_obstacle(trainer, memory)
+        if obstacle := self._obstacles[key]:
+            return _with(written, note=obstacle)
+        world_size = trainer.devices * trainer.num_nodes
+        local_batch = -(-batch_size // (world_size * trainer.accumulate))
+        speed = self._speeds[job.name] = measure_speed(network, config.optimizer, trainer, shape, local_batch)
+        num_read = local_batch * trainer.accumulate
+        step_seconds = _overlap(speed.step_seconds, num_read, data.read_seconds, trainer.num_workers)
+        if isinstance(config, StudentConfig) and config.targets.kind == "online":
+            step_seconds += num_read * self._mean_teacher_seconds()
+        num_val = data.num_samples.get("val", 0) * (num_samples / data.num_samples["train"])
+        num_passes = num_steps * batch_size / num_samples / trainer.validate_every_epochs
+        return _with(written, seconds=num_steps * step_seconds + num_passes * num_val * self._ask_seconds(speed))
+
+    def _plan_targets(self, job: Job, config: TargetsConfig) -> StagePlan:
+        vertical, targets = config.vertical, config.targets
+        num_rows = self._data.num_routed[vertical]
+        size = self._data.taxonomy.vertical_sizes[self._data.taxonomy.vertical_number(vertical)]
+        stored = count_target_bytes(targets.codec, size, targets.top_k, num_rows, targets.views)
+        plan = StagePlan(job, num_rows * max(1, targets.views), stored)
+        speed = self._speeds.get(f"teacher {vertical}")
+        if speed is None:
+            return _with(plan, note="not measured")
+        return _with(plan, seconds=plan.num_images * self._ask_seconds(speed))
+
+    def _plan_evaluation(self, job: Job, config: EvaluateConfig) -> StagePlan:
+        num_images = self._data.num_samples.get("test", 0)
+        asked = (
+            [f"teacher {v}" for v in self._data.taxonomy.verticals]
+            if config.name == SPECIALISTS
+            else [f"student {config.name}"]
+        )
+        plan = StagePlan(job, num_images)
+        if not self._speeds.keys() >= set(asked):
+            return _with(plan, note="not measured")
+        answering = sum(self._speeds[name].answer_seconds for name in asked)
+        return _with(plan, seconds=num_images * (answering + (self._data.read_seconds or 0)))
+
+    def _ask_seconds(self, speed: Speed) -> float:
+        """Of an image that is read in the process that asks about it."""
+        return speed.answer_seconds + (self._data.read_seconds or 0)
+
+    def _mean_teacher_seconds(self) -> float:
+        speeds = [speed.answer_seconds for name, speed in self._speeds.items() if name.startswith("teacher ")]
+        return sum(speeds) / max(1, len(speeds))
+
+
+def _with(plan: StagePlan, seconds: float | None = None, note: str = "") -> StagePlan:
+    return StagePlan(plan.job, plan.num_images, plan.stored_bytes, plan.passing_bytes, seconds, note)
+
+
+def _overlap(step_seconds: float, num_images: int, read_seconds: float | None, num_workers: int) -> float:
+    """A step and the reading of its images: one after the other, or the slower of both where workers read ahead."""
+    reading = num_images * (read_seconds or 0)
+    return step_seconds + reading if num_workers == 0 else max(step_seconds, reading / num_workers)
+
+
+def schedule(plans: Sequence[StagePlan], num_processes: int) -> float:
+    """Seconds until the last job ends, with so many at a time and each after those that it waits for."""
+    waiting, ends, running, now = list(plans), {}, [], 0.0
+    names = {plan.job.name for plan in plans}
+    while waiting or running:
+        for plan in list(waiting):
+            is_due = all(ends.get(name, now + 1) <= now for name in plan.job.after if name in names)
+            if is_due and len(running) < num_processes:
+                waiting.remove(plan)
+                running.append((now + (plan.seconds or 0), plan.job.name))
+        running.sort()
+        now, name = running.pop(0)
+        ends[name] = now
+    return now
+
+
+def _tabulate(config: RunConfig, plans: Sequence[StagePlan]) -> Table:
+    table = Table(title=f"{config.workdir}: a plan; times are estimates", title_justify="left", show_footer=True)
+    left = [plan for plan in plans if plan.job.finished_at() is None]
+    stored = sum(plan.stored_bytes or 0 for plan in plans)
+    passing = max((plan.passing_bytes or 0 for plan in left), default=0)
+    seconds = sum(plan.seconds or 0 for plan in left)
+    table.add_column("stage", "all; time of what is left", no_wrap=True)
+    table.add_column("images", justify="right")
+    table.add_column("MiB kept", f"{stored / 2**20:,.1f}", justify="right")
+    table.add_column("MiB passing", f"<= {passing / 2**20:,.1f}", justify="right")
+    table.add_column("h:mm:ss", _format_hours(seconds), justify="right")
+    table.add_column("", min_width=12)
+    for plan in plans:
+        is_done = plan.job.finished_at() is not None
+        table.add_row(
+            plan.job.name,
+            "-" if plan.num_images is None else f"{plan.num_images:,}",
+            "-" if plan.stored_bytes is None else f"{plan.stored_bytes / 2**20:,.1f}",
+            "-" if plan.passing_bytes is None else f"{plan.passing_bytes / 2**20:,.1f}",
+            "-" if plan.seconds is None else _format_hours(plan.seconds),
+            "done" if is_done else plan.note,
+        )
+    return table
+
+
+def _format_hours(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
+
+
+def _describe(
+    config: RunConfig, data: PlannedData, plans: Sequence[StagePlan], num_processes: int, took_seconds: float
+) -> list[str]:
+    lines = []
+    left = [plan for plan in plans if plan.job.finished_at() is None]
+    is_partial = any(plan.note for plan in left)
+    lines.append(
+        f"{'at least ' if is_partial else ''}{_format_hours(schedule(left, num_processes))} with {num_processes} jobs at a time"
+        + (", without the stages that have a reason in the last column" if is_partial else "")
+    )
+    lines.append(
+        f"measured on this machine in {took_seconds:.0f} s: {NUM_TIMED} steps after {NUM_WARM_UP} of every network on random "
+        "images at its own batch, alone"
+    )
+    if data.read_seconds is None:
+        lines.append("not measured: reading, since the shards are remote")
+    else:
+        lines.append(f"  and {NUM_PROBED} images: {1 / data.read_seconds:,.0f} decoded a second by a process")
+    if any(job.job.processes > 1 for job in plans):
+        lines.append("  several processes are taken to be as fast as one with its share of the batch")
+    lines.append("passing are the checkpoints of a training, which are removed at its end")
+    lines.append(
+        "not in it: starting processes, checkpoints, metrics, the report, and what jobs side by side take from each other"
+    )
+    return lines

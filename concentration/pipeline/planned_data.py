@@ -1,0 +1,132 @@
+"""What the plan of a run knows of its data: from the shards where they are prepared, from the source's listing where not."""
+
+import time
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+
+from concentration.data.index import load_split
+from concentration.data.loader import SampleReader
+from concentration.data.sample_targets import LabelTargets
+from concentration.data.sources import build_source
+from concentration.data.sources.webdataset_shards import ShardsConfig
+from concentration.data.splits import SPLITS, assign_splits
+from concentration.data.views import ViewConfig, decode_view, draw_views
+from concentration.errors import ConfigError
+from concentration.pipeline.graph import RunConfig
+from concentration.stages.prepare import SHARDS, DataOverrides, load_prepared
+from concentration.stages.run_directory import RunDirectory
+from concentration.taxonomy import Taxonomy
+
+#: Images that are read and decoded to see how long it takes.
+NUM_PROBED = 64
+
+_TAR_BLOCK = 512
+
+
+@dataclass(frozen=True)
+class PlannedData:
+    """How many images there are, and how long one takes.
+
+    Attributes:
+        taxonomy: of all classes.
+        image_size: pixels of a side.
+        num_samples: by split.
+        num_routed: by vertical, the training samples with a label in it.
+        stored_bytes: of the shards, written or to be written; 0 where given shards are used where they lie.
+        write_seconds: to read an image at its source; None where that is done, or nothing is written.
+        read_seconds: to decode and crop an image; None where it was not measured.
+    """
+
+    taxonomy: Taxonomy
+    image_size: int
+    num_samples: dict[str, int]
+    num_routed: dict[str, int]
+    stored_bytes: int
+    write_seconds: float | None
+    read_seconds: float | None
+
+
+def look_at_data(config: RunConfig) -> PlannedData:
+    """Reads and writes nothing but a few images.
+
+    Raises:
+        ConfigError: the shards are given and not indexed yet.
+        DataError: the source is not what it should be.
+    """
+    directory = RunDirectory(config.workdir / SHARDS)
+    if (directory.path / "DONE.json").exists():
+        begun_with = directory.load_config().get("data")
+        if begun_with == config.data.model_dump(mode="json"):
+            return _look_at_shards(config)
+        if not config.overwrite:
+            raise ConfigError(
+                f"{directory.path}: prepared with another config of data; give that, or plan with overwrite=true"
+            )
+    if isinstance(config.data, ShardsConfig):
+        raise ConfigError(
+            f"plan=true with data=shards: how many images there are is known when they are indexed; run "
+            f"`concentrate prepare data=shards data.path={config.data.path} workdir={config.workdir}` first"
+        )
+    return _look_at_source(config)
+
+
+def _look_at_shards(config: RunConfig) -> PlannedData:
+    prepared, taxonomy, _ = load_prepared(config.workdir, DataOverrides())
+    done = RunDirectory(config.workdir / SHARDS).load_done("concentrate prepare", splits=dict)
+    facts = done["splits"]
+    split = load_split(config.workdir / SHARDS, "train", taxonomy)
+    seconds = None
+    if not split.is_remote:  # a remote shard would be fetched into the cache
+        reader = SampleReader(split, LabelTargets(split, smear=False), prepared.image_size, views=None, seed=0)
+        places = np.linspace(0, len(split) - 1, min(NUM_PROBED, len(split)), dtype=int)
+        seconds = _time_decoding([reader.read_encoded(int(o)) for o in places], prepared.view, prepared.image_size)
+    is_given = isinstance(config.data, ShardsConfig)
+    tars = [path for name in facts for path in (config.workdir / SHARDS).glob(f"{name}-*.tar")]
+    return PlannedData(
+        taxonomy,
+        prepared.image_size,
+        {name: facts.get(name, {"samples": 0})["samples"] for name in SPLITS},
+        facts["train"]["by_vertical"],
+        0 if is_given else sum(path.stat().st_size for path in tars),
+        None,
+        seconds,
+    )
+
+
+def _look_at_source(config: RunConfig) -> PlannedData:
+    source = build_source(config.data)
+    taxonomy, items = source.build_taxonomy(), source.list_items()
+    splits = assign_splits(items, source.split, {}).splits
+    vertical_of = {c.id: c.vertical for c in taxonomy.classes}
+    routed: Counter[str] = Counter()
+    for item, split in zip(items, splits, strict=True):
+        if split == "train":
+            routed.update({vertical_of[label] for label in item.labels})
+    start = time.perf_counter()
+    probed = [items[place] for place in np.linspace(0, len(items) - 1, min(NUM_PROBED, len(items)), dtype=int)]
+    contents = [source.read(item)[1] for item in probed]
+    write_seconds = (time.perf_counter() - start) / len(contents)
+    # A sample is two members, each a header and its content in whole blocks: the image, and less than a block of labels.
+    image_blocks = np.mean([-(-len(content) // _TAR_BLOCK) for content in contents])
+    return PlannedData(
+        taxonomy,
+        config.data.image_size,
+        dict(Counter(splits)),
+        {vertical: routed[vertical] for vertical in taxonomy.verticals},
+        round(len(items) * _TAR_BLOCK * (3 + image_blocks)),
+        write_seconds,
+        _time_decoding(contents, config.data.view, config.data.image_size),
+    )
+
+
+def _time_decoding(contents: list[bytes], view: ViewConfig, image_size: int) -> float:
+    """Seconds an image, of one process, the second time: the first loads libraries."""
+    views = draw_views(view, 0, 0, np.arange(len(contents)))
+    for _ in range(2):
+        start = time.perf_counter()
+        for row, content in enumerate(contents):
+            decode_view(content, views, row, image_size)
+        seconds = (time.perf_counter() - start) / len(contents)
+    return seconds

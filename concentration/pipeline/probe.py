@@ -1,0 +1,105 @@
+"""How long a step of a network takes on this machine: a few real steps on random images, before a run is begun."""
+
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from concentration.distributed import choose_device
+from concentration.networks.student import NetworkConfig, Student
+from concentration.targets import SoftTargets
+from concentration.training.fit import TrainerConfig
+from concentration.training.memory import MemoryPlan, StepShape
+from concentration.training.module import scale_loss
+from concentration.training.optimizers import ScheduleConfig, build_optimizer
+
+NUM_WARM_UP, NUM_TIMED = 2, 5
+#: A probe ends after this time, with the steps that it has, two at least.
+MAX_SECONDS = 10.0
+#: Of the free memory that a probe may take.
+_MEMORY_SHARE = 0.8
+
+
+class Speed(NamedTuple):
+    """Seconds of an optimizer's step of one process without reading, and of an image that is only asked about."""
+
+    step_seconds: float
+    answer_seconds: float
+
+
+def find_obstacle(trainer: TrainerConfig, memory: MemoryPlan) -> str | None:
+    """Why a step cannot be measured here; None where it can."""
+    if trainer.accelerator == "gpu" and not torch.cuda.is_available():
+        return "no GPU here"
+    free = _count_free_bytes(trainer)
+    if free is not None and memory.peak_bytes > _MEMORY_SHARE * free:
+        return f"needs {memory.peak_bytes / 2**30:,.1f} GiB, free are {free / 2**30:,.1f}"
+    return None
+
+
+def measure_speed(
+    network: NetworkConfig, optimizer: ScheduleConfig, trainer: TrainerConfig, shape: StepShape, local_batch: int
+) -> Speed:
+    """Measures; the caller has asked `find_obstacle`.
+
+    Raises: ConfigError, as `build_base`.
+    """
+    device = choose_device(trainer.accelerator)
+    student = Student(network).train().to(device)
+    stepper = build_optimizer(optimizer, student)
+    size, num_verticals = network.image_size, len(network.verticals)
+    images = torch.randint(0, 256, (local_batch, 3, size, size), dtype=torch.uint8, device=device)
+    index_BK = torch.randint(0, student.num_outputs, (local_batch, shape.targets_per_image))
+    targets = SoftTargets(
+        index_BK,
+        torch.full(index_BK.shape, 0.5),
+        torch.full((local_batch, num_verticals), 0.01) if shape.has_background else None,
+        torch.ones(local_batch, num_verticals) if shape.has_weight else None,
+    ).to(device)
+    weight_B = torch.ones(local_batch, device=device)
+    precision = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}[trainer.precision]
+
+    def step() -> None:
+        stepper.zero_grad()
+        for _ in range(trainer.accumulate):
+            with torch.autocast(device.type, dtype=precision, enabled=precision is not None):
+                loss_B = student(images, targets)
+            scale_loss(loss_B, weight_B, local_batch * trainer.accumulate, 1, 1).backward()
+        stepper.step()
+
+    @torch.inference_mode()
+    def answer() -> None:
+        student(images).sigmoid().cpu()
+
+    step_seconds = _time(step, device)
+    student.eval()
+    return Speed(step_seconds, _time(answer, device) / local_batch)
+
+
+def _time(work: Callable[[], None], device: torch.device) -> float:
+    """The median of some calls."""
+    begun, seconds = time.perf_counter(), []
+    for number in range(NUM_WARM_UP + NUM_TIMED):
+        start = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        if number >= NUM_WARM_UP:
+            seconds.append(time.perf_counter() - start)
+        if len(seconds) >= 2 and time.perf_counter() - begun > MAX_SECONDS:
+            break
+    return statistics.median(seconds)
+
+
+def _count_free_bytes(trainer: TrainerConfig) -> int | None:
+    """None where the system does not say."""
+    if trainer.accelerator == "gpu":
+        return torch.cuda.mem_get_info()[0]
+    path = Path("/proc/meminfo")
+    if not path.exists():
+        return None
+    [line] = [line for line in path.read_text().splitlines() if line.startswith("MemAvailable:")]
+    return int(line.split()[1]) * 1024

@@ -1,0 +1,233 @@
+"""What a training step needs of memory, found without asking for any: its allocations are counted on tensors without content.
+
+Two whole steps (forward, backward, optimizer) run on fake tensors, which have shapes and types and no memory. Every storage
+that comes to life is counted until it is let go, so what a layer keeps for its backward pass, or a loss needs for a moment, is
+known from what the code does and not from a formula. Not seen: what is used inside one operation (a convolution's workspace), and
+what an allocator rounds up or leaves unused between blocks.
+"""
+
+import weakref
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from concentration.distributed import slice_of_rank
+from concentration.errors import ConfigError
+from concentration.networks.cost import build_without_weights
+from concentration.networks.student import NetworkConfig, Student
+from concentration.targets import SoftTargets
+from concentration.training.fit import TrainerConfig
+from concentration.training.optimizers import ScheduleConfig, build_optimizer
+
+Moment = Literal["forward", "backward", "optimizer"]
+MOMENTS: tuple[Moment, ...] = get_args(Moment)
+
+#: In the order in which they are shown.
+Part = Literal[
+    "parameters", "buffers", "gradients", "optimizer state", "moving average", "DDP's buckets", "batch", "activations",
+    "temporary",
+]  # fmt: skip
+PARTS: tuple[Part, ...] = get_args(Part)
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """What the memory of a training step depends on beside network, optimizer and trainer.
+
+    targets_per_image: listed classes of a sample.
+    has_background, has_weight: whether targets have a background, and weights by vertical.
+    """
+
+    targets_per_image: int
+    has_background: bool = False
+    has_weight: bool = False
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes of one process.
+
+    at_peak: by moment of a step, the bytes of each part when that moment needs the most.
+    local_batch: images of a micro-batch.
+    """
+
+    at_peak: dict[Moment, dict[Part, int]]
+    local_batch: int
+
+    @property
+    def moment(self) -> Moment:
+        """The one that needs the most."""
+        return max(MOMENTS, key=self.total)
+
+    def total(self, moment: Moment) -> int:
+        return sum(self.at_peak[moment].values())
+
+    @property
+    def peak_bytes(self) -> int:
+        return self.total(self.moment)
+
+
+def plan_memory(
+    network: NetworkConfig, optimizer: ScheduleConfig, trainer: TrainerConfig, shape: StepShape
+) -> MemoryPlan:
+    """The memory of a step of the first process, as every step after the first has it.
+
+    Raises:
+        ConfigError: as `build_base`, or the batch is too small for the processes.
+    """
+    world_size = trainer.devices * trainer.num_nodes
+    if trainer.batch_size < world_size * trainer.accumulate:
+        raise ConfigError(
+            f"trainer.batch_size={trainer.batch_size} is too small for {world_size} processes with "
+            f"{trainer.accumulate} micro-batches each; use fewer processes or a larger batch"
+        )
+    of_rank = slice_of_rank(trainer.batch_size, world_size - 1, world_size)  # the last rank has the largest share
+    local_batch = -(-(of_rank.stop - of_rank.start) // trainer.accumulate)
+    empty = build_without_weights(network)
+    with FakeTensorMode(allow_non_fake_inputs=True), _Ledger() as ledger:
+        student = empty.to_empty(device="cpu").train()
+        ledger.file("parameters", student.parameters())
+        ledger.file("buffers", student.buffers())
+        if trainer.class_weight != "none":
+            student.class_weight_C = torch.empty(student.num_outputs)
+            ledger.file("buffers", [student.class_weight_C])
+        images, targets = _make_batch(student, local_batch, shape)
+        ledger.file("batch", [images, *(part for part in vars(targets).values() if part is not None)])
+        average = [torch.empty_like(t) for t in student.state_dict().values()] if trainer.ema_decay else []
+        ledger.file("moving average", average)
+        buckets = [torch.empty_like(parameter) for parameter in student.parameters()] if world_size > 1 else []
+        ledger.file("DDP's buckets", buckets)
+        stepper = build_optimizer(optimizer, student)
+        for group in stepper.param_groups:  # as torch chooses by the device: all parameters at once on a GPU
+            group["foreach"] = trainer.accelerator == "gpu"
+        for _ in range(2):  # the first step has no gradients of the one before, and makes the optimizer's state
+            at_peak = _run_step(ledger, student, stepper, trainer, images, targets)
+    return MemoryPlan(at_peak, local_batch)
+
+
+def _make_batch(student: Student, num_images: int, shape: StepShape) -> tuple[Tensor, SoftTargets]:
+    size, num_verticals = student.image_size, len(student.config.verticals)
+    targets = SoftTargets(
+        index_BK=torch.zeros(num_images, shape.targets_per_image, dtype=torch.int64),
+        probability_BK=torch.zeros(num_images, shape.targets_per_image),
+        background_BM=torch.zeros(num_images, num_verticals) if shape.has_background else None,
+        weight_BM=torch.zeros(num_images, num_verticals) if shape.has_weight else None,
+    )
+    return torch.zeros(num_images, 3, size, size, dtype=torch.uint8), targets
+
+
+def _run_step(
+    ledger: "_Ledger",
+    student: Student,
+    stepper: torch.optim.Optimizer,
+    trainer: TrainerConfig,
+    images: Tensor,
+    targets: SoftTargets,
+) -> dict[Moment, dict[Part, int]]:
+    """One step, in the order in which Lightning does it; returns the bytes at each moment's peak."""
+    precision = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}[trainer.precision]
+    peaks: dict[Moment, _Peak] = {}
+    for number in range(trainer.accumulate):
+        ledger.begin_moment()
+        with torch.autocast("cpu", dtype=precision, enabled=precision is not None):
+            loss = student(images, targets).sum()
+        kept = set(ledger.alive())
+        _keep_higher(peaks, "forward", ledger.end_moment(kept))
+        if number == 0:
+            stepper.zero_grad()  # NOTE: after the forward pass, which so stands beside the last step's gradients
+        ledger.begin_moment()
+        loss.backward()
+        ledger.file("gradients", (p.grad for p in student.parameters() if p.grad is not None))
+        _keep_higher(peaks, "backward", ledger.end_moment(kept))
+        del loss
+    ledger.begin_moment()
+    if trainer.clip_norm is not None:
+        torch.nn.utils.clip_grad_norm_(student.parameters(), trainer.clip_norm)
+    stepper.step()
+    ledger.file("optimizer state", (t for t in tree_leaves(list(stepper.state.values())) if isinstance(t, Tensor)))
+    peaks["optimizer"] = ledger.end_moment(set())
+    return {moment: ledger.sort(peak) for moment, peak in peaks.items()}
+
+
+@dataclass(frozen=True)
+class _Peak:
+    """The storages that were alive when a moment needed the most: number and bytes; and which of them a backward pass keeps."""
+
+    bytes_of: dict[int, int]
+    kept: set[int]
+
+    @property
+    def total(self) -> int:
+        return sum(self.bytes_of.values())
+
+
+def _keep_higher(peaks: dict[Moment, _Peak], moment: Moment, peak: _Peak) -> None:
+    if moment not in peaks or peak.total > peaks[moment].total:
+        peaks[moment] = peak
+
+
+class _Ledger(TorchDispatchMode):
+    """Follows every storage from its first operation until nothing holds it."""
+
+    def __init__(self):
+        super().__init__()
+        self._number_of: dict[int, int] = {}  # by the storage's id, which another may have after it
+        self._references: dict[int, weakref.ref] = {}
+        self._alive: dict[int, int] = {}
+        self._part_of: dict[int, Part] = {}
+        self._num_seen = self._bytes = self._peak_bytes = 0
+        self._peak: dict[int, int] = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in _tensors_in(result):
+            self._see(tensor)
+        return result
+
+    def file(self, part: Part, tensors: Iterable[Tensor]) -> None:
+        """Says what these tensors are."""
+        for tensor in tensors:
+            self._part_of[self._see(tensor)] = part
+
+    def alive(self) -> Iterator[int]:
+        return iter(self._alive)
+
+    def begin_moment(self) -> None:
+        self._peak_bytes, self._peak = self._bytes, dict(self._alive)
+
+    def end_moment(self, kept: set[int]) -> _Peak:
+        return _Peak(self._peak, kept)
+
+    def sort(self, peak: _Peak) -> dict[Part, int]:
+        """The bytes of each part; what no one has filed are activations where they were kept, and temporary else."""
+        bytes_of = dict.fromkeys(PARTS, 0)
+        for number, size in peak.bytes_of.items():
+            bytes_of[self._part_of.get(number, "activations" if number in peak.kept else "temporary")] += size
+        return bytes_of
+
+    def _see(self, tensor: Tensor) -> int:
+        storage = tensor.untyped_storage()
+        key = id(storage)
+        if key not in self._number_of:
+            self._num_seen += 1
+            number = self._number_of[key] = self._num_seen
+            self._alive[number] = storage.nbytes()
+            self._references[number] = weakref.ref(storage, lambda _: self._forget(key, number))
+            self._bytes += storage.nbytes()
+            if self._bytes > self._peak_bytes:
+                self._peak_bytes, self._peak = self._bytes, dict(self._alive)
+        return self._number_of[key]
+
+    def _forget(self, key: int, number: int) -> None:
+        self._bytes -= self._alive.pop(number)
+        del self._number_of[key], self._references[number]
+
+
+def _tensors_in(result: object) -> Iterator[Tensor]:
+    return (leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
