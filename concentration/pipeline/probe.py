@@ -11,9 +11,9 @@ import torch
 from concentration.distributed import choose_device
 from concentration.networks.student import NetworkConfig, Student
 from concentration.targets import SoftTargets
+from concentration.training.backward_updates import BackwardUpdates
 from concentration.training.fit import TrainerConfig
 from concentration.training.memory import MemoryPlan, StepShape
-from concentration.training.module import scale_loss
 from concentration.training.optimizers import ScheduleConfig, build_optimizer
 
 NUM_WARM_UP, NUM_TIMED = 2, 5
@@ -49,7 +49,8 @@ def measure_speed(
     """
     device = choose_device(trainer.accelerator)
     student = Student(network).train().to(device)
-    stepper = build_optimizer(optimizer, student)
+    updates = BackwardUpdates(student, optimizer, 1) if trainer.update_in_backward else None
+    stepper = build_optimizer(optimizer, student, updates.weights if updates else ())
     size, num_verticals = network.image_size, len(network.verticals)
     images = torch.randint(0, 256, (local_batch, 3, size, size), dtype=torch.uint8, device=device)
     index_BK = torch.randint(0, student.num_outputs, (local_batch, shape.targets_per_image))
@@ -59,15 +60,15 @@ def measure_speed(
         torch.full((local_batch, num_verticals), 0.01) if shape.has_background else None,
         torch.ones(local_batch, num_verticals) if shape.has_weight else None,
     ).to(device)
-    weight_B = torch.ones(local_batch, device=device)
+    weight_B = torch.full((local_batch,), 1 / (local_batch * trainer.accumulate), device=device)
     precision = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}[trainer.precision]
 
     def step() -> None:
         stepper.zero_grad()
         for _ in range(trainer.accumulate):
             with torch.autocast(device.type, dtype=precision, enabled=precision is not None):
-                loss_B = student(images, targets)
-            scale_loss(loss_B, weight_B, local_batch * trainer.accumulate, 1, 1).backward()
+                loss_B = student(images, targets, weight_B)
+            loss_B.sum().backward()
         stepper.step()
 
     @torch.inference_mode()

@@ -20,14 +20,20 @@ class BackwardUpdates:
         config: of the optimizer; the learning rate follows the same schedule.
         total_steps: of the whole run.
         count_steps: gives the number of steps taken so far.
+
+    Attributes:
+        weights: the parameters that it steps.
     """
 
-    def __init__(self, student: Student, config: ScheduleConfig, total_steps: int, count_steps: Callable[[], int]):
+    def __init__(
+        self, student: Student, config: ScheduleConfig, total_steps: int, count_steps: Callable[[], int] = lambda: 0
+    ):
         student.gradients = "backward"
         self._config = config
         self._total_steps = total_steps
         self._count_steps = count_steps
-        verticals = zip(student.config.verticals, classifier_weights(student), strict=True)
+        self.weights = [classify.weight for classify in student.top.classifiers]
+        verticals = zip(student.config.verticals, self.weights, strict=True)
         self._optimizers = {vertical: self._attach(weight_VS) for vertical, weight_VS in verticals}
 
     def state_dict(self) -> dict[str, dict]:
@@ -49,8 +55,3 @@ class BackwardUpdates:
 
         weight_VS.register_post_accumulate_grad_hook(step)
         return optimizer
-
-
-def classifier_weights(student: Student) -> list[nn.Parameter]:
-    """(V, S) of every vertical."""
-    return [classify.weight for classify in student.top.classifiers]

@@ -22,6 +22,7 @@ from concentration.errors import ConfigError
 from concentration.networks.cost import build_without_weights
 from concentration.networks.student import NetworkConfig, Student
 from concentration.targets import SoftTargets
+from concentration.training.backward_updates import BackwardUpdates
 from concentration.training.fit import TrainerConfig
 from concentration.training.optimizers import ScheduleConfig, build_optimizer
 
@@ -103,11 +104,12 @@ def plan_memory(
         ledger.file("moving average", average)
         buckets = [torch.empty_like(parameter) for parameter in student.parameters()] if world_size > 1 else []
         ledger.file("DDP's buckets", buckets)
-        stepper = build_optimizer(optimizer, student)
+        updates = BackwardUpdates(student, optimizer, 1) if trainer.update_in_backward else None
+        stepper = build_optimizer(optimizer, student, updates.weights if updates else ())
         for group in stepper.param_groups:  # as torch chooses by the device: all parameters at once on a GPU
             group["foreach"] = trainer.accelerator == "gpu"
         for _ in range(2):  # the first step has no gradients of the one before, and makes the optimizer's state
-            at_peak = _run_step(ledger, student, stepper, trainer, images, targets)
+            at_peak = _run_step(ledger, student, stepper, updates, trainer, images, targets)
     return MemoryPlan(at_peak, local_batch)
 
 
@@ -126,6 +128,7 @@ def _run_step(
     ledger: "_Ledger",
     student: Student,
     stepper: torch.optim.Optimizer,
+    updates: BackwardUpdates | None,
     trainer: TrainerConfig,
     images: Tensor,
     targets: SoftTargets,
@@ -150,7 +153,8 @@ def _run_step(
     if trainer.clip_norm is not None:
         torch.nn.utils.clip_grad_norm_(student.parameters(), trainer.clip_norm)
     stepper.step()
-    ledger.file("optimizer state", (t for t in tree_leaves(list(stepper.state.values())) if isinstance(t, Tensor)))
+    state = [list(stepper.state.values()), updates.state_dict() if updates else {}]
+    ledger.file("optimizer state", _tensors_in(state))
     peaks["optimizer"] = ledger.end_moment(set())
     return {moment: ledger.sort(peak) for moment, peak in peaks.items()}
 

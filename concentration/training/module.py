@@ -15,7 +15,7 @@ from concentration.metrics.evaluation import Evaluator
 from concentration.networks.routed_teachers import RoutedTeachers
 from concentration.networks.student import Student
 from concentration.taxonomy import Taxonomy
-from concentration.training.backward_updates import BackwardUpdates, classifier_weights
+from concentration.training.backward_updates import BackwardUpdates
 from concentration.training.optimizers import ScheduleConfig, build_optimizer, build_schedule
 
 
@@ -60,7 +60,7 @@ class StudentModule(pl.LightningModule):
         self.latest_batch: Batch | None = None
 
     def configure_optimizers(self):
-        left_out = classifier_weights(self.student) if self._updates else ()
+        left_out = self._updates.weights if self._updates else ()
         optimizer = build_optimizer(self._optimizer, self.student, left_out)
         schedule = build_schedule(self._optimizer, optimizer, self._total_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -26,7 +26,7 @@ from concentration.networks.pace import PaceConfig
 from concentration.networks.student import NetworkConfig, Student
 from concentration.networks.top_layers import TopConfig
 from concentration.targets import SoftTargets
-from concentration.training.backward_updates import BackwardUpdates, classifier_weights
+from concentration.training.backward_updates import BackwardUpdates
 from concentration.training.optimizers import AdagradConfig, build_optimizer
 
 IMAGE_SIZE, NUM_VERTICALS, NUM_LISTED = 224, 20, 100
@@ -96,11 +96,8 @@ def build_step(num_classes: int, update_in_backward: bool, batch_size: int, is_r
         return build_reference_step(config, images)
     student = Student(config)
     adagrad = AdagradConfig(lr=1e-3)
-    left_out = []
-    if update_in_backward:
-        BackwardUpdates(student, adagrad, 10, lambda: 0)
-        left_out = classifier_weights(student)
-    optimizer = build_optimizer(adagrad, student, left_out)
+    updates = BackwardUpdates(student, adagrad, 1) if update_in_backward else None
+    optimizer = build_optimizer(adagrad, student, updates.weights if updates else ())
     vertical_B1 = torch.randint(NUM_VERTICALS, (batch_size, 1))
     index_BK = vertical_B1 * share + torch.randint(share, (batch_size, NUM_LISTED))
     targets = SoftTargets(index_BK, torch.rand(batch_size, NUM_LISTED) ** 4)

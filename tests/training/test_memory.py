@@ -13,6 +13,7 @@ from concentration.errors import ConfigError
 from concentration.networks.student import NetworkConfig, Student
 from concentration.schema import parse_config
 from concentration.targets import SoftTargets
+from concentration.training.backward_updates import BackwardUpdates
 from concentration.training.fit import TrainerConfig
 from concentration.training.memory import MOMENTS, StepShape, plan_memory
 from concentration.training.optimizers import OptimizerConfig, build_optimizer
@@ -43,7 +44,8 @@ def run_steps(network, optimizer, trainer, shape, num_steps=3, device="cpu") -> 
     student = Student(network).train().to(device)
     if trainer.class_weight != "none":
         student.class_weight_C = torch.ones(student.num_outputs, device=device)
-    stepper = build_optimizer(optimizer, student)
+    updates = BackwardUpdates(student, optimizer, num_steps) if trainer.update_in_backward else None
+    stepper = build_optimizer(optimizer, student, updates.weights if updates else ())
     for group in stepper.param_groups:
         group["foreach"] = trainer.accelerator == "gpu"
     num_images, num_verticals = trainer.batch_size // trainer.accumulate, len(network.verticals)
@@ -92,6 +94,7 @@ def measure_allocated(network, optimizer, trainer, shape) -> int:
         ({}, "adamw", {"accelerator": "gpu", "clip_norm": 1.0}, {}),  # as on a GPU: all parameters at once
         ({}, "adagrad", {"class_weight": "inverse_sqrt"}, {"has_background": True, "has_weight": True}),
         ({}, "adagrad", {"precision": "bf16-mixed"}, {}),
+        (LARGE, "adamw", {"update_in_backward": True}, {}),
         ({"base": {"kind": "inception_v2", "end_point": "mixed3b"}, "image_size": 64}, "adagrad", {}, {}),
         ({"base": {"kind": "timm", "name": "vit_tiny_patch16_224"}, "image_size": 64}, "adamw", {}, {}),
     ],
