@@ -7,7 +7,7 @@ import contextlib
 import json
 import os
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
@@ -258,12 +258,24 @@ def sort_metadata(content: bytes) -> bytes:
     NOTE: the library writes them in an order that changes from run to run; but files are known by their hash, so the same
     arrays must give the same bytes.
     """
-    size = int.from_bytes(content[:8], "little")
-    header = json.loads(content[8 : 8 + size])
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the format aligns the arrays so
-    return len(text).to_bytes(8, "little") + text + content[8 + size :]
+    stop = 8 + int.from_bytes(content[:8], "little")
+    return content[:8] + _sort_header(content[8:stop]) + content[stop:]
+
+
+def sort_metadata_of_file(path: Path) -> None:
+    """`sort_metadata` in place, without reading the arrays."""
+    with open(path, "r+b") as file:
+        header = file.read(int.from_bytes(file.read(8), "little"))
+        file.seek(8)
+        file.write(_sort_header(header))
+
+
+def _sort_header(header: bytes) -> bytes:
+    entries = json.loads(header)
+    entries["__metadata__"] = dict(sorted(entries["__metadata__"].items()))
+    text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode().ljust(len(header))
+    assert len(text) == len(header), "the library writes its header in another form than this"
+    return text
 
 
 def load_arrays(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
@@ -348,17 +360,26 @@ def write_atomically(path: Path, content: bytes | str | Mapping) -> None:
         content = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
     if isinstance(content, str):
         content = content.encode()
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Gives another path to write to; when that is done, it takes the place of `path`, whole and safe on the disk.
+
+    Raises:
+        DataError: it cannot be written; the old file is as it was.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
+        yield temporary
+        with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
+    except (OSError, safetensors.SafetensorError) as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise DataError(
-            f"{path}: cannot be written ({error.strerror}); free space or correct the permissions"
-        ) from None
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise DataError(f"{path}: cannot be written ({reason}); free space or correct the permissions") from None

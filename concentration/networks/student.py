@@ -19,7 +19,7 @@ from concentration.networks.top_layers import TopConfig, TopLayers
 from concentration.objectives.fused_block import HeadParameters
 from concentration.objectives.fused_head import GradientTime, fused_loss_by_vertical
 from concentration.schema import Config, parse_config, parse_json
-from concentration.targets import SoftTargets, load_metadata, sort_metadata, write_atomically
+from concentration.targets import SoftTargets, load_metadata, replacing, sort_metadata_of_file
 
 
 class NetworkConfig(Config):
@@ -116,7 +116,9 @@ class Student(nn.Module):
         """Writes weights and architecture as one safetensors file, whole or not at all."""
         header = {"network": self.config.model_dump_json(), **metadata}
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        write_atomically(path, sort_metadata(safetensors.torch.save(tensors, header)))
+        with replacing(path) as temporary:
+            safetensors.torch.save_file(tensors, temporary, header)
+            sort_metadata_of_file(temporary)
 
     def load_base(self, path: Path) -> None:
         """Takes the base network's weights from another network's file.

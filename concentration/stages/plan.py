@@ -16,9 +16,6 @@ from concentration.training.memory import MOMENTS, PARTS, MemoryPlan, Moment, St
 
 MIB = 2**20
 
-#: The weights, and three times their bytes on the way into the file (measured: 751 MiB for 188).
-WRITING_COPIES = 4
-
 _MOMENT_NAMES: dict[Moment, str] = {
     "forward": "at the end of the forward pass",
     "backward": "in the backward pass",
@@ -91,7 +88,6 @@ def _tabulate_memory(config: NetworkStageConfig, image_size: int, memory: Memory
 
 def _describe_peak(config: NetworkStageConfig, memory: MemoryPlan, teachers_bytes: int) -> list[str]:
     total = memory.peak_bytes + teachers_bytes
-    file_bytes = memory.at_peak[memory.moment]["parameters"] + memory.at_peak[memory.moment]["buffers"]
     lines = []
     if teachers_bytes:
         lines.append(f"teachers in the loop: {teachers_bytes / MIB:,.1f} MiB of weights beside it")
@@ -111,9 +107,6 @@ def _describe_peak(config: NetworkStageConfig, memory: MemoryPlan, teachers_byte
         if torch.cuda.is_available():
             free, _ = torch.cuda.mem_get_info()
             lines.append(f"  free on this GPU: {free / MIB:,.0f} MiB")
-    lines.append(
-        f"  writing the finished network takes {WRITING_COPIES * file_bytes / MIB:,.1f} MiB of the machine's memory"
-    )
     return lines
 
 
