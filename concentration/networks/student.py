@@ -132,6 +132,17 @@ class Student(nn.Module):
         ]
         return self.sharding.sum_by_vertical(gamma_P * gamma_P.new_tensor(shares))
 
+    def held_square_norm(self) -> Tensor:
+        """() the squared norm of the gradients of this rank's part of the head; over ranks, every number counts once."""
+        squares = [p.grad.square().sum() for p in self.top.classifiers.parameters() if p.grad is not None]
+        for name, parameter in self.pace.named_parameters():
+            if parameter.grad is not None:
+                square = parameter.grad.square()
+                if not self.pace.is_per_class(name):  # each rank that holds a part of the vertical has the same number
+                    square = square / square.new_tensor(self.sharding.num_holders)
+                squares.append(square.sum())
+        return torch.stack(squares).sum()
+
     def normalise_images(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) float32 with the mean and deviation that the base network expects."""
         if images.dtype == torch.uint8:

@@ -28,6 +28,7 @@ from concentration.schema import parse_config
 from concentration.targets import SoftTargets
 
 NUM_STEPS = 3
+HEAD = ("top.classifiers.", "pace.")
 # The processes are forked from one that has imported torch already.
 multiprocessing.set_forkserver_preload(["concentration.networks.student"])
 
@@ -77,6 +78,9 @@ def test_ranks_give_the_losses_gradients_weights_and_logits_of_one_process(world
             assert_close(gathered, expected[quantity], f"{case} {quantity}")
         for quantity in ("gradients", "weights"):
             assert_close_parts([of_rank[quantity] for of_rank in found], expected[quantity], f"{case} {quantity}")
+        of_head = [whole for name, [(_, whole)] in expected["gradients"].items() if name.startswith(HEAD)]
+        square = torch.stack([of_rank["held_square"] for of_rank in found]).sum()
+        assert_close(square, torch.nn.utils.get_total_norm(of_head).square(), f"{case} norm of the gradient")
         assert all(torch.equal(of_rank["gamma_M"], found[0]["gamma_M"]) for of_rank in found)
         assert_close(found[0]["gamma_M"], expected["gamma_M"], f"{case} gamma")
 
@@ -101,12 +105,12 @@ def train(case: Case, world_size: int, rank: int | None) -> dict:
     share = 1 / sum(case.counts[:world_size])
     if rank is not None:
         student.shard_head()
-        ignored = [name for name in student.state_dict() if name.startswith(("top.classifiers.", "pace."))]
+        ignored = [name for name in student.state_dict() if name.startswith(HEAD)]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(student, ignored)
         network = DistributedDataParallel(student)
         share *= world_size  # what training.module.share_of_sample says: DistributedDataParallel takes the mean
     optimizer = torch.optim.Adagrad(student.parameters(), lr=0.05, initial_accumulator_value=0.1)
-    losses, vertical_losses, gradients = [], [], {}
+    losses, vertical_losses, gradients, held_square = [], [], {}, None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fused_head, "BLOCK_ELEMENTS", case.block_elements)
         for step in range(NUM_STEPS):
@@ -122,6 +126,7 @@ def train(case: Case, world_size: int, rank: int | None) -> dict:
             vertical_losses.append(student.vertical_loss_M / share)
             if step == 0:
                 gradients = {name: p.grad.clone() for name, p in student.named_parameters()}
+                held_square = student.held_square_norm() if rank is not None else None
             optimizer.step()
     student.eval()
     with torch.no_grad():
@@ -132,6 +137,7 @@ def train(case: Case, world_size: int, rank: int | None) -> dict:
         "logits": logits_BC.double()[None],
         "gradients": place(student, gradients),
         "weights": place(student, student.state_dict()),
+        "held_square": held_square,
         "sent": dict(student.sharding.sent) if student.sharding is not None else {},
         "gamma_M": student.gamma_by_vertical().double() if case.pace["kind"] != "none" else torch.zeros(1),
     }
