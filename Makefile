@@ -23,6 +23,7 @@ bench: $(VENV)/installed
 	$(BIN)/python tests/benchmarks/order.py
 	$(BIN)/python tests/benchmarks/records.py
 	$(BIN)/python tests/benchmarks/targets.py
+	$(BIN)/python tests/benchmarks/sharded_head.py
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
