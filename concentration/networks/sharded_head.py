@@ -37,7 +37,8 @@ from concentration.objectives.fused_block import ClassRange, HeadParameters
 from concentration.objectives.fused_head import GradientTime, check_targets, fused_vertical_loss
 from concentration.targets import SoftTargets
 
-#: Samples of a block of a vertical that is cut, at least: with fewer, more time goes into the sums over ranks than into them.
+#: Samples of a block of a vertical that is cut, at least: with fewer, time goes into waiting for sums over ranks. (Of 400,000
+#: classes on two gloo processes a step took 0.50 s; 0.61 with the 5 samples that a cache holds, 0.54 with 64.)
 LEAST_BLOCK_SAMPLES = 16
 
 
