@@ -25,8 +25,9 @@ def plan_shards(vertical_sizes: Sequence[int], world_size: int) -> list[list[Par
 
     A class costs the same wherever it is (a row of the classifier, and a column of logits), so the cost of a part is its
     classes. A vertical of more than an even share of all classes is cut into equal pieces that are not; then the largest
-    piece goes to the rank that has the least, and so on (Graham 1969: no rank gets more than 4/3 of the best plan's
-    largest). The pieces of a vertical that come to one rank are consecutive, hence one part. Equal arguments give equal plans.
+    piece goes to the rank that has the least, and so on (Graham 1969: no rank gets more than 4/3 of what the fullest has in
+    the best plan of these pieces). The pieces of a vertical that come to one rank are consecutive, hence one part. Equal
+    arguments give equal plans.
 
     Raises:
         ConfigError: fewer classes than ranks.

@@ -14,8 +14,9 @@ All-to-all with a share for each pair of ranks, not all-gather and reduce-scatte
 numbers of samples, and because with top=fc_sc and sc_sc each rank needs its own verticals' blocks only: the bytes are those of
 an all-gather where all verticals share their features (fc_fc), and fewer elsewhere.
 
-Top-2 is not spread: its share of the top's parameters is small where a head is large enough for this (at a million classes and
-the sizes of Table 1, 42 of 554 million), and its outputs are smaller than its inputs once there are more than two ranks.
+Top-2 is not spread: where a head is large enough for this, its share of the parameters is small (42 of 592 million, for a million
+classes and FC4096-SC512), and to move its outputs, (W-1)/W M s2 numbers a sample over W ranks, is less than to move its
+inputs, (W-1) s1, from three ranks on at these sizes.
 
 Shapes: B this rank's samples, G all ranks' samples, T all top-2 outputs, t those that a rank needs, K kept classes, M verticals,
 C all classes, P the parts that a rank holds (`head_plan.Part`).

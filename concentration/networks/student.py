@@ -161,10 +161,6 @@ class Student(nn.Module):
         else:
             self.pace.set_prior(logit_C)
 
-    def _compute_held_logits(self, top2: Tensor) -> list[Tensor]:
-        """(B, V) of every vertical, or of the parts of them that are here."""
-        return self.pace(self.top.classify(top2))
-
     def save(self, path: Path, metadata: Mapping[str, str]) -> None:
         """Writes weights and architecture as one safetensors file, whole or not at all."""
         assert self.sharding is None, "a part of a network is no network"
@@ -190,6 +186,10 @@ class Student(nn.Module):
                     f"base.checkpoint={path}: another base network: {name!r} is {have}, expected {want}; give the same base=..."
                 )
         self.base.load_state_dict(found)
+
+    def _compute_held_logits(self, top2: Tensor) -> list[Tensor]:
+        """(B, V) of every vertical, or of the parts of them that are here."""
+        return self.pace(self.top.classify(top2))
 
 
 def load_student(path: Path) -> Student:
