@@ -2,8 +2,9 @@
 
 python tests/benchmarks/head.py            some 10 minutes on one CPU core
 
-20 verticals of 500 to 20,000 classes (ten times that for a million), 512 features each, 100 listed classes a sample. Sides are
-timed in turns in one process, in seconds of the processor; peak memory is measured in a process for each side, beyond what parameters and inputs take.
+20 verticals of 500 to 20,000 classes (ten times that for a million), 512 features each, 100 listed classes a sample. Sides
+are timed in turns in one process, in seconds of the processor; peak memory is measured in a process for each side, beyond what
+parameters and inputs take.
 
 Shapes: B samples, M verticals, S features of a classifier, K listed classes.
 """
