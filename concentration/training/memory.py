@@ -112,7 +112,7 @@ def plan_memory(
         updates = BackwardUpdates(student, optimizer, 1) if trainer.update_in_backward else None
         stepper = build_optimizer(optimizer, student, updates.weights if updates else ())
         for group in stepper.param_groups:  # as torch chooses by the device: all parameters at once on a GPU
-            group["foreach"] = trainer.accelerator == "gpu"
+            group["foreach"], group["fused"] = trainer.accelerator == "gpu", trainer.accelerator == "cpu"
         for _ in range(2):  # the first step has no gradients of the one before, and makes the optimizer's state
             at_peak = _run_step(ledger, student, stepper, updates, trainer, images, targets)
     return MemoryPlan(at_peak, local_batch)

@@ -12,14 +12,13 @@ Shapes: B samples, M verticals, S features of a classifier, K listed classes.
 import argparse
 import ctypes
 import json
-import resource
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from measure import Comparison, cpu_seconds, publish, take_best
+from measure import Comparison, cpu_seconds, publish, resident_bytes, take_best
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.utils.hooks import RemovableHandle
@@ -29,6 +28,7 @@ from concentration.objectives.fused_block import HeadParameters
 from concentration.objectives.fused_head import fused_loss_by_vertical
 from concentration.objectives.sigmoid_cross_entropy import sigmoid_cross_entropy_by_vertical
 from concentration.targets import SoftTargets
+from concentration.training.optimizers import AdagradConfig
 
 VERTICAL_SIZES = (20_000, 15_500, 12_000, 9_500, 7_500, 6_000, 5_000, 4_000, 3_500, 3_000,
                   2_500, 2_300, 2_000, 1_700, 1_500, 1_200, 900, 800, 600, 500)  # fmt: skip
@@ -56,6 +56,13 @@ class Head:
         logits = [linear(*of_vertical) for of_vertical in zip(hidden, self.weights, self.biases, strict=True)]
         return sigmoid_cross_entropy_by_vertical(self.pace(logits), self.targets).sum()
 
+    def products_alone(self) -> None:
+        """The three matrix products of forward and backward, without which no head can do."""
+        with torch.no_grad():
+            for hidden_BS, weight_VS in zip(self.hidden.split(WIDTH, dim=1), self.weights, strict=True):
+                logits_BV = hidden_BS @ weight_VS.T
+                _ = logits_BV.T @ hidden_BS, logits_BV @ weight_VS
+
     def fused_loss(self, gradients: str = "forward") -> Tensor:
         verticals = zip(self.weights, self.biases, self.pace.by_vertical(), strict=True)
         parameters = [HeadParameters(weight, bias, *pace) for weight, bias, pace in verticals]
@@ -81,9 +88,8 @@ def main() -> None:
         side, batch_size, times = arguments.peak
         print(json.dumps(measure_peak(side, int(batch_size), int(times))))
         return
-    comparisons = [
-        row for batch_size in arguments.batch for row in compare(batch_size, 1, ["fused", "compiled"], "plain")
-    ]
+    sides = ["fused", "compiled", "products alone"]
+    comparisons = [row for batch_size in arguments.batch for row in compare(batch_size, 1, sides, "plain")]
     if not arguments.no_million:
         comparisons += compare(64, 10, ["fused step", "update in backward"], "plain step")
     title = f"{len(VERTICAL_SIZES)} verticals, {WIDTH} features each, K={NUM_LISTED}; float32, one thread"
@@ -95,7 +101,7 @@ def compare(batch_size: int, times: int, sides: list[str], reference: str) -> li
     head = build_head(batch_size, times)
     names = [reference, *sides]
     runs = {name: build_side(name, head) for name in names}
-    seconds = take_best({name: lambda run=run: cpu_seconds(run) for name, run in runs.items()}, num_turns=4)
+    seconds = take_best({name: lambda run=run: cpu_seconds(run) for name, run in runs.items()}, num_turns=3)
     del runs
     del head
     megabytes = {name: peak_in_fresh_process(name, batch_size, times) / 1e6 for name in names}
@@ -131,6 +137,8 @@ def build_side(name: str, head: Head) -> Callable[[], None]:
     """Forward and backward, and in `STEPS` the optimizer's step, too."""
     if name in STEPS:
         return build_step(name, head)
+    if name == "products alone":
+        return head.products_alone
     loss_of = {"plain": head.plain_loss, "fused": head.fused_loss}.get(name)
     if name == "compiled":
         loss_of = torch.compile(head.plain_loss, dynamic=False)
@@ -145,12 +153,14 @@ def build_side(name: str, head: Head) -> Callable[[], None]:
 
 
 def build_step(name: str, head: Head) -> Callable[[], None]:
-    """With Adagrad, the paper's optimizer."""
-    if name == "update in backward":
-        early = [torch.optim.Adagrad([weight], lr=1e-3) for weight in head.weights]
-        rest = torch.optim.Adagrad([*head.biases, *head.pace.parameters()], lr=1e-3)
-    else:
+    """With Adagrad, the paper's optimizer: as torch builds it beside the plain loss, as we build it beside ours."""
+    if name == "plain step":
         early, rest = [], torch.optim.Adagrad(head.parameters, lr=1e-3)
+    elif name == "fused step":
+        early, rest = [], build_adagrad(head.parameters)
+    else:
+        early = [build_adagrad([weight]) for weight in head.weights]
+        rest = build_adagrad([*head.biases, *head.pace.parameters()])
 
     def run() -> None:
         hooks = [step_in_backward(optimizer) for optimizer in early]
@@ -162,6 +172,10 @@ def build_step(name: str, head: Head) -> Callable[[], None]:
             hook.remove()
 
     return run
+
+
+def build_adagrad(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    return AdagradConfig(lr=1e-3).build([{"params": parameters}])
 
 
 def step_in_backward(optimizer: torch.optim.Optimizer) -> RemovableHandle:
@@ -185,14 +199,9 @@ def measure_peak(side: str, batch_size: int, times: int) -> int:
     head = build_head(batch_size, times)
     run = build_side(side, head)
     ctypes.CDLL(None).malloc_trim(0)  # what the C library has not given back would be missing in the difference
-    before = current_bytes()
+    before = resident_bytes("VmRSS")
     run()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
-
-
-def current_bytes() -> int:
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * resource.getpagesize()
+    return resident_bytes("VmHWM") - before
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -63,6 +64,15 @@ def cpu_seconds(call: Callable[[], object]) -> float:
     started = time.process_time()
     call()
     return time.process_time() - started
+
+
+def resident_bytes(which: Literal["VmRSS", "VmHWM"]) -> int:
+    """The memory that this process has, or had at most.
+
+    NOTE: not `ru_maxrss`, in which a process begins with what its parent had.
+    """
+    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{which}:")]
+    return int(line.split()[1]) * 1024
 
 
 def measure_mb(call: Callable[[], object]) -> float:

@@ -11,13 +11,12 @@ Shapes: B images.
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 from collections.abc import Callable
 
 import torch
-from measure import Comparison, cpu_seconds, publish
+from measure import Comparison, cpu_seconds, publish, resident_bytes
 from torch import nn
 
 from concentration.networks.bases import build_base
@@ -73,8 +72,7 @@ def measure_in_fresh_process(side: str, batch_size: int) -> dict:
 def measure(side: str, batch_size: int) -> dict:
     step = build_step(*SIDES[side], batch_size, is_reference=side == REFERENCE)
     seconds = [cpu_seconds(step) for _ in range(3)]
-    peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"seconds": min(seconds), "peak_bytes": peak_bytes}
+    return {"seconds": min(seconds), "peak_bytes": resident_bytes("VmHWM")}
 
 
 def build_step(num_classes: int, update_in_backward: bool, batch_size: int, is_reference: bool) -> Callable[[], None]:

@@ -47,7 +47,7 @@ def run_steps(network, optimizer, trainer, shape, num_steps=3, device="cpu") -> 
     updates = BackwardUpdates(student, optimizer, num_steps) if trainer.update_in_backward else None
     stepper = build_optimizer(optimizer, student, updates.weights if updates else ())
     for group in stepper.param_groups:
-        group["foreach"] = trainer.accelerator == "gpu"
+        group["foreach"], group["fused"] = trainer.accelerator == "gpu", trainer.accelerator == "cpu"
     num_images, num_verticals = trainer.batch_size // trainer.accumulate, len(network.verticals)
     images = torch.zeros(num_images, 3, network.image_size, network.image_size, dtype=torch.uint8)
     targets = SoftTargets(
