@@ -27,6 +27,7 @@ bench: $(VENV)/installed
 	$(BIN)/python tests/benchmarks/head.py
 	$(BIN)/python tests/benchmarks/student.py
 	$(BIN)/python tests/benchmarks/metrics.py
+	$(BIN)/python tests/benchmarks/sharded_head.py
 
 costs: $(VENV)/installed
 	$(BIN)/python docs/costs.py

@@ -1,7 +1,8 @@
 """Ranks and sums over them; every function also works in a single process."""
 
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
@@ -45,6 +46,45 @@ def sum_over_ranks(value: Tensor) -> Tensor:
     value = value.clone()
     dist.all_reduce(value)
     return value
+
+
+def all_to_all(tensors: Sequence[Tensor], shapes: Sequence[Sequence[int]]) -> list[Tensor]:
+    """What every rank has sent here, in rank order; `tensors[r]` is sent to rank r.
+
+    Args:
+        tensors: one for each rank, all of one type.
+        shapes: of what each rank sends here, which both sides know.
+    """
+    if not _is_distributed():
+        return [tensor.view(*shape) for tensor, shape in zip(tensors, shapes, strict=True)]
+    # As bytes: gloo does not move every type.
+    sent = torch.cat([tensor.reshape(-1) for tensor in tensors]).view(torch.uint8)
+    sizes = [math.prod(shape) for shape in shapes]
+    received = torch.empty(sum(sizes), dtype=tensors[0].dtype, device=tensors[0].device)
+    num_bytes = received.element_size()
+    dist.all_to_all_single(
+        received.view(torch.uint8),
+        sent,
+        [size * num_bytes for size in sizes],
+        [tensor.numel() * num_bytes for tensor in tensors],
+    )
+    return [part.view(*shape) for part, shape in zip(received.split(sizes), shapes, strict=True)]
+
+
+def gather_sizes(sizes: Sequence[int], device: torch.device) -> list[list[int]]:
+    """Every rank's `sizes`, in rank order; on a GPU this waits for it."""
+    if not _is_distributed():
+        return [list(sizes)]
+    own = torch.tensor([int(size) for size in sizes], device=device)
+    gathered = [torch.empty_like(own) for _ in range(world_size())]
+    dist.all_gather(gathered, own)
+    return torch.stack(gathered).tolist()
+
+
+def wait_for_all() -> None:
+    """Returns when every rank has come here."""
+    if _is_distributed():
+        dist.barrier()
 
 
 def broadcast_flag(flag: bool, device: torch.device) -> bool:

@@ -268,9 +268,13 @@ def _record_samples(path: Path) -> None:
 
 
 def start_ranks(
-    arguments: Sequence[str], directory: Path, world_size: int, environment_of_rank: Sequence[Mapping[str, str]]
+    arguments: Sequence[str],
+    directory: Path,
+    world_size: int,
+    environment_of_rank: Sequence[Mapping[str, str]],
+    plant: Plant | None = None,
 ) -> list[Running]:
-    """The processes that torchrun would start on one machine."""
+    """The processes that torchrun would start on one machine; the plant is rank 0's."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -278,7 +282,10 @@ def start_ranks(
               "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GROUP_RANK": "0"}  # fmt: skip
     return [
         Running(
-            arguments, directory, {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank), **environment_of_rank[rank]}
+            arguments,
+            directory,
+            {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank), **environment_of_rank[rank]},
+            plant if rank == 0 else None,
         )
         for rank in range(world_size)
     ]

@@ -24,6 +24,9 @@ def test_one_process_is_rank_zero_of_one_and_sums_to_itself():
     assert distributed.broadcast_flag(True, CPU) is True
     assert distributed.broadcast_flag(False, CPU) is False
     assert distributed.gather_objects({"a": 1}) == [{"a": 1}]
+    assert distributed.gather_sizes([3, 4], CPU) == [[3, 4]]
+    assert [tensor.tolist() for tensor in distributed.all_to_all([value], [(2, 1)])] == [[[1.0], [2.0]]]
+    distributed.wait_for_all()
     assert distributed.from_rank_zero(lambda: "computed") == "computed"
     with pytest.raises(ConfigError, match="no"):
         distributed.from_rank_zero(_refuse)
@@ -68,6 +71,16 @@ def _check_rank(rank: int, port: int, directory: Path) -> None:
     assert distributed.broadcast_flag(rank == 0, CPU) is True  # rank 0's True, rank 1's False
     assert distributed.broadcast_flag(rank == 1, CPU) is False
     assert distributed.gather_objects({"rank": rank}) == [{"rank": 0}, {"rank": 1}]
+
+    assert distributed.gather_sizes([rank, 7], CPU) == [[0, 7], [1, 7]]
+    for dtype in (torch.float64, torch.bfloat16, torch.int32):
+        # Rank r sends (r + 1, 2) to rank 0 and nothing to rank 1, which sends (2, 2) to rank 0.
+        sent = [torch.full((rank + 1, 2), 5 + rank, dtype=dtype), torch.empty(0, 2, dtype=dtype)]
+        received = distributed.all_to_all(sent, [(1, 2), (2, 2)] if rank == 0 else [(0, 2), (0, 2)])
+        assert [tensor.dtype for tensor in received] == [dtype, dtype]
+        expected = [[[5, 5]], [[6, 6], [6, 6]]] if rank == 0 else [[], []]
+        assert [tensor.tolist() for tensor in received] == expected
+    distributed.wait_for_all()
 
     def compute() -> list[int]:
         (directory / f"computed-by-{rank}").touch()

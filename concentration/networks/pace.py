@@ -11,7 +11,8 @@ import pydantic
 import torch
 from torch import Tensor, nn
 
-from concentration.objectives.fused_block import EPSILON
+from concentration.networks.head_plan import Part
+from concentration.objectives.fused_block import EPSILON, ClassRange
 from concentration.schema import Config
 
 
@@ -56,6 +57,8 @@ class Pace(nn.Module):
         super().__init__()
         self.vertical_sizes = list(vertical_sizes)
         self.config = config
+        #: Where only a part of the classes is here, which; then sizes and parameters are of these (`sharded_head`).
+        self.ranges: list[ClassRange | None] = [None] * len(vertical_sizes)
         sizes = torch.tensor(self.vertical_sizes, dtype=torch.float32)
         start_M = sizes.sqrt() if config.init == "sqrt" else torch.full_like(sizes, config.init)
         start = start_M
@@ -80,8 +83,8 @@ class Pace(nn.Module):
         if self.config.kind == "none":
             return list(logits)
         paced = []
-        for (gamma, offset), logits_BV in zip(self.by_vertical(), logits, strict=True):
-            paced_BV = gamma * normalise(logits_BV)
+        for (gamma, offset), logits_BV, classes in zip(self.by_vertical(), logits, self.ranges, strict=True):
+            paced_BV = gamma * normalise(logits_BV, classes)
             paced.append(paced_BV if offset is None else paced_BV + offset)
         return paced
 
@@ -90,9 +93,9 @@ class Pace(nn.Module):
         nothing = [None] * len(self.vertical_sizes)
         gammas, offsets = nothing, nothing
         if self.config.kind != "none":
-            gammas = self._by_vertical(self.compute_gamma(), per_class=self.config.kind == "class")
+            gammas = self._by_vertical(self.compute_gamma(), self.is_per_class("gamma"))
         if self.config.offset != "none":
-            offsets = self._by_vertical(self.offset, per_class=self.config.offset == "class")
+            offsets = self._by_vertical(self.offset, self.is_per_class("offset"))
         return list(zip(gammas, offsets, strict=True))
 
     def compute_gamma(self) -> Tensor:
@@ -101,8 +104,23 @@ class Pace(nn.Module):
 
     def gamma_by_vertical(self) -> Tensor:
         """(M,): gamma, or its mean over a vertical's classes; for logs."""
-        gammas = self._by_vertical(self.compute_gamma().detach(), per_class=self.config.kind == "class")
+        gammas = self._by_vertical(self.compute_gamma().detach(), self.is_per_class("gamma"))
         return torch.stack([gamma.mean() for gamma in gammas])
+
+    def is_per_class(self, name: str) -> bool:
+        """Whether this parameter or buffer has a number for every class; else it has one for every vertical."""
+        return (self.config.offset if name == "offset" else self.config.kind) == "class"
+
+    @torch.no_grad()
+    def keep(self, parts: Sequence[Part], ranges: Sequence[ClassRange]) -> None:
+        """Drops the numbers of all classes and verticals but these parts'; `ranges` are the same parts."""
+        by_class = torch.cat(
+            [torch.arange(len(part)) + classes.start for part, classes in zip(parts, ranges, strict=True)]
+        )
+        by_part = torch.tensor([part.vertical for part in parts])
+        for name, values in (*self.named_parameters(), *self.named_buffers()):
+            values.data = values.data[(by_class if self.is_per_class(name) else by_part).to(values.device)]
+        self.vertical_sizes, self.ranges = [len(part) for part in parts], list(ranges)
 
     def set_prior(self, logit_C: Tensor) -> None:
         """Starts the offsets at given logits (C,): each class's, or a vertical's mean probability as a logit."""
@@ -121,11 +139,19 @@ class Pace(nn.Module):
         return values.split(self.vertical_sizes) if per_class else values.unbind()
 
 
-def normalise(logits_BV: Tensor) -> Tensor:
-    """x / sqrt(sum x^2 + N_v * EPSILON) in float32 at least: the L2-normalisation of Equation 3, with a finite slope at x = 0."""
+def normalise(logits_BV: Tensor, classes: ClassRange | None = None) -> Tensor:
+    """x / sqrt(sum x^2 + N_v * EPSILON) in float32 at least: the L2-normalisation of Equation 3, with a finite slope at x = 0.
+
+    `classes` says which classes of a vertical these are where they are not all.
+    """
     # NOTE: F.normalize clamps the norm instead, and its slope explodes near x = 0.
     logits_BV = logits_BV.to(torch.promote_types(logits_BV.dtype, torch.float32))
-    return logits_BV / (logits_BV.square().sum(1, keepdim=True) + logits_BV.shape[1] * EPSILON).sqrt()
+    square_B1, size = logits_BV.square().sum(1, keepdim=True), logits_BV.shape[1]
+    if classes is not None:
+        size = classes.vertical_size
+        if classes.sum_over_shards is not None:
+            square_B1 = classes.sum_over_shards(square_B1)
+    return logits_BV / (square_B1 + size * EPSILON).sqrt()
 
 
 def lowest_loss_without_offset(vertical_size: int, gamma: float) -> float:

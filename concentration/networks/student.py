@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from concentration.errors import ConfigError, DataError
 from concentration.networks.bases import BaseConfig, build_base
 from concentration.networks.pace import Pace, PaceConfig
+from concentration.networks.sharded_head import ShardedHead
 from concentration.networks.top_layers import TopConfig, TopLayers
 from concentration.objectives.fused_block import HeadParameters
 from concentration.objectives.fused_head import GradientTime, fused_loss_by_vertical
@@ -56,6 +57,8 @@ class Student(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
         self.register_buffer("class_weight_C", None, persistent=False)
         self.gradients: GradientTime = "forward"
+        #: Where each rank has a part of the head only; see `shard_head`.
+        self.sharding: ShardedHead | None = None
         # The latest step's loss by vertical, summed over samples, for logs: a forward pass returns only what DDP should see.
         self.register_buffer("vertical_loss_M", torch.zeros(len(vertical_sizes)), persistent=False)
 
@@ -74,17 +77,24 @@ class Student(nn.Module):
     def forward(self, images: Tensor, targets: SoftTargets | None = None, weight_B: Tensor | None = None) -> Tensor:
         if targets is None:
             return torch.cat(self.compute_logits(images), dim=1).float()
-        hidden = self.top.hidden(self.base(self.normalise_images(images)))
+        top2_BT = self.top.compute_top2(self.base(self.normalise_images(images)))
         if weight_B is not None:
-            targets = targets.weighted(weight_B, len(hidden))
+            targets = targets.weighted(weight_B, len(self.config.verticals))
         # The readable form is sigmoid_cross_entropy_by_vertical(self.compute_logits(images), targets, self.class_weight_C).
-        loss_BM = fused_loss_by_vertical(hidden, self.head_parameters(), targets, self.class_weight_C, self.gradients)
+        head = self.head_parameters(), targets, self.class_weight_C, self.gradients
+        if self.sharding is None:
+            loss_BM = fused_loss_by_vertical(self.top.split_top2(top2_BT), *head)
+        else:
+            loss_BM = self.sharding.loss_by_vertical(top2_BT, self.top.split_top2, *head)
         self.vertical_loss_M.copy_(loss_BM.detach().sum(0))
         return loss_BM.sum(1)
 
     def compute_logits(self, images: Tensor) -> list[Tensor]:
         """Logits per vertical, (B, V)."""
-        return self.pace(self.top(self.base(self.normalise_images(images))))
+        top2_BT = self.top.compute_top2(self.base(self.normalise_images(images)))
+        if self.sharding is None:
+            return self._compute_held_logits(top2_BT)
+        return self.sharding.compute_logits(top2_BT, self._compute_held_logits)
 
     def head_parameters(self) -> list[HeadParameters]:
         """Classifier and pace of every vertical."""
@@ -92,6 +102,46 @@ class Student(nn.Module):
             HeadParameters(classify.weight, classify.bias, gamma, offset)
             for classify, (gamma, offset) in zip(self.top.classifiers, self.pace.by_vertical(), strict=True)
         ]
+
+    def shard_head(self) -> None:
+        """Keeps this rank's part of classifiers and pace, and drops the others'; called on all ranks of equal weights.
+
+        Raises: ConfigError where there are fewer classes than ranks.
+        """
+        self.sharding = ShardedHead(list(self.config.verticals.values()), self.top.num_generic, self.top.num_individual)
+        self.top.keep(self.sharding.parts)
+        self.pace.keep(self.sharding.parts, self.sharding.ranges)
+
+    def unshard_head(self) -> None:
+        """Makes room for the whole head again; its values are to be loaded."""
+        self.sharding = None
+        sizes = list(self.config.verticals.values())
+        self.top.classifiers = nn.ModuleList(
+            nn.utils.skip_init(nn.Linear, self.config.top.top2, size) for size in sizes
+        )
+        self.pace = Pace(sizes, self.config.pace)
+
+    def gamma_by_vertical(self) -> Tensor:
+        """(M,) for logs; all ranks call it."""
+        gamma_P = self.pace.gamma_by_vertical()
+        if self.sharding is None:
+            return gamma_P
+        shares = [
+            len(part) / classes.vertical_size
+            for part, classes in zip(self.sharding.parts, self.sharding.ranges, strict=True)
+        ]
+        return self.sharding.sum_by_vertical(gamma_P * gamma_P.new_tensor(shares))
+
+    def held_square_norm(self) -> Tensor:
+        """() the squared norm of the gradients of this rank's part of the head; over ranks, every number counts once."""
+        squares = [p.grad.square().sum() for p in self.top.classifiers.parameters() if p.grad is not None]
+        for name, parameter in self.pace.named_parameters():
+            if parameter.grad is not None:
+                square = parameter.grad.square()
+                if not self.pace.is_per_class(name):  # each rank that holds a part of the vertical has the same number
+                    square = square / square.new_tensor(self.sharding.num_holders)
+                squares.append(square.sum())
+        return torch.stack(squares).sum()
 
     def normalise_images(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) float32 with the mean and deviation that the base network expects."""
@@ -114,6 +164,7 @@ class Student(nn.Module):
 
     def save(self, path: Path, metadata: Mapping[str, str]) -> None:
         """Writes weights and architecture as one safetensors file, whole or not at all."""
+        assert self.sharding is None, "a part of a network is no network"
         header = {"network": self.config.model_dump_json(), **metadata}
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         with replacing(path) as temporary:
@@ -138,6 +189,10 @@ class Student(nn.Module):
                     f"base.checkpoint={path}: another base network: {name!r} is {have}, expected {want}; give the same base=..."
                 )
         self.base.load_state_dict(found)
+
+    def _compute_held_logits(self, top2: Tensor) -> list[Tensor]:
+        """(B, V) of every vertical, or of the parts of them that are here."""
+        return self.pace(self.top.classify(top2))
 
 
 def load_student(path: Path) -> Student:

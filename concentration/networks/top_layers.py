@@ -16,6 +16,7 @@ import pydantic
 import torch
 from torch import Tensor, nn
 
+from concentration.networks.head_plan import Part
 from concentration.schema import Config
 
 TopKind = Literal["fc_fc", "fc_sc", "sc_sc", "fc_sc_generic"]
@@ -78,18 +79,41 @@ class TopLayers(nn.Module):
 
     def forward(self, features_BD: Tensor) -> list[Tensor]:
         """Raw logits, (B, V) per vertical."""
-        hidden = self.hidden(features_BD)
+        return self.classify(self.compute_top2(features_BD))
+
+    def classify(self, top2: Tensor) -> list[Tensor]:
+        """Raw logits from the top-2 outputs that the classifiers which are here see, (B, V) each."""
+        hidden = self.split_top2(top2)
         return [classify(hidden_BS) for classify, hidden_BS in zip(self.classifiers, hidden, strict=True)]
 
     def hidden(self, features_BD: Tensor) -> list[Tensor]:
         """Each vertical's top-2 output, (B, s2): what its classifier sees."""
+        return self.split_top2(self.compute_top2(features_BD))
+
+    def compute_top2(self, features_BD: Tensor) -> Tensor:
+        """The top-2 outputs of all verticals, one axis: the generic part first, then each vertical's own."""
         top1 = torch.relu(self.top1_norm(self.top1(features_BD)))
-        top2 = torch.relu(self.top2_norm(self.top2(top1)))
+        return torch.relu(self.top2_norm(self.top2(top1)))
+
+    def split_top2(self, top2: Tensor) -> list[Tensor]:
+        """What each classifier sees, (B, s2), of the generic part and the blocks of the classifiers that are here."""
         generic_BX, individual = top2[:, : self.num_generic], top2[:, self.num_generic :]
         if not self.num_individual:
             return [generic_BX] * len(self.classifiers)
         blocks = individual.split(self.num_individual, dim=1)
         return [torch.cat([generic_BX, block], dim=1) for block in blocks] if self.num_generic else list(blocks)
+
+    @torch.no_grad()
+    def keep(self, parts: Sequence[Part]) -> None:
+        """Drops all rows of the classifiers but these parts'; a classifier is then a part's."""
+        kept = []
+        for part in parts:
+            classify, rows = self.classifiers[part.vertical], slice(part.start, part.stop)
+            for parameter in (classify.weight, classify.bias):
+                parameter.data = parameter.data[rows].clone()
+            classify.out_features = len(part)
+            kept.append(classify)
+        self.classifiers = nn.ModuleList(kept)
 
     def set_prior(self, logit_C: Tensor) -> None:
         """Starts the output biases at given logits (C,), in the order of the output index."""

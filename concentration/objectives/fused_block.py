@@ -49,11 +49,13 @@ class ClassRange:
     start: number of its first class among all C outputs.
     vertical_size: N_v of the whole vertical.
     sum_over_shards: adds what the ranks of one vertical have; None where one rank has all of it.
+    block_samples: of a block, the same on all ranks of a vertical, so that their sums meet; None chooses by the classes.
     """
 
     start: int
     vertical_size: int
     sum_over_shards: Callable[[Tensor], Tensor] | None = None
+    block_samples: int | None = None
 
 
 class VerticalTargets(NamedTuple):

@@ -156,7 +156,8 @@ def _compute(
 ) -> tuple[Tensor, _Gradients | None]:
     """The loss (B,), and the gradients of its sum over samples, each multiplied by its `upstream_B` (None is 1)."""
     num_samples = len(hidden_BS)
-    num_rows = max(1, min(num_samples, BLOCK_ELEMENTS.get(hidden_BS.device.type, 1 << 24) // len(vertical.weight)))
+    block_elements = BLOCK_ELEMENTS.get(hidden_BS.device.type, 1 << 24)
+    num_rows = classes.block_samples or max(1, min(num_samples, block_elements // len(vertical.weight)))
     found = _allocate(hidden_BS, vertical, needed)
     weight_VS, bias_V = _cast(vertical.weight, types.logits), _cast(vertical.bias, types.logits)
     exact = torch.promote_types(hidden_BS.dtype, torch.float32)
@@ -288,12 +289,13 @@ def _check(
                 f"fused loss: vertical {number} has features of {hidden_BS.dtype} and weights of {vertical.weight.dtype}; "
                 "expected one type, or autocast"
             )
-    _check_targets(targets, num_samples, num_classes, len(parameters))
+    check_targets(targets, num_samples, num_classes, len(parameters))
     if class_weight_C is not None and class_weight_C.shape != (num_classes,):
         raise DataError(f"fused loss: class weights {tuple(class_weight_C.shape)}, expected {(num_classes,)}")
 
 
-def _check_targets(targets: SoftTargets, num_samples: int, num_classes: int, num_verticals: int) -> None:
+def check_targets(targets: SoftTargets, num_samples: int, num_classes: int, num_verticals: int) -> None:
+    """Raises: DataError as `fused_loss_by_vertical` says."""
     shape = tuple(targets.index_BK.shape)
     if len(shape) != 2 or shape[0] != num_samples or targets.probability_BK.shape != shape:
         raise DataError(

@@ -202,8 +202,7 @@ class Curves(Callback):
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, module, optimizer) -> None:
         if (trainer.global_step + 1) % self._every_steps == 0:
-            gradients = [p.grad for p in module.parameters() if p.grad is not None]
-            self._gradient_norm = torch.nn.utils.get_total_norm(gradients)
+            self._gradient_norm = module.gradient_norm()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: StudentModule, outputs, batch: Batch, batch_idx: int
@@ -229,7 +228,7 @@ class Curves(Callback):
         values |= self._by_vertical("loss", vertical_loss_M)
         values |= self._by_vertical("routed", sum_over_ranks(self._routed.to(device)))
         if module.student.config.pace.kind != "none":
-            values |= self._by_vertical("gamma", module.student.pace.gamma_by_vertical())
+            values |= self._by_vertical("gamma", module.student.gamma_by_vertical())
         for logger in trainer.loggers:
             logger.log_metrics({name: float(value) for name, value in values.items()}, step=trainer.global_step)
         self._samples = self._waited_seconds = 0.0

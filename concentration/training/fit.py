@@ -14,6 +14,7 @@ import pydantic
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.plugins.environments import LightningEnvironment, TorchElasticEnvironment
+from torch.nn.parallel import DistributedDataParallel
 
 from concentration.data.index import Split
 from concentration.data.loader import SampleReader, StepBatches, StepLoader, build_loader
@@ -34,7 +35,8 @@ from concentration.training.callbacks import (
     ProgressReport,
     SkippedImages,
 )
-from concentration.training.checkpoints import AtomicCheckpointIO, CheckpointDirectory
+from concentration.training.checkpoints import AtomicCheckpointIO, CheckpointDirectory, are_finite
+from concentration.training.head_files import gather_head, list_head_names
 from concentration.training.loggers import LoggerConfig, open_loggers
 from concentration.training.module import StudentModule
 from concentration.training.optimizers import ScheduleConfig
@@ -53,6 +55,8 @@ class TrainerConfig(Config):
     prior: outputs start at the classes' frequencies.
     update_in_backward: each classifier is stepped as soon as its gradient is known, so that the gradients of all never exist at
         once; a quarter more arithmetic in the classifiers.
+    shard_head: every process holds some verticals of the classifiers and pace, and their optimizer's state, instead of all;
+        with one process it changes nothing.
     """
 
     runtime_fields: ClassVar[frozenset[str]] = frozenset(
@@ -76,6 +80,7 @@ class TrainerConfig(Config):
     clip_norm: pydantic.PositiveFloat | None = None
     ema_decay: float | None = pydantic.Field(default=None, gt=0, lt=1)
     update_in_backward: bool = False
+    shard_head: bool = False
     compile: bool = False
     validate_every_epochs: pydantic.PositiveInt = 1
     checkpoint_every_seconds: pydantic.NonNegativeFloat = 60
@@ -97,6 +102,18 @@ class TrainerConfig(Config):
                 raise ValueError(
                     f"trainer.update_in_backward=true with trainer.{setting}: {reason}; set one of them back"
                 )
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _check_shard_head(self):
+        if self.shard_head and self.ema_decay is not None:
+            raise ValueError(
+                f"ema_decay={self.ema_decay} with shard_head=true: the moving average of a part of a head is not kept; remove one"
+            )
+        if self.shard_head and self.precision == "16-mixed":
+            raise ValueError(
+                "precision=16-mixed with shard_head=true: each process would skip other steps; use bf16-mixed or 32-true"
+            )
         return self
 
 
@@ -142,9 +159,11 @@ def fit(
 ) -> Fitted:
     """Trains `student` in place; continues from the newest checkpoint under `run_path`.
 
+    With `shard_head`, rank 0's student is whole again at the end, and the others' are not.
+
     Raises:
         ConfigError: a switch cannot be had on this machine.
-        DataError: too many images cannot be decoded.
+        DataError: too many images cannot be decoded; a checkpoint lacks a part of its head.
         DivergedError: a loss is not finite.
         Preempted: a signal asked to stop; everything is saved.
     """
@@ -165,6 +184,10 @@ def fit(
         data.teachers,
         config.update_in_backward,
     )
+    if config.shard_head:
+        student.shard_head()
+        ignored = [f"student.{name}" for name in list_head_names(student)]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, ignored)
     if config.compile:
         student.compile()
     with (
@@ -191,10 +214,12 @@ def fit(
         start = time.perf_counter()
         trainer.fit(module, loader, val_loaders, ckpt_path=latest, weights_only=True)
         seconds = time.perf_counter() - start
-        if not all(tensor.isfinite().all() for tensor in student.state_dict().values()):
+        if not are_finite(student.state_dict().values(), choose_device(config.accelerator)):
             raise DivergedError(
                 f"step {total_steps}: the last step made weights that are not finite; lower optimizer.lr or set trainer.clip_norm"
             )
+        if config.shard_head:
+            gather_head(student, checkpoints.path)
     num_images = (total_steps - first_step) * batch_size
     return Fitted(total_steps, round(num_images / seconds, 1) if num_images else None)
 

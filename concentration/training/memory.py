@@ -88,6 +88,11 @@ def plan_memory(
             f"trainer.batch_size={trainer.batch_size} is too small for {world_size} processes with "
             f"{trainer.accumulate} micro-batches each; use fewer processes or a larger batch"
         )
+    if trainer.shard_head and world_size > 1:
+        raise ConfigError(
+            f"plan=true with trainer.shard_head=true and {world_size} processes: what is moved between them is not planned; "
+            "plan with trainer.shard_head=false: a process then holds its share of the classifiers and of their state instead"
+        )
     of_rank = slice_of_rank(trainer.batch_size, world_size - 1, world_size)  # the last rank has the largest share
     local_batch = -(-(of_rank.stop - of_rank.start) // trainer.accumulate)
     empty = build_without_weights(network)

@@ -3,6 +3,8 @@
 Shapes: B samples of a rank's micro-batch, G samples of a step's global batch.
 """
 
+from pathlib import Path
+
 import lightning.pytorch as pl
 import numpy as np
 import torch
@@ -10,12 +12,13 @@ from torch import Tensor
 
 from concentration.data.loader import Batch
 from concentration.data.order import random_bits
-from concentration.distributed import gather_objects, rank
+from concentration.distributed import gather_objects, rank, sum_over_ranks
 from concentration.metrics.evaluation import Evaluator
 from concentration.networks.routed_teachers import RoutedTeachers
 from concentration.networks.student import Student
 from concentration.taxonomy import Taxonomy
 from concentration.training.backward_updates import BackwardUpdates
+from concentration.training.head_files import drop_head, list_head_names, restore_head
 from concentration.training.optimizers import ScheduleConfig, build_optimizer, build_schedule
 
 
@@ -73,9 +76,29 @@ class StudentModule(pl.LightningModule):
         if self._updates:
             checkpoint["backward_updates"] = self._updates.state_dict()
 
+        if self.student.sharding is not None:
+            drop_head(checkpoint, self.student, self.trainer.optimizers[0])
+
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         if self._updates:
             self._updates.load_state_dict(checkpoint["backward_updates"])
+        if self.student.sharding is not None:
+            optimizer = build_optimizer(self._optimizer, self.student)
+            restore_head(checkpoint, Path(self.trainer.ckpt_path), self.student, optimizer)
+
+    def gradient_norm(self) -> Tensor:
+        """Of the whole network; all ranks call it."""
+        own = {f"student.{name}" for name in (list_head_names(self.student) if self.student.sharding else ())}
+        shared = [p.grad for name, p in self.named_parameters() if p.grad is not None and name not in own]
+        norm = torch.nn.utils.get_total_norm(shared)
+        if self.student.sharding is not None:
+            norm = (norm.square() + sum_over_ranks(self.student.held_square_norm())).sqrt()
+        return norm
+
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
+        if self.student.sharding is None or gradient_clip_val is None:
+            return super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        torch.nn.utils.clip_grads_with_norm_(self.parameters(), gradient_clip_val, self.gradient_norm())
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         torch.manual_seed(int(random_bits(self._seed, batch_idx, rank()) >> np.uint64(1)))
@@ -120,5 +143,7 @@ def share_of_sample(global_count: int, world_size: int, accumulate: int) -> floa
 
     DistributedDataParallel divides by the world size and Lightning by the number of micro-batches; both are undone here,
     and the sum is divided by the global count instead: a mean of rank means is wrong when ranks hold uneven counts.
+    A head that is spread over ranks is outside DistributedDataParallel, and gives the mean over ranks all the same
+    (`sharded_head.ShardedHead.loss_by_vertical`), so this holds for its parameters, too.
     """
     return world_size * accumulate / global_count

@@ -7,11 +7,10 @@ drawn block by block; what drawing takes is measured apart and taken off. Nothin
 (5 million test images, 20 verticals of 5,000 classes): such rows say that they are extrapolated.
 """
 
-import time
 from collections.abc import Callable, Iterator
 
 import numpy as np
-from measure import Comparison, measure_mb, publish, take_best
+from measure import Comparison, cpu_seconds, measure_mb, publish, take_best
 
 from concentration.metrics.average_precision import average_precision_of_pairs
 from concentration.metrics.evaluation import measure_kept_bytes
@@ -200,12 +199,6 @@ def time_both(ours: Callable[[], object], reference: Callable[[], object], num_s
     sides = {"ours": lambda: cpu_seconds(ours), "reference": lambda: cpu_seconds(reference)}
     best = take_best(sides, num_turns=2)
     return 1e9 * best["ours"] / num_scores, 1e9 * best["reference"] / num_scores
-
-
-def cpu_seconds(call: Callable[[], object]) -> float:
-    started = time.process_time()
-    call()
-    return time.process_time() - started
 
 
 if __name__ == "__main__":

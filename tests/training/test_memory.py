@@ -178,6 +178,12 @@ def test_a_million_classes_are_planned_in_no_memory():
     assert plan.at_peak["optimizer"]["parameters"] > 1900 * MIB
 
 
+def test_a_head_that_is_spread_is_not_planned():
+    trainer = TrainerConfig(batch_size=64, devices=2, shard_head=True)
+    with pytest.raises(ConfigError, match=r"trainer\.shard_head=true and 2 processes: .* is not planned"):
+        plan_memory(describe(), optimizer_of("adagrad"), trainer, StepShape(10))
+
+
 def test_a_batch_too_small_for_the_processes_is_one_clear_error():
     trainer = TrainerConfig(batch_size=3, devices=2, accumulate=2)
     with pytest.raises(ConfigError, match=r"trainer\.batch_size=3 is too small for 2 processes with 2 micro-batches"):
