@@ -381,5 +381,22 @@ def replacing(path: Path) -> Iterator[Path]:
     except (OSError, safetensors.SafetensorError) as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise DataError(f"{path}: cannot be written ({reason}); free space or correct the permissions") from None
+        raise _cannot_be_written(path, error) from None
+
+
+def append_text(path: Path, text: str) -> None:
+    """Adds text to the end of a file.
+
+    Raises:
+        DataError: it cannot be written; a part of the text may be there.
+    """
+    try:
+        with open(path, "a") as file:
+            file.write(text)
+    except OSError as error:
+        raise _cannot_be_written(path, error) from None
+
+
+def _cannot_be_written(path: Path, error: Exception) -> DataError:
+    reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+    return DataError(f"{path}: cannot be written ({reason}); free space or correct the permissions")

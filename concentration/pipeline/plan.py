@@ -112,7 +112,8 @@ class _Planner:
         network = describe_network(config, taxonomy, data.image_size)
         weight_bytes = sum(t.nbytes for t in build_without_weights(network).state_dict().values())
         copies = 1 + _STATE_COPIES[config.optimizer.kind] + (trainer.ema_decay is not None)
-        written = StagePlan(job, num_steps * batch_size, weight_bytes, trainer.keep_checkpoints * copies * weight_bytes)
+        num_kept = trainer.keep_checkpoints + trainer.keep_best
+        written = StagePlan(job, num_steps * batch_size, weight_bytes, num_kept * copies * weight_bytes)
         if key not in self._obstacles:
             memory = plan_memory(network, config.optimizer, trainer, shape)
             self._obstacles[key] = find_obstacle(trainer, memory)

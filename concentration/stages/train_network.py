@@ -32,6 +32,8 @@ from concentration.training.loggers import LoggerConfig
 from concentration.training.optimizers import OptimizerConfig
 
 NETWORK_FILE = "model.safetensors"
+#: Beside it with `trainer.keep_best`, of the same form.
+BEST_FILE = "best.safetensors"
 
 
 class NetworkStageConfig(StageConfig):
@@ -128,10 +130,14 @@ def train_network(config: NetworkStageConfig, directory: RunDirectory, task: Tas
     )
     if distributed.rank() == 0:
         path = directory.path / NETWORK_FILE
-        student.save(path, {"taxonomy": task.taxonomy.fingerprint})
+        metadata = {"taxonomy": task.taxonomy.fingerprint}
+        student.save(path, metadata)
+        checkpoints = CheckpointDirectory(directory.path, config.trainer.keep_checkpoints)
+        if config.trainer.keep_best and checkpoints.load_best(student):
+            student.save(directory.path / BEST_FILE, metadata)
         directory.save_speed(fitted.images_per_second)
         directory.finish({"step": fitted.num_steps, "checkpoint": hash_file(path)})
-        CheckpointDirectory(directory.path, config.trainer.keep_checkpoints).clear()
+        checkpoints.clear()
 
 
 def load_network(path: Path, taxonomy: Taxonomy) -> Classifier:

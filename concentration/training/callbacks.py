@@ -13,6 +13,7 @@ from concentration.data.loader import Batch
 from concentration.distributed import broadcast_flag, gather_objects, sum_over_ranks
 from concentration.errors import DataError, DivergedError, Preempted
 from concentration.progress import Progress
+from concentration.targets import append_text
 from concentration.training.checkpoints import CheckpointDirectory
 from concentration.training.module import StudentModule
 
@@ -92,8 +93,7 @@ class SkippedImages(Callback):
             return
         self._seen |= new
         if trainer.is_global_zero:
-            with open(self._path, "a") as file:
-                file.writelines(f"{key}: cannot be decoded\n" for key in sorted(new))
+            append_text(self._path, "".join(f"{key}: cannot be decoded\n" for key in sorted(new)))
         if len(self._seen) > self._allowed:
             raise DataError(
                 f"{len(self._seen)} of {self._num_samples} images cannot be decoded, more than "
@@ -102,10 +102,14 @@ class SkippedImages(Callback):
 
 
 class ClockCheckpoint(Checkpoint):
-    """Writes a checkpoint every so many seconds of rank 0's clock; as a `Checkpoint`, it comes after all other callbacks."""
+    """Writes a checkpoint every so many seconds of rank 0's clock, and after the best validation if `keep_best`.
 
-    def __init__(self, directory: CheckpointDirectory, every_seconds: float):
+    As a `Checkpoint`, it comes after all other callbacks.
+    """
+
+    def __init__(self, directory: CheckpointDirectory, every_seconds: float, keep_best: bool):
         self._directory = directory
+        self._keep_best = keep_best
         self._every_seconds = every_seconds
         self._saved_at = time.monotonic()
 
@@ -114,6 +118,8 @@ class ClockCheckpoint(Checkpoint):
             self._save_if_due(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, module) -> None:
+        if self._keep_best:
+            self._directory.save_if_best(trainer, module.latest_mpvap)
         self._save_if_due(trainer)
 
     def _save_if_due(self, trainer: pl.Trainer) -> None:

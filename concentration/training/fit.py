@@ -53,6 +53,7 @@ class TrainerConfig(Config):
     class_weight: `inverse_sqrt` weighs a class by 1/sqrt(its images), with mean 1 over classes.
     ema_decay: the final network is the moving average of the weights.
     prior: outputs start at the classes' frequencies.
+    keep_best: the network of the best val/mpvap is kept beside the last, as best.safetensors when training ends.
     update_in_backward: each classifier is stepped as soon as its gradient is known, so that the gradients of all never exist at
         once; a quarter more arithmetic in the classifiers.
     shard_head: every process holds some verticals of the classifiers and pace, and their optimizer's state, instead of all;
@@ -60,8 +61,8 @@ class TrainerConfig(Config):
     """
 
     runtime_fields: ClassVar[frozenset[str]] = frozenset(
-        {"accelerator", "devices", "num_nodes", "num_workers", "checkpoint_every_seconds", "keep_checkpoints", "log_every_steps",
-         "compile", "validate_every_epochs"}
+        {"accelerator", "devices", "num_nodes", "num_workers", "checkpoint_every_seconds", "keep_checkpoints", "keep_best",
+         "log_every_steps", "compile", "validate_every_epochs"}
     )  # fmt: skip
 
     accelerator: Literal["cpu", "gpu"] = "cpu"
@@ -85,6 +86,7 @@ class TrainerConfig(Config):
     validate_every_epochs: pydantic.PositiveInt = 1
     checkpoint_every_seconds: pydantic.NonNegativeFloat = 60
     keep_checkpoints: pydantic.PositiveInt = 2
+    keep_best: bool = False
     log_every_steps: pydantic.PositiveInt = 20
     max_skipped_share: Share = 0.001
 
@@ -168,6 +170,8 @@ def fit(
         Preempted: a signal asked to stop; everything is saved.
     """
     _check_machine(config)
+    if config.keep_best and data.val_reader is None:
+        raise ConfigError("trainer.keep_best=true needs validation images, and there are none; set it to false")
     _silence_libraries()
     checkpoints = CheckpointDirectory(run_path, config.keep_checkpoints)
     latest, first_step = checkpoints.find_latest()
@@ -205,7 +209,7 @@ def fit(
             ProgressReport(progress),
             *([EMAWeightAveraging(decay=config.ema_decay)] if config.ema_decay else []),
             Preemption(checkpoints),
-            ClockCheckpoint(checkpoints, config.checkpoint_every_seconds),
+            ClockCheckpoint(checkpoints, config.checkpoint_every_seconds, config.keep_best),
         ]
         trainer = _build_trainer(config, callbacks, loggers, run_path, total_steps, steps_per_epoch)
         batches = StepBatches(data.reader, data.order, batch_size, config.accumulate, rank(), world_size())

@@ -12,6 +12,9 @@ All ranks must see the directory.
 
 import io
 import pickle
+import struct
+import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +28,9 @@ from concentration.errors import DataError
 from concentration.networks.head_plan import Part
 from concentration.networks.student import Student
 from concentration.targets import write_atomically
+
+#: What reading a damaged file of `torch.save` raises.
+DAMAGES = (RuntimeError, OSError, EOFError, KeyError, ValueError, pickle.UnpicklingError)
 
 
 @dataclass(frozen=True)
@@ -163,6 +169,22 @@ def gather_head(student: Student, directory: Path) -> None:
         load_head(path, distributed.world_size(), student)
 
 
+def load_verified(path: Path) -> dict[str, Any]:
+    """What `torch.save` has written, mapped into memory, after a look at every byte of it.
+
+    Raises: one of DAMAGES where it is not what was written.
+    """
+    # NOTE: torch.save notes a CRC-32 of every tensor in its zip, and torch.load does not compare it; zipfile does.
+    try:
+        with zipfile.ZipFile(path) as file:
+            damaged = file.testzip()
+    except (zipfile.BadZipFile, zlib.error, struct.error, NotImplementedError) as error:
+        raise ValueError(str(error)) from None
+    if damaged is not None:
+        raise ValueError(f"the checksum of {damaged} is wrong")
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
+
 def remove_heads(directory: Path, keep: set[str]) -> None:
     """Removes the files of heads but those beside checkpoints of these names (without suffix)."""
     for path in directory.glob("*.head-*-of-*.pt"):
@@ -192,10 +214,10 @@ def _load_parts(checkpoint: Path, world_size: int) -> list[dict[str, Any]]:
     for rank in range(world_size):
         path = _name_file(checkpoint, rank, world_size)
         try:
-            parts += torch.load(path, map_location="cpu", weights_only=True, mmap=True)["parts"]
+            parts += load_verified(path)["parts"]
         except FileNotFoundError:
             continue
-        except (RuntimeError, OSError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
+        except DAMAGES as error:
             reason = " ".join(str(error).split())[:200]
             raise DataError(f"{path}: damaged ({reason}); restore it, or train again with overwrite=true") from None
     return parts

@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from concentration.schema import Config
-from concentration.targets import write_atomically
+from concentration.targets import append_text, write_atomically
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -52,8 +52,8 @@ class JsonlLogger(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         values = {name: round(float(value), 6) for name, value in metrics.items() if name != "epoch"}
-        with open(self._path, "a") as file:
-            file.write(json.dumps({"step": step, "seconds": round(time.time() - self._started, 2), **values}) + "\n")
+        seconds = round(time.time() - self._started, 2)
+        append_text(self._path, json.dumps({"step": step, "seconds": seconds, **values}) + "\n")
 
     @rank_zero_only
     def log_hyperparams(self, *args, **kwargs) -> None:

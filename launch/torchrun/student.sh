@@ -4,10 +4,11 @@
 #   launch/torchrun/student.sh workdir=runs/eft name=student top=fc_sc
 #   NODES=2 HEAD=node-1:29500 GPUS=8 launch/torchrun/student.sh workdir=/shared/eft trainer.num_nodes=2
 #
-# Stopped in the middle, it continues from its last checkpoint when started again, with any number of GPUs.
+# Stopped in the middle, it continues from its last checkpoint when started again, with any number of GPUs. On SIGTERM it saves
+# and exits with 75.
 set -euo pipefail
 GPUS=${GPUS:-$(nvidia-smi --list-gpus | wc -l)}
-exec torchrun \
+exec python "$(dirname "$0")/run.py" \
     --nnodes="${NODES:-1}" \
     --nproc-per-node="$GPUS" \
     --rdzv-backend=c10d \

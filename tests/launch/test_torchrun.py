@@ -1,0 +1,92 @@
+"""`launch/torchrun/` on CPUs: signals reach the processes, and their exit codes come back; two starts play two machines."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from real_runs import TINY, load_json, prepare_shards
+
+LAUNCH = Path(__file__).parents[2] / "launch/torchrun"
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory) -> Path:
+    return prepare_shards(tmp_path_factory.mktemp("torchrun"))
+
+
+def start_student(workdir: Path, name: str, *options: str, **environment: str) -> subprocess.Popen:
+    arguments = [f"workdir={workdir}", f"name={name}", "targets=labels", "trainer=cpu", *TINY, *options]
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return subprocess.Popen(
+        [LAUNCH / "student.sh", *arguments],
+        cwd=workdir.parent, env={**os.environ, "PATH": path, **environment}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def wait_for(condition, *processes: subprocess.Popen, seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        assert all(process.poll() is None for process in processes), processes[0].communicate()
+        time.sleep(0.05)
+
+
+def has_trained(run_path: Path) -> bool:
+    metrics = run_path / "metrics.jsonl"
+    return metrics.exists() and "train/loss" in metrics.read_text()
+
+
+def find_free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def test_a_signal_to_the_launcher_saves_and_ends_it_with_75(workdir):
+    """torchrun alone would end with 1."""
+    head = f"localhost:{find_free_port()}"
+    run_path = workdir / "students/stopped"
+    running = start_student(workdir, "stopped", "trainer.max_epochs=500", GPUS="1", HEAD=head)
+    wait_for(lambda: has_trained(run_path), running)
+    running.send_signal(signal.SIGTERM)
+    _, err = running.communicate(timeout=60)
+    assert running.returncode == 75, err
+    assert "which is saved" in err
+    assert "Traceback" not in err
+    assert list((run_path / "checkpoints").glob("*.ckpt"))
+
+
+def test_a_mistake_ends_it_with_2(workdir):
+    running = start_student(workdir, "wrong", "trainer.batch_sise=3", GPUS="1", HEAD=f"localhost:{find_free_port()}")
+    _, err = running.communicate(timeout=60)
+    assert running.returncode == 2, err
+    assert "batch_size" in err
+
+
+@pytest.mark.long
+def test_two_machines_of_which_one_is_stopped_save_and_both_end_with_75_and_go_on(workdir):
+    run_path = workdir / "students/two"
+    for turn in ("stopped", "finished"):
+        head = f"localhost:{find_free_port()}"
+        options = ("trainer.num_nodes=2", "trainer.max_epochs=40")
+        machines = [start_student(workdir, "two", *options, GPUS="1", NODES="2", HEAD=head) for _ in range(2)]
+        if turn == "stopped":
+            wait_for(lambda: has_trained(run_path), *machines)
+            machines[1].send_signal(signal.SIGTERM)
+        ends = [machine.communicate(timeout=200) for machine in machines]
+        assert [machine.returncode for machine in machines] == [75 if turn == "stopped" else 0] * 2, ends
+    assert load_json(run_path / "DONE.json")["step"] == 520
+
+
+def test_a_signal_while_machines_wait_for_each_other_ends_it_with_75(workdir):
+    running = start_student(workdir, "alone", GPUS="1", NODES="2", HEAD=f"localhost:{find_free_port()}")
+    time.sleep(12)  # torch is imported, and the other machine does not come
+    running.send_signal(signal.SIGTERM)
+    running.communicate(timeout=60)
+    assert running.returncode == 75
