@@ -195,7 +195,7 @@ def fit(
     if config.compile:
         student.compile()
     with (
-        open_loggers(logger, run_path, first_step, {"trainer": config.model_dump(mode="json")}) as loggers,
+        open_loggers(logger, run_path, first_step) as loggers,
         Progress(title, total_steps, "steps", run_path, quiet=rank() != 0) as progress,
     ):
         callbacks = [

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -69,66 +68,23 @@ def load_metrics(run_path: Path) -> list[dict]:
 
 
 @contextlib.contextmanager
-def open_loggers(config: LoggerConfig, run_path: Path, first_step: int, values: dict) -> Iterator[list[Logger]]:
+def open_loggers(config: LoggerConfig, run_path: Path, first_step: int) -> Iterator[list[Logger]]:
     """The loggers of a run, for as long as it lasts; what cannot be reached never ends or delays it."""
-    loggers = _build_loggers(config, run_path, first_step, values)
-    try:
-        yield loggers
-    finally:
-        if config.kind == "wandb" and rank_zero_only.rank == 0:
-            # NOTE: a job's process ends without Python's exit hooks, and a multirun's next job would write into this run.
-            import wandb
-
-            wandb.finish()
-
-
-def _build_loggers(config: LoggerConfig, run_path: Path, first_step: int, values: dict) -> list[Logger]:
     loggers: list[Logger] = [JsonlLogger(run_path / METRICS_FILE, first_step)]
     if config.kind == "tensorboard":
         from lightning.pytorch.loggers import TensorBoardLogger
 
         loggers.append(TensorBoardLogger(save_dir=run_path, name="tensorboard", version=""))
-    if config.kind == "wandb" and rank_zero_only.rank == 0:
-        loggers.append(_build_wandb_logger(config, run_path, values))
-    return loggers
+    if config.kind != "wandb" or rank_zero_only.rank != 0:
+        yield loggers
+        return
+    from concentration.training.wandb_logger import WandbLogger
 
-
-def _build_wandb_logger(config: LoggerConfig, run_path: Path, values: dict) -> Logger:
-    """Online with a key and a network, offline otherwise; `wandb sync` sends an offline run later."""
-    import wandb
-    from lightning.pytorch.loggers import WandbLogger
-
-    has_key = bool(os.environ.get("WANDB_API_KEY")) or _netrc_has_key()
-    mode = os.environ.get("WANDB_MODE") or ("online" if has_key else "offline")
-    options = {
-        "project": config.project,
-        "group": run_path.parent.parent.name,
-        "job_type": run_path.parent.name,
-        "name": run_path.name,
-        # The same directory is the same run: a resumed stage continues its curves.
-        "id": "-".join(run_path.parts[-3:]).replace("/", "-"),
-        "resume": "allow",
-        "dir": str(run_path),
-        "config": values,
-    }
-    # NOTE: with a key but no network, wandb.init waits two minutes and then raises; 20 seconds, then offline.
-    settings = wandb.Settings(init_timeout=20, silent=True)
+    logger = WandbLogger(config.project, run_path)
     try:
-        run = wandb.init(mode=mode, settings=settings, **options)
-    except (wandb.errors.Error, TimeoutError, OSError) as error:
-        print(f"wandb: {error}; continuing offline: `wandb sync {run_path}/wandb/offline-*` sends the run later")
-        wandb.teardown()  # else the run that was not begun holds its id
-        run = wandb.init(mode="offline", settings=settings, **options)
-    return WandbLogger(experiment=run)
-
-
-def _netrc_has_key() -> bool:
-    import netrc
-
-    try:
-        return netrc.netrc().authenticators("api.wandb.ai") is not None
-    except (FileNotFoundError, netrc.NetrcParseError):
-        return False
+        yield [*loggers, logger]
+    finally:
+        logger.finish(load_metrics(run_path))
 
 
 def _step_of(line: str) -> float:

@@ -1,13 +1,18 @@
 """The curves: always in metrics.jsonl, beside it in TensorBoard or wandb, and never in a run's way."""
 
+import contextlib
 import json
+import os
 import re
+import signal
+import socket
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from real_runs import TINY_NETWORK, concentrate, load_json, load_lines, prepare_shards, run_command
+from real_runs import TINY_NETWORK, Plant, Running, concentrate, load_json, load_lines, prepare_shards, run_command
 
 from concentration.training.loggers import JsonlLogger, load_metrics
 
@@ -82,38 +87,100 @@ def test_tensorboard_gets_the_same_curves(workdir):
         assert [(e.step, pytest.approx(e.value, rel=1e-4, abs=1e-5)) for e in events.Scalars(name)] == expected
 
 
-def test_wandb_without_a_key_is_offline(workdir):
-    started = time.monotonic()
+def read_offline_runs(run_path: Path) -> list[bytes]:
+    return [path.read_bytes() for path in sorted((run_path / "wandb").glob("offline-run-*/*.wandb"))]
+
+
+def test_wandb_without_a_key_is_offline_and_resumed_under_the_same_id(workdir):
     command = ("student", "name=offline", f"workdir={workdir}", *OPTIONS, "logger=wandb")
-    concentrate(*command, directory=workdir.parent, HOME=str(workdir), **NO_WANDB)
-    assert time.monotonic() - started < 100
+    environment = {"HOME": str(workdir), **NO_WANDB, "WANDB_MODE": "online"}  # asked for, and not to be had
+    plant = Plant("concentration.training.loggers:JsonlLogger.log_metrics", 3, "after")
+    kill = {"plant": plant, "code": -signal.SIGKILL}
+    more = "trainer.checkpoint_every_seconds=0"
+    concentrate(*command, more, directory=workdir.parent, **kill, **environment)
     run_path = workdir / "students" / "offline"
+    [run_id] = {load_json(run_path / "wandb.json")["id"]}
+    finished = concentrate(*command, directory=workdir.parent, **environment)
+    assert finished.err.count("wandb sync") == 1
+    assert f"wandb sync {run_path}/wandb/offline-run-*" in finished.err
     assert load_json(run_path / "DONE.json")["step"] == 10
     assert [line["step"] for line in load_lines(run_path) if "train/loss" in line] == [2, 4, 6, 8, 10]
-    offline = list((run_path / "wandb").glob("offline-run-*/*.wandb"))
-    assert len(offline) == 1
-    content = offline[0].read_bytes()
-    assert b"train/loss" in content
-    assert b"val/mpvap" in content
+    folders = sorted((run_path / "wandb").glob("offline-run-*"))
+    assert len(folders) == 2
+    assert {path.name.rpartition("-")[2] for path in folders} == {run_id}
+    resumed = read_offline_runs(run_path)[1]
+    expected = (
+        "train/loss",
+        "val/mpvap",
+        "charts/train/gamma",
+        "charts/val/ap",
+        "report/index.html",
+        "trainer/global_step",
+    )
+    for text in (*expected, workdir.name, "student", "learning", "tools"):
+        assert text.encode() in resumed, text
+    assert (run_path / "wandb.json").exists()
+    concentrate(*command, "overwrite=true", directory=workdir.parent, **environment)
+    assert load_json(run_path / "wandb.json")["id"] != run_id, "another run"
+
+
+@pytest.fixture(params=["refuses", "answers_nothing"])
+def no_network(request) -> Iterator[str]:
+    """The address of a server that is not there, or takes connections and says nothing, as a firewall may."""
+    if request.param == "refuses":
+        yield "http://127.0.0.1:9"
+        return
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen(100)
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
 
 
 @pytest.mark.long
-def test_wandb_with_a_key_and_no_network_goes_on_offline(workdir):
+def test_wandb_with_a_key_and_no_network_goes_on_offline(workdir, no_network, request):
+    name = request.node.callspec.id
     started = time.monotonic()
-    environment = {
-        **NO_WANDB,
-        "WANDB_API_KEY": "0123456789abcdef" * 2 + "01234567",
-        "WANDB_BASE_URL": "http://127.0.0.1:9",
-    }
-    command = (sys.executable, "-m", "concentration.cli", "student", "name=cut_off", f"workdir={workdir}")
+    environment = {**NO_WANDB, "WANDB_API_KEY": "0123456789abcdef" * 2 + "01234567", "WANDB_BASE_URL": no_network}
+    command = (sys.executable, "-m", "concentration.cli", "student", f"name={name}", f"workdir={workdir}")
     finished = run_command(
         *command, *OPTIONS, "logger=wandb", directory=workdir.parent, HOME=str(workdir), **environment
     )
     assert time.monotonic() - started < 120, "20 seconds of trying, and the run"
-    assert "continuing offline" in finished.out + finished.err
-    run_path = workdir / "students" / "cut_off"
+    assert "continuing offline" in finished.err
+    run_path = workdir / "students" / name
     assert load_json(run_path / "DONE.json")["step"] == 10
-    assert list((run_path / "wandb").glob("offline-run-*/*.wandb"))
+    assert b"train/loss" in read_offline_runs(run_path)[-1]
+
+
+def test_a_run_does_not_need_wandbs_service(workdir):
+    """It is killed in the middle of the run, as the OOM killer might."""
+    options = (*OPTIONS, "logger=wandb", "trainer.max_epochs=15")
+    command = ("student", "name=alone", f"workdir={workdir}", *options)
+    running = Running(command, workdir.parent, {"HOME": str(workdir), **NO_WANDB})
+    run_path = workdir / "students" / "alone"
+    running.wait_for(
+        lambda: (run_path / "metrics.jsonl").exists() and (run_path / "metrics.jsonl").stat().st_size > 500
+    )
+    services = list_processes("wandb-core", running.process.pid)
+    assert services
+    for service in services:
+        os.kill(service, signal.SIGKILL)
+    finished = running.wait()
+    assert finished.code == 0, finished.err
+    assert "Traceback" not in finished.err
+    assert "going on without it" in finished.err
+    assert load_json(run_path / "DONE.json")["step"] == 150
+
+
+def list_processes(name: str, parent: int) -> list[int]:
+    """Children of `parent` whose command names `name`."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            of = int(stat.read_text().rpartition(")")[2].split()[1])
+            if of == parent and name in (stat.parent / "cmdline").read_text():
+                found.append(int(stat.parent.name))
+    return found
 
 
 @pytest.mark.long
