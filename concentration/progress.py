@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import sys
 import time
 from pathlib import Path
@@ -94,10 +95,17 @@ class Progress:
                 "per_second": self.units_per_second,
                 "text": self._text,
                 "process": os.getpid(),
+                "host": socket.gethostname(),
                 "started": self._started,
                 "updated": now,
             }
             write_atomically(self._directory / STATUS_FILE, status)
+
+
+def build_console() -> Console:
+    """For tables; where there is no terminal, lines are long: they are searched, not looked at."""
+    console = Console(soft_wrap=True, highlight=False)
+    return console if console.is_terminal else Console(soft_wrap=True, highlight=False, width=1000)
 
 
 def build_bars(console: Console) -> rich.progress.Progress:

@@ -236,7 +236,7 @@ def _describe(
         lines.append("not measured: reading, since the shards are remote")
     else:
         lines.append(f"  and {NUM_PROBED} images: {1 / data.read_seconds:,.0f} decoded a second by a process")
-    if any(job.job.processes > 1 for job in plans):
+    if any(job.job.resources.num_processes > 1 for job in plans):
         lines.append("  several processes are taken to be as fast as one with its share of the batch")
     lines.append("passing are the checkpoints of a training, which are removed at its end")
     lines.append(
