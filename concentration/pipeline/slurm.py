@@ -129,7 +129,8 @@ class SlurmLauncher:
                     if shown.get(job.name, "waiting") != states[job.name].state:
                         print(f"{job.name}: {states[job.name].state}", file=sys.stderr, flush=True)
                     shown[job.name] = states[job.name].state
-                if not find_active(jobs, shown.keys(), records, queue)[0] and "running" not in shown.values():
+                coming = {name for name, state in shown.items() if state != "done"}
+                if not find_active(jobs, coming, records, queue)[0] and "running" not in shown.values():
                     break
                 time.sleep(POLL_SECONDS)
         except KeyboardInterrupt:

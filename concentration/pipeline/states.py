@@ -39,12 +39,7 @@ def find_states(workdir: Path, records: JobRecords, queue: Mapping[str, QueuedJo
     for name, record in records.jobs.items():
         state = _find_state(workdir, record, queue)
         if state.state == "waiting" and not state.why:
-            failed = [n for n in record.after if n in states and _is_stopped(states[n])]
-            waited_for = [n for n in record.after if n in states and states[n].state != "done"]
-            if failed:
-                state = replace(state, why=f"for {_list(failed)}, which failed or waits in vain")
-            elif waited_for:
-                state = replace(state, why=f"for {_list(waited_for)}")
+            state = replace(state, why=_describe_awaited({n: states[n] for n in record.after if n in states}))
         states[name] = state
     return states
 
@@ -127,8 +122,16 @@ def _describe_reason(queued: QueuedJob) -> str:
     return "" if queued.reason in ("Dependency", "None") else queued.reason
 
 
-def _is_stopped(state: StageState) -> bool:
-    return state.state == "failed" or "in vain" in state.why
+def _describe_awaited(awaited: Mapping[str, StageState]) -> str:
+    """Those that failed first, then those that wait for one that failed, then those that are on their way."""
+    failed = [name for name, state in awaited.items() if state.state == "failed"]
+    in_vain = [name for name, state in awaited.items() if "failed" in state.why or "in vain" in state.why]
+    coming = [name for name, state in awaited.items() if state.state != "done"]
+    if failed:
+        return f"for {_list(failed)}, which failed"
+    if in_vain:
+        return f"for {_list(in_vain)}, which waits in vain"
+    return f"for {_list(coming)}" if coming else ""
 
 
 def _list(names: list[str]) -> str:
