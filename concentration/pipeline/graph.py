@@ -190,4 +190,4 @@ def _parts(parts: NetworkParts) -> dict[str, Config]:
 
 
 def _count_processes(trainer: TrainerConfig) -> int:
-    return trainer.devices * trainer.num_nodes
+    return trainer.num_processes
