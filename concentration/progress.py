@@ -11,6 +11,7 @@ import rich.progress
 from rich.console import Console
 
 from concentration.errors import DataError, Preempted
+from concentration.preemption import stop_if_asked
 from concentration.targets import write_atomically
 
 #: Seconds between two writes of the status file, and between two lines where there is no terminal.
@@ -63,7 +64,9 @@ class Progress:
         self._publish("running")
 
     def advance(self, count: int = 1) -> None:
+        """Counts work that is done and kept. Raises: Preempted when a signal has asked to stop."""
         self.update(self._done + count)
+        stop_if_asked()
 
     @property
     def units_per_second(self) -> float:

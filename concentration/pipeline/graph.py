@@ -246,4 +246,6 @@ def _parts(parts: NetworkParts) -> dict[str, Config]:
 
 
 def _resources(trainer: TrainerConfig) -> Resources:
+    if trainer.devices == "auto" or trainer.num_nodes == "auto":  # as many as are started: a run starts one
+        return Resources(trainer.accelerator)
     return Resources(trainer.accelerator, trainer.num_nodes, trainer.devices)

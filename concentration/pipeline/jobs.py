@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from concentration import preemption
 from concentration.errors import ConcentrationError, Preempted
 from concentration.processes import end_with_parent
 from concentration.schema import parse_config
@@ -107,6 +108,7 @@ def run_frozen(path: Path) -> int:
 
     The exit code is also written beside the frozen config: what starts processes (srun, torchrun) hides it behind its own.
     """
+    preemption.note_signals()
     code = _run(json.loads(path.read_text()))
     if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
         write_atomically(path.with_suffix(EXIT_CODE), f"{code}\n")

@@ -118,7 +118,7 @@ class _Planner:
             self._obstacles[key] = find_obstacle(trainer, memory)
         if obstacle := self._obstacles[key]:
             return _with(written, note=obstacle)
-        world_size = trainer.devices * trainer.num_nodes
+        world_size = trainer.num_processes
         local_batch = -(-batch_size // (world_size * trainer.accumulate))
         speed = self._speeds[job.name] = measure_speed(network, config.optimizer, trainer, shape, local_batch)
         num_read = local_batch * trainer.accumulate

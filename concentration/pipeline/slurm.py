@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 
 import pydantic
 
+from concentration import preemption
 from concentration.errors import ConfigError, Preempted
 from concentration.pipeline.failures import describe_failures
 from concentration.pipeline.jobs import FROZEN, JOBS, Job, Resources, load_frozen
@@ -120,6 +121,7 @@ class SlurmLauncher:
             Preempted: the user interrupts; the jobs go on.
         """
         shown: dict[str, str] = {}
+        preemption.stop_at_once()
         try:
             while True:
                 records = load_records(self._workdir)
@@ -252,13 +254,15 @@ JOB={folder}/$NAME
 exec >>"$JOB.log" 2>&1
 {setup}trap : TERM USR1  # bash outlives the signal that makes the job save
 rm -f "$JOB.exit"
-srun --cpus-per-task={cpus_per_task} --kill-on-bad-exit=1 {python} -m concentration.pipeline.jobs "$JOB.json"
+# Signals are ignored until Python notes them: in its first moments they would end it.
+srun --cpus-per-task={cpus_per_task} --kill-on-bad-exit=1 \\
+    bash -c 'trap "" TERM USR1; exec "$@"' job {python} -m concentration.pipeline.jobs "$JOB.json"
 CODE=$?
 if [[ -f $JOB.exit && $(<"$JOB.exit") == {preempted} ]]; then
     CODE={preempted}
     if (( ${{SLURM_RESTART_COUNT:-0}} < {max_restarts} )); then
         # Before the script ends, so that what depends on the job goes on waiting.
-        scontrol requeue "$SLURM_JOB_ID"
+        scontrol requeue "$SLURM_JOB_ID" && sleep 60  # until SLURM ends this script: its exit code would count as the job's
     else
         echo "concentrate: stopped more than {max_restarts} times (launcher.max_restarts); what is done is saved"
     fi

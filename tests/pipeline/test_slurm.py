@@ -139,6 +139,7 @@ def test_the_job_script_requeues_what_was_saved(tmp_path, exit_code, srun_code, 
     for name, body in (
         ("srun", f"{writes if exit_code else ':'}\nexit {srun_code}"),
         ("scontrol", f"echo $@ >>{tmp_path}/said"),
+        ("sleep", ":"),
     ):
         (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
         (tmp_path / name).chmod(0o755)
