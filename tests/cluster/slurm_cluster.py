@@ -5,6 +5,7 @@ cgroups are used, so none are needed. Debian: `apt-get install slurm-wlm munge`.
 """
 
 import contextlib
+import ctypes
 import getpass
 import os
 import re
@@ -166,6 +167,7 @@ class SlurmCluster:
                 [shutil.which(program, path=_PATH), *arguments],
                 env=self.environment, stdout=output, stderr=output, stdin=subprocess.DEVNULL,
                 start_new_session=True,  # Ctrl-C at the tests is not for the daemons
+                preexec_fn=_end_with_parent,
             )  # fmt: skip
 
     def _configure(self, munge_socket: Path, controller_port: int, *node_ports: int) -> str:
@@ -231,6 +233,12 @@ def running_cluster(directory: Path) -> Iterator[SlurmCluster]:
         yield cluster
     finally:
         cluster.stop()
+
+
+def _end_with_parent() -> None:
+    """Tests that are killed leave no daemons behind; only Linux has SLURM, and this."""
+    set_signal_at_death_of_parent = 1
+    ctypes.CDLL(None).prctl(set_signal_at_death_of_parent, signal.SIGTERM)
 
 
 def _free_ports(count: int) -> list[int]:
