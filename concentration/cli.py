@@ -3,10 +3,12 @@
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from concentration import preemption
 from concentration.config import VERBS, check_config, describe_composition_error, find_config_directory
 from concentration.errors import ConcentrationError, ConfigError, Preempted
 from concentration.schema import suggest
@@ -24,6 +26,7 @@ BUG_EXIT_CODE = 1
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Exits with 0 when finished, 2 for the user's mistake, 75 when preempted, 1 for a bug."""
+    preemption.note_signals()  # before torch is imported, which takes seconds in which a job may be asked to stop
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     # Read when torch is imported: with two threads on a small shared machine a step was seen to take 20 to 100 times longer.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -48,6 +51,9 @@ def run_verb(verb: str, composed: Any) -> int:
     try:
         config = check_config(verb, composed)
         VERBS[verb].load()[0](config)
+    except Preempted as error:
+        preemption.leave_marker(error)
+        return _say(error)
     except ConcentrationError as error:
         return _say(error)
     except Exception:
@@ -71,6 +77,8 @@ def _run_hydra(verb: str, rest: list[str]) -> int:
 
     # NOTE: hydra.main throws the jobs' return values away, so its two calls are made here; tests hold this to Hydra 1.3.
     version.setbase("1.3")
+    # Our launchers keep the plugins' names and are checked by their schemas, as Hydra 1.3 still does.
+    warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/\w+' is validated against ConfigStore schema")
     parser = get_args_parser()
     parser.prog = f"concentrate {verb}"
     options = parser.parse_intermixed_args(rest)  # options may stand between overrides
@@ -91,6 +99,8 @@ def _run_hydra(verb: str, rest: list[str]) -> int:
             hydra.show_cfg(verb, overrides, options.cfg, options.package, options.resolve)
             return 0
         job = _Job(verb)
+        if any(override.startswith("hydra/launcher=") for override in overrides):
+            preemption.stop_at_once()  # this process only waits for the jobs
         if options.multirun or hydra.get_mode(verb, overrides) == RunMode.MULTIRUN:
             batches = hydra.multirun(
                 verb, job, [*overrides, "hydra.sweep.dir=${workdir}", "hydra.sweep.subdir=."], False
@@ -109,10 +119,13 @@ class _Job:
         self._stopped = False
 
     def __call__(self, composed: Any) -> int:
+        preemption.note_signals()  # in a process of joblib's, or of submitit's with its own handlers
         if self._stopped:  # the jobs that come after it in this process are not begun
             return Preempted.exit_code
         exit_code = run_verb(self._verb, composed)
         self._stopped = exit_code == Preempted.exit_code
+        if self._stopped and os.environ.get("SUBMITIT_EXECUTOR") == "slurm":
+            preemption.requeue_slurm_job()  # does not return, so that submitit does not take the job for finished
         return exit_code
 
 

@@ -1,8 +1,10 @@
 """Ranks and sums over them; every function also works in a single process."""
 
+import datetime
 import math
 import os
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -14,10 +16,47 @@ from concentration.errors import ConcentrationError, ConfigError
 T = TypeVar("T")
 
 
-def start(backend: str) -> None:
-    """Joins the other processes when this one was started by torchrun; does nothing otherwise, or the second time."""
-    if "TORCHELASTIC_RUN_ID" in os.environ and not _is_distributed():
-        dist.init_process_group(backend)
+#: Ports of a job's first machine at which its processes meet, chosen by the job's number.
+_FIRST_PORT, _NUM_PORTS = 20_000, 20_000
+
+
+def start(backend: str, timeout_seconds: float = 600) -> None:
+    """Joins the other processes when this one was started by torchrun or srun; does nothing otherwise, or the second time.
+
+    Where one of them is dead or hangs, the others wait for `timeout_seconds` and raise an error.
+    """
+    if is_distributed():
+        return
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        if (
+            int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) == 1
+        ):  # only srun sets it; a batch script is not a task of a step
+            return
+        os.environ.update(translate_slurm(os.environ))
+    dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_seconds))
+
+
+def translate_slurm(environment: Mapping[str, str]) -> dict[str, str]:
+    """What torchrun would have set, from what srun has; MASTER_ADDR and MASTER_PORT are kept where they are given."""
+    [tasks_of_node] = re.findall(r"^\d+", environment["SLURM_STEP_TASKS_PER_NODE"])
+    first, inside, after = re.match(
+        r"([^\[,]+)(?:\[(\w+)[^]]*\])?([^\[,]*)", environment["SLURM_STEP_NODELIST"]
+    ).groups()
+    job, step = int(environment["SLURM_JOB_ID"]), int(environment["SLURM_STEP_ID"])
+    return {
+        "RANK": environment["SLURM_PROCID"],
+        "WORLD_SIZE": environment["SLURM_STEP_NUM_TASKS"],
+        "LOCAL_RANK": environment["SLURM_LOCALID"],
+        "LOCAL_WORLD_SIZE": tasks_of_node,
+        "GROUP_RANK": environment["SLURM_NODEID"],
+        "MASTER_ADDR": environment.get("MASTER_ADDR", f"{first}{inside or ''}{after}"),
+        "MASTER_PORT": environment.get("MASTER_PORT", str(_FIRST_PORT + (job + 97 * step) % _NUM_PORTS)),
+    }
+
+
+def local_world_size() -> int:
+    """The processes on this machine."""
+    return int(os.environ["LOCAL_WORLD_SIZE"]) if is_distributed() else 1
 
 
 def choose_device(accelerator: str) -> torch.device:
@@ -32,16 +71,16 @@ def choose_device(accelerator: str) -> torch.device:
 
 
 def rank() -> int:
-    return dist.get_rank() if _is_distributed() else 0
+    return dist.get_rank() if is_distributed() else 0
 
 
 def world_size() -> int:
-    return dist.get_world_size() if _is_distributed() else 1
+    return dist.get_world_size() if is_distributed() else 1
 
 
 def sum_over_ranks(value: Tensor) -> Tensor:
     """The sum of `value` over ranks, on every rank; `value` itself is left as it is."""
-    if not _is_distributed():
+    if not is_distributed():
         return value
     value = value.clone()
     dist.all_reduce(value)
@@ -55,7 +94,7 @@ def all_to_all(tensors: Sequence[Tensor], shapes: Sequence[Sequence[int]]) -> li
         tensors: one for each rank, all of one type.
         shapes: of what each rank sends here, which both sides know.
     """
-    if not _is_distributed():
+    if not is_distributed():
         return [tensor.view(*shape) for tensor, shape in zip(tensors, shapes, strict=True)]
     # As bytes: gloo does not move every type.
     sent = torch.cat([tensor.reshape(-1) for tensor in tensors]).view(torch.uint8)
@@ -73,7 +112,7 @@ def all_to_all(tensors: Sequence[Tensor], shapes: Sequence[Sequence[int]]) -> li
 
 def gather_sizes(sizes: Sequence[int], device: torch.device) -> list[list[int]]:
     """Every rank's `sizes`, in rank order; on a GPU this waits for it."""
-    if not _is_distributed():
+    if not is_distributed():
         return [list(sizes)]
     own = torch.tensor([int(size) for size in sizes], device=device)
     gathered = [torch.empty_like(own) for _ in range(world_size())]
@@ -83,13 +122,13 @@ def gather_sizes(sizes: Sequence[int], device: torch.device) -> list[list[int]]:
 
 def wait_for_all() -> None:
     """Returns when every rank has come here."""
-    if _is_distributed():
+    if is_distributed():
         dist.barrier()
 
 
 def broadcast_flag(flag: bool, device: torch.device) -> bool:
     """Rank 0's flag on every rank: what one clock decides, all must do."""
-    if not _is_distributed():
+    if not is_distributed():
         return flag
     tensor = torch.tensor(int(flag), device=device)
     dist.broadcast(tensor, 0)
@@ -98,7 +137,7 @@ def broadcast_flag(flag: bool, device: torch.device) -> bool:
 
 def gather_objects(value: object) -> list:
     """Every rank's `value`, in rank order, on every rank."""
-    if not _is_distributed():
+    if not is_distributed():
         return [value]
     gathered: list = [None] * world_size()
     dist.all_gather_object(gathered, value)
@@ -107,7 +146,7 @@ def gather_objects(value: object) -> list:
 
 def from_rank_zero(compute: Callable[[], T]) -> T:
     """What `compute` returns on rank 0, where alone it is called; an error of it is raised on every rank."""
-    if not _is_distributed():
+    if not is_distributed():
         return compute()
     outcome: list = [None, None]
     if rank() == 0:
@@ -126,5 +165,6 @@ def slice_of_rank(count: int, rank: int, world_size: int) -> slice:
     return slice(rank * count // world_size, (rank + 1) * count // world_size)
 
 
-def _is_distributed() -> bool:
+def is_distributed() -> bool:
+    """Whether `start` has joined this process with others, be they none."""
     return dist.is_available() and dist.is_initialized()

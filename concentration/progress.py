@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import sys
 import time
 from pathlib import Path
@@ -10,6 +11,7 @@ import rich.progress
 from rich.console import Console
 
 from concentration.errors import DataError, Preempted
+from concentration.preemption import stop_if_asked
 from concentration.targets import write_atomically
 
 #: Seconds between two writes of the status file, and between two lines where there is no terminal.
@@ -62,7 +64,9 @@ class Progress:
         self._publish("running")
 
     def advance(self, count: int = 1) -> None:
+        """Counts work that is done and kept. Raises: Preempted when a signal has asked to stop."""
         self.update(self._done + count)
+        stop_if_asked()
 
     @property
     def units_per_second(self) -> float:
@@ -94,10 +98,17 @@ class Progress:
                 "per_second": self.units_per_second,
                 "text": self._text,
                 "process": os.getpid(),
+                "host": socket.gethostname(),
                 "started": self._started,
                 "updated": now,
             }
             write_atomically(self._directory / STATUS_FILE, status)
+
+
+def build_console() -> Console:
+    """For tables; where there is no terminal, lines are long: they are searched, not looked at."""
+    console = Console(soft_wrap=True, highlight=False)
+    return console if console.is_terminal else Console(soft_wrap=True, highlight=False, width=1000)
 
 
 def build_bars(console: Console) -> rich.progress.Progress:

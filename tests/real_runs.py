@@ -41,11 +41,12 @@ _CONTEXT.set_forkserver_preload(["concentration.pipeline.graph", "concentration.
 
 @dataclass(frozen=True)
 class Plant:
-    """Kills the process by SIGKILL at the n-th call of a function: `module:Class.method` or `module:function`."""
+    """Sends the process a signal at the n-th call of a function: `module:Class.method` or `module:function`."""
 
     where: str
     call: int = 1
     when: str = "before"
+    signal: int = signal.SIGKILL
 
 
 @dataclass(frozen=True)
@@ -302,10 +303,10 @@ def _dig_in(plant: Plant) -> None:
     def call(*args, **kwargs):
         is_due = next(calls) == plant.call
         if is_due and plant.when == "before":
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), plant.signal)
         result = original(*args, **kwargs)
-        if is_due:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if is_due and plant.when == "after":
+            os.kill(os.getpid(), plant.signal)
         return result
 
     setattr(owner, name, call)

@@ -10,12 +10,14 @@ import yaml
 from hydra import compose, initialize_config_dir
 from real_runs import IMAGE_SIZE, TINY, Running, concentrate, one_line, prepare_shards, run_command
 
+from concentration import cli, preemption
 from concentration.config import VERBS, check_config, find_config_directory
 from concentration.errors import ConfigError
 
 CONF = find_config_directory()
 PRIMARY = sorted(path.stem for path in CONF.glob("*.yaml"))
-GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir())
+#: `hydra/` is no part of a config: it says where the jobs of a multirun run.
+GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name != "hydra")
 #: What a config leaves for the user to give.
 MANDATORY = {"vertical=fruit", "data.path=there", "base.name=resnet18", "external.path=there", "external.classes=there",
              "external.output=softmax_logits", "external.name=resnet18", "external.function=mine:build",
@@ -235,3 +237,19 @@ def prepare_as(workdir: Path, tmp_path: Path) -> None:
                 f"workdir={tmp_path}/work", directory=tmp_path)  # fmt: skip
     for path in tmp_path.glob(".*.err"):
         path.unlink()
+
+
+def test_our_handlers_win_over_those_of_submitit(monkeypatch):
+    """Submitit's handler of SIGUSR2 leaves in the middle of a step, and its others ignore SIGTERM."""
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+    before = {number: signal.getsignal(number) for number in numbers}
+    try:
+        for number in numbers:
+            signal.signal(number, lambda number, frame: pytest.fail("the handler of submitit"))
+        seen = []
+        monkeypatch.setattr(cli, "run_verb", lambda verb, composed: seen.extend(map(signal.getsignal, numbers)) or 0)
+        cli._Job("teacher")(None)
+        assert seen == [preemption._note] * 3
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

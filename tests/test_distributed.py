@@ -38,6 +38,40 @@ def test_starting_without_torchrun_does_nothing(monkeypatch):
     assert not dist.is_initialized()
 
 
+SRUN = {
+    "SLURM_JOB_ID": "70", "SLURM_STEP_ID": "0", "SLURM_PROCID": "9", "SLURM_LOCALID": "1", "SLURM_NODEID": "1",
+    "SLURM_STEP_NUM_TASKS": "16", "SLURM_STEP_TASKS_PER_NODE": "8(x2)",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("gpu7", "gpu7"),
+        ("gpu[07-08]", "gpu07"),
+        ("gpu[9,12-13],cpu1", "gpu9"),
+        ("rack[1-2]-ib", "rack1-ib"),
+        ("a.b-c1,a.b-c2", "a.b-c1"),
+    ],
+)
+def test_the_ranks_of_srun_meet_at_its_first_machine(nodes, first):
+    translated = distributed.translate_slurm({**SRUN, "SLURM_STEP_NODELIST": nodes})
+    assert translated == {
+        "RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "8", "GROUP_RANK": "1",
+        "MASTER_ADDR": first, "MASTER_PORT": "20070",
+    }  # fmt: skip
+    given = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "1234"}
+    assert distributed.translate_slurm({**SRUN, **given, "SLURM_STEP_NODELIST": nodes}).items() >= given.items()
+
+
+def test_two_steps_of_a_job_meet_at_different_ports():
+    ports = {
+        distributed.translate_slurm({**SRUN, "SLURM_STEP_NODELIST": "a", "SLURM_STEP_ID": str(step)})["MASTER_PORT"]
+        for step in range(9)
+    }
+    assert len(ports) == 9
+
+
 @given(st.integers(0, 1000), st.integers(1, 40))
 @settings(max_examples=100, deadline=None, database=None)
 def test_the_shares_of_the_ranks_cover_everything_once_in_order_and_evenly(count, world_size):

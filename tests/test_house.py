@@ -20,6 +20,7 @@ FLOORS = {
     "errors": 0,
     "distributed": 1,
     "packed_targets": 1,
+    "preemption": 1,
     "processes": 1,
     "progress": 1,
     "schema": 1,

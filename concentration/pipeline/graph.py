@@ -1,22 +1,27 @@
 """The graph of a whole run: which jobs there are, and which waits for which."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import pydantic
 
-from concentration.data.sources import DataConfig
+from concentration.data.sources import DataConfig, build_source
+from concentration.data.sources.webdataset_shards import ShardsConfig, load_shards_taxonomy
 from concentration.errors import ConfigError
 from concentration.networks.bases import BaseConfig
 from concentration.networks.external import ExternalConfig
 from concentration.networks.pace import PaceConfig
 from concentration.networks.top_layers import TopConfig
-from concentration.pipeline.jobs import Job
+from concentration.pipeline.jobs import DONE_FILE, Job, Resources
+from concentration.pipeline.local import LocalConfig
+from concentration.pipeline.slurm import SlurmConfig
 from concentration.schema import Config, suggest
 from concentration.stages.evaluate import EVALUATIONS, SPECIALISTS, EvaluateConfig
-from concentration.stages.prepare import SHARDS, PrepareConfig
+from concentration.stages.prepare import SHARDS, DataOverrides, PrepareConfig, load_prepared
 from concentration.stages.report import REPORT, ReportConfig
-from concentration.stages.run_directory import StageConfig
+from concentration.stages.run_directory import RunDirectory, StageConfig
 from concentration.stages.student import STUDENTS, HardTargetsConfig, Outside, StudentConfig, TargetsChoice
 from concentration.stages.targets import TARGETS, TargetsConfig
 from concentration.stages.teacher import TEACHERS, ExternalTeacherConfig, TeacherConfig
@@ -48,11 +53,15 @@ class RunConfig(StageConfig):
     """The whole pipeline. The keys at the top are the student's; `teacher` and `generalist` have their own.
 
     name: of the student; several students may share teachers and targets.
-    num_processes: jobs at a time on this machine; None is one per core.
+    launcher: who runs the jobs.
+    num_processes: of `prepare`, and jobs at a time on this machine; None is one per core.
     plan: prints what every stage would read, write and take, and runs none.
+    dry_run: prints the graph and the commands, and runs none.
     """
 
-    runtime_fields: ClassVar[frozenset[str]] = StageConfig.runtime_fields | {"launcher", "num_processes", "plan"}
+    runtime_fields: ClassVar[frozenset[str]] = StageConfig.runtime_fields | {
+        "launcher", "num_processes", "plan", "dry_run"
+    }  # fmt: skip
 
     seed: int = 0
     name: str = "student"
@@ -69,9 +78,16 @@ class RunConfig(StageConfig):
     generalist: NetworkParts
     logger: LoggerConfig = LoggerConfig()
     samples_per_shard: pydantic.PositiveInt = 4000
-    launcher: Literal["local"] = "local"
+    launcher: Annotated[LocalConfig | SlurmConfig, pydantic.Field(discriminator="kind")] = LocalConfig()
     num_processes: pydantic.PositiveInt | None = None
     plan: bool = False
+    dry_run: bool = False
+
+    @pydantic.model_validator(mode="after")
+    def _check_plan(self):
+        if self.plan and self.dry_run:
+            raise ValueError("plan=true with dry_run=true: each prints something else; give one of them")
+        return self
 
     @pydantic.model_validator(mode="after")
     def _check_name(self):
@@ -102,11 +118,10 @@ def build_jobs(config: RunConfig, taxonomy: Taxonomy) -> list[Job]:
             raise ConfigError(
                 f"teacher.external.{vertical}: no vertical of this name{suggest(vertical, taxonomy.verticals)}"
             )
-    teachers = [_teacher_job(config, v, n) for v, n in zip(taxonomy.verticals, taxonomy.vertical_sizes, strict=True)]
-    teachers.sort(key=lambda job: -taxonomy.vertical_sizes[taxonomy.verticals.index(job.config.vertical)])
-    targets = (
-        [_targets_job(config, vertical) for vertical in taxonomy.verticals] if config.targets.kind == "soft" else []
-    )
+    teachers = [_teacher_job(config, taxonomy, number) for number in range(len(taxonomy.verticals))]
+    teachers.sort(key=lambda job: -taxonomy.vertical_sizes[job.task])
+    is_soft = config.targets.kind == "soft"
+    targets = [_targets_job(config, v, number) for number, v in enumerate(taxonomy.verticals)] if is_soft else []
     generalist = _student_job(config, GENERALIST, config.generalist, HardTargetsConfig(), after=())
     after = tuple(job.name for job in {"labels": [], "soft": targets, "online": teachers}[config.targets.kind])
     parts = NetworkParts(**{name: getattr(config, name) for name in NetworkParts.model_fields})
@@ -123,32 +138,72 @@ def build_jobs(config: RunConfig, taxonomy: Taxonomy) -> list[Job]:
         config.workdir / REPORT,
         tuple(job.name for job in evaluations),
         "drawing the report",
+        proof="index.html",
     )
     return [generalist, *teachers, *targets, student, *evaluations, report]
 
 
-def _teacher_job(config: RunConfig, vertical: str, num_classes: int) -> Job:
-    directory = config.workdir / TEACHERS / vertical
+def build_graph(config: RunConfig, taxonomy: Taxonomy) -> list[Job]:
+    """`prepare` and all jobs after it. Raises: as `build_jobs`."""
+    prepare = build_prepare_job(config)
+    jobs = build_jobs(config, taxonomy)
+    return [prepare, *(replace(job, after=job.after or (prepare.name,)) for job in jobs)]
+
+
+def find_taxonomy(config: RunConfig) -> Taxonomy:
+    """The classes of the prepared data, or those of its source where it is still to be prepared: its verticals are the same.
+
+    Raises:
+        ConfigError: other data is prepared here, and `overwrite` is false.
+        DataError: the source is not what it should be.
+    """
+    if RunDirectory(config.workdir / SHARDS).is_finished_with(build_prepare_job(config).config):
+        return load_prepared(config.workdir, DataOverrides())[1]
+    if isinstance(config.data, ShardsConfig):
+        return load_shards_taxonomy(config.data)
+    return build_source(config.data).build_taxonomy()
+
+
+def find_due(jobs: Sequence[Job]) -> set[str]:
+    """The names of the jobs that are not done: without a result, or with one that is older than what it is made from.
+
+    Raises:
+        ConfigError: a stage was begun with another config, and `overwrite` is false.
+    """
+    due: set[str] = set()
+    finished_at: dict[str, int] = {}
+    for job in jobs:
+        if job.proof == DONE_FILE and not RunDirectory(job.directory).is_finished_with(job.config):
+            due.add(job.name)
+            continue
+        when = job.finished_at()
+        if when is None or any(name in due or finished_at[name] > when for name in job.after):
+            due.add(job.name)
+        else:
+            finished_at[job.name] = when
+    return due
+
+
+def _teacher_job(config: RunConfig, taxonomy: Taxonomy, number: int) -> Job:
+    vertical, num_classes = taxonomy.verticals[number], taxonomy.vertical_sizes[number]
     if vertical in config.teacher.external:
-        given = ExternalTeacherConfig(**_shared(config), vertical=vertical, external=config.teacher.external[vertical])
-        return Job(
-            f"teacher {vertical}", "teacher", given, directory, (), f"taking over a model for {num_classes} classes"
-        )
-    stage = TeacherConfig(
-        **_shared(config), **_parts(config.teacher), seed=config.seed, logger=config.logger, vertical=vertical
-    )
-    summary = f"training the specialist of {num_classes} classes"
-    return Job(
-        f"teacher {vertical}", "teacher", stage, directory, (), summary, _count_processes(config.teacher.trainer)
-    )
+        stage = ExternalTeacherConfig(**_shared(config), vertical=vertical, external=config.teacher.external[vertical])
+        summary, resources = f"taking over a model for {num_classes} classes", Resources()
+    else:
+        parts = _parts(config.teacher)
+        stage = TeacherConfig(**_shared(config), **parts, seed=config.seed, logger=config.logger, vertical=vertical)
+        summary, resources = f"training the specialist of {num_classes} classes", _resources(config.teacher.trainer)
+    directory = config.workdir / TEACHERS / vertical
+    return Job(f"teacher {vertical}", "teacher", stage, directory, (), summary, resources, number)
 
 
-def _targets_job(config: RunConfig, vertical: str) -> Job:
+def _targets_job(config: RunConfig, vertical: str, number: int) -> Job:
     accelerator = config.teacher.trainer.accelerator
     stage = TargetsConfig(**_shared(config), vertical=vertical, targets=config.targets, accelerator=accelerator)
     directory = config.workdir / TARGETS / config.targets.name / vertical
     summary = f"storing the teacher's top {config.targets.top_k} classes for every image"
-    return Job(f"targets {vertical}", "targets", stage, directory, (f"teacher {vertical}",), summary)
+    after = (f"teacher {vertical}",)
+    return Job(f"targets {vertical}", "targets", stage, directory, after, summary, Resources(accelerator), number)
 
 
 def _student_job(
@@ -166,7 +221,7 @@ def _student_job(
     learns = {"labels": "the labels", "soft": "the teachers' soft targets", "online": "what the teachers say meanwhile"}
     summary = f"training one network over all verticals on {learns[targets.kind]}"
     directory = config.workdir / STUDENTS / name
-    return Job(f"student {name}", "student", stage, directory, after, summary, _count_processes(parts.trainer))
+    return Job(f"student {name}", "student", stage, directory, after, summary, _resources(parts.trainer))
 
 
 def _evaluate_job(config: RunConfig, name: str, after: tuple[str, ...]) -> Job:
@@ -178,6 +233,7 @@ def _evaluate_job(config: RunConfig, name: str, after: tuple[str, ...]) -> Job:
         config.workdir / EVALUATIONS / name,
         after,
         "measuring on the test images",
+        Resources(config.trainer.accelerator),
     )
 
 
@@ -189,5 +245,7 @@ def _parts(parts: NetworkParts) -> dict[str, Config]:
     return {name: getattr(parts, name) for name in NetworkParts.model_fields}
 
 
-def _count_processes(trainer: TrainerConfig) -> int:
-    return trainer.devices * trainer.num_nodes
+def _resources(trainer: TrainerConfig) -> Resources:
+    if trainer.devices == "auto" or trainer.num_nodes == "auto":  # as many as are started: a run starts one
+        return Resources(trainer.accelerator)
+    return Resources(trainer.accelerator, trainer.num_nodes, trainer.devices)

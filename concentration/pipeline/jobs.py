@@ -4,10 +4,12 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
+from concentration import preemption
 from concentration.errors import ConcentrationError, Preempted
 from concentration.processes import end_with_parent
 from concentration.schema import parse_config
@@ -15,7 +17,26 @@ from concentration.stages.run_directory import StageConfig
 from concentration.stages.verbs import STAGE_VERBS
 from concentration.targets import write_atomically
 
-JOB_FILE, LOG_FILE = "job.json", "log.txt"
+#: In the working directory: the frozen configs, logs and exit codes of a run's jobs. Not in the stages' own directories, which
+#: `overwrite` clears, and then nothing could be started again.
+JOBS = "jobs"
+#: Of a job's files; the exit code is not there while the job runs, or where it was killed.
+FROZEN, LOG, EXIT_CODE = ".json", ".log", ".exit"
+#: The proof of every stage that keeps a `RunDirectory`.
+DONE_FILE = "DONE.json"
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a job runs on; `processes_per_node` above 1 are started by torchrun or srun."""
+
+    accelerator: Literal["cpu", "gpu"] = "cpu"
+    num_nodes: int = 1
+    processes_per_node: int = 1
+
+    @property
+    def num_processes(self) -> int:
+        return self.num_nodes * self.processes_per_node
 
 
 @dataclass(frozen=True)
@@ -26,10 +47,12 @@ class Job:
         name: unique, "teacher latin" say.
         verb: what is run.
         config: checked.
-        directory: where its status, log and DONE.json are.
+        directory: where its status and results are.
         after: names of the jobs that must have finished.
         summary: a sentence for the reader.
-        processes: how many torchrun starts; 1 needs none.
+        resources: what it runs on.
+        task: its number among the jobs of its verb, where they may be one array; the targets of a vertical have their teacher's.
+        proof: in `directory`, the file that is written last.
     """
 
     name: str
@@ -38,41 +61,63 @@ class Job:
     directory: Path
     after: tuple[str, ...]
     summary: str
-    processes: int = 1
+    resources: Resources = Resources()
+    task: int | None = None
+    proof: str = DONE_FILE
+
+    @property
+    def file_name(self) -> str:
+        """Of its files in `jobs/`, without suffix."""
+        return self.name.replace(" ", "-", 1)
+
+    def file(self, suffix: str) -> Path:
+        return self.config.workdir / JOBS / f"{self.file_name}{suffix}"
 
     def finished_at(self) -> int | None:
         """When the job's result was finished, in nanoseconds; None where there is none."""
-        done = self.directory / "DONE.json"
-        return done.stat().st_mtime_ns if done.exists() else None
+        proof = self.directory / self.proof
+        return proof.stat().st_mtime_ns if proof.exists() else None
+
+    def exit_code(self) -> int | None:
+        """Of the last run; None while it runs, and where it was killed."""
+        path = self.file(EXIT_CODE)
+        return int(path.read_text()) if path.exists() else None
+
+    def command(self) -> list[str]:
+        """What runs the frozen job on this machine."""
+        module = ["-m", "concentration.pipeline.jobs", str(self.file(FROZEN))]
+        if self.resources.num_processes == 1:
+            return [sys.executable, *module]
+        torchrun = ["-m", "torch.distributed.run", "--standalone"]
+        return [sys.executable, *torchrun, f"--nproc-per-node={self.resources.num_processes}", *module]
 
     def freeze(self) -> Path:
-        """Writes what `run_frozen` needs."""
-        path = self.directory / JOB_FILE
-        write_atomically(path, {"verb": self.verb, "config": self.config.model_dump(mode="json")})
-        return path
+        """Writes what `run_frozen` needs, and forgets how an earlier run of the job ended."""
+        self.file(EXIT_CODE).unlink(missing_ok=True)
+        write_atomically(self.file(FROZEN), {"verb": self.verb, "config": self.config.model_dump(mode="json")})
+        return self.file(FROZEN)
+
+
+def load_frozen(path: Path) -> StageConfig:
+    """The config of a frozen job. Raises: ConfigError where it is not one."""
+    return _parse(json.loads(path.read_text()))[1]
 
 
 def run_frozen(path: Path) -> int:
-    """Runs a frozen job in this process; returns its exit code after printing what went wrong."""
-    frozen: Mapping = json.loads(path.read_text())
-    function, config_class = STAGE_VERBS[frozen["verb"]].load()
-    try:
-        function(parse_config(config_class, frozen["config"]))
-    except ConcentrationError as error:
-        print(f"concentrate: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("concentrate: stopped by a signal; run the same command again", file=sys.stderr)
-        return Preempted.exit_code
-    except Exception:
-        traceback.print_exc()
-        return 1
-    return 0
+    """Runs a frozen job in this process; returns its exit code after printing what went wrong.
+
+    The exit code is also written beside the frozen config: what starts processes (srun, torchrun) hides it behind its own.
+    """
+    preemption.note_signals()
+    code = _run(json.loads(path.read_text()))
+    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+        write_atomically(path.with_suffix(EXIT_CODE), f"{code}\n")
+    return code
 
 
 def run_forked(path: Path) -> None:
     """The body of a forked process: output goes to the job's log, and the process ends with the job's exit code."""
-    log = os.open(path.with_name(LOG_FILE), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    log = os.open(path.with_suffix(LOG), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     sys.stdout.flush()
     sys.stderr.flush()
     os.dup2(log, 1)
@@ -85,6 +130,27 @@ def run_forked(path: Path) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # NOTE: not sys.exit: what libraries leave running (loggers, pools) must not hold the pipeline
+
+
+def _parse(frozen: Mapping) -> tuple[Callable[[StageConfig], None], StageConfig]:
+    function, config_class = STAGE_VERBS[frozen["verb"]].load()
+    return function, parse_config(config_class, frozen["config"])
+
+
+def _run(frozen: Mapping) -> int:
+    try:
+        function, config = _parse(frozen)
+        function(config)
+    except ConcentrationError as error:
+        print(f"concentrate: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("concentrate: stopped by a signal; run the same command again", file=sys.stderr)
+        return Preempted.exit_code
+    except Exception:
+        traceback.print_exc()
+        return 1
+    return 0
 
 
 if __name__ == "__main__":

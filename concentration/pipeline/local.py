@@ -5,29 +5,28 @@ import multiprocessing
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from rich.console import Console
 
-from concentration.errors import ConcentrationError, Preempted
-from concentration.pipeline.jobs import LOG_FILE, Job, run_forked
+from concentration.errors import Preempted
+from concentration.pipeline.failures import describe_failures
+from concentration.pipeline.jobs import LOG, Job, run_forked
 from concentration.progress import build_bars, load_status
+from concentration.schema import Config
 
 POLL_SECONDS = 0.2
-LOG_TAIL_LINES = 5
 #: Imported once, in the server from which job processes are forked: a job then starts in milliseconds, not in seconds.
 PRELOAD = ["concentration.pipeline.graph"]
 
 
-class JobFailed(ConcentrationError):
-    """Some jobs failed; carries the worst one's exit code."""
+class LocalConfig(Config):
+    """Jobs run on this machine, `num_processes` at a time, until all are done."""
 
-    def __init__(self, message: str, exit_code: int):
-        super().__init__(message)
-        self.exit_code = exit_code
+    kind: Literal["local"] = "local"
 
 
 class LocalLauncher:
@@ -74,26 +73,17 @@ class LocalLauncher:
         if stop.is_set:
             raise Preempted("stopped by a signal; what is done is kept: run the same command again")
         if failed:
-            raise _describe_failures(jobs, failed, waiting)
+            raise describe_failures(jobs, failed, waiting)
         return num_new
 
     def _start(self, job: Job) -> "_Running":
         frozen, earlier = job.freeze(), job.finished_at()
-        if job.processes == 1:
+        if job.resources.num_processes == 1:
             process = self._context.Process(target=run_forked, args=(frozen,), name=job.name)
             process.start()
         else:
-            command = [
-                sys.executable,
-                "-m",
-                "torch.distributed.run",
-                "--standalone",
-                f"--nproc-per-node={job.processes}",
-            ]
-            with open(job.directory / LOG_FILE, "ab") as log:
-                process = subprocess.Popen(
-                    [*command, "-m", "concentration.pipeline.jobs", str(frozen)], stdout=log, stderr=subprocess.STDOUT
-                )
+            with open(job.file(LOG), "ab") as log:
+                process = subprocess.Popen(job.command(), stdout=log, stderr=subprocess.STDOUT)
         return _Running(job, process, time.monotonic(), earlier)
 
 
@@ -175,20 +165,3 @@ class _Display:
         if code == 0 and process.earlier is not None and not process.has_new_result():
             outcome = "was done already, looked through"
         self._console.print(f"      {process.job.name}: {outcome} in {time.monotonic() - process.started:.0f} s")
-
-
-def _describe_failures(jobs: Sequence[Job], failed: dict[str, int], waiting: Sequence[Job]) -> JobFailed:
-    """What failed, why by its log's last lines, and what could not be run because of it."""
-    lines = []
-    for job in jobs:
-        if job.name in failed:
-            log = job.directory / LOG_FILE
-            tail = log.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:] if log.exists() else []
-            lines.append(f"{job.name} failed (exit code {failed[job.name]}); the end of {log}:")
-            lines.extend(f"    {line}" for line in tail)
-    if waiting:
-        lines.append(f"not run because of it: {', '.join(job.name for job in waiting)}")
-    mistakes = {Preempted.exit_code, ConcentrationError.exit_code}
-    worst = next((code for code in failed.values() if code not in mistakes), None)
-    code = 1 if worst is not None else max(failed.values(), key=lambda code: code == ConcentrationError.exit_code)
-    return JobFailed("\n".join(lines), code)

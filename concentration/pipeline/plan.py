@@ -119,7 +119,7 @@ class _Planner:
             self._obstacles[key] = find_obstacle(trainer, memory)
         if obstacle := self._obstacles[key]:
             return _with(written, note=obstacle)
-        world_size = trainer.devices * trainer.num_nodes
+        world_size = trainer.num_processes
         local_batch = -(-batch_size // (world_size * trainer.accumulate))
         speed = self._speeds[job.name] = measure_speed(network, config.optimizer, trainer, shape, local_batch)
         num_read = local_batch * trainer.accumulate
@@ -237,7 +237,7 @@ def _describe(
         lines.append("not measured: reading, since the shards are remote")
     else:
         lines.append(f"  and {NUM_PROBED} images: {1 / data.read_seconds:,.0f} decoded a second by a process")
-    if any(job.job.processes > 1 for job in plans):
+    if any(job.job.resources.num_processes > 1 for job in plans):
         lines.append("  several processes are taken to be as fast as one with its share of the batch")
     lines.append("passing are the checkpoints of a training, which are removed at its end")
     lines.append(

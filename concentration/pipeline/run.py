@@ -7,9 +7,20 @@ import sys
 from rich.console import Console
 from rich.table import Table
 
-from concentration.pipeline.graph import GENERALIST, RunConfig, build_jobs, build_prepare_job
+from concentration.pipeline.dry_run import print_dry_run, print_submitted
+from concentration.pipeline.graph import (
+    GENERALIST,
+    RunConfig,
+    build_graph,
+    build_jobs,
+    build_prepare_job,
+    find_due,
+    find_taxonomy,
+)
 from concentration.pipeline.local import LocalLauncher
 from concentration.pipeline.plan import print_run_plan
+from concentration.pipeline.records import record_jobs
+from concentration.pipeline.slurm import SlurmConfig, SlurmLauncher
 from concentration.processes import count_cores
 from concentration.stages.evaluate import EVALUATIONS, SPECIALISTS
 from concentration.stages.prepare import DataOverrides, load_prepared
@@ -20,25 +31,53 @@ __all__ = ["RunConfig", "run"]
 
 
 def run(config: RunConfig) -> None:
-    """Runs all stages and prints what came out, or with `plan` what they would take.
+    """Runs all stages and prints what came out; or with `launcher=slurm` submits them; or prints what would be done.
 
     Raises:
-        ConfigError: (with `plan`) nothing is known of the data yet.
+        ConfigError: (with `plan`) nothing is known of the data yet; (with SLURM) it refuses, or a stage was begun otherwise.
         JobFailed: with what failed and why.
         Preempted: a signal asked to stop.
     """
     if config.plan:
         print_run_plan(config)
-        return
-    command = shlex.join(["concentrate", *sys.argv[1:]])
-    write_atomically(config.workdir / COMMAND_FILE, {"command": command})
+    elif config.dry_run:
+        print_dry_run(config)
+    elif isinstance(config.launcher, SlurmConfig):
+        _run_on_slurm(config, config.launcher)
+    else:
+        _run_here(config)
+
+
+def _run_here(config: RunConfig) -> None:
+    _record_command(config)
     launcher = LocalLauncher(config.num_processes or count_cores())
     num_new = launcher.run([build_prepare_job(config)])
     _, taxonomy, _ = load_prepared(config.workdir, DataOverrides())
+    record_jobs(config.workdir, build_graph(config, taxonomy))
     num_new += launcher.run(build_jobs(config, taxonomy))
-    if not num_new:
+    if num_new == 1:  # the report
         print("everything was done already: nothing is to do but to draw the report anew")
     _print_result(config)
+
+
+def _run_on_slurm(config: RunConfig, launcher_config: SlurmConfig) -> None:
+    graph = build_graph(config, find_taxonomy(config))
+    due = find_due(graph)
+    if not due:
+        print("everything was done already: nothing is to do")
+        _print_result(config)
+        return
+    launcher = SlurmLauncher(launcher_config, config.workdir)
+    _record_command(config)
+    submitted = launcher.submit(graph, due)
+    print_submitted(config, graph, submitted)
+    if launcher_config.wait:
+        launcher.wait([job for job in graph if job.name in due])
+        _print_result(config)
+
+
+def _record_command(config: RunConfig) -> None:
+    write_atomically(config.workdir / COMMAND_FILE, {"command": shlex.join(["concentrate", *sys.argv[1:]])})
 
 
 def _print_result(config: RunConfig) -> None:

@@ -1,14 +1,16 @@
 """`concentrate status`: what stands where in a working directory."""
 
-import os
-import time
 from pathlib import Path
 
-from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from concentration.errors import ConfigError
-from concentration.progress import STATUS_FILE, load_status
+from concentration.pipeline.jobs import JOBS
+from concentration.pipeline.records import load_records
+from concentration.pipeline.slurm_queue import load_queue
+from concentration.pipeline.states import StageState, describe_directory, find_states
+from concentration.progress import STATUS_FILE, build_console, load_status
 from concentration.schema import Config
 
 
@@ -19,45 +21,40 @@ class StatusConfig(Config):
 
 
 def status(config: StatusConfig) -> None:
-    """Prints a line per stage that has begun.
+    """Prints a line per stage: those of `concentrate run`, and those that were begun without it.
 
     Raises:
         ConfigError: there is no such directory.
+        DataError: a file about the stages is damaged.
     """
-    if not config.workdir.is_dir():
-        raise ConfigError(f"workdir={config.workdir}: no such directory; `concentrate run` makes it")
-    table = Table(title=str(config.workdir), title_justify="left")
-    for column in ("stage", "state", "done", "rate", "left"):
+    workdir = config.workdir
+    if not workdir.is_dir():
+        raise ConfigError(f"workdir={workdir}: no such directory; `concentrate run` makes it")
+    records = load_records(workdir)
+    queue, note = {}, ""
+    if any(record.slurm_id for record in records.jobs.values()):
+        try:
+            queue = load_queue(records.user)
+        except ConfigError as error:
+            note = f"without SLURM's queue, so that waiting and running jobs may be shown as failed: {error}"
+    by_directory: dict[Path, StageState] = {}
+    begun = sorted({path.parent for path in workdir.rglob(STATUS_FILE)}, key=_age)
+    states = find_states(workdir, records, queue)
+    of_run = {workdir / record.directory: states[name] for name, record in records.jobs.items()}
+    for directory in [*begun, *of_run]:
+        by_directory[directory] = of_run.get(directory) or describe_directory(directory)
+    table = Table(title=str(workdir), title_justify="left")
+    for column in ("stage", "state", "done", "rate", "left", "why"):
         table.add_column(column)
-    for directory in sorted({path.parent for path in config.workdir.rglob(STATUS_FILE)}, key=_age):
-        table.add_row(str(directory.relative_to(config.workdir)), *describe_stage(directory))
-    Console(soft_wrap=True).print(table)
-
-
-def describe_stage(directory: Path) -> tuple[str, str, str, str]:
-    """State, work done, rate and time left of the stage in `directory`."""
-    latest = load_status(directory)
-    assert latest is not None
-    done = f"{latest['done']}/{latest['total']} {latest['unit']}"
-    is_only_a_sum = not (directory / "config.json").exists()  # of several stages: `targets` of all verticals
-    if (directory / "DONE.json").exists() or (is_only_a_sum and latest["state"] == "done"):
-        return "done", done, "", ""
-    if latest["state"] != "running" or not _is_alive(latest["process"]):
-        return ("failed" if latest["state"] == "failed" else "stopped"), done, "", ""
-    rate = latest["per_second"]
-    left = (latest["total"] - latest["done"]) / rate if rate else float("inf")
-    left_text = time.strftime("%H:%M:%S", time.gmtime(left)) if left < 86400 else "-"
-    return "running", done, f"{rate:.1f} {latest['unit']}/s", left_text
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+    for directory, state in by_directory.items():
+        name = str(directory.relative_to(workdir))
+        table.add_row(name, state.state, state.amount, state.rate, state.left, escape(state.why))
+    console = build_console()
+    console.print(table)
+    if any(state.state == "failed" for state in by_directory.values()):
+        console.print(f"logs of the jobs: {workdir / JOBS}")
+    if note:
+        console.print(note)
 
 
 def _age(directory: Path) -> float:

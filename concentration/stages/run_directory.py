@@ -111,6 +111,22 @@ class RunDirectory:
     def is_finished(self) -> bool:
         return self._load("DONE.json") is not None
 
+    def is_finished_with(self, config: StageConfig) -> bool:
+        """Whether the stage is finished with this config, whatever has become of what it read.
+
+        Raises:
+            ConfigError: it was begun with another config, and `overwrite` is false.
+        """
+        begun = self._load("config.json")
+        if begun is None:
+            return False
+        earlier = {key: value for key, value in begun["identity"].items() if key != "upstream"}
+        if earlier != config.identity():
+            if not config.overwrite:
+                self._refuse(earlier, config.identity())
+            return False
+        return self.is_finished
+
     def reopen(self) -> None:
         """Takes the mark back: the stage is begun, and continued by the next run."""
         (self.path / "DONE.json").unlink(missing_ok=True)

@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback, Checkpoint
 
+from concentration import preemption
 from concentration.data.index import Split
 from concentration.data.loader import Batch
 from concentration.distributed import broadcast_flag, gather_objects, sum_over_ranks
@@ -130,21 +131,19 @@ class ClockCheckpoint(Checkpoint):
 
 
 class Preemption(Callback):
-    """On SIGTERM, SIGUSR1 or SIGINT: all ranks agree at the end of a step, save, and leave with exit code 75."""
-
-    signals = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    """On a signal that asks to stop, or SIGINT: all ranks agree at the end of a step, save, and leave with exit code 75."""
 
     def __init__(self, directory: CheckpointDirectory):
         self._directory = directory
-        self._received = 0
 
     def on_train_start(self, trainer: pl.Trainer, module) -> None:
-        # NOTE: Lightning sets its own SIGTERM handler, which ends with exit code 0, before this hook.
-        self._earlier = {number: signal.signal(number, self._note) for number in self.signals}
+        self._on_interrupt = signal.getsignal(signal.SIGINT)
+        preemption.note_signals(signal.SIGINT)
+        if self._is_asked(trainer):  # while it started
+            raise Preempted(f"stopped by a signal before step {trainer.global_step + 1}; run the same command again")
 
     def on_train_end(self, trainer: pl.Trainer, module) -> None:
-        for number, earlier in self._earlier.items():
-            signal.signal(number, earlier)
+        signal.signal(signal.SIGINT, self._on_interrupt)
 
     def on_train_batch_end(self, trainer: pl.Trainer, module, outputs, batch, batch_idx: int) -> None:
         if is_end_of_step(trainer, batch_idx) and is_check_due(trainer) and not is_validation_due(trainer, batch_idx):
@@ -154,15 +153,16 @@ class Preemption(Callback):
         self._stop_if_asked(trainer)
 
     def _stop_if_asked(self, trainer: pl.Trainer) -> None:
-        received = torch.tensor(self._received, device=trainer.strategy.root_device)
-        if sum_over_ranks(received):
+        if self._is_asked(trainer):
             self._directory.save(trainer)
             raise Preempted(
                 f"stopped by a signal at step {trainer.global_step}, which is saved; run the same command again"
             )
 
-    def _note(self, number: int, frame) -> None:
-        self._received = number
+    def _is_asked(self, trainer: pl.Trainer) -> bool:
+        """Whether a signal has come on any rank; called on all."""
+        noted = torch.tensor(preemption.noted_signal(), device=trainer.strategy.root_device)
+        return bool(sum_over_ranks(noted))
 
 
 class ProgressReport(Callback):

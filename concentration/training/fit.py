@@ -20,7 +20,7 @@ from concentration.data.index import Split
 from concentration.data.loader import SampleReader, StepBatches, StepLoader, build_loader
 from concentration.data.order import Order, SequentialOrder
 from concentration.data.views import Share
-from concentration.distributed import choose_device, rank, world_size
+from concentration.distributed import choose_device, is_distributed, local_world_size, rank, world_size
 from concentration.errors import ConfigError, DivergedError
 from concentration.networks.routed_teachers import RoutedTeachers
 from concentration.networks.student import Student
@@ -51,6 +51,7 @@ class TrainerConfig(Config):
     window_shards: shards that are shuffled into each other.
     sampling: `natural` sees every sample once an epoch; `class_balanced` draws classes evenly.
     class_weight: `inverse_sqrt` weighs a class by 1/sqrt(its images), with mean 1 over classes.
+    devices, num_nodes: processes on each machine, and machines; `auto` takes as many as torchrun or srun has started.
     ema_decay: the final network is the moving average of the weights.
     prior: outputs start at the classes' frequencies.
     keep_best: the network of the best val/mpvap is kept beside the last, as best.safetensors when training ends.
@@ -58,16 +59,17 @@ class TrainerConfig(Config):
         once; a quarter more arithmetic in the classifiers.
     shard_head: every process holds some verticals of the classifiers and pace, and their optimizer's state, instead of all;
         with one process it changes nothing.
+    timeout_seconds: how long processes wait for one that is dead or hangs; then all end with an error.
     """
 
     runtime_fields: ClassVar[frozenset[str]] = frozenset(
         {"accelerator", "devices", "num_nodes", "num_workers", "checkpoint_every_seconds", "keep_checkpoints", "keep_best",
-         "log_every_steps", "compile", "validate_every_epochs"}
+         "log_every_steps", "compile", "validate_every_epochs", "timeout_seconds"}
     )  # fmt: skip
 
     accelerator: Literal["cpu", "gpu"] = "cpu"
-    devices: pydantic.PositiveInt = 1
-    num_nodes: pydantic.PositiveInt = 1
+    devices: pydantic.PositiveInt | Literal["auto"] = 1
+    num_nodes: pydantic.PositiveInt | Literal["auto"] = 1
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
     batch_size: pydantic.PositiveInt = 128
     accumulate: pydantic.PositiveInt = 1
@@ -89,6 +91,22 @@ class TrainerConfig(Config):
     keep_best: bool = False
     log_every_steps: pydantic.PositiveInt = 20
     max_skipped_share: Share = 0.001
+    timeout_seconds: pydantic.PositiveFloat = 600
+
+    @property
+    def num_processes(self) -> int:
+        """Of the whole run; with `auto`, those that have been started."""
+        if self.devices == "auto" or self.num_nodes == "auto":
+            return world_size()
+        return self.devices * self.num_nodes
+
+    @pydantic.model_validator(mode="after")
+    def _check_num_processes(self):
+        if (self.devices == "auto") != (self.num_nodes == "auto"):
+            raise ValueError(
+                f"trainer.devices={self.devices} with trainer.num_nodes={self.num_nodes}: set both to auto, or none"
+            )
+        return self
 
     @pydantic.model_validator(mode="after")
     def _check_update_in_backward(self):
@@ -97,7 +115,7 @@ class TrainerConfig(Config):
             f"clip_norm={self.clip_norm}": (self.clip_norm is not None, "the norm is known when all gradients are"),
             f"precision={self.precision}": (self.precision == "16-mixed", "a step is taken back where gradients overflow"),
             f"devices={self.devices} and trainer.num_nodes={self.num_nodes}": (
-                self.devices * self.num_nodes > 1, "a step's gradient is the mean over processes"),
+                self.devices == "auto" or self.num_processes > 1, "a step's gradient is the mean over processes"),
         }  # fmt: skip
         for setting, (is_set, reason) in reasons.items():
             if self.update_in_backward and is_set:
@@ -237,15 +255,15 @@ def count_steps(config: TrainerConfig, steps_per_epoch: int) -> int:
 def _build_trainer(
     config: TrainerConfig, callbacks, loggers, run_path, total_steps: int, steps_per_epoch: int
 ) -> pl.Trainer:
-    wanted = config.devices * config.num_nodes
-    environment = TorchElasticEnvironment() if TorchElasticEnvironment.detect() else LightningEnvironment()
+    environment = _StartedProcesses() if is_distributed() else LightningEnvironment()
+    devices = local_world_size() if config.devices == "auto" else config.devices
     # NOTE: one "epoch" of Lightning is the whole run: its own epoch ends are where resuming goes wrong.
     batches_per_epoch = steps_per_epoch * config.accumulate * config.validate_every_epochs
-    return pl.Trainer(
+    trainer = pl.Trainer(
         accelerator=config.accelerator,
-        devices=config.devices,
-        num_nodes=config.num_nodes,
-        strategy="ddp" if wanted > 1 else "auto",
+        devices=devices,
+        num_nodes=1 if config.num_nodes == "auto" else config.num_nodes,
+        strategy="ddp" if config.num_processes > 1 else "auto",
         precision=config.precision,
         max_epochs=1,
         accumulate_grad_batches=config.accumulate,
@@ -261,6 +279,16 @@ def _build_trainer(
         enable_model_summary=False,
         default_root_dir=run_path,
     )
+    # NOTE: Lightning's own handler of SIGTERM would end with exit code 0, and broadcasts in the middle of whatever runs.
+    trainer._signal_connector.register_signal_handlers = lambda: None
+    return trainer
+
+
+class _StartedProcesses(TorchElasticEnvironment):
+    """The ranks that torchrun has set, or `distributed.start` from srun's; Lightning's own for SLURM would requeue jobs."""
+
+    def validate_settings(self, num_devices: int, num_nodes: int) -> None:
+        """Nothing: `_check_machine` has, and machines may have unequal numbers of processes."""
 
 
 def _build_val_loaders(data: TrainingData, batch_size: int) -> list[torch.utils.data.DataLoader]:
@@ -278,11 +306,11 @@ def _check_machine(config: TrainerConfig) -> None:
         raise ConfigError(
             "trainer.compile=true needs a C++ compiler and found neither g++ nor clang++; install one or set it to false"
         )
-    wanted = config.devices * config.num_nodes
-    if wanted != world_size():
+    if config.num_processes != world_size():
         raise ConfigError(
-            f"trainer.devices={config.devices} and trainer.num_nodes={config.num_nodes} are {wanted} processes, but "
-            f"{world_size()} started; start them with `torchrun --nproc-per-node={config.devices}`"
+            f"trainer.devices={config.devices} and trainer.num_nodes={config.num_nodes} are {config.num_processes} "
+            f"processes, but {world_size()} started; start them with `torchrun --nproc-per-node={config.devices}` or srun, "
+            "or set both to auto"
         )
 
 

@@ -82,7 +82,7 @@ def plan_memory(
     Raises:
         ConfigError: as `build_base`, or the batch is too small for the processes.
     """
-    world_size = trainer.devices * trainer.num_nodes
+    world_size = trainer.num_processes
     if trainer.batch_size < world_size * trainer.accumulate:
         raise ConfigError(
             f"trainer.batch_size={trainer.batch_size} is too small for {world_size} processes with "

@@ -224,7 +224,7 @@ def test_a_signal_saves_exits_with_75_and_the_next_run_finishes(undisturbed, wor
     assert "Traceback" not in finished.err
     assert any((run_path / "checkpoints").glob("*.ckpt"))
     shown = concentrate("status", f"workdir={workdir}", directory=tmp_path).out.splitlines()
-    assert "stopped" in next(line for line in shown if "students/stopped" in line)
+    assert "preempted" in next(line for line in shown if "students/stopped" in line)
     assert " done " in next(line for line in shown if "targets/default " in line)
     assert not (run_path / "DONE.json").exists()
     concentrate(*command, directory=tmp_path)

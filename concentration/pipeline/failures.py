@@ -1,0 +1,39 @@
+"""What is said, and with which exit code, where jobs of a graph have failed."""
+
+from collections.abc import Mapping, Sequence
+
+from concentration.errors import ConcentrationError, Preempted
+from concentration.pipeline.jobs import LOG, Job
+from concentration.pipeline.states import read_tail
+
+LOG_TAIL_LINES = 5
+
+
+class JobFailed(ConcentrationError):
+    """Some jobs failed; carries the worst one's exit code."""
+
+    def __init__(self, message: str, exit_code: int):
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def describe_failures(jobs: Sequence[Job], failed: Mapping[str, int | None], waiting: Sequence[Job]) -> JobFailed:
+    """What failed, why by its log's last lines, and what could not be run because of it.
+
+    Args:
+        failed: exit codes by job; None of one that was killed.
+    """
+    lines = []
+    for job in jobs:
+        if job.name in failed:
+            log, code = job.file(LOG), failed[job.name]
+            how = "was killed" if code is None else f"failed (exit code {code})"
+            lines.append(f"{job.name} {how}; the end of {log}:")
+            lines.extend(f"    {line}" for line in read_tail(log, LOG_TAIL_LINES))
+    if waiting:
+        lines.append(f"not run because of it: {', '.join(job.name for job in waiting)}")
+    mistakes = {Preempted.exit_code, ConcentrationError.exit_code}
+    if set(failed.values()) - mistakes:
+        return JobFailed("\n".join(lines), 1)
+    is_mistake = ConcentrationError.exit_code in failed.values()
+    return JobFailed("\n".join(lines), ConcentrationError.exit_code if is_mistake else Preempted.exit_code)

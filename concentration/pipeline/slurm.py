@@ -1,0 +1,307 @@
+"""Gives the jobs of a graph to SLURM: arrays where they are many of a kind, each task after the tasks that it needs.
+
+What a job must wait for is said to SLURM once, when it is submitted; from then on nothing of ours has to keep running.
+"""
+
+import shlex
+import sys
+import time
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import pydantic
+
+from concentration import preemption
+from concentration.errors import ConfigError, Preempted
+from concentration.pipeline.failures import describe_failures
+from concentration.pipeline.jobs import FROZEN, JOBS, Job, Resources, load_frozen
+from concentration.pipeline.records import JobRecords, load_records, record_jobs
+from concentration.pipeline.slurm_queue import QueuedJob, cancel_jobs, load_queue, submit_script
+from concentration.pipeline.states import find_states
+from concentration.schema import Config
+from concentration.targets import write_atomically
+
+#: In `jobs/`: what is submitted.
+SCRIPT_FILE = "job.sh"
+#: Of the files with what SLURM itself says of a job.
+SLURM_LOG = ".slurm"
+
+#: Between two looks at the queue.
+POLL_SECONDS = 3.0
+
+TimeLimit = Annotated[str, pydantic.StringConstraints(pattern=r"^(\d+-)?\d+(:\d+){0,2}$")]
+
+
+class SlurmConfig(Config):
+    """Jobs are submitted, and the command returns; given again, it submits what is missing.
+
+    cpu_partition: of jobs without a GPU; None is the same partition.
+    time: a job's limit, which it may meet: it saves before, waits in the queue again, and continues.
+    cpus_per_task: of each process.
+    memory: of each node, "64G".
+    max_parallel: tasks of an array at a time.
+    max_restarts: of a job that was preempted or met its limit.
+    signal_seconds: before the limit, in which to save.
+    setup: lines of bash before each job.
+    options: of sbatch, for all jobs.
+    wait: stay until the last job has ended.
+    """
+
+    kind: Literal["slurm"] = "slurm"
+    partition: str | None = None
+    cpu_partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    time: TimeLimit | None = None
+    cpus_per_task: pydantic.PositiveInt = 4
+    memory: str | None = None
+    max_parallel: pydantic.PositiveInt | None = None
+    max_restarts: pydantic.NonNegativeInt = 20
+    signal_seconds: pydantic.PositiveInt = 120
+    setup: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
+    wait: bool = False
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one `sbatch` submits: one job, or those of an array.
+
+    Attributes:
+        name: in SLURM's queue, after "concentrate-".
+        jobs: of one verb, with the same resources.
+    """
+
+    name: str
+    jobs: tuple[Job, ...]
+
+    @property
+    def is_array(self) -> bool:
+        return self.jobs[0].task is not None
+
+
+class SlurmLauncher:
+    """Submits graphs of jobs."""
+
+    def __init__(self, config: SlurmConfig, workdir: Path):
+        self._config = config
+        self._workdir = workdir
+
+    def submit(self, jobs: Sequence[Job], due: Set[str]) -> dict[Batch, str]:
+        """Submits the jobs that are due and not on their way already; returns the batches with their ids.
+
+        Raises:
+            ConfigError: SLURM is not here or refuses; or a job is on its way with another config.
+        """
+        records = load_records(self._workdir)
+        active, in_vain = find_active(jobs, due, records, load_queue(records.user))
+        if in_vain:
+            cancel_jobs(in_vain)
+        ids = {name: (slurm_id, records.jobs[name].submitted) for name, slurm_id in active.items()}
+        record_jobs(self._workdir, jobs, ids)
+        batches = build_batches([job for job in jobs if job.name in due - active.keys()], active)
+        submitted = {}
+        write_atomically(self._workdir / JOBS / SCRIPT_FILE, build_script(self._workdir, self._config))
+        for batch in batches:
+            for job in batch.jobs:
+                job.freeze()
+            known = {name: slurm_id for name, (slurm_id, _) in ids.items()}
+            submitted[batch] = submit_script(build_command(batch, self._config, known, batches))
+            ids |= {name: (slurm_id, time.time()) for name, slurm_id in ids_of(batch, submitted[batch]).items()}
+            record_jobs(self._workdir, jobs, ids)
+        return submitted
+
+    def wait(self, jobs: Sequence[Job]) -> None:
+        """Returns when all jobs have finished, and prints meanwhile what changes.
+
+        Raises:
+            JobFailed: one or more failed; the others were run as far as they could be.
+            Preempted: the user interrupts; the jobs go on.
+        """
+        shown: dict[str, str] = {}
+        preemption.stop_at_once()
+        try:
+            while True:
+                records = load_records(self._workdir)
+                queue = load_queue(records.user)
+                states = find_states(self._workdir, records, queue)
+                for job in jobs:
+                    if shown.get(job.name, "waiting") != states[job.name].state:
+                        print(f"{job.name}: {states[job.name].state}", file=sys.stderr, flush=True)
+                    shown[job.name] = states[job.name].state
+                coming = {name for name, state in shown.items() if state != "done"}
+                if not find_active(jobs, coming, records, queue)[0] and "running" not in shown.values():
+                    break
+                time.sleep(POLL_SECONDS)
+        except KeyboardInterrupt:
+            raise Preempted(
+                f"no longer waiting; the jobs go on: `concentrate status workdir={self._workdir}`, or the same command again"
+            ) from None
+        failed = {job.name: job.exit_code() for job in jobs if shown[job.name] in ("failed", "preempted")}
+        if failed:
+            raise describe_failures(jobs, failed, [job for job in jobs if shown[job.name] == "waiting"])
+
+
+def find_active(
+    jobs: Sequence[Job], due: Set[str], records: JobRecords, queue: Mapping[str, QueuedJob]
+) -> tuple[dict[str, str], list[str]]:
+    """The ids of due jobs that are on their way, and the ids of those that wait in the queue for a job that has failed.
+
+    Raises:
+        ConfigError: a job is on its way with another config.
+    """
+    active: dict[str, str] = {}
+    in_vain: list[str] = []
+    for job in jobs:
+        record = records.jobs.get(job.name)
+        queued = None if record is None or record.slurm_id is None else queue.get(record.slurm_id)
+        if job.name not in due or queued is None:
+            continue
+        is_fed = all(name not in due or name in active for name in job.after)
+        if queued.is_running or (queued.is_waiting and is_fed):
+            if load_frozen(job.file(FROZEN)).identity() != job.config.identity():
+                raise ConfigError(
+                    f"{job.name} is in SLURM's queue as {record.slurm_id} with another configuration, {job.file(FROZEN)}; "
+                    f"restore the values, give another name or workdir, or end it: scancel {record.slurm_id}"
+                )
+            active[job.name] = record.slurm_id
+        elif queued.state == "PENDING":
+            in_vain.append(record.slurm_id)
+    return active, in_vain
+
+
+def build_batches(jobs: Sequence[Job], ids: Mapping[str, str]) -> list[Batch]:
+    """The jobs as few batches: those of a verb are one array where they run on the same resources and wait for the same array.
+
+    Args:
+        ids: of jobs that were submitted before.
+    """
+    groups: dict[tuple, list[Job]] = {}
+    group_of: dict[str, tuple] = {}
+    for job in jobs:
+        awaited = frozenset(group_of.get(n, ids.get(n, "").partition("_")[0]) for n in job.after)
+        key = (job.name,) if job.task is None else (job.verb, job.resources, awaited)
+        group_of[job.name] = key
+        groups.setdefault(key, []).append(job)
+    batches: list[Batch] = []
+    for members in groups.values():
+        first = members[0]
+        name = first.file_name if first.task is None else first.verb
+        count = sum(batch.is_array and batch.jobs[0].verb == first.verb for batch in batches)
+        name = f"{name}-{count + 1}" if count and first.task is not None else name
+        batches.append(Batch(name, tuple(sorted(members, key=lambda job: job.task or 0))))
+    return batches
+
+
+def ids_of(batch: Batch, number: str) -> dict[str, str]:
+    """By job, what SLURM calls it once the batch has got this number."""
+    return {job.name: number if job.task is None else f"{number}_{job.task}" for job in batch.jobs}
+
+
+def build_command(batch: Batch, config: SlurmConfig, ids: Mapping[str, str], batches: Sequence[Batch]) -> list[str]:
+    """The `sbatch` line; `ids` are those of the jobs that this batch may have to wait for, where they are not done."""
+    first, folder = batch.jobs[0], batch.jobs[0].config.workdir.resolve() / JOBS
+    resources = first.resources
+    log = folder / f"{batch.name}{'-%a' if batch.is_array else ''}{SLURM_LOG}"
+    options = [f"--job-name=concentrate-{batch.name}", f"--output={log}"]
+    if batch.is_array:
+        throttle = f"%{config.max_parallel}" if config.max_parallel else ""
+        options.append(f"--array={_compress([job.task for job in batch.jobs])}{throttle}")
+    if dependency := _describe_dependency(batch, ids, batches):
+        options.append(f"--dependency={dependency}")
+    if partition := _choose_partition(resources, config):
+        options.append(f"--partition={partition}")
+    options += [f"--nodes={resources.num_nodes}", f"--ntasks-per-node={resources.processes_per_node}"]
+    if resources.accelerator == "gpu":
+        options.append(f"--gpus-per-node={resources.processes_per_node}")
+    names = [f"{job.task}={job.file_name}" for job in batch.jobs] if batch.is_array else [first.file_name]
+    return ["sbatch", "--parsable", *options, str(folder / SCRIPT_FILE), *names]
+
+
+def build_script(workdir: Path, config: SlurmConfig) -> str:
+    """What SLURM runs: the job's own process by `srun`, and a place in the queue again for one that was stopped and saved."""
+    values = {"account": config.account, "qos": config.qos, "time": config.time, "mem": config.memory}
+    given = [f"--{name}={value}" for name, value in values.items() if value is not None]
+    options = "\n".join(f"#SBATCH {option}" for option in [*given, *config.options])
+    setup = "".join(f"{line}\n" for line in config.setup)
+    return _SCRIPT.format(
+        options=f"{options}\n" if options else "",
+        setup=setup,
+        signal_seconds=config.signal_seconds,
+        cpus_per_task=config.cpus_per_task,
+        folder=shlex.quote(str(workdir.resolve() / JOBS)),
+        python=shlex.quote(sys.executable),
+        preempted=Preempted.exit_code,
+        max_restarts=config.max_restarts,
+    )
+
+
+#: The signal goes to the job's steps and not to the script: there is no "B:".
+_SCRIPT = """#!/usr/bin/env bash
+# Written by `concentrate run launcher=slurm`, which submits it with the name of a job, or with those of an array's: 3=NAME.
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --kill-on-invalid-dep=yes
+#SBATCH --signal=USR1@{signal_seconds}
+#SBATCH --cpus-per-task={cpus_per_task}
+{options}NAME=$1
+for each in "$@"; do
+    [[ $each == "${{SLURM_ARRAY_TASK_ID:-none}}="* ]] && NAME=${{each#*=}}
+done
+JOB={folder}/$NAME
+exec >>"$JOB.log" 2>&1
+{setup}trap : TERM USR1  # bash outlives the signal that makes the job save
+rm -f "$JOB.exit"
+# Signals are ignored until Python notes them: in its first moments they would end it.
+srun --cpus-per-task={cpus_per_task} --kill-on-bad-exit=1 \\
+    bash -c 'trap "" TERM USR1; exec "$@"' job {python} -m concentration.pipeline.jobs "$JOB.json"
+CODE=$?
+if [[ -f $JOB.exit && $(<"$JOB.exit") == {preempted} ]]; then
+    CODE={preempted}
+    if (( ${{SLURM_RESTART_COUNT:-0}} < {max_restarts} )); then
+        # Before the script ends, so that what depends on the job goes on waiting.
+        scontrol requeue "$SLURM_JOB_ID" && sleep 60  # until SLURM ends this script: its exit code would count as the job's
+    else
+        echo "concentrate: stopped more than {max_restarts} times (launcher.max_restarts); what is done is saved"
+    fi
+fi
+exit "$CODE"
+"""
+
+
+def _choose_partition(resources: Resources, config: SlurmConfig) -> str | None:
+    if resources.accelerator == "cpu" and config.cpu_partition is not None:
+        return config.cpu_partition
+    return config.partition
+
+
+def _describe_dependency(batch: Batch, ids: Mapping[str, str], batches: Sequence[Batch]) -> str:
+    """`aftercorr` for tasks that wait for the task of their own number, `afterok` for all else."""
+    corresponding, others = set(), set()
+    for job in batch.jobs:
+        for slurm_id in (ids[name] for name in job.after if name in ids):
+            number, _, task = slurm_id.partition("_")
+            if job.task is not None and task == str(job.task):
+                corresponding.add(number)
+            else:
+                others.add(slurm_id)
+    # An array that is waited for as a whole is named once. Of one that was submitted before, some tasks may have failed.
+    for whole in batches:
+        tasks = {ids[job.name] for job in whole.jobs if job.name in ids}
+        if whole.is_array and len(tasks) == len(whole.jobs) and tasks <= others:
+            others = (others - tasks) | {min(tasks).partition("_")[0]}
+    parts = [f"aftercorr:{':'.join(sorted(corresponding))}"] if corresponding else []
+    return ",".join([*parts, f"afterok:{':'.join(sorted(others))}"] if others else parts)
+
+
+def _compress(numbers: Sequence[int]) -> str:
+    """`0-3,7` for 0, 1, 2, 3, 7."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)

@@ -1,0 +1,170 @@
+"""In which state every stage of a working directory is, from what the stages, the jobs and SLURM's queue say."""
+
+import os
+import socket
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from concentration.errors import Preempted
+from concentration.pipeline.jobs import EXIT_CODE, JOBS, LOG
+from concentration.pipeline.records import JobRecord, JobRecords
+from concentration.pipeline.slurm_queue import QueuedJob
+from concentration.progress import load_status
+
+#: A process of another machine, of which nothing else is known, counts as running for so long after its last sign of life.
+SILENT_SECONDS = 600.0
+#: A job that SLURM's queue does not know yet.
+_UNSEEN_SECONDS = 5.0
+
+State = Literal["waiting", "running", "preempted", "failed", "done"]
+
+
+@dataclass(frozen=True)
+class StageState:
+    """`amount`, `rate` and `left` are empty where nothing is known; `why` says what is waited for or what went wrong."""
+
+    state: State
+    amount: str = ""
+    rate: str = ""
+    left: str = ""
+    why: str = ""
+
+
+def find_states(workdir: Path, records: JobRecords, queue: Mapping[str, QueuedJob]) -> dict[str, StageState]:
+    """The state of every recorded job, by name, in the order of the graph."""
+    states: dict[str, StageState] = {}
+    for name, record in records.jobs.items():
+        state = _find_state(workdir, record, queue)
+        if state.state == "waiting" and not state.why:
+            state = replace(state, why=_describe_awaited({n: states[n] for n in record.after if n in states}))
+        states[name] = state
+    return states
+
+
+def describe_directory(directory: Path) -> StageState:
+    """The state of a stage by its own directory, where `status.json` is: what no run is known of."""
+    latest = load_status(directory)
+    assert latest is not None
+    amount = _describe_amount(latest)
+    is_only_a_sum = not (directory / "config.json").exists()  # of several stages: `targets` of all verticals
+    if (directory / "DONE.json").exists() or (is_only_a_sum and latest["state"] == "done"):
+        return StageState("done", amount)
+    if latest["state"] == "stopped":
+        return StageState("preempted", amount, why="saved; the same command continues")
+    if latest["state"] != "running":
+        return StageState("failed", amount)
+    if not _is_alive(latest):
+        return StageState("failed", amount, why="ended without a word; the same command continues")
+    return _describe_running(latest)
+
+
+def read_tail(path: Path, num_lines: int) -> list[str]:
+    """The last lines of a log; none where there is no log."""
+    if not path.exists():
+        return []
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - 200 * num_lines - 10_000))
+        return file.read().decode(errors="replace").splitlines()[-num_lines:]
+
+
+def _find_state(workdir: Path, record: JobRecord, queue: Mapping[str, QueuedJob]) -> StageState:
+    directory = workdir / record.directory
+    latest = load_status(directory)
+    amount = "" if latest is None else _describe_amount(latest)
+    queued = queue.get(record.slurm_id) if record.slurm_id else None
+    if queued is not None and queued.is_running:
+        return StageState("running") if latest is None else _describe_running(latest)
+    if queued is not None and queued.is_waiting:
+        has_begun = latest is not None and latest["started"] > record.submitted
+        return StageState("preempted" if has_begun else "waiting", amount, why=_describe_reason(queued))
+    exit_code, ended_at = _read_exit_code(workdir, record)
+    proof = directory / record.proof
+    is_proven = proof.exists() and (exit_code is None or exit_code == 0 or proof.stat().st_mtime > ended_at)
+    if is_proven:
+        return StageState("done", amount)
+    if exit_code == Preempted.exit_code:
+        return StageState("preempted", amount, why="saved; `concentrate run` continues")
+    if exit_code:
+        return StageState("failed", amount, why=_find_reason(workdir, record) or f"exit code {exit_code}")
+    if latest is not None and latest["state"] == "running" and record.slurm_id is None and _is_alive(latest):
+        return _describe_running(latest)
+    if record.slurm_id is None:
+        has_begun = latest is not None
+    else:
+        has_begun = _written_at(workdir / JOBS / f"{record.file_name}{LOG}") > record.submitted
+        if not has_begun and queued is None and time.time() - record.submitted < _UNSEEN_SECONDS:
+            return StageState("waiting", amount, why="submitted")
+    if has_begun:
+        ended = f"{queued.state.lower()}: " if queued is not None else ""
+        return StageState(
+            "failed",
+            amount,
+            why=f"{ended}{_find_reason(workdir, record) or 'ended without a word; run again to continue'}",
+        )
+    return StageState("waiting", amount)
+
+
+def _describe_running(latest: Mapping[str, Any]) -> StageState:
+    rate = latest["per_second"]
+    left = (latest["total"] - latest["done"]) / rate if rate else float("inf")
+    left_text = time.strftime("%H:%M:%S", time.gmtime(left)) if left < 86400 else "-"
+    return StageState("running", _describe_amount(latest), f"{rate:.1f} {latest['unit']}/s", left_text)
+
+
+def _describe_amount(latest: Mapping[str, Any]) -> str:
+    return f"{latest['done']}/{latest['total']} {latest['unit']}"
+
+
+def _describe_reason(queued: QueuedJob) -> str:
+    return "" if queued.reason in ("Dependency", "None") else queued.reason
+
+
+def _describe_awaited(awaited: Mapping[str, StageState]) -> str:
+    """Those that failed first, then those that wait for one that failed, then those that are on their way."""
+    failed = [name for name, state in awaited.items() if state.state == "failed"]
+    in_vain = [name for name, state in awaited.items() if "failed" in state.why or "in vain" in state.why]
+    coming = [name for name, state in awaited.items() if state.state != "done"]
+    if failed:
+        return f"for {_list(failed)}, which failed"
+    if in_vain:
+        return f"for {_list(in_vain)}, which waits in vain"
+    return f"for {_list(coming)}" if coming else ""
+
+
+def _list(names: list[str]) -> str:
+    return ", ".join(names) if len(names) <= 3 else f"{len(names)} jobs, {names[0]} first"
+
+
+def _read_exit_code(workdir: Path, record: JobRecord) -> tuple[int | None, float]:
+    """The code, None where there is none, and when it was written."""
+    path = workdir / JOBS / f"{record.file_name}{EXIT_CODE}"
+    try:
+        return int(path.read_text()), path.stat().st_mtime
+    except (FileNotFoundError, ValueError):
+        return None, 0.0
+
+
+def _find_reason(workdir: Path, record: JobRecord) -> str:
+    """What the job said last, its own words before those of what started it."""
+    lines = [line for line in read_tail(workdir / JOBS / f"{record.file_name}{LOG}", 50) if line.strip()]
+    own = [line.removeprefix("concentrate: ") for line in lines if line.startswith("concentrate: ")]
+    return (own or [line.strip() for line in lines] or [""])[-1]
+
+
+def _written_at(path: Path) -> float:
+    return path.stat().st_mtime if path.exists() else 0.0
+
+
+def _is_alive(latest: Mapping[str, Any]) -> bool:
+    if latest["host"] != socket.gethostname():
+        return time.time() - latest["updated"] < SILENT_SECONDS
+    try:
+        os.kill(latest["process"], 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,76 @@
+"""Being asked to stop: a signal is only noted, and whoever works looks at the note where stopping loses nothing."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from concentration.errors import Preempted
+
+#: SLURM and Kubernetes send SIGTERM, our job scripts SIGUSR1 before the time limit, submitit's SIGUSR2.
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+#: An environment variable: the file that a process leaves which ends with exit code 75. Job scripts look at it, since
+#: launchers keep no exit code: torchrun makes 1 of every one, and srun gives the highest of all tasks.
+MARKER = "CONCENTRATION_PREEMPTED"
+
+_noted = 0
+
+
+def note_signals(*more: signal.Signals) -> None:
+    """From now on signals are noted and nothing else, whoever handled them before; a second one changes nothing."""
+    for number in (*SIGNALS, *more):
+        signal.signal(number, _note)
+
+
+def noted_signal() -> int:
+    """The number of the latest signal that asked this process to stop; 0 where none did."""
+    return _noted
+
+
+def stop_if_asked() -> None:
+    """Called between two pieces of work, of which each that is done is kept.
+
+    Raises:
+        Preempted: a signal was noted.
+    """
+    if _noted:
+        raise Preempted(f"stopped by {_name(_noted)}; what is done is kept: run the same command again")
+
+
+def stop_at_once() -> None:
+    """From now on a signal raises `Preempted` where it strikes: for a process that only waits for others."""
+    for number in SIGNALS:
+        signal.signal(number, _raise)
+
+
+def leave_marker(why: Preempted) -> None:
+    """Leaves the file that a job script looks at, where it has asked for one."""
+    if path := os.environ.get(MARKER):
+        Path(path).write_text(f"{why}\n")
+
+
+def requeue_slurm_job() -> None:
+    """Has SLURM start this process's job again, and ends the process; returns where it has been restarted too often."""
+    restarts, most = int(os.environ.get("SLURM_RESTART_COUNT", 0)), int(os.environ.get("MAX_RESTARTS", 100))
+    if restarts >= most:
+        print(f"concentrate: restarted {restarts} times, not requeued; run the same command again", file=sys.stderr)
+        return
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    subprocess.run(["scontrol", "requeue", f"{array}_{task}" if array else os.environ["SLURM_JOB_ID"]], check=True)
+    sys.stderr.flush()
+    os._exit(Preempted.exit_code)
+
+
+def _note(number: int, frame) -> None:
+    global _noted
+    _noted = number
+
+
+def _raise(number: int, frame) -> None:
+    raise Preempted(f"stopped by {_name(number)} while waiting for jobs; run the same command again")
+
+
+def _name(number: int) -> str:
+    return signal.Signals(number).name

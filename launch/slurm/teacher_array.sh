@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# The teachers of all verticals, one an array task; each saves, is requeued and continues by itself.
+#
+#   mkdir -p /shared/logs && cd /shared/logs
+#   sbatch --array=0-19 --gpus-per-node=1 /path/to/launch/slurm/teacher_array.sh workdir=/shared/eft base.name=resnet50
+#
+# Task N trains the N-th vertical of WORKDIR/shards/taxonomy.json (VERTICALS="birds cars" gives others) in
+# WORKDIR/teachers/VERTICAL: what has finished returns at once, so the whole array may be submitted again.
+#SBATCH --job-name=teacher
+#SBATCH --output=%x-%A_%a.log
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --time=24:00:00
+#SBATCH --signal=B:USR1@120
+#SBATCH --cpus-per-task=8
+set -euo pipefail
+here=${CONCENTRATION_LAUNCH:-$(dirname "$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=\(\S*\).*/\1/p')")}
+source "$here/environment.sh"
+source "$here/run_step.sh"
+
+workdir=runs/demo
+for argument in "$@"; do
+    [[ $argument == workdir=* ]] && workdir=${argument#workdir=}
+done
+if [ -n "${VERTICALS:-}" ]; then
+    read -ra verticals <<<"$VERTICALS"
+else
+    mapfile -t verticals < <(python -c '
+import json, sys
+print(*dict.fromkeys(c["vertical"] for c in json.load(open(sys.argv[1]))["classes"]), sep="\n")
+' "$workdir/shards/taxonomy.json")
+fi
+vertical=${verticals[$SLURM_ARRAY_TASK_ID]:?no vertical of this number: --array=0-$((${#verticals[@]} - 1))}
+
+run_step --ntasks=1 -- teacher "vertical=$vertical" "trainer=${TRAINER:-gpu}" "$@"

@@ -1,0 +1,160 @@
+"""Asked to stop at any moment, a run saves and exits with 75; exit code 0 means finished; nothing waits for a dead rank."""
+
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from real_runs import TINY, Plant, Running, concentrate, load_json, load_weights, prepare_shards, start_ranks
+
+OPTIONS = (*TINY, "targets=labels", "trainer.checkpoint_every_seconds=60")
+SAVE = "concentration.training.checkpoints:CheckpointDirectory.save"
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory) -> Path:
+    return prepare_shards(tmp_path_factory.mktemp("preemption"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(prepared) -> Path:
+    concentrate("student", "name=undisturbed", f"workdir={prepared}", *OPTIONS, directory=prepared.parent)
+    return prepared / "students" / "undisturbed"
+
+
+@pytest.fixture
+def workdir(prepared, tmp_path) -> Path:
+    return Path(shutil.copytree(prepared, tmp_path / "work"))
+
+
+def assert_same_weights(run_path: Path, expected: Path) -> None:
+    assert (run_path / "model.safetensors").read_bytes() == (expected / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("plant", "step"),
+    [
+        (Plant("concentration.stages.student:load_prepared", signal=signal.SIGTERM), 0),
+        (Plant("concentration.training.fit:_build_trainer", when="after", signal=signal.SIGUSR1), 0),
+        (Plant("lightning.pytorch.strategies.strategy:Strategy.setup", signal=signal.SIGTERM), 0),
+        (Plant("concentration.training.module:StudentModule.training_step", 4, signal=signal.SIGUSR2), 4),
+        (Plant("concentration.training.module:StudentModule.on_validation_epoch_end", signal=signal.SIGTERM), 13),
+        (Plant("concentration.training.module:StudentModule.training_step", 26, signal=signal.SIGTERM), 26),
+    ],
+    ids=["before the data", "before training", "in Lightning", "in a step", "in a validation", "in the last step"],
+)
+def test_a_signal_stops_with_75_and_the_next_run_ends_with_the_same_weights(
+    undisturbed, workdir, tmp_path, plant, step
+):
+    command = ("student", "name=stopped", f"workdir={workdir}", *OPTIONS)
+    marker = tmp_path / "marker"
+    stopped = Running(command, tmp_path, {"CONCENTRATION_PREEMPTED": str(marker)}, plant).wait()
+    assert stopped.code == 75, stopped.err
+    assert "Traceback" not in stopped.err
+    assert "run the same command again" in marker.read_text()
+    run_path = workdir / "students" / "stopped"
+    assert not (run_path / "DONE.json").exists()
+    kept = [path.name for path in run_path.glob("checkpoints/*")]
+    assert kept == ([f"step-{step:09d}.ckpt"] if step else [])
+    concentrate(*command, directory=tmp_path)
+    assert_same_weights(run_path, undisturbed)
+
+
+def test_a_second_signal_while_it_saves_changes_nothing(undisturbed, workdir, tmp_path):
+    command = ("student", "name=stopped", f"workdir={workdir}", *OPTIONS)
+    running = Running(command, tmp_path, plant=Plant(SAVE, signal=signal.SIGTERM))
+    running.wait_for((workdir / "students/stopped/status.json").exists)
+    running.send(signal.SIGUSR1)
+    assert running.wait().code == 75
+    concentrate(*command, directory=tmp_path)
+    assert_same_weights(workdir / "students/stopped", undisturbed)
+
+
+def test_a_signal_after_the_last_step_does_not_keep_it_from_finishing(undisturbed, workdir, tmp_path):
+    plant = Plant("concentration.networks.student:Student.save", signal=signal.SIGTERM)
+    marker = tmp_path / "marker"
+    concentrate("student", "name=late", f"workdir={workdir}", *OPTIONS, directory=tmp_path, plant=plant,
+                CONCENTRATION_PREEMPTED=str(marker))  # fmt: skip
+    assert load_json(workdir / "students/late/DONE.json")["step"] == 26
+    assert not marker.exists()
+    assert_same_weights(workdir / "students/late", undisturbed)
+
+
+def test_a_signal_before_torch_is_imported_is_not_lost(workdir, tmp_path):
+    command = [sys.executable, "-m", "concentration.cli", "student", f"workdir={workdir}", *OPTIONS]
+    process = subprocess.Popen(command, cwd=tmp_path, text=True, stderr=subprocess.PIPE)
+    while not _catches(process.pid, signal.SIGTERM):
+        assert process.poll() is None
+        time.sleep(0.002)
+    process.send_signal(signal.SIGTERM)
+    assert "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text(), "too late to test anything"
+    _, errors = process.communicate(timeout=200)
+    assert process.returncode == 75, errors
+    assert not (workdir / "students/student/DONE.json").exists()
+
+
+def test_other_verbs_stop_between_two_pieces_of_work(workdir, tmp_path):
+    for vertical in ("fruit", "tools"):
+        concentrate("teacher", f"vertical={vertical}", f"workdir={workdir}", *TINY, directory=tmp_path)
+    plant = Plant("concentration.targets:TargetRecords.save", 2, "before", signal.SIGTERM)
+    stopped = concentrate("targets", f"workdir={workdir}", directory=tmp_path, plant=plant, code=75)
+    assert "stopped by SIGTERM; what is done is kept" in stopped.err
+    assert len(list((workdir / "targets").rglob("train-*.safetensors"))) == 2
+    concentrate("targets", f"workdir={workdir}", directory=tmp_path)
+
+
+def test_one_rank_that_is_asked_to_stop_stops_all_and_they_go_on_exactly(prepared, tmp_path):
+    command = ["student", f"workdir={prepared}", *OPTIONS, "trainer.devices=2", "trainer.max_epochs=4"]
+    for name in ("together", "disturbed"):
+        ranks = start_ranks([*command, f"name={name}"], tmp_path, 2, [{}, {}])
+        if name == "disturbed":
+            ranks[0].wait_for((prepared / "students/disturbed/metrics.jsonl").exists)
+            ranks[1].send(signal.SIGUSR1)
+            assert [rank.wait().code for rank in ranks] == [75, 75]
+            ranks = start_ranks([*command, f"name={name}"], tmp_path, 2, [{}, {}])
+        assert [rank.wait().code for rank in ranks] == [0, 0]
+    assert_same_weights(prepared / "students/disturbed", prepared / "students/together")
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["is dead", "hangs"])
+def test_a_rank_does_not_wait_for_ever_for_one_that(prepared, tmp_path, number):
+    command = ["student", f"name={number.name}", f"workdir={prepared}", *OPTIONS, "trainer.devices=2"]
+    ranks = start_ranks([*command, "trainer.max_epochs=400", "trainer.timeout_seconds=4"], tmp_path, 2, [{}, {}])
+    ranks[0].wait_for((prepared / f"students/{number.name}/metrics.jsonl").exists)
+    ranks[1].send(number)
+    started = time.monotonic()
+    code = ranks[0].wait(60).code
+    if number == signal.SIGSTOP:
+        ranks[1].send(signal.SIGKILL)
+    ranks[1].wait()
+    assert code not in (0, 2, 75)
+    assert time.monotonic() - started < 30
+
+
+def test_a_run_goes_on_with_as_many_ranks_as_are_started(prepared, tmp_path):
+    command = ["student", "name=elastic", f"workdir={prepared}", *OPTIONS, "trainer.max_epochs=3", "optimizer.lr=0.01"]
+    auto = [*command, "trainer.devices=auto", "trainer.num_nodes=auto"]
+    for world_size in (2, 3):
+        ranks = start_ranks(auto, tmp_path, world_size, [{}] * world_size)
+        if world_size == 2:
+            ranks[0].wait_for((prepared / "students/elastic/metrics.jsonl").exists)
+            ranks[0].send(signal.SIGTERM)
+        assert {rank.wait().code for rank in ranks} == ({75} if world_size == 2 else {0})
+    concentrate(*command[:1], "name=alone", *command[2:], directory=tmp_path)
+    alone, elastic = (load_weights(prepared / "students" / name) for name in ("alone", "elastic"))
+    assert max(abs(alone[name] - elastic[name]).max() for name in alone) < 1e-4
+
+
+def test_auto_is_for_both_or_none(prepared, tmp_path):
+    finished = concentrate(
+        "student", f"workdir={prepared}", *OPTIONS, "trainer.devices=auto", directory=tmp_path, code=2
+    )
+    assert "set both to auto, or none" in finished.err
+
+
+def _catches(process: int, number: int) -> bool:
+    [mask] = [line.split()[1] for line in Path(f"/proc/{process}/status").read_text().splitlines() if "SigCgt" in line]
+    return bool(int(mask, 16) >> (number - 1) & 1)
