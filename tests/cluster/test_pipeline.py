@@ -1,12 +1,11 @@
-"""`concentrate run launcher=slurm` on a real SLURM: dependencies, failures, preemption, and what is submitted again."""
+"""`concentrate run launcher=slurm` on a real SLURM: dependencies, failures, and what is submitted again."""
 
 import re
-import shutil
 from pathlib import Path
 
 import pytest
 from cluster.slurm_cluster import SlurmCluster
-from real_runs import TINY, Finished, Running, load_json, prepare_shards, write_shards
+from real_runs import TINY, Finished, Running, load_json, write_shards
 
 NETWORKS = (*TINY, "data.image_size=16", "teacher.top.top1=12", "teacher.top.top2=8", "teacher.trainer.max_epochs=2",
             "teacher.trainer.batch_size=16", "teacher.trainer.num_workers=0", "num_processes=1")  # fmt: skip
@@ -81,26 +80,3 @@ def test_a_teacher_that_fails_stops_only_what_depends_on_it(workdir, slurm):
     jobs = {"teacher fruit", "targets fruit", "student student", "evaluate specialists", "evaluate student", "report"}
     assert submitted(again).keys() == jobs
     assert set(status(workdir, slurm).values()) == {"done"}
-
-
-@pytest.mark.long
-def test_a_preempted_student_waits_again_and_ends_as_if_undisturbed(tmp_path, slurm):
-    prepared = prepare_shards(tmp_path)
-    longer = ("trainer.max_epochs=150", "generalist.trainer.max_epochs=1")
-    shutil.copytree(prepared, tmp_path / "here")
-    run(tmp_path / "here", slurm, *longer)
-    numbers = submitted(run(prepared, slurm, *ON_SLURM, *longer))
-    student = numbers["student student"]
-    slurm.wait_until((prepared / "students/student/metrics.jsonl").exists, "the student's first steps", 200)
-    slurm.run("scancel", "--signal=USR1", student)
-    slurm.wait_until(lambda: slurm.state(student) == "PENDING", "a place in the queue again")
-    assert status(prepared, slurm)["students/student"].startswith("preempted")
-    assert "in SLURM's queue already" in run(prepared, slurm, *ON_SLURM, *longer).out
-    slurm.start_now(student)
-    assert slurm.wait_for_end(student)["Restarts"] == "1"
-    slurm.wait_for_end(numbers["report"])
-    found, expected = (
-        (root / "students/student/model.safetensors").read_bytes() for root in (prepared, tmp_path / "here")
-    )
-    assert found == expected
-    assert set(status(prepared, slurm).values()) == {"done"}
