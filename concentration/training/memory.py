@@ -113,6 +113,9 @@ def plan_memory(
         stepper = build_optimizer(optimizer, student, updates.weights if updates else ())
         for group in stepper.param_groups:  # as torch chooses by the device: all parameters at once on a GPU
             group["foreach"], group["fused"] = trainer.accelerator == "gpu", trainer.accelerator == "cpu"
+        if trainer.accelerator == "gpu":
+            for state in stepper.state.values():  # a fused Adagrad has made it as a number of the device, which cannot be read
+                state["step"] = torch.tensor(0.0)
         for _ in range(2):  # the first step has no gradients of the one before, and makes the optimizer's state
             at_peak = _run_step(ledger, student, stepper, updates, trainer, images, targets)
     return MemoryPlan(at_peak, local_batch)
