@@ -45,7 +45,11 @@ def test_a_plan_shows_layers_and_memory_before_there_is_any(workdir, verb):
 
 
 def test_a_plan_for_a_cluster_is_made_on_any_machine(workdir):
-    sizes = ("trainer.batch_size=1600", "trainer.devices=8", "trainer.num_nodes=2")  # auto would be what was started here
+    sizes = (
+        "trainer.batch_size=1600",
+        "trainer.devices=8",
+        "trainer.num_nodes=2",
+    )  # auto would be what was started here
     printed = plan(workdir, "student", "targets=labels", "trainer=multi_node", *sizes).out
     assert "memory of one process on a gpu, in MiB: 100 images" in printed
     assert row_of(printed, "DDP's buckets")[0] == row_of(printed, "parameters")[0]
