@@ -28,9 +28,8 @@ def start(backend: str, timeout_seconds: float = 600) -> None:
     if is_distributed():
         return
     if "TORCHELASTIC_RUN_ID" not in os.environ:
-        if (
-            int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) == 1
-        ):  # only srun sets it; a batch script is not a task of a step
+        # Only srun sets it: a batch script is not a task of a step.
+        if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) == 1:
             return
         os.environ.update(translate_slurm(os.environ))
     dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_seconds))

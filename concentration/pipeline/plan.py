@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rich.console import Console
 from rich.table import Table
@@ -118,7 +118,7 @@ class _Planner:
             memory = plan_memory(network, config.optimizer, trainer, shape)
             self._obstacles[key] = find_obstacle(trainer, memory)
         if obstacle := self._obstacles[key]:
-            return _with(written, note=obstacle)
+            return replace(written, note=obstacle)
         world_size = trainer.num_processes
         local_batch = -(-batch_size // (world_size * trainer.accumulate))
         speed = self._speeds[job.name] = measure_speed(network, config.optimizer, trainer, shape, local_batch)
@@ -128,7 +128,7 @@ class _Planner:
             step_seconds += num_read * self._mean_teacher_seconds()
         num_val = data.num_samples.get("val", 0) * (num_samples / data.num_samples["train"])
         num_passes = num_steps * batch_size / num_samples / trainer.validate_every_epochs
-        return _with(written, seconds=num_steps * step_seconds + num_passes * num_val * self._ask_seconds(speed))
+        return replace(written, seconds=num_steps * step_seconds + num_passes * num_val * self._ask_seconds(speed))
 
     def _plan_targets(self, job: Job, config: TargetsConfig) -> StagePlan:
         vertical, targets = config.vertical, config.targets
@@ -138,8 +138,8 @@ class _Planner:
         plan = StagePlan(job, num_rows * max(1, targets.views), stored)
         speed = self._speeds.get(f"teacher {vertical}")
         if speed is None:
-            return _with(plan, note="not measured")
-        return _with(plan, seconds=plan.num_images * self._ask_seconds(speed))
+            return replace(plan, note="not measured")
+        return replace(plan, seconds=plan.num_images * self._ask_seconds(speed))
 
     def _plan_evaluation(self, job: Job, config: EvaluateConfig) -> StagePlan:
         num_images = self._data.num_samples.get("test", 0)
@@ -150,9 +150,9 @@ class _Planner:
         )
         plan = StagePlan(job, num_images)
         if not self._speeds.keys() >= set(asked):
-            return _with(plan, note="not measured")
+            return replace(plan, note="not measured")
         answering = sum(self._speeds[name].answer_seconds for name in asked)
-        return _with(plan, seconds=num_images * (answering + (self._data.read_seconds or 0)))
+        return replace(plan, seconds=num_images * (answering + (self._data.read_seconds or 0)))
 
     def _ask_seconds(self, speed: Speed) -> float:
         """Of an image that is read in the process that asks about it."""
@@ -161,10 +161,6 @@ class _Planner:
     def _mean_teacher_seconds(self) -> float:
         speeds = [speed.answer_seconds for name, speed in self._speeds.items() if name.startswith("teacher ")]
         return sum(speeds) / max(1, len(speeds))
-
-
-def _with(plan: StagePlan, seconds: float | None = None, note: str = "") -> StagePlan:
-    return StagePlan(plan.job, plan.num_images, plan.stored_bytes, plan.passing_bytes, seconds, note)
 
 
 def _overlap(step_seconds: float, num_images: int, read_seconds: float | None, num_workers: int) -> float:

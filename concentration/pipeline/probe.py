@@ -61,7 +61,7 @@ def measure_speed(
         torch.ones(local_batch, num_verticals) if shape.has_weight else None,
     ).to(device)
     weight_B = torch.full((local_batch,), 1 / (local_batch * trainer.accumulate), device=device)
-    precision = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}[trainer.precision]
+    precision = trainer.autocast_dtype
 
     def step() -> None:
         stepper.zero_grad()

@@ -94,6 +94,11 @@ class TrainerConfig(Config):
     timeout_seconds: pydantic.PositiveFloat = 600
 
     @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        """Of matrix products; None is the parameters' own."""
+        return {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}[self.precision]
+
+    @property
     def num_processes(self) -> int:
         """Of the whole run; with `auto`, those that have been started."""
         if self.devices == "auto" or self.num_nodes == "auto":

@@ -110,12 +110,10 @@ def plan_memory(
         buckets = [torch.empty_like(parameter) for parameter in student.parameters()] if world_size > 1 else []
         ledger.file("DDP's buckets", buckets)
         updates = BackwardUpdates(student, optimizer, 1) if trainer.update_in_backward else None
-        stepper = build_optimizer(optimizer, student, updates.weights if updates else ())
+        is_fused = trainer.accelerator == "cpu"
+        stepper = build_optimizer(optimizer, student, updates.weights if updates else (), is_fused)
         for group in stepper.param_groups:  # as torch chooses by the device: all parameters at once on a GPU
-            group["foreach"], group["fused"] = trainer.accelerator == "gpu", trainer.accelerator == "cpu"
-        if trainer.accelerator == "gpu":
-            for state in stepper.state.values():  # a fused Adagrad has made it as a number of the device, which cannot be read
-                state["step"] = torch.tensor(0.0)
+            group["foreach"] = not is_fused
         for _ in range(2):  # the first step has no gradients of the one before, and makes the optimizer's state
             at_peak = _run_step(ledger, student, stepper, updates, trainer, images, targets)
     return MemoryPlan(at_peak, local_batch)
@@ -142,7 +140,7 @@ def _run_step(
     targets: SoftTargets,
 ) -> dict[Moment, dict[Part, int]]:
     """One step, in the order in which Lightning does it; returns the bytes at each moment's peak."""
-    precision = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}[trainer.precision]
+    precision = trainer.autocast_dtype
     peaks: dict[Moment, _Peak] = {}
     for number in range(trainer.accumulate):
         ledger.begin_moment()

@@ -26,9 +26,9 @@ class AdagradConfig(ScheduleConfig):
     kind: Literal["adagrad"] = "adagrad"
     initial_accumulator: pydantic.NonNegativeFloat = 0.1
 
-    def build(self, groups: list[dict]) -> torch.optim.Optimizer:
+    def build(self, groups: list[dict], fused: bool | None = None) -> torch.optim.Optimizer:
         return torch.optim.Adagrad(
-            groups, lr=self.lr, initial_accumulator_value=self.initial_accumulator, fused=_can_fuse(groups)
+            groups, lr=self.lr, initial_accumulator_value=self.initial_accumulator, fused=_choose_fused(groups, fused)
         )
 
 
@@ -39,8 +39,8 @@ class AdamWConfig(ScheduleConfig):
     beta1: float = pydantic.Field(default=0.9, ge=0, lt=1)
     beta2: float = pydantic.Field(default=0.999, ge=0, lt=1)
 
-    def build(self, groups: list[dict]) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(groups, lr=self.lr, betas=(self.beta1, self.beta2), fused=_can_fuse(groups))
+    def build(self, groups: list[dict], fused: bool | None = None) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(groups, lr=self.lr, betas=(self.beta1, self.beta2), fused=_choose_fused(groups, fused))
 
 
 class SGDConfig(ScheduleConfig):
@@ -50,17 +50,19 @@ class SGDConfig(ScheduleConfig):
     momentum: float = pydantic.Field(default=0.9, ge=0, lt=1)
     nesterov: bool = False
 
-    def build(self, groups: list[dict]) -> torch.optim.Optimizer:
+    def build(self, groups: list[dict], fused: bool | None = None) -> torch.optim.Optimizer:
         return torch.optim.SGD(
-            groups, lr=self.lr, momentum=self.momentum, nesterov=self.nesterov, fused=_can_fuse(groups)
+            groups, lr=self.lr, momentum=self.momentum, nesterov=self.nesterov, fused=_choose_fused(groups, fused)
         )
 
 
-def _can_fuse(groups: list[dict]) -> bool | None:
+def _choose_fused(groups: list[dict], asked: bool | None) -> bool | None:
     """On a CPU, one pass over weights and state instead of one for each operation: Adagrad's step is 13 times faster.
 
     On a GPU torch chooses: there, its fused steps and a gradient scaler with clipping exclude each other.
     """
+    if asked is not None:
+        return asked
     return all(parameter.device.type == "cpu" for group in groups for parameter in group["params"]) or None
 
 
@@ -68,9 +70,15 @@ OptimizerConfig = Annotated[AdagradConfig | AdamWConfig | SGDConfig, pydantic.Fi
 
 
 def build_optimizer(
-    config: ScheduleConfig, student: Student, left_out: Collection[torch.nn.Parameter] = ()
+    config: ScheduleConfig,
+    student: Student,
+    left_out: Collection[torch.nn.Parameter] = (),
+    fused: bool | None = None,
 ) -> torch.optim.Optimizer:
-    """Weights decay; biases, norms, gamma and offsets do not; gamma has its own learning rate where `pace.lr` is given."""
+    """Weights decay; biases, norms, gamma and offsets do not; gamma has its own learning rate where `pace.lr` is given.
+
+    `fused`: torch's own switch; None chooses by where the parameters are.
+    """
     left_out = {id(parameter) for parameter in left_out}
     gamma = {id(parameter) for parameter in student.pace.gamma_parameters()}
     groups = {
@@ -83,7 +91,7 @@ def build_optimizer(
             continue
         name = "gamma" if id(parameter) in gamma else "weights" if parameter.ndim > 1 else "vectors"
         groups[name]["params"].append(parameter)
-    return config.build([group for group in groups.values() if group["params"]])
+    return config.build([group for group in groups.values() if group["params"]], fused)
 
 
 def build_schedule(

@@ -45,9 +45,10 @@ def run_steps(network, optimizer, trainer, shape, num_steps=3, device="cpu") -> 
     if trainer.class_weight != "none":
         student.class_weight_C = torch.ones(student.num_outputs, device=device)
     updates = BackwardUpdates(student, optimizer, num_steps) if trainer.update_in_backward else None
-    stepper = build_optimizer(optimizer, student, updates.weights if updates else ())
+    is_fused = trainer.accelerator == "cpu"
+    stepper = build_optimizer(optimizer, student, updates.weights if updates else (), is_fused)
     for group in stepper.param_groups:
-        group["foreach"], group["fused"] = trainer.accelerator == "gpu", trainer.accelerator == "cpu"
+        group["foreach"] = not is_fused
     num_images, num_verticals = trainer.batch_size // trainer.accumulate, len(network.verticals)
     images = torch.zeros(num_images, 3, network.image_size, network.image_size, dtype=torch.uint8)
     targets = SoftTargets(
