@@ -480,4 +480,6 @@ def test_the_curves_of_a_run_that_is_going_on_can_be_read(prepared):
     line = next(line for line in shown.splitlines() if "students/going" in line)
     assert "running" in line
     shown = concentrate("status", f"workdir={prepared}", directory=prepared.parent).out
-    assert "stopped" in next(line for line in shown.splitlines() if "students/going" in line)
+    line = next(line for line in shown.splitlines() if "students/going" in line)
+    assert "failed" in line
+    assert "ended without a word; the same command continues" in line
