@@ -24,7 +24,7 @@ from concentration.metrics.average_precision import (
     average_precision_by_frequency,
     mean_average_precision,
 )
-from concentration.metrics.ranking import MeanAveragePrecisionAtK, rank_of_best_label
+from concentration.metrics.ranking import MeanAveragePrecisionAtK, rank_labels, rank_of_best_label
 from concentration.metrics.streaming_average_precision import take_prefixed
 from concentration.metrics.vertical_samples import KeptSamples, StreamedSamples
 from concentration.taxonomy import Taxonomy
@@ -33,6 +33,8 @@ from concentration.taxonomy import Taxonomy
 WAITING_BYTES = 1 << 30
 #: As many of a vertical are counted together where that allows it; more are not faster, fewer than the least are slow.
 MIN_WAITING_ROWS, MAX_WAITING_ROWS = 256, 4096
+#: k of precision and recall at k.
+CUTOFFS = (1, 3, 5, 10)
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +57,12 @@ class Evaluation:
     #: Fraction of the samples with a leaf label that have one among the best 1 or 5 leaves of the whole taxonomy.
     top1: float
     top5: float
+    #: By k: the mean over the samples with a leaf label of (labels among the best k leaves) / k, and / (leaf labels). The
+    #: usual metrics of hashtags; with one label a sample, recall is top-k accuracy and precision a k-th of it.
+    precision_at_k: dict[str, float]
+    recall_at_k: dict[str, float]
+    #: Leaf labels of a sample that has one, in the mean.
+    labels_per_sample: float
     #: Fraction of the (sample, vertical of one of its leaf labels) pairs with such a label as the vertical's best leaf.
     top1_in_vertical: float
     #: Over all classes and all samples, with smeared positives: see MeanAveragePrecisionAtK.
@@ -216,6 +224,7 @@ class Evaluator:
             mpvap_unsmeared=_mean(pvap_unsmeared),
             top1=_fraction(self._counts["right_at_1"], self._counts["samples_with_leaf"]),
             top5=_fraction(self._counts["right_at_5"], self._counts["samples_with_leaf"]),
+            **self._compute_at_k(),
             top1_in_vertical=_fraction(self._counts["right_in_vertical"], self._counts["verticals_with_leaf"]),
             map_at_50=self._best.compute(),
             num_classes=self.taxonomy.num_classes,
@@ -241,14 +250,35 @@ class Evaluator:
     def _count_top_k(self, scores_BC: np.ndarray, row_P: np.ndarray, output_P: np.ndarray) -> None:
         # NOTE: the pairs are smeared, but an ancestor is somebody's parent and so never a leaf.
         leaf_P = self.taxonomy.is_leaf[output_P]
-        rank_B = rank_of_best_label(scores_BC[:, self._leaves_L], row_P[leaf_P], self._leaf_number_C[output_P[leaf_P]])
-        rank_B = rank_B[np.unique(row_P[leaf_P])]
+        row_P, leaf_number_P = row_P[leaf_P], self._leaf_number_C[output_P[leaf_P]]
+        rank_P = rank_labels(scores_BC[:, self._leaves_L], row_P, leaf_number_P)
+        num_labels_B = np.bincount(row_P, minlength=len(scores_BC))
+        num_labels_P = num_labels_B[row_P]
+        rank_B = np.full(len(scores_BC), len(self._leaves_L) + 1)
+        np.minimum.at(rank_B, row_P, rank_P)
         self._counts.update(
             samples=len(scores_BC),
-            samples_with_leaf=rank_B.size,
+            samples_with_leaf=int((num_labels_B > 0).sum()),
+            leaf_labels=len(row_P),
             right_at_1=int((rank_B <= 1).sum()),
             right_at_5=int((rank_B <= 5).sum()),
         )
+        # Whole numbers, so that merged parts give the same fractions in whatever order: hits by the labels of their sample.
+        for k in CUTOFFS:
+            for num_labels, hits in enumerate(np.bincount(num_labels_P[rank_P <= k]).tolist()):
+                if hits:
+                    self._counts[f"hits_at_{k}_of_{num_labels}"] += hits
+
+    def _compute_at_k(self) -> dict[str, dict[str, float] | float]:
+        num_samples = self._counts["samples_with_leaf"]
+        precision, recall = {}, {}
+        for k in CUTOFFS:
+            prefix = f"hits_at_{k}_of_"
+            hits = {int(n.removeprefix(prefix)): hits for n, hits in self._counts.items() if n.startswith(prefix)}
+            precision[str(k)] = _fraction(sum(hits.values()), k * num_samples)
+            recall[str(k)] = _fraction(sum(hits[n] / n for n in sorted(hits)), num_samples)
+        labels_per_sample = _fraction(self._counts["leaf_labels"], num_samples)
+        return {"precision_at_k": precision, "recall_at_k": recall, "labels_per_sample": labels_per_sample}
 
     def _count_top1_in_vertical(
         self, scores_NV: np.ndarray, row_P: np.ndarray, column_P: np.ndarray, is_leaf_V: np.ndarray
@@ -297,7 +327,7 @@ def _mean(values: Mapping[str, float]) -> float:
     return float(np.mean(list(values.values()))) if values else float("nan")
 
 
-def _fraction(count: int, total: int) -> float:
+def _fraction(count: float, total: int) -> float:
     return count / total if total else float("nan")
 
 

@@ -32,6 +32,36 @@ def rank_of_best_label(scores_BL: np.ndarray, row_P: np.ndarray, column_P: np.nd
     return num_at_least_B - np.bincount(row_P[is_best_P], minlength=len(scores_BL)) + 1
 
 
+def rank_labels(scores_BL: np.ndarray, row_P: np.ndarray, column_P: np.ndarray) -> np.ndarray:
+    """The place, from 1, of every label among the classes of its sample: precision and recall at k count those up to k.
+
+    A sample's labels stand in the order of their scores; a wrong class with the same score counts as better. The best
+    label's place is `rank_of_best_label`.
+
+    Args:
+        scores_BL: (B, L) without NaN.
+        row_P, column_P: (P,) the labels; no pair may come twice.
+
+    Returns:
+        (P,) int64.
+    """
+    rank_P = rank_of_best_label(scores_BL, row_P, column_P)[row_P]
+    several = np.flatnonzero(np.bincount(row_P, minlength=len(scores_BL))[row_P] > 1)
+    if not len(several):
+        return rank_P
+    several = several[np.lexsort((-scores_BL[row_P, column_P][several], row_P[several]))]
+    row_S, score_S = row_P[several], scores_BL[row_P, column_P][several]
+    is_label_BL = np.zeros(scores_BL.shape, dtype=bool)
+    is_label_BL[row_P, column_P] = True
+    place_S = np.arange(len(several)) - np.searchsorted(row_S, row_S) + 1
+    size = max(1, SCORES_PER_BLOCK // scores_BL.shape[1])
+    for first in range(0, len(several), size):
+        block = slice(first, first + size)
+        is_before = (scores_BL[row_S[block]] >= score_S[block, None]) & ~is_label_BL[row_S[block]]
+        rank_P[several[block]] = place_S[block] + is_before.sum(axis=1)
+    return rank_P
+
+
 class MeanAveragePrecisionAtK:
     """The mean over classes of the average precision among the K samples that score highest for the class.
 

@@ -17,6 +17,7 @@ from concentration.data.order import permutation
 from concentration.data.shard_cache import save_access
 from concentration.data.shards import write_shard
 from concentration.data.sources import DataConfig, build_source
+from concentration.data.sources.glyph_scenes import GlyphScenesConfig
 from concentration.data.sources.glyphs import GlyphsConfig
 from concentration.data.sources.source import Item, Source
 from concentration.data.sources.webdataset_shards import (
@@ -81,7 +82,7 @@ class PrepareConfig(StageConfig):
     @property
     def near_duplicates(self) -> MaxDistance | None:
         """Those of glyphs are known: a character of another typeface."""
-        return None if isinstance(self.data, GlyphsConfig) else self.data.near_duplicates
+        return None if isinstance(self.data, GlyphsConfig | GlyphScenesConfig) else self.data.near_duplicates
 
 
 def prepare(config: PrepareConfig) -> None:

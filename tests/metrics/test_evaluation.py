@@ -8,6 +8,7 @@ import pytest
 import torch
 from scipy.special import log_softmax
 from sklearn.metrics import average_precision_score
+from torchmetrics.retrieval import RetrievalPrecision, RetrievalRecall
 
 from concentration.errors import DataError
 from concentration.metrics import evaluation, vertical_samples
@@ -205,6 +206,33 @@ def test_top_k_counts_the_samples_whose_best_leaf_label_has_under_k_wrong_leaves
     assert result.top5 == pytest.approx(np.mean(np.array(ranks) < 5))
     assert result.top1_in_vertical == pytest.approx(np.mean(np.array(ranks_in_vertical) < 1))
     assert result.num_samples_without_leaf == len(labels) - len(ranks) > 0
+
+
+@pytest.mark.parametrize("k", evaluation.CUTOFFS)
+def test_precision_and_recall_at_k_are_those_of_torchmetrics_over_the_leaves(k):
+    scores_BC, labels = draw(21, num_samples=200)
+    leaves = [o for o, class_id in enumerate(IDS) if not any(class_id in parents for parents in PARENTS.values())]
+    own_BL = np.array([[leaf in own for leaf in leaves] for own in labels])
+    has_leaf_B = own_BL.any(axis=1)
+    assert (own_BL.sum(axis=1) > 1).any()
+    rows = torch.arange(len(labels))[:, None].expand(-1, len(leaves))[has_leaf_B].flatten()
+    # NOTE: probabilities, since torchmetrics leaves out what has a negative score.
+    probability_BL = torch.from_numpy(scores_BC[:, leaves][has_leaf_B]).sigmoid()
+    shown = probability_BL.flatten(), torch.from_numpy(own_BL[has_leaf_B]).flatten()
+    result = evaluate(scores_BC, labels).compute()
+    assert result.precision_at_k[str(k)] == pytest.approx(float(RetrievalPrecision(top_k=k)(*shown, rows)), abs=1e-6)
+    assert result.recall_at_k[str(k)] == pytest.approx(float(RetrievalRecall(top_k=k)(*shown, rows)), abs=1e-6)
+    assert result.labels_per_sample == pytest.approx(own_BL[has_leaf_B].sum(axis=1).mean())
+
+
+def test_with_one_label_a_sample_recall_at_k_is_top_k_accuracy():
+    scores_BC, _ = draw(22)
+    leaves = np.flatnonzero(TAXONOMY.is_leaf)
+    labels = [[int(o)] for o in np.random.default_rng(0).choice(leaves, len(scores_BC))]
+    result = evaluate(scores_BC, labels).compute()
+    assert result.recall_at_k["1"] == result.precision_at_k["1"] == result.top1
+    assert result.recall_at_k["5"] == pytest.approx(result.top5)
+    assert result.precision_at_k["5"] == pytest.approx(result.top5 / 5)
 
 
 def test_map_at_50_is_over_all_classes_with_smeared_positives():

@@ -6,7 +6,7 @@ from sklearn.metrics import top_k_accuracy_score
 
 from concentration.metrics import ranking
 from concentration.metrics.average_precision import average_precision
-from concentration.metrics.ranking import MeanAveragePrecisionAtK, rank_of_best_label
+from concentration.metrics.ranking import MeanAveragePrecisionAtK, rank_labels, rank_of_best_label
 
 
 @pytest.mark.parametrize("k", [1, 2, 5])
@@ -30,6 +30,34 @@ def test_labels_of_one_sample_are_never_in_each_others_way():
 
 def test_a_sample_without_a_label_is_behind_all():
     np.testing.assert_array_equal(rank_of_best_label(np.ones((2, 3)), np.array([1]), np.array([0])), [4, 3])
+
+
+def reference_ranks(scores_L, labels):
+    """Wrong classes before a label of the same score, labels among themselves by their scores: by sorting one list."""
+    order = sorted(range(len(scores_L)), key=lambda c: (-scores_L[c], c in labels))
+    return sorted(order.index(label) + 1 for label in labels)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("block", [1, 1 << 22])
+def test_every_label_has_its_place_in_the_sorted_list(tied, block, monkeypatch):
+    monkeypatch.setattr(ranking, "SCORES_PER_BLOCK", block)
+    scores_BL, positive_BL = draw(3, tied)
+    scores_BL[::5, ::2] = -np.inf
+    row_P, column_P = np.nonzero(positive_BL)
+    order = np.random.default_rng(0).permutation(len(row_P))  # pairs may come in any order
+    rank_P = rank_labels(scores_BL, row_P[order], column_P[order])
+    for row in range(len(scores_BL)):
+        labels = column_P[row_P == row]
+        assert sorted(rank_P[row_P[order] == row]) == reference_ranks(scores_BL[row], set(labels.tolist()))
+
+
+def test_the_first_of_the_labels_is_the_best_label():
+    scores_BL, positive_BL = draw(4, tied=True)
+    row_P, column_P = np.nonzero(positive_BL)
+    first_B = np.full(len(scores_BL), scores_BL.shape[1] + 1)
+    np.minimum.at(first_B, row_P, rank_labels(scores_BL, row_P, column_P))
+    np.testing.assert_array_equal(first_B, rank_of_best_label(scores_BL, row_P, column_P))
 
 
 def reference_ap_at_k(scores_BC, positive_BC, k):

@@ -5,6 +5,7 @@ from typing import Annotated
 import pydantic
 
 from concentration.data.sources.csv_table import CsvConfig, CsvSource
+from concentration.data.sources.glyph_scenes import GlyphScenesConfig, GlyphScenesSource
 from concentration.data.sources.glyphs import GlyphsConfig, GlyphSource
 from concentration.data.sources.image_folder import ImageFolderConfig, ImageFolderSource
 from concentration.data.sources.inaturalist import INaturalistConfig, INaturalistSource
@@ -12,11 +13,12 @@ from concentration.data.sources.open_images import OpenImagesConfig, OpenImagesS
 from concentration.data.sources.source import Source
 from concentration.data.sources.webdataset_shards import ShardsConfig
 
-ImagesConfig = GlyphsConfig | ImageFolderConfig | CsvConfig | OpenImagesConfig | INaturalistConfig
+ImagesConfig = GlyphsConfig | GlyphScenesConfig | ImageFolderConfig | CsvConfig | OpenImagesConfig | INaturalistConfig
 DataConfig = Annotated[ImagesConfig | ShardsConfig, pydantic.Field(discriminator="kind")]
 
 _SOURCES = {
     GlyphsConfig: GlyphSource,
+    GlyphScenesConfig: GlyphScenesSource,
     ImageFolderConfig: ImageFolderSource,
     CsvConfig: CsvSource,
     OpenImagesConfig: OpenImagesSource,

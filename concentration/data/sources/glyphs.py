@@ -109,7 +109,7 @@ class GlyphSource:
 
     def __init__(self, config: GlyphsConfig):
         self._config = config
-        self._characters = _select(load_characters(), config)
+        self.characters = _select(load_characters(), config)
         self._fonts: dict[int, ImageFont.FreeTypeFont] = {}
         self._masters: dict[tuple[int, int], Image.Image] = {}
 
@@ -120,8 +120,8 @@ class GlyphSource:
     def build_taxonomy(self) -> Taxonomy:
         """Verticals as roots, groups (case, block, base letter, ...) below them, characters as leaves."""
         classes: list[TaxonomyClass] = []
-        for vertical in dict.fromkeys(c.vertical for c in self._characters):
-            classes.extend(_build_vertical(vertical, [c for c in self._characters if c.vertical == vertical]))
+        for vertical in dict.fromkeys(c.vertical for c in self.characters):
+            classes.extend(_build_vertical(vertical, [c for c in self.characters if c.vertical == vertical]))
         return Taxonomy(classes, "data=glyphs")
 
     def list_items(self) -> list[Item]:
@@ -136,7 +136,10 @@ class GlyphSource:
         Raises:
             DataError: matplotlib's font file is not there.
         """
-        codepoint, face, drawing = item.locator
+        return "png", encode_png(self.draw(*item.locator))
+
+    def draw(self, codepoint: int, face: int, drawing: int) -> Image.Image:
+        """A grey image, (image_size, image_size). Raises: as `read`."""
         size = self._config.image_size
         identity = f"{self._config.seed} {codepoint} {face} {drawing}".encode()
         # The first bytes choose the augmentation, the rest is the noise, a byte per pixel.
@@ -146,14 +149,12 @@ class GlyphSource:
         image = image.transform((size, size), Image.Transform.AFFINE, choices.matrix(size), Image.Resampling.BILINEAR)
         image = image.point(_build_tone(choices.threshold, choices.gain, choices.ink, choices.paper))
         noise = Image.frombytes("L", (size, size), random_bytes[_NUM_CHOICES:]).point(_build_noise_scale(choices.noise))
-        buffer = io.BytesIO()
-        ImageChops.add(image, noise, offset=-(choices.noise // 2)).save(buffer, "png", compress_level=1)
-        return "png", buffer.getvalue()
+        return ImageChops.add(image, noise, offset=-(choices.noise // 2))
 
     def _list_split(self, split: Split) -> list[Item]:
         """The drawings of a split, round by round over all classes, so that every shard holds many classes."""
         items = []
-        faces_of = {c: [face for face in c.faces if FACES[face].split == split] for c in self._characters}
+        faces_of = {c: [face for face in c.faces if FACES[face].split == split] for c in self.characters}
         for drawing in range(self._count_drawings(split, max(map(len, faces_of.values())))):
             for character, faces in faces_of.items():
                 if drawing < self._count_drawings(split, len(faces)):
@@ -177,6 +178,13 @@ class GlyphSource:
             master = draw_master(self._fonts[face], codepoint, size)
             self._masters[codepoint, face] = master.filter(ImageFilter.GaussianBlur(size / 64))
         return self._masters[codepoint, face]
+
+
+def encode_png(image: Image.Image) -> bytes:
+    """Quickly rather than small: drawings are many and short-lived."""
+    buffer = io.BytesIO()
+    image.save(buffer, "png", compress_level=1)
+    return buffer.getvalue()
 
 
 @functools.cache
