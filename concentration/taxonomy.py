@@ -6,6 +6,7 @@ Shapes: C all classes, M verticals, V classes of one vertical.
 import difflib
 import functools
 import hashlib
+import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -127,6 +128,13 @@ class Taxonomy:
         """Label smearing: the outputs with their ancestors inside their verticals, sorted (Gao et al., section 3.1)."""
         outputs = set(outputs)
         return tuple(sorted(outputs.union(*(self.ancestors[output] for output in outputs))))
+
+    @functools.cached_property
+    def smeared_outputs(self) -> tuple[np.ndarray, np.ndarray]:
+        """`smear([output])` of all outputs one after the other: (C + 1,) where each one's begin, and (S,) outputs; int64."""
+        smeared = [self.smear([output]) for output in range(self.num_classes)]
+        start = np.cumsum([0, *map(len, smeared)])
+        return start, np.fromiter(itertools.chain.from_iterable(smeared), dtype=np.int64, count=start[-1])
 
     def route(self, outputs: Iterable[int]) -> tuple[str, ...]:
         """F_map: the verticals whose teachers see a sample with these labels, in order (Gao et al., section 3.1)."""

@@ -28,8 +28,8 @@ from concentration.taxonomy import Taxonomy
 #: The indices of so many shards stay in memory: 50 bytes a sample.
 _KEPT_INDICES = 256
 
-#: Samples with several labels whose ancestors are laid out at the same time.
-_COUNTED_TOGETHER = 2**18
+#: Samples whose labels and ancestors are laid out at the same time.
+COUNTED_TOGETHER = 2**18
 
 _ARRAYS = ("key_bytes", "image_offset", "image_size", "image_crc32", "label_start", "label_position")
 
@@ -216,10 +216,16 @@ class Split:
         """The sample's own labels (not smeared), as outputs."""
         return tuple(self.label_output[self.label_start[ordinal] : self.label_start[ordinal + 1]].tolist())
 
-    def labels_of(self, ordinals: np.ndarray) -> list[tuple[int, ...]]:
-        """`labels` of each of these samples."""
-        starts, stops = self.label_start[ordinals].tolist(), self.label_start[ordinals + 1].tolist()
-        return [tuple(self.label_output[start:stop].tolist()) for start, stop in zip(starts, stops, strict=True)]
+    def label_pairs(self, ordinals: np.ndarray, smear: bool) -> tuple[np.ndarray, np.ndarray]:
+        """(place in `ordinals`, output) of these samples' labels, with their ancestors where `smear`; rising, each once."""
+        sample, label = _expand_each(self.label_start, ordinals)
+        outputs = self.label_output[label]
+        if smear:
+            start, smeared = self.taxonomy.smeared_outputs
+            owner, place = _expand_each(start, outputs)
+            sample, outputs = sample[owner], smeared[place]
+        num_classes = self.taxonomy.num_classes
+        return np.divmod(np.unique(sample * num_classes + outputs), num_classes)
 
     def key(self, ordinal: int) -> str:
         """`SHARD/KEY`: enough to find the sample by hand."""
@@ -254,24 +260,16 @@ class Split:
     def count_smeared(self) -> np.ndarray:
         """(C,) the number of samples with each class among their labels or those labels' ancestors."""
         num_classes = self.taxonomy.num_classes
-        smeared = [self.taxonomy.smear([output]) for output in range(num_classes)]
+        start, smeared = self.taxonomy.smeared_outputs
         has_one = np.diff(self.label_start) == 1
-        counts = np.zeros(num_classes, dtype=np.int64)
         of_one = np.bincount(self.label_output[self.label_start[:-1][has_one]], minlength=num_classes)
-        for output in np.flatnonzero(of_one):
-            counts[list(smeared[output])] += of_one[output]
+        owner, place = _expand_each(start, np.arange(num_classes))
+        counts = np.zeros(num_classes, dtype=np.int64)
+        np.add.at(counts, smeared[place], of_one[owner])
         # Of the others, a class counts once, however many of the sample's labels lie below it.
-        widths = np.array([len(outputs) for outputs in smeared])
-        smeared_start, smeared_output = np.cumsum(widths) - widths, np.concatenate(smeared)
         several = np.flatnonzero(~has_one)
-        for samples in np.split(several, range(_COUNTED_TOGETHER, len(several), _COUNTED_TOGETHER)):
-            sample, label = _expand(
-                self.label_start[samples], self.label_start[samples + 1] - self.label_start[samples]
-            )
-            outputs = self.label_output[label]
-            owner, place = _expand(smeared_start[outputs], widths[outputs])
-            pairs = np.unique(sample[owner] * num_classes + smeared_output[place])
-            counts += np.bincount(pairs % num_classes, minlength=num_classes)
+        for samples in np.split(several, range(COUNTED_TOGETHER, len(several), COUNTED_TOGETHER)):
+            counts += np.bincount(self.label_pairs(samples, smear=True)[1], minlength=num_classes)
         return counts
 
     @functools.cached_property
@@ -345,9 +343,11 @@ class _StoredIndices(Sequence):
         return index
 
 
-def _expand(starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The numbers of `range(start, start + length)` for each pair, one after the other: (whose number it is, the number)."""
-    owner = np.repeat(np.arange(len(starts)), lengths)
+def _expand_each(bounds: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The numbers of `range(bounds[row], bounds[row + 1])` for each row, one after the other: (whose it is, the number)."""
+    starts = bounds[rows]
+    lengths = bounds[rows + 1] - starts
+    owner = np.repeat(np.arange(len(rows)), lengths)
     first = np.cumsum(lengths) - lengths
     return owner, np.arange(len(owner)) - first[owner] + starts[owner]
 

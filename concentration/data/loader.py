@@ -114,36 +114,46 @@ class SampleReader:
 
     def read_encoded(self, ordinal: int) -> bytes:
         """The image's bytes as they lie in the shard."""
-        number = self.split.shard_of(ordinal)
-        return self._read_row(number, ordinal - self.split.shard_start[number])
+        return next(self._read_stretches(np.array([ordinal])))
 
     def _read_stretches(self, ordinals: np.ndarray) -> Iterator[bytes]:
         """The images' bytes in turn, of which a few are read at once, and never so many that they would fill the memory."""
-        numbers = np.searchsorted(self.split.shard_start, ordinals, side="right") - 1
-        rows = ordinals - self.split.shard_start[numbers]
         contents, num_bytes = [], 0
-        for number, row in zip(numbers.tolist(), rows.tolist(), strict=True):
-            contents.append(self._read_row(number, row))
+        for place in self._locate(ordinals):
+            contents.append(self._read_at(*place))
             num_bytes += len(contents[-1])
             if num_bytes >= _READ_TOGETHER_BYTES:
                 yield from contents
                 contents, num_bytes = [], 0
         yield from contents
 
-    def _read_row(self, number: int, row: int) -> bytes:
-        """The bytes of an image by its shard's number and its place in it."""
-        shard = self.split.shards[number]
-        size = shard.image_size.item(row)
+    def _locate(self, ordinals: np.ndarray) -> list[list[int]]:
+        """For each sample: its shard's number and its row there, and its image's offset, size and checksum."""
+        numbers = np.searchsorted(self.split.shard_start, ordinals, side="right") - 1
+        rows = ordinals - self.split.shard_start[numbers]
+        places = np.empty((len(ordinals), 5), dtype=np.int64)
+        places[:, 0], places[:, 1] = numbers, rows
+        for number in set(numbers.tolist()):
+            shard, of_shard = self.split.shards[number], numbers == number
+            for column, values in enumerate((shard.image_offset, shard.image_size, shard.image_crc32), start=2):
+                places[of_shard, column] = values[rows[of_shard]]
+        return places.tolist()
+
+    def _read_at(self, number: int, row: int, offset: int, size: int, crc32: int) -> bytes:
+        """The bytes of an image, by what `_locate` says of it."""
         try:
-            content = os.pread(self._open(number), size, shard.image_offset.item(row))
+            content = os.pread(self._open(number), size, offset)
         except OSError as error:
+            shard = self.split.shards[number]
             raise DataError(f"{shard.path}: cannot be read ({error.strerror}); bring it back") from None
         if len(content) != size:
+            shard = self.split.shards[number]
             raise DataError(
                 f"{shard.path}: ends inside the sample '{shard.keys[row]}'; the shard changed while it was read: "
                 "bring it back and run the same command again"
             )
-        if zlib.crc32(content) != shard.image_crc32.item(row):
+        if zlib.crc32(content) != crc32:
+            shard = self.split.shards[number]
             if self.cache is not None:
                 self.cache.discard(shard)  # the copy was checked when it was fetched
             raise DataError(

@@ -5,7 +5,6 @@ Shapes: B batch, K targets a sample, M verticals.
 
 import dataclasses
 import functools
-import itertools
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Literal, NamedTuple, Protocol
 import numpy as np
 import torch
 
-from concentration.data.index import Split
+from concentration.data.index import COUNTED_TOGETHER, Split
 from concentration.data.views import INTERPOLATION, StoredViews, describe_decoder
 from concentration.errors import DataError
 from concentration.schema import parse_json
@@ -40,38 +39,35 @@ class LabelTargets:
         self._smear = smear
         taxonomy = split.taxonomy
         self._outputs = slice(0, taxonomy.num_classes) if vertical is None else taxonomy.vertical_slice(vertical)
-        self._targets_of = functools.lru_cache(maxsize=2**18)(self._compute_targets)
-
-    def __getstate__(self):  # a cache does not travel to worker processes
-        return {name: value for name, value in self.__dict__.items() if name != "_targets_of"}
-
-    def __setstate__(self, state):
-        self.__dict__.update(state)
-        self._targets_of = functools.lru_cache(maxsize=2**18)(self._compute_targets)
 
     def lookup(self, ordinals: np.ndarray, epoch: int = 0) -> SoftTargets:
         """As the protocol says; labels are the same in every epoch."""
-        outputs_B = [self._targets_of(labels) for labels in self._split.labels_of(ordinals)]
-        is_used_BK = np.arange(self._width) < np.array([len(outputs) for outputs in outputs_B])[:, None]
-        index_BK = np.zeros(is_used_BK.shape, dtype=np.int64)
-        index_BK[is_used_BK] = list(itertools.chain.from_iterable(outputs_B))
-        return SoftTargets(torch.from_numpy(index_BK), torch.from_numpy(is_used_BK.astype(np.float32)))
+        row, output = self._find_targets(ordinals)
+        num_targets_B = np.bincount(row, minlength=len(ordinals))
+        column = np.arange(len(row)) - (np.cumsum(num_targets_B) - num_targets_B)[row]
+        index_BK = np.zeros((len(ordinals), self._width), dtype=np.int64)
+        probability_BK = np.zeros(index_BK.shape, dtype=np.float32)
+        index_BK[row, column], probability_BK[row, column] = output, 1
+        return SoftTargets(torch.from_numpy(index_BK), torch.from_numpy(probability_BK))
 
     def views(self, ordinals: np.ndarray, epoch: int) -> None:
         return None
 
-    def _compute_targets(self, labels: tuple[int, ...]) -> tuple[int, ...]:
-        outputs = self._split.taxonomy.smear(labels) if self._smear else labels
-        return tuple(o - self._outputs.start for o in outputs if self._outputs.start <= o < self._outputs.stop)
+    def _find_targets(self, ordinals: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(place in `ordinals`, class) of every target; rising."""
+        row, output = self._split.label_pairs(ordinals, self._smear)
+        is_inside = (self._outputs.start <= output) & (output < self._outputs.stop)
+        return row[is_inside], output[is_inside] - self._outputs.start
 
     @functools.cached_property
     def _width(self) -> int:
+        """The most targets that a sample has, at least 1."""
         split = self._split
-        if len(split.label_output) == len(split):
-            widths = [len(self._compute_targets((int(o),))) for o in np.unique(split.label_output)]
-        else:
-            widths = [len(self._targets_of(split.labels(ordinal))) for ordinal in range(len(split))]
-        return max(widths) or 1
+        samples = np.arange(len(split))
+        if len(split.label_output) == len(split):  # one label each: one sample of each class will do
+            samples = np.unique(split.label_output, return_index=True)[1]
+        parts = np.split(samples, range(COUNTED_TOGETHER, len(samples), COUNTED_TOGETHER))
+        return max(1, *(np.bincount(self._find_targets(part)[0]).max(initial=0) for part in parts))
 
 
 class _ShardTargets(NamedTuple):
@@ -265,8 +261,8 @@ class WeightedOutside:
     def lookup(self, ordinals: np.ndarray, epoch: int) -> SoftTargets:
         taxonomy = self._split.taxonomy
         weight_BM = torch.full((len(ordinals), taxonomy.num_verticals), self._weight)
-        for row, ordinal in enumerate(ordinals):
-            weight_BM[row, taxonomy.vertical_of_output[list(self._split.labels(ordinal))]] = 1.0
+        row, output = self._split.label_pairs(ordinals, smear=False)
+        weight_BM[row, taxonomy.vertical_of_output[output]] = 1.0
         return dataclasses.replace(self._targets.lookup(ordinals, epoch), weight_BM=weight_BM)
 
     def views(self, ordinals: np.ndarray, epoch: int) -> StoredViews | None:

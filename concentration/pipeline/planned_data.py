@@ -14,7 +14,7 @@ from concentration.data.sources.webdataset_shards import ShardsConfig
 from concentration.data.splits import SPLITS, assign_splits
 from concentration.data.views import ViewConfig, decode_view, draw_views
 from concentration.errors import ConfigError
-from concentration.pipeline.graph import RunConfig
+from concentration.pipeline.graph import RunConfig, build_prepare_job
 from concentration.stages.prepare import SHARDS, DataOverrides, load_prepared
 from concentration.stages.run_directory import RunDirectory
 from concentration.taxonomy import Taxonomy
@@ -52,18 +52,11 @@ def look_at_data(config: RunConfig) -> PlannedData:
     """Reads and writes nothing but a few images.
 
     Raises:
-        ConfigError: the shards are given and not indexed yet.
+        ConfigError: the shards are given and not indexed yet, or other data is prepared here and `overwrite` is false.
         DataError: the source is not what it should be.
     """
-    directory = RunDirectory(config.workdir / SHARDS)
-    if (directory.path / "DONE.json").exists():
-        begun_with = directory.load_config().get("data")
-        if begun_with == config.data.model_dump(mode="json"):
-            return _look_at_shards(config)
-        if not config.overwrite:
-            raise ConfigError(
-                f"{directory.path}: prepared with another config of data; give that, or plan with overwrite=true"
-            )
+    if RunDirectory(config.workdir / SHARDS).is_finished_with(build_prepare_job(config).config):
+        return _look_at_shards(config)
     if isinstance(config.data, ShardsConfig):
         raise ConfigError(
             f"plan=true with data=shards: how many images there are is known when they are indexed; run "

@@ -10,10 +10,9 @@ import torch
 
 from concentration.distributed import choose_device
 from concentration.networks.student import NetworkConfig, Student
-from concentration.targets import SoftTargets
 from concentration.training.backward_updates import BackwardUpdates
 from concentration.training.fit import TrainerConfig
-from concentration.training.memory import MemoryPlan, StepShape
+from concentration.training.memory import MemoryPlan, StepShape, make_batch
 from concentration.training.optimizers import ScheduleConfig, build_optimizer
 
 NUM_WARM_UP, NUM_TIMED = 2, 5
@@ -51,15 +50,8 @@ def measure_speed(
     student = Student(network).train().to(device)
     updates = BackwardUpdates(student, optimizer, 1) if trainer.update_in_backward else None
     stepper = build_optimizer(optimizer, student, updates.weights if updates else ())
-    size, num_verticals = network.image_size, len(network.verticals)
-    images = torch.randint(0, 256, (local_batch, 3, size, size), dtype=torch.uint8, device=device)
-    index_BK = torch.randint(0, student.num_outputs, (local_batch, shape.targets_per_image))
-    targets = SoftTargets(
-        index_BK,
-        torch.full(index_BK.shape, 0.5),
-        torch.full((local_batch, num_verticals), 0.01) if shape.has_background else None,
-        torch.ones(local_batch, num_verticals) if shape.has_weight else None,
-    ).to(device)
+    images, targets = make_batch(student, local_batch, shape)
+    images, targets = images.to(device), targets.to(device)
     weight_B = torch.full((local_batch,), 1 / (local_batch * trainer.accumulate), device=device)
     precision = trainer.autocast_dtype
 

@@ -103,7 +103,7 @@ def plan_memory(
         if trainer.class_weight != "none":
             student.class_weight_C = torch.empty(student.num_outputs)
             ledger.file("buffers", [student.class_weight_C])
-        images, targets = _make_batch(student, local_batch, shape)
+        images, targets = make_batch(student, local_batch, shape)
         ledger.file("batch", [images, *(part for part in vars(targets).values() if part is not None)])
         average = [torch.empty_like(t) for t in student.state_dict().values()] if trainer.ema_decay else []
         ledger.file("moving average", average)
@@ -119,15 +119,17 @@ def plan_memory(
     return MemoryPlan(at_peak, local_batch)
 
 
-def _make_batch(student: Student, num_images: int, shape: StepShape) -> tuple[Tensor, SoftTargets]:
-    size, num_verticals = student.image_size, len(student.config.verticals)
+def make_batch(student: Student, num_images: int, shape: StepShape) -> tuple[Tensor, SoftTargets]:
+    """Random images (B, 3, size, size) and targets of this shape: nothing to learn from, all that a step needs to run."""
+    index_BK = torch.randint(student.num_outputs, (num_images, shape.targets_per_image))
+    of_verticals = (num_images, len(student.config.verticals))
     targets = SoftTargets(
-        index_BK=torch.zeros(num_images, shape.targets_per_image, dtype=torch.int64),
-        probability_BK=torch.zeros(num_images, shape.targets_per_image),
-        background_BM=torch.zeros(num_images, num_verticals) if shape.has_background else None,
-        weight_BM=torch.zeros(num_images, num_verticals) if shape.has_weight else None,
+        index_BK,
+        torch.full(index_BK.shape, 0.5),
+        torch.full(of_verticals, 0.01) if shape.has_background else None,
+        torch.ones(of_verticals) if shape.has_weight else None,
     )
-    return torch.zeros(num_images, 3, size, size, dtype=torch.uint8), targets
+    return torch.randint(256, (num_images, 3, student.image_size, student.image_size), dtype=torch.uint8), targets
 
 
 def _run_step(

@@ -490,7 +490,7 @@ def test_a_split_numbers_samples_through_and_knows_their_labels(split_and_labels
 
 @pytest.mark.parametrize("counted_together", [1, 3, 1000])
 def test_counts_and_routing_are_the_slow_ones(counted_together, split_and_labels, taxonomy, monkeypatch):
-    monkeypatch.setattr(concentration.data.index, "_COUNTED_TOGETHER", counted_together)
+    monkeypatch.setattr(concentration.data.index, "COUNTED_TOGETHER", counted_together)
     split, labels = split_and_labels
     outputs = [{taxonomy.output(class_id) for class_id in ids} for ids in labels]
     count = [sum(output in own for own in outputs) for output in range(taxonomy.num_classes)]

@@ -12,10 +12,9 @@ import torch
 from concentration.errors import ConfigError
 from concentration.networks.student import NetworkConfig, Student
 from concentration.schema import parse_config
-from concentration.targets import SoftTargets
 from concentration.training.backward_updates import BackwardUpdates
 from concentration.training.fit import TrainerConfig
-from concentration.training.memory import MOMENTS, StepShape, plan_memory
+from concentration.training.memory import MOMENTS, StepShape, make_batch, plan_memory
 from concentration.training.optimizers import OptimizerConfig, build_optimizer
 
 MIB = 2**20
@@ -49,14 +48,7 @@ def run_steps(network, optimizer, trainer, shape, num_steps=3, device="cpu") -> 
     stepper = build_optimizer(optimizer, student, updates.weights if updates else (), is_fused)
     for group in stepper.param_groups:
         group["foreach"] = not is_fused
-    num_images, num_verticals = trainer.batch_size // trainer.accumulate, len(network.verticals)
-    images = torch.zeros(num_images, 3, network.image_size, network.image_size, dtype=torch.uint8)
-    targets = SoftTargets(
-        torch.zeros(num_images, shape.targets_per_image, dtype=torch.int64),
-        torch.zeros(num_images, shape.targets_per_image),
-        torch.zeros(num_images, num_verticals) if shape.has_background else None,
-        torch.zeros(num_images, num_verticals) if shape.has_weight else None,
-    )
+    images, targets = make_batch(student, trainer.batch_size // trainer.accumulate, shape)
     images, targets = images.to(device), targets.to(device)
     precision = {"32-true": None, "bf16-mixed": torch.bfloat16}[trainer.precision]
     for _ in range(num_steps):
