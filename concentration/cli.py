@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from concentration import preemption
-from concentration.config import VERBS, check_config, describe_composition_error, find_config_directory
+from concentration.config import VERBS, check_config, describe_composition_error, find_config_directory, list_options
 from concentration.errors import ConcentrationError, ConfigError, Preempted
 from concentration.schema import suggest
 
@@ -156,13 +156,15 @@ Start with:  concentrate run"""
 def _verb_help(verb: str, composed: Any) -> str:
     from omegaconf import OmegaConf, open_dict
 
-    # Every group of the verb's defaults list, with where it goes: "top", "top@teacher.top", "experiment".
-    groups = [group for group in reversed(list(composed.hydra.runtime.choices)) if not group.startswith("hydra/")]
+    # Every group of the verb's defaults list, with where it goes ("top", "top@teacher.top", "experiment"), and what is chosen.
+    choices = {
+        group: chosen for group, chosen in composed.hydra.runtime.choices.items() if not group.startswith("hydra/")
+    }
     with open_dict(composed):
         del composed["hydra"]
     lines = []
-    for group in groups:
-        options = sorted(path.stem for path in (find_config_directory() / group.partition("@")[0]).glob("*.yaml"))
+    for group, chosen in reversed(choices.items()):
+        options = list_options(group.partition("@")[0], chosen)
         lines.append(f"  {group}={'|'.join(options)}")
     parts = [f"concentrate {verb}: {VERBS[verb].summary}"]
     if lines:

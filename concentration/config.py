@@ -25,6 +25,17 @@ def find_config_directory() -> Path:
     return installed if installed.is_dir() else package.parent / "conf"
 
 
+def list_options(group: str, chosen: str | None) -> list[str]:
+    """The options of a group that may stand where `chosen` does.
+
+    Some change the whole config and are taken on top of nothing (a row of a table), some are a part of it: `method` has both,
+    for `run` and for `group`.
+    """
+    paths = {path.stem: path for path in (find_config_directory() / group).glob("*.yaml")}
+    is_whole = {name: "@package _global_" in path.read_text(encoding="utf-8") for name, path in paths.items()}
+    return sorted(name for name in paths if is_whole[name] == is_whole.get(chosen, True))
+
+
 def check_config(verb: str, composed: Any) -> Config:
     """The checked config of a verb from what Hydra composed.
 

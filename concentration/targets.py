@@ -326,6 +326,7 @@ _DTYPES = {
     "I32": np.int32,
     "I64": np.int64,
     "F16": np.float16,
+    "F32": np.float32,
 }
 
 

@@ -16,7 +16,7 @@ from concentration.errors import ConfigError, DataError
 from concentration.networks.bases import BaseConfig, build_base
 from concentration.networks.pace import Pace, PaceConfig
 from concentration.networks.sharded_head import ShardedHead
-from concentration.networks.top_layers import TopConfig, TopLayers
+from concentration.networks.top_layers import Layer, TopConfig, TopLayers
 from concentration.objectives.fused_block import HeadParameters
 from concentration.objectives.fused_head import GradientTime, fused_loss_by_vertical
 from concentration.schema import Config, parse_config, parse_json
@@ -95,6 +95,11 @@ class Student(nn.Module):
         if self.sharding is None:
             return self._compute_held_logits(top2_BT)
         return self.sharding.compute_logits(top2_BT, self._compute_held_logits)
+
+    def compute_features(self, images: Tensor, layer: Layer) -> Tensor:
+        """(B, D): what the base network gives, or the top-1 outputs."""
+        features_BD = self.base(self.normalise_images(images))
+        return features_BD if layer == "base" else self.top.compute_top1(features_BD)
 
     def head_parameters(self) -> list[HeadParameters]:
         """Classifier and pace of every vertical."""

@@ -21,6 +21,9 @@ from concentration.schema import Config
 
 TopKind = Literal["fc_fc", "fc_sc", "sc_sc", "fc_sc_generic"]
 
+#: Where features are taken: what the base network gives, or the top-1 outputs.
+Layer = Literal["base", "top1"]
+
 
 class TopConfig(Config):
     """Sizes and structure of the top layers.
@@ -92,8 +95,11 @@ class TopLayers(nn.Module):
 
     def compute_top2(self, features_BD: Tensor) -> Tensor:
         """The top-2 outputs of all verticals, one axis: the generic part first, then each vertical's own."""
-        top1 = torch.relu(self.top1_norm(self.top1(features_BD)))
-        return torch.relu(self.top2_norm(self.top2(top1)))
+        return torch.relu(self.top2_norm(self.top2(self.compute_top1(features_BD))))
+
+    def compute_top1(self, features_BD: Tensor) -> Tensor:
+        """The top-1 outputs: (B, s1), or (B, M*s1) where each vertical has its own."""
+        return torch.relu(self.top1_norm(self.top1(features_BD)))
 
     def split_top2(self, top2: Tensor) -> list[Tensor]:
         """What each classifier sees, (B, s2), of the generic part and the blocks of the classifiers that are here."""

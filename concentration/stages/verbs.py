@@ -26,6 +26,7 @@ def _stage(name: str, summary: str) -> Verb:
 
 STAGE_VERBS: Mapping[str, Verb] = {
     "prepare": _stage("prepare", "images and a taxonomy become shards and their index"),
+    "group": _stage("group", "find groups of classes or samples by what a trained network says of them"),
     "teacher": _stage("teacher", "train the specialist of one vertical, or take over your own (external=onnx)"),
     "targets": _stage("targets", "store what the teachers say of every training image"),
     "student": _stage(

@@ -1,0 +1,123 @@
+"""Groups of samples: who belongs where, and the rule that says it of any image.
+
+    groupings/NAME/centroids.safetensors     `centroid` (K, D) and `price` (K,); what features they are of, in the header
+    groupings/NAME/SHARD.safetensors         `group` (S,) int32: of each sample of a shard; -1 where its image cannot be decoded
+
+Shapes: B batch, D features, K groups, S samples of a shard, N samples of a split.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import safetensors.numpy
+import torch
+from torch import Tensor
+
+from concentration.errors import DataError
+from concentration.grouping.kmeans import Centroids
+from concentration.targets import load_arrays, load_metadata, sort_metadata, write_atomically
+
+#: Of a network, where features are taken: what the base network gives, or the output of the (first) top-1 layer.
+Layer = Literal["base", "top1"]
+
+CENTROIDS_FILE = "centroids.safetensors"
+
+#: The group of a sample whose image cannot be decoded.
+NO_GROUP = -1
+
+
+@dataclass(frozen=True)
+class CentroidRouter:
+    """Says of features which group they belong to: the one of least cost |x - c_k|^2 + p_k.
+
+    Attributes:
+        centroids: of the groups, with their prices.
+        layer: whose features, of the network that was grouped by.
+        normalise: whether features are first brought to length 1.
+        network: a hash of that network's file.
+    """
+
+    centroids: Centroids
+    layer: Layer
+    normalise: bool
+    network: str
+
+    @property
+    def num_groups(self) -> int:
+        return len(self.centroids.price_K)
+
+    def compute_costs(self, feature_BD: Tensor) -> Tensor:
+        """(B, K) float32: the least says where a sample belongs, the second least which group comes next."""
+        return self.centroids.compute_costs(prepare_features(feature_BD, self.normalise))
+
+    def route(self, feature_BD: Tensor) -> Tensor:
+        """(B,) int64: the group of each sample."""
+        return self.centroids.assign(prepare_features(feature_BD, self.normalise))[0]
+
+    def to(self, device: torch.device) -> "CentroidRouter":
+        return replace(self, centroids=Centroids(*(tensor.to(device) for tensor in self.centroids)))
+
+    def save(self, path: Path) -> None:
+        arrays = {"centroid": self.centroids.centroid_KD.cpu().numpy(), "price": self.centroids.price_K.cpu().numpy()}
+        header = {"layer": self.layer, "normalise": str(self.normalise).lower(), "network": self.network}
+        write_atomically(path, sort_metadata(safetensors.numpy.save(arrays, header)))
+
+    @classmethod
+    def load(cls, path: Path) -> "CentroidRouter":
+        """Raises: DataError where the file is missing or damaged."""
+        header, arrays = load_metadata(path), load_arrays(path, ("centroid", "price"))
+        centroid_KD, price_K = (torch.from_numpy(arrays[name]) for name in ("centroid", "price"))
+        is_known = header.get("layer") in ("base", "top1") and header.get("normalise") in ("true", "false")
+        if not is_known or centroid_KD.ndim != 2 or price_K.shape != centroid_KD.shape[:1]:
+            raise DataError(f"{path}: damaged, or no file of centroids; make the grouping again")
+        return cls(
+            Centroids(centroid_KD, price_K), header["layer"], header["normalise"] == "true", header.get("network", "")
+        )
+
+
+def prepare_features(feature_BD: Tensor, normalise: bool) -> Tensor:
+    """(B, D) float32, of length 1 if asked."""
+    feature_BD = feature_BD.float()
+    return torch.nn.functional.normalize(feature_BD) if normalise else feature_BD
+
+
+def save_group_ids(path: Path, group_S: np.ndarray) -> None:
+    """Writes the groups of one shard's samples, whole or not at all."""
+    write_atomically(path, safetensors.numpy.save({"group": group_S.astype(np.int32)}))
+
+
+def load_group_ids(
+    directory: Path, index_names: Sequence[str], num_samples: Sequence[int], num_groups: int
+) -> np.ndarray:
+    """The groups of all samples of a split, (N,) int32, in the order of its shards.
+
+    Args:
+        directory: of the grouping.
+        index_names: of the shards.
+        num_samples: of each of them.
+        num_groups: K.
+
+    Raises:
+        DataError: a shard's groups are missing, or are not of its samples.
+    """
+    groups = []
+    for name, expected in zip(index_names, num_samples, strict=True):
+        path = directory / f"{name}.safetensors"
+        group_S = load_arrays(path, ("group",))["group"]
+        if group_S.shape != (expected,):
+            raise DataError(f"{path}: groups of {group_S.shape} samples, but the shard has {expected}; group again")
+        if len(group_S) and not (group_S.min() >= NO_GROUP and group_S.max() < num_groups):
+            raise DataError(f"{path}: damaged (groups {group_S.min()} to {group_S.max()} of {num_groups}); group again")
+        groups.append(group_S)
+    return np.concatenate(groups)
+
+
+def count_by_group(groups: Mapping[str, np.ndarray], num_groups: int) -> dict[str, list[int]]:
+    """By split, the number of samples of every group; those of no group are left out."""
+    return {
+        split: np.bincount(group_N[group_N != NO_GROUP], minlength=num_groups).tolist()
+        for split, group_N in groups.items()
+    }
