@@ -5,6 +5,7 @@ Shapes: B batch, C all classes, M verticals.
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal, Self
 
 import pydantic
 import safetensors
@@ -13,28 +14,47 @@ import torch
 from torch import Tensor, nn
 
 from concentration.errors import ConfigError, DataError
+from concentration.networks.auxiliary_classifier import AuxiliaryClassifier
 from concentration.networks.bases import BaseConfig, build_base
 from concentration.networks.pace import Pace, PaceConfig
 from concentration.networks.sharded_head import ShardedHead
 from concentration.networks.top_layers import Layer, TopConfig, TopLayers
 from concentration.objectives.fused_block import HeadParameters
 from concentration.objectives.fused_head import GradientTime, fused_loss_by_vertical
+from concentration.objectives.softmax_cross_entropy import compute_log_odds, softmax_cross_entropy_by_vertical
 from concentration.schema import Config, parse_config, parse_json
 from concentration.targets import SoftTargets, load_metadata, replacing, sort_metadata_of_file
+
+#: `sigmoid`: classes are independent (Gao et al., Equations 1 and 2). `softmax`: they exclude each other, over all verticals.
+LossKind = Literal["sigmoid", "softmax"]
 
 
 class NetworkConfig(Config):
     """Everything that fixes the architecture: a checkpoint carries it, so that it can be loaded without a run's config."""
 
+    loss: LossKind = "sigmoid"
     base: BaseConfig
     top: TopConfig
     pace: PaceConfig
     image_size: pydantic.PositiveInt
     verticals: dict[str, pydantic.PositiveInt]
 
+    @pydantic.model_validator(mode="after")
+    def _check_loss(self):
+        if self.loss == "softmax" and sum(self.verticals.values()) == 1:
+            raise ValueError("loss=softmax with one class, whose probability is always 1; give loss=sigmoid")
+        return self
+
+    def without_auxiliaries(self) -> Self:
+        """The same network as it is served."""
+        return self.model_copy(update={"base": self.base.without_taps()})
+
 
 class Student(nn.Module):
     """`student(images)` gives logits (B, C), `student(images, targets)` the loss of each sample (B,).
+
+    Of a network with the softmax as loss, too, the logits are those whose sigmoids are its probabilities. In training the loss
+    has those of the auxiliary classifiers in it, where the base network has taps for them; they are not saved.
 
     With `weight_B` each sample's loss is multiplied by its weight. (Afterwards it may only be multiplied by one number for all
     samples, as sum and mean do: see `fused_loss_by_vertical`, which also says what `gradients` chooses.)
@@ -52,6 +72,7 @@ class Student(nn.Module):
         self.base = build_base(config.base, config.image_size)
         self.top = TopLayers(self.base.num_features, vertical_sizes, config.top)
         self.pace = Pace(vertical_sizes, config.pace)
+        self.auxiliaries = nn.ModuleList(AuxiliaryClassifier(tap, vertical_sizes) for tap in self.base.taps)
         mean, std = self.base.mean, self.base.std
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
@@ -76,28 +97,35 @@ class Student(nn.Module):
 
     def forward(self, images: Tensor, targets: SoftTargets | None = None, weight_B: Tensor | None = None) -> Tensor:
         if targets is None:
-            return torch.cat(self.compute_logits(images), dim=1).float()
-        top2_BT = self.top.compute_top2(self.base(self.normalise_images(images)))
+            logits_BC = torch.cat(self.compute_logits(images), dim=1)
+            if self.config.loss == "softmax":
+                logits_BC = compute_log_odds(logits_BC.double().log_softmax(1))
+            return logits_BC.float()
         if weight_B is not None:
             targets = targets.weighted(weight_B, len(self.config.verticals))
-        # The readable form is sigmoid_cross_entropy_by_vertical(self.compute_logits(images), targets, self.class_weight_C).
-        head = self.head_parameters(), targets, self.class_weight_C, self.gradients
-        if self.sharding is None:
-            loss_BM = fused_loss_by_vertical(self.top.split_top2(top2_BT), *head)
-        else:
-            loss_BM = self.sharding.loss_by_vertical(top2_BT, self.top.split_top2, *head)
+        images = self.normalise_images(images)
+        features_BD, tapped = self.base.forward_with_taps(images) if self.training else (self.base(images), ())
+        loss_BM = self._compute_head_loss(self.top.compute_top2(features_BD), targets)
         self.vertical_loss_M.copy_(loss_BM.detach().sum(0))
-        return loss_BM.sum(1)
+        loss_B = loss_BM.sum(1)
+        for auxiliary, maps in zip(self.auxiliaries, tapped, strict=False):
+            loss_B = loss_B + auxiliary.loss_weight * self._compute_auxiliary_loss(auxiliary, maps, targets).sum(1)
+        return loss_B
 
     def compute_logits(self, images: Tensor) -> list[Tensor]:
-        """Logits per vertical, (B, V)."""
+        """Per vertical (B, V), before a softmax."""
         top2_BT = self.top.compute_top2(self.base(self.normalise_images(images)))
         if self.sharding is None:
             return self._compute_held_logits(top2_BT)
         return self.sharding.compute_logits(top2_BT, self._compute_held_logits)
 
     def compute_features(self, images: Tensor, layer: Layer) -> Tensor:
-        """(B, D): what the base network gives, or the top-1 outputs."""
+        """(B, D): what the base network gives, or the top-1 outputs.
+
+        Raises: ConfigError where there is no top-1.
+        """
+        if layer == "top1" and not self.top.has_hidden:
+            raise ConfigError("layer=top1: a network with top=linear has no top-1; give layer=base")
         features_BD = self.base(self.normalise_images(images))
         return features_BD if layer == "base" else self.top.compute_top1(features_BD)
 
@@ -121,9 +149,7 @@ class Student(nn.Module):
         """Makes room for the whole head again; its values are to be loaded."""
         self.sharding = None
         sizes = list(self.config.verticals.values())
-        self.top.classifiers = nn.ModuleList(
-            nn.utils.skip_init(nn.Linear, self.config.top.top2, size) for size in sizes
-        )
+        self.top.classifiers = nn.ModuleList(nn.utils.skip_init(nn.Linear, self.top.num_seen, size) for size in sizes)
         self.pace = Pace(sizes, self.config.pace)
 
     def gamma_by_vertical(self) -> Tensor:
@@ -156,22 +182,26 @@ class Student(nn.Module):
         return (images - self.mean) / self.std
 
     def set_prior(self, frequency_C: Tensor) -> None:
-        """Starts the outputs at the classes' frequencies (C,) in [0, 1].
+        """Starts the outputs at the classes' frequencies (C,) in [0, 1], the auxiliary classifiers' too.
 
         The offset takes them where there is pace, the output bias where there is none: before a norm a bias at the prior
         would drown the features.
         """
-        logit_C = frequency_C.double().clamp(1e-6, 1 - 1e-6).logit().float()
+        frequency_C = frequency_C.double().clamp(1e-6, 1 - 1e-6)
+        logit_C = (frequency_C.log() if self.config.loss == "softmax" else frequency_C.logit()).float()
+        for auxiliary in self.auxiliaries:
+            auxiliary.set_prior(logit_C)
         if self.config.pace.kind == "none":
             self.top.set_prior(logit_C)
         else:
             self.pace.set_prior(logit_C)
 
     def save(self, path: Path, metadata: Mapping[str, str]) -> None:
-        """Writes weights and architecture as one safetensors file, whole or not at all."""
+        """Writes weights and architecture as one safetensors file, whole or not at all; without auxiliary classifiers."""
         assert self.sharding is None, "a part of a network is no network"
-        header = {"network": self.config.model_dump_json(), **metadata}
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        header = {"network": self.config.without_auxiliaries().model_dump_json(), **metadata}
+        served = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("auxiliaries.")}
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in served.items()}
         with replacing(path) as temporary:
             safetensors.torch.save_file(tensors, temporary, header)
             sort_metadata_of_file(temporary)
@@ -194,6 +224,25 @@ class Student(nn.Module):
                     f"base.checkpoint={path}: another base network: {name!r} is {have}, expected {want}; give the same base=..."
                 )
         self.base.load_state_dict(found)
+
+    def _compute_head_loss(self, top2_BT: Tensor, targets: SoftTargets) -> Tensor:
+        """(B, M) of the top layers' classifiers."""
+        if self.config.loss == "softmax":
+            assert self.sharding is None, "no rank has all classes of a sample's softmax"
+            return softmax_cross_entropy_by_vertical(self._compute_held_logits(top2_BT), targets, self.class_weight_C)
+        # The readable form is sigmoid_cross_entropy_by_vertical(self.compute_logits(images), targets, self.class_weight_C).
+        head = self.head_parameters(), targets, self.class_weight_C, self.gradients
+        if self.sharding is None:
+            return fused_loss_by_vertical(self.top.split_top2(top2_BT), *head)
+        return self.sharding.loss_by_vertical(top2_BT, self.top.split_top2, *head)
+
+    def _compute_auxiliary_loss(self, auxiliary: AuxiliaryClassifier, maps: Tensor, targets: SoftTargets) -> Tensor:
+        """(B, M), not yet weighed. Auxiliary classifiers are never spread over ranks."""
+        hidden_BS = auxiliary(maps)
+        if self.config.loss == "softmax":
+            return softmax_cross_entropy_by_vertical(auxiliary.classify(hidden_BS), targets, self.class_weight_C)
+        hidden, heads = [hidden_BS] * len(auxiliary.classifiers), auxiliary.head_parameters()
+        return fused_loss_by_vertical(hidden, heads, targets, self.class_weight_C, self.gradients)
 
     def _compute_held_logits(self, top2: Tensor) -> list[Tensor]:
         """(B, V) of every vertical, or of the parts of them that are here."""

@@ -1,10 +1,11 @@
-"""The top layers of Figure 3: top-1, top-2 and the classifiers, fully connected (FC) or structurally connected (SC).
+"""The top layers of Figure 3: top-1, top-2 and the classifiers, fully connected (FC) or structurally connected (SC); or none.
 
     kind            Figure 3   top-1                 top-2
     fc_fc           (a)        one, shared           one, shared
     fc_sc           (b)        one, shared           one per vertical
     sc_sc           (c)        one per vertical      one per vertical
     fc_sc_generic   (d)        one, shared           a generic part of size x, shared, and s2 - x per vertical
+    linear                     none                  none: the classifiers see the features, as in GoogLeNet
 
 Shapes: B batch, D features of the base network, M verticals, V classes of one vertical, s1 and s2 sizes of top-1 and top-2.
 """
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from concentration.networks.head_plan import Part
 from concentration.schema import Config
 
-TopKind = Literal["fc_fc", "fc_sc", "sc_sc", "fc_sc_generic"]
+TopKind = Literal["fc_fc", "fc_sc", "sc_sc", "fc_sc_generic", "linear"]
 
 #: Where features are taken: what the base network gives, or the top-1 outputs.
 Layer = Literal["base", "top1"]
@@ -34,10 +35,21 @@ class TopConfig(Config):
     """
 
     kind: TopKind
-    top1: pydantic.PositiveInt
-    top2: pydantic.PositiveInt
+    top1: pydantic.PositiveInt | None = None
+    top2: pydantic.PositiveInt | None = None
     generic: pydantic.NonNegativeInt | None = None
     norm: Literal["none", "batch", "layer"] = "none"
+
+    @pydantic.model_validator(mode="after")
+    def _check_sizes(self):
+        for name, size in (("top1", self.top1), ("top2", self.top2)):
+            if self.kind != "linear" and size is None:
+                raise ValueError(f"'top.{name}' is missing: give top.{name}=VALUE")
+            if self.kind == "linear" and size is not None:
+                raise ValueError(f"top.{name}={size} with top=linear: it has no such layer; remove it")
+        if self.kind == "linear" and self.norm != "none":
+            raise ValueError(f"top.norm={self.norm} with top=linear: there is nothing to normalise; remove it")
+        return self
 
     @pydantic.model_validator(mode="after")
     def _check_generic(self):
@@ -60,9 +72,21 @@ class TopLayers(nn.Module):
 
     def __init__(self, num_features: int, vertical_sizes: Sequence[int], config: TopConfig):
         super().__init__()
-        num_verticals = len(vertical_sizes)
-        self.num_generic = _num_generic(config)
-        self.num_individual = config.top2 - self.num_generic
+        self.num_generic = num_features if config.kind == "linear" else _num_generic(config)
+        self.num_individual = 0 if config.kind == "linear" else config.top2 - self.num_generic
+        self.has_hidden = config.kind != "linear"
+        if self.has_hidden:
+            self._build_hidden(num_features, len(vertical_sizes), config)
+        # One parameter per vertical: slicing one flat weight under autograd costs a full-size gradient per slice.
+        self.classifiers = nn.ModuleList(nn.Linear(self.num_seen, size) for size in vertical_sizes)
+        self._initialise()
+
+    @property
+    def num_seen(self) -> int:
+        """The top-2 outputs that each classifier sees."""
+        return self.num_generic + self.num_individual
+
+    def _build_hidden(self, num_features: int, num_verticals: int, config: TopConfig) -> None:
         self.top1_blocks = num_verticals if config.kind == "sc_sc" else 1
         num_top2 = self.num_generic + num_verticals * self.num_individual
         self.top1 = nn.Linear(num_features, self.top1_blocks * config.top1)
@@ -76,9 +100,6 @@ class TopLayers(nn.Module):
         self.top2_norm = _build_norm(
             config.norm, generic_block + [self.num_individual] * (num_verticals if self.num_individual else 0)
         )
-        # One parameter per vertical: slicing one flat weight under autograd costs a full-size gradient per slice.
-        self.classifiers = nn.ModuleList(nn.Linear(config.top2, size) for size in vertical_sizes)
-        self._initialise()
 
     def forward(self, features_BD: Tensor) -> list[Tensor]:
         """Raw logits, (B, V) per vertical."""
@@ -95,6 +116,8 @@ class TopLayers(nn.Module):
 
     def compute_top2(self, features_BD: Tensor) -> Tensor:
         """The top-2 outputs of all verticals, one axis: the generic part first, then each vertical's own."""
+        if not self.has_hidden:
+            return features_BD
         return torch.relu(self.top2_norm(self.top2(self.compute_top1(features_BD))))
 
     def compute_top1(self, features_BD: Tensor) -> Tensor:
@@ -130,11 +153,12 @@ class TopLayers(nn.Module):
                 classify.bias.copy_(logit_V)
 
     def _initialise(self) -> None:
-        nn.init.kaiming_normal_(self.top1.weight, nonlinearity="relu")
-        nn.init.zeros_(self.top1.bias)
-        if isinstance(self.top2, nn.Linear):
-            nn.init.kaiming_normal_(self.top2.weight, nonlinearity="relu")
-            nn.init.zeros_(self.top2.bias)
+        if self.has_hidden:
+            nn.init.kaiming_normal_(self.top1.weight, nonlinearity="relu")
+            nn.init.zeros_(self.top1.bias)
+            if isinstance(self.top2, nn.Linear):
+                nn.init.kaiming_normal_(self.top2.weight, nonlinearity="relu")
+                nn.init.zeros_(self.top2.bias)
         for classify in self.classifiers:
             nn.init.xavier_normal_(classify.weight)
             nn.init.zeros_(classify.bias)
@@ -169,6 +193,8 @@ class BlockLayerNorm(nn.Module):
 
 def count_top_parameters(config: TopConfig, num_features: int, num_classes: int, num_verticals: int) -> int:
     """Weights of the top layers without biases and norms, by the formulas under Figure 3 (Gao et al., section 3.2)."""
+    if config.kind == "linear":
+        return num_features * num_classes
     top1, top2, generic = config.top1, config.top2, _num_generic(config)
     classifiers = top2 * num_classes
     if config.kind == "sc_sc":

@@ -13,6 +13,7 @@ from concentration.errors import ConfigError
 from concentration.networks.bases import BaseConfig
 from concentration.networks.external import ExternalConfig
 from concentration.networks.pace import PaceConfig
+from concentration.networks.student import LossKind
 from concentration.networks.top_layers import TopConfig
 from concentration.pipeline.jobs import DONE_FILE, Job, Resources
 from concentration.pipeline.local import LocalConfig
@@ -36,6 +37,7 @@ GENERALIST = "generalist"
 class NetworkParts(Config):
     """A network and how it is trained, for the networks of a run beside the student."""
 
+    loss: LossKind = "sigmoid"
     base: BaseConfig
     top: TopConfig
     pace: PaceConfig
@@ -66,6 +68,7 @@ class RunConfig(StageConfig):
     seed: int = 0
     name: str = "student"
     data: DataConfig
+    loss: LossKind = "sigmoid"
     base: BaseConfig
     top: TopConfig
     pace: PaceConfig

@@ -79,6 +79,14 @@ class StudentConfig(NetworkStageConfig):
         return self
 
     @pydantic.model_validator(mode="after")
+    def _check_outside(self):
+        if self.loss == "softmax" and self.outside != "zero":
+            raise ValueError(
+                f"outside={self.outside} with loss=softmax: one softmax is over all verticals; remove outside"
+            )
+        return self
+
+    @pydantic.model_validator(mode="after")
     def _check_view(self):
         if self.targets.kind == "soft" and self.targets.views and self.data.view is not None:
             raise ValueError(

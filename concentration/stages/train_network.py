@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pydantic
 import torch
 
 from concentration import distributed
@@ -20,7 +21,7 @@ from concentration.networks.classifier import Classifier
 from concentration.networks.external.teacher import load_external_teacher
 from concentration.networks.pace import PaceConfig
 from concentration.networks.routed_teachers import RoutedTeachers
-from concentration.networks.student import NetworkConfig, Student, load_student
+from concentration.networks.student import LossKind, NetworkConfig, Student, load_student
 from concentration.networks.top_layers import TopConfig
 from concentration.stages.prepare import SHARDS, DataOverrides, PreparedData
 from concentration.stages.run_directory import RunDirectory, StageConfig, hash_file
@@ -39,6 +40,7 @@ BEST_FILE = "best.safetensors"
 class NetworkStageConfig(StageConfig):
     """The parts of a network and of its training.
 
+    loss: `sigmoid`, classes are independent; `softmax`, they exclude each other, and a sample's targets are divided by their sum.
     plan: prints what the network has and what a step of it needs, and trains nothing.
     """
 
@@ -46,6 +48,7 @@ class NetworkStageConfig(StageConfig):
 
     seed: int = 0
     data: DataOverrides = DataOverrides()
+    loss: LossKind = "sigmoid"
     base: BaseConfig
     top: TopConfig
     pace: PaceConfig
@@ -53,6 +56,14 @@ class NetworkStageConfig(StageConfig):
     trainer: TrainerConfig
     logger: LoggerConfig = LoggerConfig()
     plan: bool = False
+
+    @pydantic.model_validator(mode="after")
+    def _check_loss(self):
+        if self.loss == "softmax" and self.trainer.shard_head:
+            raise ValueError(
+                "loss=softmax with trainer.shard_head=true: a softmax needs all classes in one process; set one of them back"
+            )
+        return self
 
 
 @dataclass(frozen=True)
@@ -175,7 +186,8 @@ def build_network(config: NetworkStageConfig, taxonomy: Taxonomy, image_size: in
 def describe_network(config: NetworkStageConfig, taxonomy: Taxonomy, image_size: int) -> NetworkConfig:
     """The architecture of a config's network."""
     verticals = dict(zip(taxonomy.verticals, taxonomy.vertical_sizes, strict=True))
-    return NetworkConfig(base=config.base, top=config.top, pace=config.pace, image_size=image_size, verticals=verticals)
+    parts = {name: getattr(config, name) for name in ("loss", "base", "top", "pace")}
+    return NetworkConfig(**parts, image_size=image_size, verticals=verticals)
 
 
 def compute_class_weights(counts_C: np.ndarray) -> torch.Tensor:

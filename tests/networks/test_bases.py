@@ -297,7 +297,10 @@ def test_every_file_of_the_group_names_all_options_with_their_defaults(path: Pat
     ("base", "message"),
     [
         ({"kind": "small", "chanels": [8]}, "unknown key 'base.chanels'; did you mean 'base.channels'?"),
-        ({"kind": "smal"}, "base.kind=smal: expected 'small', 'inception_v2', 'timm'; did you mean 'small'?"),
+        (
+            {"kind": "smal"},
+            "base.kind=smal: expected 'small', 'inception_v2', 'googlenet', 'timm'; did you mean 'small'?",
+        ),
         ({"kind": "small", "std": [1, 1, 0]}, "base.std.2=0: Input should be greater than 0"),
         ({"kind": "small", "channels": []}, "base.channels=[]"),
     ],

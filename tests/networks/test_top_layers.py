@@ -269,6 +269,16 @@ def test_a_prior_becomes_the_output_biases_in_output_order(features_BD):
     torch.testing.assert_close(torch.cat(top(features_BD), dim=1), logit_C.expand(9, -1))
 
 
+def test_a_linear_top_is_one_layer_on_the_features(features_BD):
+    top = build(kind="linear", top1=None, top2=None)
+    weight_CD, bias_C = (torch.cat([getattr(c, name) for c in top.classifiers]) for name in ("weight", "bias"))
+    torch.testing.assert_close(torch.cat(top(features_BD), dim=1), features_BD @ weight_CD.T + bias_C)
+    assert set(dict(top.named_parameters())) == {
+        f"classifiers.{n}.{name}" for n in range(3) for name in ("weight", "bias")
+    }
+    assert count_weights(top) == count_top_parameters(TopConfig(kind="linear"), D, sum(SIZES), len(SIZES))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -280,7 +290,13 @@ def test_a_prior_becomes_the_output_biases_in_output_order(features_BD):
         ({"kind": "fc_sc_generic", "generic": 6}, "top.generic=6 is larger than top.top2=5; expected 0 to 5"),
         ({"kind": "fc_sc_generic", "generic": -1}, "generic=-1: "),
         ({"kind": "fc_sc", "top2": 0}, "top2=0: "),
-        ({"kind": "fcsc"}, "kind=fcsc: expected 'fc_fc', 'fc_sc', 'sc_sc' or 'fc_sc_generic'; did you mean 'fc_sc'?"),
+        ({"kind": "fcsc"}, "kind=fcsc: expected 'fc_fc', 'fc_sc', 'sc_sc', 'fc_sc_generic' or 'linear'; did"),
+        ({"kind": "fc_sc", "top1": None}, "'top.top1' is missing: give top.top1=VALUE"),
+        ({"kind": "linear"}, "top.top1=8 with top=linear: it has no such layer; remove it"),
+        (
+            {"kind": "linear", "top1": None, "top2": None, "norm": "layer"},
+            "top.norm=layer with top=linear: there is nothing",
+        ),
         ({"kind": "fc_sc", "norm": "group"}, "norm=group: expected 'none', 'batch' or 'layer'"),
         ({"kind": "fc_sc", "top3": 1}, "unknown key 'top3'; did you mean 'top"),
     ],

@@ -9,6 +9,7 @@ from typing import Annotated
 from pydantic import Field
 
 from concentration.networks.bases.base_network import BaseNetwork, BaseNetworkConfig
+from concentration.networks.bases.googlenet import GoogLeNet, GoogLeNetConfig
 from concentration.networks.bases.inception_v2 import InceptionV2, InceptionV2Config
 from concentration.networks.bases.small import SmallBase, SmallBaseConfig
 from concentration.networks.bases.timm_base import TimmBase, TimmConfig
@@ -17,15 +18,16 @@ __all__ = [
     "BaseConfig",
     "BaseNetwork",
     "BaseNetworkConfig",
+    "GoogLeNetConfig",
     "InceptionV2Config",
     "SmallBaseConfig",
     "TimmConfig",
     "build_base",
 ]
 
-BaseConfig = Annotated[SmallBaseConfig | InceptionV2Config | TimmConfig, Field(discriminator="kind")]
+BaseConfig = Annotated[SmallBaseConfig | InceptionV2Config | GoogLeNetConfig | TimmConfig, Field(discriminator="kind")]
 
-_BASES = {SmallBaseConfig: SmallBase, InceptionV2Config: InceptionV2, TimmConfig: TimmBase}
+_BASES = {SmallBaseConfig: SmallBase, InceptionV2Config: InceptionV2, GoogLeNetConfig: GoogLeNet, TimmConfig: TimmBase}
 
 
 def build_base(config: BaseNetworkConfig, image_size: int) -> BaseNetwork:

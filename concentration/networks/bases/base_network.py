@@ -1,5 +1,8 @@
 """What every base network is: a module with `num_features`, `mean` and `std`, and a config with the same three options."""
 
+from collections.abc import Sequence
+from typing import NamedTuple, Self
+
 import pydantic
 from torch import Tensor, nn
 
@@ -21,6 +24,23 @@ class BaseNetworkConfig(Config):
     std: PerChannelPositive = (0.5, 0.5, 0.5)
     """What the difference is then divided by."""
 
+    def without_taps(self) -> Self:
+        """The same network as it is served."""
+        return self
+
+
+class Tap(NamedTuple):
+    """A map (B, channels, size, size) inside a base network that an auxiliary classifier looks at while it trains.
+
+    loss_weight: of the auxiliary classifier's loss, beside the network's own.
+    dropout: of the auxiliary classifier.
+    """
+
+    channels: int
+    size: int
+    loss_weight: float
+    dropout: float
+
 
 class BaseNetwork(nn.Module):
     """The interface: maps normalised float images (B, 3, H, W) to features (B, num_features).
@@ -31,6 +51,11 @@ class BaseNetwork(nn.Module):
     num_features: int
     mean: PerChannel
     std: PerChannel
+    taps: tuple[Tap, ...] = ()
 
     def forward(self, images: Tensor) -> Tensor:
         raise NotImplementedError
+
+    def forward_with_taps(self, images: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
+        """The features, and the map of each of `taps`."""
+        return self(images), ()

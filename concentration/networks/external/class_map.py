@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from concentration.errors import ConfigError, DataError
+from concentration.objectives.softmax_cross_entropy import LARGEST_LOGIT, compute_log_odds
 from concentration.schema import parse_json, suggest
 from concentration.taxonomy import Taxonomy
 
@@ -21,9 +22,6 @@ IDENTITY = "identity"
 #: What the model's outputs are. Of a softmax the outputs are exclusive, so those of one class are added; sigmoids are
 #: independent, so the largest counts.
 OutputKind = Literal["softmax_logits", "softmax_probabilities", "sigmoid_logits", "sigmoid_probabilities"]
-
-#: As a logit, what is impossible or certain: finite, and its sigmoid is 4e-44.
-LARGEST_LOGIT = 100.0
 
 #: How far rounding may take a probability, or the sum of a softmax's, out of its range.
 TOLERANCE = 1e-2
@@ -91,8 +89,7 @@ class ClassMap:
         else:
             is_logits = kind == "softmax_logits"
             log_BO = outputs_BO.log_softmax(1) if is_logits else outputs_BO.clamp(0, 1).log()
-            log_BV = self._add_up(log_BO).clamp(max=0)
-            logit_BV = log_BV - torch.log(-torch.expm1(log_BV))
+            logit_BV = compute_log_odds(self._add_up(log_BO))
         return logit_BV.clamp(-LARGEST_LOGIT, LARGEST_LOGIT).float()
 
     def _take_largest(self, value_BO: Tensor) -> Tensor:
