@@ -7,11 +7,8 @@ from typing import Literal
 import numpy as np
 import pydantic
 import safetensors.numpy
-import torch
 
 from concentration.data.index import Split, load_split
-from concentration.data.loader import Batch, StepBatches, build_loader
-from concentration.data.order import SequentialOrder
 from concentration.distributed import choose_device
 from concentration.errors import ConfigError
 from concentration.metrics.evaluation import Evaluator, measure_kept_bytes
@@ -31,10 +28,23 @@ EVALUATIONS = "evaluations"
 SPECIALISTS = "specialists"
 
 
-class EvaluateConfig(StageConfig):
-    """Writes `evaluations/NAME.json`, or `evaluations/NAME.val.json` for the validation split.
+class SubjectConfig(StageConfig):
+    """Which networks are asked, and on what machine.
 
     name: of a student, of a vertical's teacher, or `specialists` for all teachers as one ensemble.
+    """
+
+    runtime_fields = StageConfig.runtime_fields | {"batch_size", "num_workers", "accelerator"}
+
+    name: str = "student"
+    accelerator: Literal["cpu", "gpu"] = "cpu"
+    batch_size: pydantic.PositiveInt = 256
+    num_workers: pydantic.NonNegativeInt = 0
+
+
+class EvaluateConfig(SubjectConfig):
+    """Writes `evaluations/NAME.json`, or `evaluations/NAME.val.json` for the validation split.
+
     split: `test`; `val` is for choices.
     save_scores: also writes `evaluations/NAME.safetensors` with `scores` (N, C) and `labels` (N, C), unsmeared; until then all of
         them are in memory, whatever `memory_gib` is.
@@ -43,15 +53,11 @@ class EvaluateConfig(StageConfig):
         (1 GiB waits to be counted) and the network looks at the images twice; the numbers are the same.
     """
 
-    runtime_fields = StageConfig.runtime_fields | {"batch_size", "num_workers", "accelerator", "memory_gib"}
+    runtime_fields = SubjectConfig.runtime_fields | {"memory_gib"}
 
-    name: str = "student"
     split: Literal["val", "test"] = "test"
     save_scores: bool = False
     gallery: pydantic.NonNegativeInt = 24
-    accelerator: Literal["cpu", "gpu"] = "cpu"
-    batch_size: pydantic.PositiveInt = 256
-    num_workers: pydantic.NonNegativeInt = 0
     memory_gib: pydantic.NonNegativeFloat = 8.0
 
     @property
@@ -69,12 +75,12 @@ def evaluate(config: EvaluateConfig) -> None:
     """
     _, taxonomy, _ = load_prepared(config.workdir, DataOverrides())
     split = load_split(config.workdir / SHARDS, config.split, taxonomy)
-    checkpoint = _find_checkpoint(config.workdir, config.name, taxonomy)
+    checkpoint = find_checkpoint(config.workdir, config.name, taxonomy)
     directory = RunDirectory(config.output)
     with directory.begin(config, {"data": split.fingerprint, "checkpoint": checkpoint}) as is_due:
         if not is_due:
             return
-        subject = _load_subject(config, taxonomy, split, checkpoint)
+        subject = load_subject(config, taxonomy, split, checkpoint)
         train = load_split(config.workdir / SHARDS, "train", taxonomy)
         outputs = slice(subject.first_output, subject.first_output + subject.taxonomy.num_classes)
         counts = {"num_train": train.count_smeared()[outputs], "num_test": split.count_smeared()[outputs]}
@@ -93,7 +99,7 @@ def evaluate(config: EvaluateConfig) -> None:
         directory.finish({"mpvap": content["mpvap"]})
 
 
-def _find_checkpoint(workdir: Path, name: str, taxonomy: Taxonomy) -> str:
+def find_checkpoint(workdir: Path, name: str, taxonomy: Taxonomy) -> str:
     """A hash of the networks' files.
 
     Raises:
@@ -111,7 +117,8 @@ def _find_checkpoint(workdir: Path, name: str, taxonomy: Taxonomy) -> str:
     raise ConfigError(f"name={name}: no such run in {workdir}; valid: {', '.join([SPECIALISTS, *have])}")
 
 
-def _load_subject(config: EvaluateConfig, taxonomy: Taxonomy, split: Split, checkpoint: str) -> Subject:
+def load_subject(config: SubjectConfig, taxonomy: Taxonomy, split: Split, checkpoint: str) -> Subject:
+    """The networks that `config` names, and the samples of the split that they are asked about. Raises: as `load_network`."""
     workdir, name = config.workdir, config.name
     first_output, ordinals = 0, np.arange(len(split))
     if (workdir / STUDENTS / name).is_dir():
@@ -142,36 +149,25 @@ def _score_samples(
         (N,) the ordinals of the samples whose image could be decoded, and where they are to be saved all scores (N, C)
         float32.
     """
-    order = SequentialOrder(subject.ordinals)
-    batch_size = min(config.batch_size, len(order))
-    loaders = {}
-    for size, reader in subject.build_readers().items():
-        batches = StepBatches(reader, order, batch_size, accumulate=1, rank=0, world_size=1)
-        loaders[size] = build_loader(batches, range(batches.steps_per_epoch), config.num_workers)
     title = f"evaluate {config.name}" + (" in two passes" if evaluator.num_passes == 2 else "")
-    with Progress(title, evaluator.num_passes * len(order), "images", path) as progress:
-        seen, kept = _run_pass(loaders, subject, evaluator, progress, keep=config.save_scores)
+    with Progress(title, evaluator.num_passes * len(subject.ordinals), "images", path) as progress:
+        seen, kept = _run_pass(config, subject, evaluator, progress, keep=config.save_scores)
         if evaluator.num_passes == 2:
             evaluator.begin_second_pass()
-            _run_pass(loaders, subject, evaluator, progress, keep=False)
+            _run_pass(config, subject, evaluator, progress, keep=False)
     return np.concatenate(seen), np.concatenate(kept) if kept else None
 
 
 def _run_pass(
-    loaders: Mapping[int, Iterable[Batch]], subject: Subject, evaluator: Evaluator, progress: Progress, keep: bool
+    config: EvaluateConfig, subject: Subject, evaluator: Evaluator, progress: Progress, keep: bool
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Shows the evaluator all samples. Returns what `_score_samples` returns, batch by batch."""
     seen, kept = [], []
-    for of_size in zip(*loaders.values(), strict=True):
-        batch = of_size[0]  # the others hold the same samples
-        is_real_B = torch.stack([each.weight_B > 0 for each in of_size]).all(0)
-        images = {size: each.images for size, each in zip(loaders, of_size, strict=True)}
-        scores_BC = subject.score(images)[is_real_B]
-        evaluator.update(scores_BC, [subject.labels(int(ordinal)) for ordinal in batch.ordinal_B[is_real_B]])
-        seen.append(batch.ordinal_B[is_real_B].numpy())
+    for scores_BC, ordinal_B in subject.score_all(config.batch_size, config.num_workers, progress):
+        evaluator.update(scores_BC, [subject.labels(int(ordinal)) for ordinal in ordinal_B])
+        seen.append(ordinal_B)
         if keep:
             kept.append(scores_BC.numpy())
-        progress.advance(batch.global_count)
     return seen, kept
 
 

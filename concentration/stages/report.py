@@ -5,12 +5,14 @@ import json
 import math
 import platform
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
 import concentration
 from concentration.errors import ConfigError
+from concentration.stages.calibrate import CALIBRATIONS
 from concentration.stages.evaluate import EVALUATIONS
 from concentration.stages.prepare import SHARDS, SUMMARY_PICTURE, SUMMARY_TEXT
 from concentration.stages.report_page import ReportInputs, build_report_page
@@ -50,6 +52,7 @@ def report(config: ReportConfig) -> None:
         configs=_load_configs(config.workdir),
         target_sets=_load_target_sets(config.workdir),
         students=_load_students(config.workdir),
+        calibrations=_load_calibrations(config.workdir, evaluations),
         data_picture=picture.read_bytes() if picture.exists() else b"",
         data_text=text.read_text(encoding="utf-8", errors="replace") if text.exists() else "",
         commands=_describe_commands(config),
@@ -71,6 +74,13 @@ def _load_evaluations(config: ReportConfig) -> dict[str, dict]:
         )
     others = sorted(set(loaded) - {FIRST, config.name, LAST})
     return {name: loaded[name] for name in (FIRST, config.name, *others, LAST) if name in loaded}
+
+
+def _load_calibrations(workdir: Path, evaluations: Mapping[str, dict]) -> dict[str, dict]:
+    """Those of the networks that were evaluated, in the same order; one of an earlier network of that name is left out."""
+    paths = {name: workdir / CALIBRATIONS / f"{name}.json" for name in evaluations}
+    loaded = {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
+    return {name: c for name, c in loaded.items() if c["checkpoint"] == evaluations[name].get("checkpoint")}
 
 
 def _run_directories(workdir: Path) -> list[Path]:

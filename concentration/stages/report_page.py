@@ -15,6 +15,7 @@ from typing import Any
 import jinja2
 
 from concentration.stages import report_curves
+from concentration.stages.report_calibration import build_calibration_part
 from concentration.stages.report_charts import Bar, draw_bars, draw_legend
 from concentration.stages.report_headline import (
     ROLES,
@@ -62,6 +63,8 @@ class ReportInputs:
     #: What stored targets are and took, by set, one entry a vertical; and the students' speeds (`report_targets`).
     target_sets: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
     students: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    #: calibrations/NAME.json by NAME.
+    calibrations: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     #: A PNG and a table of the classes and images that were prepared.
     data_picture: bytes = b""
     data_text: str = ""
@@ -101,6 +104,7 @@ def build_report_page(inputs: ReportInputs) -> str:
         loss_charts=report_curves.draw_vertical_charts(runs, colors, order, "train/", "/loss"),
         ap_charts=report_curves.draw_vertical_charts(runs, colors, order, "val/", "/ap"),
         targets=build_targets_part(inputs.target_sets, inputs.students),
+        calibration=build_calibration_part(inputs.calibrations, subject),
         data_picture=f"data:image/png;base64,{base64.b64encode(inputs.data_picture).decode()}"
         if inputs.data_picture
         else "",

@@ -33,5 +33,6 @@ STAGE_VERBS: Mapping[str, Verb] = {
         "student", "train one network over all verticals (targets=labels: a generalist; online: teachers in the loop)"
     ),
     "evaluate": _stage("evaluate", "measure a student, a teacher, or all teachers (name=specialists)"),
+    "calibrate": _stage("calibrate", "true probabilities over all classes, thresholds, and none of these (on val)"),
     "report": _stage("report", "a page with everything that was measured"),
 }
