@@ -1,9 +1,8 @@
 """Groups of classes: made valid as verticals, permuted for the control, written as a taxonomy, and described.
 
-Shapes: C all classes (by output), G groups, K kept classes of a group.
+Shapes: C all classes (by output), G groups, K kept classes of a group, N samples, P pairs.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -131,12 +130,14 @@ def load_class_groups(taxonomy: Taxonomy, grouped: Taxonomy, where: str) -> Clas
     return ClassGroups(_number_by_size(group_C), taxonomy)
 
 
-def vote(group_N: np.ndarray, labels: Sequence[Sequence[int]], num_groups: int, taxonomy: Taxonomy) -> np.ndarray:
-    """(C,) the group that most samples of each class are in, smeared; NO_GROUP where it has no sample."""
-    count_CG = np.zeros((taxonomy.num_classes, num_groups), dtype=np.int64)
-    for group, outputs in zip(group_N.tolist(), labels, strict=True):
-        if group != NO_GROUP:
-            count_CG[list(taxonomy.smear(outputs)), group] += 1
+def vote(group_N: np.ndarray, row_P: np.ndarray, output_P: np.ndarray, num_groups: int, num_classes: int) -> np.ndarray:
+    """(C,) the group that most samples of each class are in; NO_GROUP where it has no sample.
+
+    `row_P` and `output_P` are the pairs of a sample and one of its classes, smeared.
+    """
+    count_CG = np.zeros((num_classes, num_groups), dtype=np.int64)
+    known_P = group_N[row_P] != NO_GROUP
+    np.add.at(count_CG, (output_P[known_P], group_N[row_P[known_P]]), 1)
     return np.where(count_CG.any(1), count_CG.argmax(1), NO_GROUP)
 
 

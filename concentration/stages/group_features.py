@@ -95,7 +95,8 @@ def group_by_features(
         name: load_group_ids(path, split.index_names, np.diff(split.shard_start).tolist(), router.num_groups)
         for name, split in splits.items()
     }
-    group_C = vote(groups["train"], train.labels_of(np.arange(len(train))), router.num_groups, train.taxonomy)
+    pairs = train.label_pairs(np.arange(len(train)), smear=True)
+    group_C = vote(groups["train"], *pairs, router.num_groups, train.taxonomy.num_classes)
     facts = {"centroids": hash_file(path / CENTROIDS_FILE), "num_samples": count_by_group(groups, router.num_groups)}
     return ClassGroups.build(group_C, train.taxonomy), facts
 
