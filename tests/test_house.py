@@ -49,6 +49,7 @@ PLACES = {
     "fsspec": {"data"},
     "aiohttp": {"data"},
     "triton": {"objectives"},
+    "scipy": {"grouping"},
 }
 
 CORE = {
@@ -63,7 +64,7 @@ CORE = {
     "metrics",
     "grouping",
 }
-CORE_LIBRARIES = {"numpy", "pydantic", "safetensors", "timm", "torch", "triton"}  # triton comes with torch
+CORE_LIBRARIES = {"numpy", "pydantic", "safetensors", "scipy", "timm", "torch", "triton"}  # triton comes with torch
 
 
 class Import(NamedTuple):
@@ -160,6 +161,7 @@ def test_the_library_is_imported_without_what_only_the_command_line_needs():
         "torchvision",
         "matplotlib",
         "sklearn",
+        "scipy",
         "onnx",
         "onnxruntime",
     ]

@@ -1,6 +1,6 @@
 """Groups of classes: made valid as verticals, permuted for the control, written as a taxonomy, and described.
 
-Shapes: C all classes (by output), G groups, K kept classes of a group, N samples, P pairs.
+Shapes: C all classes (by output), G groups, M given verticals, N samples, P pairs of a sample and a label.
 """
 
 from dataclasses import dataclass, replace
@@ -130,14 +130,19 @@ def load_class_groups(taxonomy: Taxonomy, grouped: Taxonomy, where: str) -> Clas
     return ClassGroups(_number_by_size(group_C), taxonomy)
 
 
-def vote(group_N: np.ndarray, row_P: np.ndarray, output_P: np.ndarray, num_groups: int, num_classes: int) -> np.ndarray:
+def vote(
+    group_N: np.ndarray, sample_P: np.ndarray, output_P: np.ndarray, num_groups: int, num_classes: int
+) -> np.ndarray:
     """(C,) the group that most samples of each class are in; NO_GROUP where it has no sample.
 
-    `row_P` and `output_P` are the pairs of a sample and one of its classes, smeared.
+    Args:
+        group_N: of each sample.
+        sample_P, output_P: the labels of the samples, each pair once.
     """
+    group_P = group_N[sample_P]
+    is_known_P = group_P != NO_GROUP
     count_CG = np.zeros((num_classes, num_groups), dtype=np.int64)
-    known_P = group_N[row_P] != NO_GROUP
-    np.add.at(count_CG, (output_P[known_P], group_N[row_P[known_P]]), 1)
+    np.add.at(count_CG, (output_P[is_known_P], group_P[is_known_P]), 1)
     return np.where(count_CG.any(1), count_CG.argmax(1), NO_GROUP)
 
 

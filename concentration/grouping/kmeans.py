@@ -17,7 +17,7 @@ from concentration.errors import DataError
 #: Costs that are held at once while points are assigned.
 _COSTS_PER_BLOCK = 1 << 24
 #: Rounds in which prices are found for points in memory, and the first step in units of the mean squared distance.
-_PRICE_ROUNDS, _PRICE_STEP = 200, 0.5
+_PRICE_ROUNDS, _PRICE_STEP = 60, 0.5
 #: The step of prices in a stream.
 _STREAM_PRICE_STEP = 0.05
 

@@ -9,7 +9,6 @@ Shapes: B batch, D features, K groups, S samples of a shard, N samples of a spli
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import safetensors.numpy
@@ -19,9 +18,6 @@ from torch import Tensor
 from concentration.errors import DataError
 from concentration.grouping.kmeans import Centroids
 from concentration.targets import load_arrays, load_metadata, sort_metadata, write_atomically
-
-#: Of a network, where features are taken: what the base network gives, or the output of the (first) top-1 layer.
-Layer = Literal["base", "top1"]
 
 CENTROIDS_FILE = "centroids.safetensors"
 
@@ -35,13 +31,13 @@ class CentroidRouter:
 
     Attributes:
         centroids: of the groups, with their prices.
-        layer: whose features, of the network that was grouped by.
+        layer: of the network that was grouped by, whose features they are.
         normalise: whether features are first brought to length 1.
         network: a hash of that network's file.
     """
 
     centroids: Centroids
-    layer: Layer
+    layer: str
     normalise: bool
     network: str
 
@@ -70,7 +66,7 @@ class CentroidRouter:
         """Raises: DataError where the file is missing or damaged."""
         header, arrays = load_metadata(path), load_arrays(path, ("centroid", "price"))
         centroid_KD, price_K = (torch.from_numpy(arrays[name]) for name in ("centroid", "price"))
-        is_known = header.get("layer") in ("base", "top1") and header.get("normalise") in ("true", "false")
+        is_known = "layer" in header and header.get("normalise") in ("true", "false")
         if not is_known or centroid_KD.ndim != 2 or price_K.shape != centroid_KD.shape[:1]:
             raise DataError(f"{path}: damaged, or no file of centroids; make the grouping again")
         return cls(

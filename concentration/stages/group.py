@@ -1,5 +1,6 @@
 """`concentrate group method=...`: groups of classes or of samples, found by what a trained network says of them."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
@@ -13,7 +14,14 @@ from concentration.errors import ConfigError
 from concentration.grouping.class_groups import ClassGroups, load_class_groups
 from concentration.grouping.sample_groups import CENTROIDS_FILE, CentroidRouter, load_group_ids
 from concentration.schema import hash_values
+from concentration.stages.group_classes import (
+    DetectionGroupsConfig,
+    FoundGroups,
+    RandomGroupsConfig,
+    group_by_detections,
+)
 from concentration.stages.group_features import FeatureGroupsConfig, group_by_features
+from concentration.stages.group_picture import draw_groups
 from concentration.stages.prepare import SHARDS, DataOverrides, load_prepared
 from concentration.stages.run_directory import RunDirectory, StageConfig, hash_file
 from concentration.stages.sample_stream import SampleStream
@@ -24,9 +32,11 @@ from concentration.taxonomy import Taxonomy
 
 GROUPINGS = "groupings"
 #: In `groupings/NAME/`: the groups of classes, to be read and to be looked at.
-SUMMARY_TEXT = "summary.txt"
+SUMMARY_TEXT, SUMMARY_PICTURE = "summary.txt", "summary.png"
 
-Method = Annotated[FeatureGroupsConfig, pydantic.Field(discriminator="kind")]
+Method = Annotated[
+    DetectionGroupsConfig | RandomGroupsConfig | FeatureGroupsConfig, pydantic.Field(discriminator="kind")
+]
 
 
 class GroupConfig(StageConfig):
@@ -62,23 +72,35 @@ def group(config: GroupConfig) -> None:
     """
     distributed.start("nccl" if config.accelerator == "gpu" else "gloo", config.timeout_seconds)
     _, taxonomy, fingerprint = load_prepared(config.workdir, DataOverrides())
-    network = _identify_network(config)
-    with config.directory.begin(config, {"data": fingerprint, "network": network}) as is_due:
-        if not is_due:
-            return
-        shards = config.workdir / SHARDS
-        splits = {name: load_split(shards, name, taxonomy) for name in SPLITS if any(shards.glob(f"{name}-*.index"))}
-        groups, facts = group_by_features(
-            config.method, _open_stream(config, taxonomy), splits, config.directory.path, config.seed, network
-        )
-        if distributed.rank() == 0:
-            _save(config.directory, groups, facts)
+    made_from = _identify(config)
+    with config.directory.begin(config, {"data": fingerprint, **made_from}) as is_due:
+        if is_due:
+            found = _find_groups(config, taxonomy, made_from)
+            if distributed.rank() == 0:
+                _save(config.directory, found)
 
 
-def _identify_network(config: GroupConfig) -> str:
-    """A hash of the file of the network that is asked."""
+def _identify(config: GroupConfig) -> dict[str, str]:
+    """A hash of the file of the network that is asked, or of the grouping whose sizes are taken."""
+    if isinstance(config.method, RandomGroupsConfig):
+        name = config.method.of
+        return {"grouping": find_grouping(config.workdir, name).load_done(f"concentrate group name={name}")["grouping"]}
     network = RunDirectory(config.workdir / STUDENTS / config.method.network)
-    return network.load_done(f"concentrate student name={config.method.network}")["checkpoint"]
+    return {"network": network.load_done(f"concentrate student name={config.method.network}")["checkpoint"]}
+
+
+def _find_groups(config: GroupConfig, taxonomy: Taxonomy, made_from: Mapping[str, str]) -> FoundGroups:
+    method, path, shards = config.method, config.directory.path, config.workdir / SHARDS
+    if isinstance(method, RandomGroupsConfig):
+        groups, _ = load_grouping(config.workdir, method.of, taxonomy)
+        return FoundGroups(groups.permute(config.seed), None, {})
+    if isinstance(method, DetectionGroupsConfig):
+        split = load_split(shards, method.split, taxonomy)
+        return group_by_detections(method, _open_stream(config, taxonomy), split, path, config.seed)
+    splits = {name: load_split(shards, name, taxonomy) for name in SPLITS if any(shards.glob(f"{name}-*.index"))}
+    stream = _open_stream(config, taxonomy)
+    groups, facts = group_by_features(method, stream, splits, path, config.seed, made_from["network"])
+    return FoundGroups(groups, None, facts)
 
 
 def _open_stream(config: GroupConfig, taxonomy: Taxonomy) -> SampleStream:
@@ -87,12 +109,14 @@ def _open_stream(config: GroupConfig, taxonomy: Taxonomy) -> SampleStream:
     return SampleStream(network, config.batch_size, config.num_workers)
 
 
-def _save(directory: RunDirectory, groups: ClassGroups, facts: dict) -> None:
-    path = directory.path.with_name(f"{directory.path.name}.json")
+def _save(directory: RunDirectory, found: FoundGroups) -> None:
+    groups, path = found.groups, directory.path.with_name(f"{directory.path.name}.json")
     summary = groups.describe()
     write_atomically(path, groups.build_taxonomy().to_json())
     write_atomically(directory.path / SUMMARY_TEXT, summary)
+    write_atomically(directory.path / SUMMARY_PICTURE, draw_groups(groups, found.similarity))
     print(f"{summary}\n{path}: {groups.num_groups} groups of classes")
+    facts = {"purity": round(groups.compute_purity(), 4), "num_placed": groups.num_placed, **found.facts}
     directory.finish(
         {"grouping": hash_file(path), "num_groups": groups.num_groups, "sizes": list(groups.sizes), **facts}
     )

@@ -12,12 +12,16 @@ from concentration.data.index import load_split
 from concentration.data.loader import SampleReader
 from concentration.data.order import SequentialOrder
 from concentration.data.sample_targets import LabelTargets
+from concentration.grouping.class_groups import ClassGroups
 from concentration.grouping.sample_groups import NO_GROUP, CentroidRouter
+from concentration.grouping.spectral import Similarity, cluster_classes
 from concentration.networks.student import load_student
 from concentration.stages.group import load_grouping, load_router, load_sample_groups
 from concentration.taxonomy import Taxonomy
 
 FEATURES = ("group", "method=features", "method.num_groups=3", "method.num_start=64", "batch_size=24")
+
+DETECTIONS = ("method.top_k=3", "method.num_groups=3", "method.split=train")
 
 
 @pytest.fixture(scope="module")
@@ -26,8 +30,11 @@ def workdir(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("group")
     workdir = prepare_shards(directory, damaged=(3, 50))
     concentrate("student", "name=generalist", "targets=labels", "trainer.max_skipped_share=0.1", f"workdir={workdir}",
-                *TINY, directory=directory)  # fmt: skip
+                *TINY, "trainer.max_epochs=12", directory=directory)  # fmt: skip
     concentrate(*FEATURES, f"workdir={workdir}", directory=directory)
+    for kind in ("confusion", "co_detection"):
+        concentrate("group", f"method={kind}", *DETECTIONS, f"workdir={workdir}", directory=directory)
+    concentrate("group", "method=random", f"workdir={workdir}", directory=directory)
     return workdir
 
 
@@ -96,14 +103,82 @@ def test_balanced_groups_of_the_top_1_layer(workdir):
     assert load_router(workdir, "balanced").centroids.centroid_KD.shape == (3, 12)
 
 
+def count_one_by_one(workdir: Path, kind: str) -> np.ndarray:
+    """A of Equation 3 or 4 from the scores of each training image; those that cannot be decoded are no images."""
+    samples = load(workdir, "train")
+    network = load_student(workdir / "students/generalist/model.safetensors")
+    reader = SampleReader(samples, LabelTargets(samples, smear=False), network.image_size, None, seed=0)
+    read = reader.read(np.arange(len(samples)), 0)
+    with torch.inference_mode():
+        best_NK = network(read.images).argsort(1, descending=True)[:, :3]
+    a_CC = np.zeros((10, 10))
+    for ordinal in np.flatnonzero(~read.skipped_B.numpy()):
+        detected = best_NK[ordinal].tolist()
+        for i in detected:
+            for j in samples.taxonomy.smear(samples.labels(ordinal)) if kind == "confusion" else detected:
+                a_CC[i, j] += 1
+    return a_CC / 198
+
+
+@pytest.mark.parametrize("kind", ["confusion", "co_detection"])
+def test_the_groups_of_classes_are_those_of_the_detections(workdir, kind):
+    given = Taxonomy.load(workdir / "shards/taxonomy.json")
+    a_CC = count_one_by_one(workdir, kind)
+    expected = cluster_classes(Similarity(a_CC.astype(np.float32)), 3, max_groups=5, seed=0)
+    groups, _ = load_grouping(workdir, kind, given)
+    assert groups.group_C.tolist() == ClassGroups.build(expected.group_C, given).group_C.tolist()
+    done = load_json(workdir / f"groupings/{kind}/DONE.json")
+    np.testing.assert_allclose(done["eigenvalues"], expected.eigenvalues, atol=1e-4)
+    assert (workdir / f"groupings/{kind}/summary.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_two_processes_count_the_same_detections_as_one(workdir):
+    arguments = ["group", "method=co_detection", *DETECTIONS, "name=shared", "batch_size=32", f"workdir={workdir}"]
+    for rank in start_ranks(arguments, workdir.parent, 2, [{}, {}]):
+        assert (finished := rank.wait()).code == 0, finished.err
+    one, two = (load_json(workdir / f"groupings/{name}/DONE.json") for name in ("co_detection", "shared"))
+    assert {**two, "config": ""} == {**one, "config": ""}
+
+
+def test_the_control_has_the_sizes_of_the_other(workdir):
+    given = Taxonomy.load(workdir / "shards/taxonomy.json")
+    found, control = (load_grouping(workdir, name, given)[0] for name in ("confusion", "random"))
+    assert control.sizes == found.sizes
+    assert control.group_C.tolist() != found.group_C.tolist()
+
+
+def test_found_verticals_are_concentrated_as_given_ones_are(workdir, tmp_path):
+    """The same shards under the found taxonomy, in a working directory of their own; every verb is the ordinary one."""
+    found = f"workdir={tmp_path}/found"
+    concentrate("prepare", "data=shards", f"data.path={workdir.parent}/given", "data.image_size=16", "num_processes=1",
+                f"data.taxonomy={workdir}/groupings/confusion.json", found, directory=tmp_path)  # fmt: skip
+    verticals = Taxonomy.load(tmp_path / "found/shards/taxonomy.json").verticals
+    assert all(vertical.startswith("group-") for vertical in verticals)
+    for vertical in verticals:
+        concentrate(
+            "teacher", f"vertical={vertical}", "trainer.max_skipped_share=0.1", found, *TINY, directory=tmp_path
+        )
+    concentrate("targets", found, directory=tmp_path)
+    concentrate("student", "trainer.max_skipped_share=0.1", found, *TINY, directory=tmp_path)
+    concentrate("evaluate", found, directory=tmp_path)
+    evaluation = load_json(tmp_path / "found/evaluations/student.json")
+    assert set(evaluation["pvap"]) == set(verticals)
+    assert evaluation["mpvap"] > 0.2
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
+        (["method=confusion"], "method.top_k=100 of 10 classes: every class would be detected in every image"),
+        (["method=random", "method.of=nothing"], "no grouping 'nothing'"),
+        (["method=co_detection", "+method.smear=true"], "method.smear=True has no effect with co_detection"),
+        (["method=confusion", "method.num_groups=1"], "num_groups=1"),
         (["method.network=nobody"], "students/nobody: not there or not finished"),
         (["method.num_groups=300"], "method.num_groups=300: more groups than the 64 samples"),
         (["method.num_groups=1"], "num_groups=1: Input should be greater"),
     ],
 )
 def test_a_mistake_is_one_line(workdir, options, expected):
-    finished = concentrate(*FEATURES, "name=wrong", *options, f"workdir={workdir}", directory=workdir.parent, code=2)
+    arguments = ["group"] if any(option.startswith("method=") for option in options) else FEATURES
+    finished = concentrate(*arguments, "name=wrong", *options, f"workdir={workdir}", directory=workdir.parent, code=2)
     assert expected in one_line(finished)
