@@ -232,14 +232,8 @@ def decode_view(content: bytes, views: Views, row: int, image_size: int) -> tupl
     orientation = _read_orientation(image)
     upright_size = image.size[::-1] if orientation in _SIDEWAYS else image.size
     view = views.at(row, upright_size)
-    if image.format == "JPEG":
-        # Decodes large photographs at a half, quarter or eighth, as long as the crop keeps `image_size` pixels.
-        left, top, right, bottom = view.box(upright_size)
-        shrink = min(right - left, bottom - top) / image_size
-        image.draft("RGB", (math.ceil(image.width / shrink), math.ceil(image.height / shrink)))
-    if orientation in _UPRIGHT:
-        image = image.transpose(_UPRIGHT[orientation])
-    image = _reduce_to_8_bits(image)
+    left, top, right, bottom = view.box(upright_size)
+    image = _load(image, orientation, min(right - left, bottom - top) / image_size)
     box = view.box(image.size)
     if image.size != (image_size, image_size) or box != (0, 0, image_size, image_size):
         image = image.resize((image_size, image_size), Image.Resampling.BILINEAR, box=box)
@@ -253,6 +247,25 @@ def decode_view(content: bytes, views: Views, row: int, image_size: int) -> tupl
     if pixels.ndim == 2:
         return np.broadcast_to(pixels, (3, image_size, image_size)), view
     return pixels.transpose(2, 0, 1), view
+
+
+def decode_shrunk(content: bytes, shorter_side: int) -> Image.Image:
+    """The upright image, grey or RGB. A large photograph may be smaller than it was, not than this shorter side.
+
+    Raises:
+        one of UNDECODABLE: the image cannot be decoded.
+    """
+    image = open_image(content)
+    return _load(image, _read_orientation(image), min(image.size) / shorter_side)
+
+
+def _load(image: Image.Image, orientation: int | None, shrink: float) -> Image.Image:
+    """Upright, of 8 bits. A JPEG is decoded at a half, quarter or eighth where that shrinks it by no more than this."""
+    if image.format == "JPEG":
+        image.draft("RGB", (math.ceil(image.width / shrink), math.ceil(image.height / shrink)))
+    if orientation in _UPRIGHT:
+        image = image.transpose(_UPRIGHT[orientation])
+    return _reduce_to_8_bits(image)
 
 
 def _read_orientation(image: Image.Image) -> int | None:

@@ -1,19 +1,27 @@
-"""`concentrate evaluate name=NAME`: the metrics of a student, a generalist, one teacher, or the teachers as an ensemble."""
+"""`concentrate evaluate name=NAME`: the metrics of a student, a generalist, one teacher, or the teachers as an ensemble.
+
+`name=[a,b]` averages over several networks, and `crops=10` or 144 over several crops of each image.
+"""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import pydantic
 import safetensors.numpy
 
+from concentration.data.crops import NumCrops
 from concentration.data.index import Split, load_split
 from concentration.distributed import choose_device
 from concentration.errors import ConfigError
+from concentration.metrics.ensembles import Combination
 from concentration.metrics.evaluation import Evaluator, measure_kept_bytes
+from concentration.networks.classifier import Classifier
 from concentration.networks.cost import count_multiply_adds, count_parameters
 from concentration.progress import Progress
+from concentration.schema import hash_values
 from concentration.stages.gallery import build_gallery
 from concentration.stages.prepare import SHARDS, DataOverrides, load_prepared
 from concentration.stages.run_directory import RunDirectory, StageConfig
@@ -41,10 +49,19 @@ class SubjectConfig(StageConfig):
     batch_size: pydantic.PositiveInt = 256
     num_workers: pydantic.NonNegativeInt = 0
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.name,)
+
 
 class EvaluateConfig(SubjectConfig):
     """Writes `evaluations/NAME.json`, or `evaluations/NAME.val.json` for the validation split.
 
+    NAME is a+b of several networks and has `.144-crops` behind it where there are several crops, then `.max`.
+
+    name: as a list, several networks whose answers are combined.
+    crops: of each image, whose answers are combined: 1 is the square in the middle; `data.crops` has the others.
+    combination: of the probabilities: their mean, or the largest.
     split: `test`; `val` is for choices.
     save_scores: also writes `evaluations/NAME.safetensors` with `scores` (N, C) and `labels` (N, C), unsmeared; until then all of
         them are in memory, whatever `memory_gib` is.
@@ -55,15 +72,38 @@ class EvaluateConfig(SubjectConfig):
 
     runtime_fields = SubjectConfig.runtime_fields | {"memory_gib"}
 
+    name: str | Annotated[tuple[str, ...], pydantic.Field(min_length=1)] = "student"
+    crops: NumCrops = 1
+    combination: Combination = "mean"
     split: Literal["val", "test"] = "test"
     save_scores: bool = False
     gallery: pydantic.NonNegativeInt = 24
     memory_gib: pydantic.NonNegativeFloat = 8.0
 
+    @pydantic.model_validator(mode="after")
+    def _check_combination(self):
+        if len(set(self.names)) < len(self.names):
+            raise ValueError(f"name={list(self.names)}: a name comes twice; give each once")
+        if self.combination != "mean" and len(self.names) * self.crops == 1:
+            raise ValueError(
+                f"combination={self.combination} with one network and one crop: there is nothing to combine; remove it"
+            )
+        return self
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.name,) if isinstance(self.name, str) else self.name
+
+    @property
+    def title(self) -> str:
+        """How the evaluation is called."""
+        crops = "" if self.crops == 1 else f".{self.crops}-crops"
+        return "+".join(self.names) + crops + ("" if self.combination == "mean" else f".{self.combination}")
+
     @property
     def output(self) -> Path:
         """Where the evaluation goes, without its suffix."""
-        return self.workdir / EVALUATIONS / (self.name if self.split == "test" else f"{self.name}.val")
+        return self.workdir / EVALUATIONS / (self.title if self.split == "test" else f"{self.title}.val")
 
 
 def evaluate(config: EvaluateConfig) -> None:
@@ -75,12 +115,14 @@ def evaluate(config: EvaluateConfig) -> None:
     """
     _, taxonomy, _ = load_prepared(config.workdir, DataOverrides())
     split = load_split(config.workdir / SHARDS, config.split, taxonomy)
-    checkpoint = find_checkpoint(config.workdir, config.name, taxonomy)
+    checkpoints = {name: find_checkpoint(config.workdir, name, taxonomy) for name in config.names}
+    checkpoint = checkpoints[config.names[0]] if len(checkpoints) == 1 else hash_values(checkpoints)
     directory = RunDirectory(config.output)
     with directory.begin(config, {"data": split.fingerprint, "checkpoint": checkpoint}) as is_due:
         if not is_due:
             return
         subject = load_subject(config, taxonomy, split, checkpoint)
+        subject = replace(subject, num_crops=config.crops, combination=config.combination)
         train = load_split(config.workdir / SHARDS, "train", taxonomy)
         outputs = slice(subject.first_output, subject.first_output + subject.taxonomy.num_classes)
         counts = {"num_train": train.count_smeared()[outputs], "num_test": split.count_smeared()[outputs]}
@@ -88,7 +130,7 @@ def evaluate(config: EvaluateConfig) -> None:
         ordinals, scores_NC = _score_samples(config, subject, evaluator, directory.path)
         content = evaluator.compute().to_json()
         content["classes"] = _describe_classes(subject.taxonomy, content.pop("ap_of_class"), counts)
-        content |= _describe_cost(subject)
+        content |= _describe_cost(config, subject)
         content["num_samples_skipped"] = len(subject.ordinals) - len(ordinals)
         content["split"] = config.split
         content["num_passes"] = evaluator.num_passes
@@ -118,20 +160,39 @@ def find_checkpoint(workdir: Path, name: str, taxonomy: Taxonomy) -> str:
 
 
 def load_subject(config: SubjectConfig, taxonomy: Taxonomy, split: Split, checkpoint: str) -> Subject:
-    """The networks that `config` names, and the samples of the split that they are asked about. Raises: as `load_network`."""
-    workdir, name = config.workdir, config.name
+    """The networks that `config` names, and the samples of the split that they are asked about.
+
+    Raises:
+        ConfigError: a teacher of one vertical is to be combined with others, which answer for other classes.
+        DataError: as `load_network`.
+    """
     first_output, ordinals = 0, np.arange(len(split))
-    if (workdir / STUDENTS / name).is_dir():
-        networks = [load_network(workdir / STUDENTS / name, taxonomy)]
-    elif name == SPECIALISTS:
-        networks = load_teachers(workdir, taxonomy)
-    else:
+    for name in config.names:
+        if _is_model_of_all(config.workdir, name):
+            continue
+        if len(config.names) > 1:
+            raise ConfigError(
+                f"name={list(config.names)}: {name} is the teacher of one vertical, and the others answer for other classes; "
+                "leave it out, or evaluate it alone"
+            )
         first_output, ordinals = taxonomy.vertical_slice(name).start, split.routed(name)
         taxonomy = taxonomy.restrict(name)
-        networks = [load_network(workdir / TEACHERS / name, taxonomy)]
     device = choose_device(config.accelerator)
-    networks = tuple(network.to(device) for network in networks)
-    return Subject(networks, checkpoint, taxonomy, first_output, split, ordinals)
+    loaded = [_load_model(config.workdir, name, taxonomy) for name in config.names]
+    models = tuple(tuple(network.to(device) for network in networks) for networks in loaded)
+    return Subject(models, checkpoint, taxonomy, first_output, split, ordinals)
+
+
+def _is_model_of_all(workdir: Path, name: str) -> bool:
+    """Whether it answers for the whole taxonomy; else it is a vertical's teacher."""
+    return name == SPECIALISTS or (workdir / STUDENTS / name).is_dir()
+
+
+def _load_model(workdir: Path, name: str, taxonomy: Taxonomy) -> list[Classifier]:
+    if name == SPECIALISTS:
+        return load_teachers(workdir, taxonomy)
+    kind = STUDENTS if _is_model_of_all(workdir, name) else TEACHERS
+    return [load_network(workdir / kind / name, taxonomy)]
 
 
 def _choose_num_passes(config: EvaluateConfig, subject: Subject) -> Literal[1, 2]:
@@ -149,7 +210,7 @@ def _score_samples(
         (N,) the ordinals of the samples whose image could be decoded, and where they are to be saved all scores (N, C)
         float32.
     """
-    title = f"evaluate {config.name}" + (" in two passes" if evaluator.num_passes == 2 else "")
+    title = f"evaluate {config.title}" + (" in two passes" if evaluator.num_passes == 2 else "")
     with Progress(title, evaluator.num_passes * len(subject.ordinals), "images", path) as progress:
         seen, kept = _run_pass(config, subject, evaluator, progress, keep=config.save_scores)
         if evaluator.num_passes == 2:
@@ -181,12 +242,17 @@ def _describe_classes(taxonomy: Taxonomy, ap_C: list, counts: Mapping[str, np.nd
     return described
 
 
-def _describe_cost(subject: Subject) -> dict:
+def _describe_cost(config: EvaluateConfig, subject: Subject) -> dict:
+    """Multiply-adds are of one image: those of all its crops, by all networks."""
     counts = [count_parameters(network) for network in subject.networks]
+    of_crop = _sum_known(count_multiply_adds(network) for network in subject.networks)
     return {
         "num_parameters": {part: _sum_known(count[part] for count in counts) for part in counts[0]},
-        "multiply_adds": _sum_known(count_multiply_adds(network) for network in subject.networks),
+        "multiply_adds": None if of_crop is None else of_crop * config.crops,
         "num_networks": len(counts),
+        "models": list(config.names),
+        "num_crops": config.crops,
+        "combination": config.combination,
         "checkpoint": subject.checkpoint,
     }
 

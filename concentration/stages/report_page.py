@@ -17,6 +17,7 @@ import jinja2
 from concentration.stages import report_curves
 from concentration.stages.report_calibration import build_calibration_part
 from concentration.stages.report_charts import Bar, draw_bars, draw_legend
+from concentration.stages.report_crops import build_crops_part
 from concentration.stages.report_headline import (
     ROLES,
     build_headline_table,
@@ -95,6 +96,7 @@ def build_report_page(inputs: ReportInputs) -> str:
         scale=draw_headline_scale(evaluations, colors),
         tiles=build_tiles(evaluations, subject, sizes),
         headline=build_headline_table(evaluations),
+        crops=build_crops_part(evaluations),
         bars=_build_bars(evaluations, colors, verticals, sizes),
         pvap_table=_build_pvap_table(evaluations, verticals, sizes),
         student_charts=report_curves.draw_student_charts(runs, colors),

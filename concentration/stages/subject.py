@@ -1,19 +1,21 @@
 """What `evaluate` and `calibrate` look at: networks, the classes they answer for, and the samples they are asked about.
 
-Shapes: B batch, C outputs of the subject.
+Shapes: B batch, N crops of an image, C outputs of the subject.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from concentration.data.crops import CropReader, NumCrops
 from concentration.data.index import Split
 from concentration.data.loader import SampleReader, StepBatches, build_loader
 from concentration.data.order import SequentialOrder
 from concentration.data.sample_targets import LabelTargets
+from concentration.metrics.ensembles import Combination, combine_logits
 from concentration.networks.classifier import Classifier
 from concentration.progress import Progress
 from concentration.taxonomy import Taxonomy
@@ -24,30 +26,47 @@ class Subject:
     """What is evaluated: networks, the classes that they answer for, and the samples that they are asked about.
 
     Attributes:
-        networks: their outputs side by side are the subject's.
+        models: several are asked the same and their answers combined; a model is one network, or several whose outputs side
+            by side are its answer.
         checkpoint: a hash of their files.
         taxonomy: of the outputs: the whole, or one vertical's for a teacher.
         first_output: the place of the first of them in the whole taxonomy.
         split: where the samples are.
         ordinals: which samples, rising.
+        num_crops: of an image, whose answers are combined, too.
+        combination: how.
     """
 
-    networks: tuple[Classifier, ...]
+    models: tuple[tuple[Classifier, ...], ...]
     checkpoint: str
     taxonomy: Taxonomy
     first_output: int
     split: Split
     ordinals: np.ndarray
+    num_crops: NumCrops = 1
+    combination: Combination = "mean"
+
+    @property
+    def networks(self) -> list[Classifier]:
+        """Of all models."""
+        return [network for model in self.models for network in model]
 
     @torch.inference_mode()
     def score(self, images: Mapping[int, Tensor]) -> Tensor:
-        """Logits, (B, C) on the CPU, of the same images at each network's size."""
-        scores = [network(images[network.image_size].to(network.device)).cpu() for network in self.networks]
-        return torch.cat(scores, dim=1)
+        """Logits, (B, C) on the CPU, of the same images (B * N, 3, H, W) at each network's size."""
+        answers = [_ask(model, images) for model in self.models]
+        if len(answers) * self.num_crops == 1:
+            return answers[0]
+        crops = [answer.unflatten(0, (-1, self.num_crops)) for answer in answers]
+        return combine_logits(torch.cat(crops, dim=1), self.combination)
 
     def score_all(self, batch_size: int, num_workers: int, progress: Progress) -> Iterator[tuple[Tensor, np.ndarray]]:
-        """Logits (B, C) of all samples whose image can be decoded, batch by batch, and their ordinals (B,)."""
+        """Logits (B, C) of all samples whose image can be decoded, batch by batch, and their ordinals (B,).
+
+        batch_size: crops that a network is shown at a time.
+        """
         order = SequentialOrder(self.ordinals)
+        batch_size = max(1, batch_size // self.num_crops)
         loaders = {}
         for size, reader in self.build_readers().items():
             batches = StepBatches(reader, order, min(batch_size, len(order)), accumulate=1, rank=0, world_size=1)
@@ -64,8 +83,15 @@ class Subject:
         inside = [output - self.first_output for output in self.split.labels(ordinal)]
         return [output for output in inside if 0 <= output < self.taxonomy.num_classes]
 
-    def build_readers(self) -> dict[int, SampleReader]:
-        """By size: what reads centre views. Each network sees images as `targets` shows them to it: decoded at its own size."""
+    def build_readers(self) -> dict[int, SampleReader | CropReader]:
+        """By size: what reads centre views, or crops. A network sees images decoded at its own size, as `targets` shows them."""
         targets = LabelTargets(self.split, smear=False)
         sizes = sorted({network.image_size for network in self.networks})
-        return {size: SampleReader(self.split, targets, size, views=None, seed=0) for size in sizes}
+        if self.num_crops == 1:
+            return {size: SampleReader(self.split, targets, size, views=None, seed=0) for size in sizes}
+        return {size: CropReader(self.split, targets, size, self.num_crops) for size in sizes}
+
+
+def _ask(model: Sequence[Classifier], images: Mapping[int, Tensor]) -> Tensor:
+    """Its networks' logits side by side."""
+    return torch.cat([network(images[network.image_size].to(network.device)).cpu() for network in model], dim=1)

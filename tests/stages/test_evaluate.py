@@ -1,12 +1,15 @@
 """`concentrate evaluate`: its numbers are those of scikit-learn on the saved scores."""
 
+import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import safetensors
 import safetensors.numpy
+import torch
 from real_runs import (
+    IMAGE_SIZE,
     TINY,
     concentrate,
     load_json,
@@ -17,6 +20,9 @@ from real_runs import (
     taxonomy_of_fruit_and_tools,
 )
 from sklearn.metrics import average_precision_score
+
+from concentration.data.crops import decode_crops
+from concentration.networks.student import load_student
 
 TAXONOMY = taxonomy_of_fruit_and_tools()
 VERTICALS = ("fruit", "tools")
@@ -119,6 +125,90 @@ def test_the_evaluation_says_which_network_and_what_it_costs(workdir):
     assert found["num_parameters"].keys() == {"base", "top", "total"}
     assert 0 < found["num_parameters"]["total"] <= sum(array.size for array in parameters.values())
     assert len(found["classes"]) == 10
+
+
+@pytest.fixture(scope="module")
+def other(workdir) -> Path:
+    """A second student, and the scores of both and of the specialists together."""
+    common = ("save_scores=true", f"workdir={workdir}")
+    concentrate(
+        "student", "name=other", "targets=labels", "seed=1", f"workdir={workdir}", *TINY, directory=workdir.parent
+    )
+    concentrate("evaluate", "name=other", *common, directory=workdir.parent)
+    for combination in ("mean", "max"):
+        options = ("name=[generalist,other,specialists]", f"combination={combination}")
+        concentrate("evaluate", *options, *common, directory=workdir.parent)
+    return workdir
+
+
+@pytest.mark.parametrize("combination", ["mean", "max"])
+def test_several_models_are_the_mean_or_the_largest_of_their_probabilities(other, combination):
+    name = "generalist+other+specialists" + (".max" if combination == "max" else "")
+    scores_NC, label_NC, ids = load_scores(other, name)
+    alone = [load_scores(other, single)[0].astype(np.float64) for single in ("generalist", "other", "specialists")]
+    probabilities = np.stack([1 / (1 + np.exp(-scores)) for scores in alone])
+    expected_NC = probabilities.mean(0) if combination == "mean" else probabilities.max(0)
+    np.testing.assert_allclose(1 / (1 + np.exp(-scores_NC.astype(np.float64))), expected_NC, atol=1e-6)
+    np.testing.assert_array_equal(label_NC, load_scores(other, "generalist")[1])
+    found = load_json(other / "evaluations" / f"{name}.json")
+    expected = compute_expected(scores_NC, read_labels(other.parent / "given", "test"), ids)
+    assert found["mpvap"] == pytest.approx(expected["mpvap"], abs=1e-6)
+    single = [load_json(other / "evaluations" / f"{name}.json") for name in ("generalist", "other", "specialists")]
+    assert found["multiply_adds"] == sum(each["multiply_adds"] for each in single)
+    assert found["num_parameters"]["total"] == sum(each["num_parameters"]["total"] for each in single)
+    assert (found["models"], found["num_networks"]) == (["generalist", "other", "specialists"], 4)
+    assert found["checkpoint"] not in [each["checkpoint"] for each in single]
+
+
+@pytest.mark.parametrize(("crops", "batch_size"), [(10, 35), (144, 100)])
+def test_several_crops_are_the_mean_of_their_probabilities(workdir, crops, batch_size):
+    """Against the network asked in this process about crops cut here; batches of 3 images, and of 1."""
+    concentrate("evaluate", "name=generalist", f"crops={crops}", "save_scores=true", f"batch_size={batch_size}",
+                "gallery=3", f"workdir={workdir}", directory=workdir.parent)  # fmt: skip
+    network = load_student(workdir / "students/generalist/model.safetensors")
+    with tarfile.open(next((workdir.parent / "given").glob("test-*.tar"))) as tar:
+        contents = [tar.extractfile(name).read() for name in tar.getnames() if name.endswith(".png")]
+    expected = []
+    with torch.no_grad():
+        for content in contents[:5]:
+            images = torch.from_numpy(decode_crops(content, IMAGE_SIZE, crops).copy())
+            expected.append(network(images).double().sigmoid().mean(0).numpy())
+    scores_NC, _, _ = load_scores(workdir, f"generalist.{crops}-crops")
+    assert len(scores_NC) == 60
+    np.testing.assert_allclose(1 / (1 + np.exp(-scores_NC[:5].astype(np.float64))), expected, atol=1e-5)
+    once, found = (load_json(workdir / "evaluations" / f"generalist{name}.json") for name in ("", f".{crops}-crops"))
+    assert found["multiply_adds"] == crops * once["multiply_adds"]
+    assert found["num_parameters"] == once["num_parameters"]
+    assert (found["num_crops"], found["models"], len(found["gallery"])) == (crops, ["generalist"], 3)
+
+
+def test_a_damaged_image_is_left_out_of_crops_and_two_passes_are_one(tmp_path):
+    workdir = prepare_shards(tmp_path, damaged_test=(5,))
+    concentrate("student", "targets=labels", f"workdir={workdir}", *TINY, directory=tmp_path)
+    found = []
+    for memory in ("8", "0"):
+        concentrate(
+            "evaluate", "crops=10", f"memory_gib={memory}", "overwrite=true", f"workdir={workdir}", directory=tmp_path
+        )
+        found.append(load_json(workdir / "evaluations/student.10-crops.json"))
+    assert found[0]["num_samples_skipped"] == 1
+    assert [evaluation.pop("num_passes") for evaluation in found] == [1, 2]
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("name=[generalist,tools]",), "tools is the teacher of one vertical, and the others answer for other classes"),
+        (("name=[generalist,generalist]",), "a name comes twice"),
+        (("name=[]",), "name=[]: "),
+        (("name=generalist", "combination=max"), "combination=max with one network and one crop"),
+        (("name=generalist", "crops=7"), "crops=7: expected 1, 10 or 144"),
+    ],
+)
+def test_what_cannot_be_combined_is_refused(workdir, options, message):
+    finished = concentrate("evaluate", *options, f"workdir={workdir}", directory=workdir.parent, code=2)
+    assert message in one_line(finished)
 
 
 def test_an_unknown_name_lists_the_valid_ones(workdir):

@@ -1,0 +1,105 @@
+"""The crops of an image that an evaluation averages over, as they were published.
+
+Shapes: N crops of an image, B samples of a batch, S the network's image size.
+
+Sources: Krizhevsky et al. 2012, section 4.1 (10 crops); Szegedy et al., arXiv 1409.4842, section 7 (144 crops).
+"""
+
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+
+from concentration.data.index import Split
+from concentration.data.loader import ReadSamples, SampleReader
+from concentration.data.sample_targets import SampleTargets
+from concentration.data.views import UNDECODABLE, decode_shrunk
+from concentration.targets import VIEW_BYTES
+
+#: 1: the largest square in the middle.
+#: 10: the image with 256/224 of S as its shorter side; of the square in the middle, S x S at the corners and in the middle;
+#:     and the mirror images.
+#: 144: at four such sizes, of the squares at both ends and in the middle of the longer side, the same five and the whole square
+#:     made S x S; and the mirror images.
+NumCrops = Literal[1, 10, 144]
+
+
+class _Scheme(NamedTuple):
+    """shorter_sides: of the resized image, for S = 224. places: of the squares, as shares of the room along the longer side."""
+
+    shorter_sides: tuple[int, ...]
+    places: tuple[float, ...]
+    has_whole_square: bool
+
+
+_SCHEMES = {10: _Scheme((256,), (0.5,), False), 144: _Scheme((256, 288, 320, 352), (0.0, 0.5, 1.0), True)}
+
+
+def decode_crops(content: bytes, image_size: int, num_crops: NumCrops) -> np.ndarray:
+    """(N, 3, S, S) uint8: the crops size by size, square by square (top left, top right, bottom left, bottom right, middle, the
+    whole), and then all their mirror images.
+
+    Raises:
+        one of UNDECODABLE: the image cannot be decoded.
+    """
+    scheme = _SCHEMES[num_crops]
+    shorter_sides = [round(side * image_size / 224) for side in scheme.shorter_sides]
+    image = decode_shrunk(content, max(shorter_sides))
+    crops = np.stack([crop for side in shorter_sides for crop in _cut(image, side, image_size, scheme)])
+    if crops.ndim == 3:  # grey
+        crops = np.broadcast_to(crops[..., None], (*crops.shape, 3))
+    return np.concatenate([crops, crops[:, :, ::-1]]).transpose(0, 3, 1, 2)
+
+
+class CropReader:
+    """As `SampleReader`, with several crops of each sample: its images are (B * N, 3, S, S), a sample's one after the other.
+
+    Its views are all zeros.
+
+    Raises:
+        DataError: as `SampleReader`.
+    """
+
+    def __init__(self, split: Split, targets: SampleTargets, image_size: int, num_crops: NumCrops):
+        self.split = split
+        self._reader = SampleReader(split, targets, image_size, views=None, seed=0)
+        self._targets = targets
+        self._image_size = image_size
+        self._num_crops = num_crops
+        self.cache = self._reader.cache
+
+    def read(self, ordinals: np.ndarray, epoch: int) -> ReadSamples:
+        """The crops of these samples, black where an image cannot be decoded, and their targets."""
+        images_BN = np.zeros((len(ordinals), self._num_crops, 3, self._image_size, self._image_size), dtype=np.uint8)
+        skipped_B = np.zeros(len(ordinals), dtype=bool)
+        for row, ordinal in enumerate(ordinals):
+            try:
+                images_BN[row] = decode_crops(self.read_encoded(int(ordinal)), self._image_size, self._num_crops)
+            except UNDECODABLE:
+                skipped_B[row] = True
+        views = torch.zeros(len(ordinals), VIEW_BYTES, dtype=torch.uint8)
+        targets = self._targets.lookup(ordinals, epoch)
+        return ReadSamples(torch.from_numpy(images_BN).flatten(0, 1), targets, torch.from_numpy(skipped_B), views)
+
+    def read_encoded(self, ordinal: int) -> bytes:
+        """The image's bytes as they lie in the shard."""
+        return self._reader.read_encoded(ordinal)
+
+
+def _cut(image: Image.Image, shorter_side: int, image_size: int, scheme: _Scheme) -> Iterator[np.ndarray]:
+    """(S, S, 3), or (S, S) of a grey image: the crops of the squares of the image resized to this shorter side."""
+    width, height = image.size
+    side = min(width, height)
+    last, middle = shorter_side - image_size, round((shorter_side - image_size) / 2)
+    for place in scheme.places:
+        left, top = place * (width - side), place * (height - side)
+        # NOTE: the squares are resized, not the whole image: one of 1 x 65,535 pixels would become 256 times as long, too.
+        box = (left, top, left + side, top + side)
+        square = image.resize((shorter_side, shorter_side), Image.Resampling.BILINEAR, box)
+        pixels = np.asarray(square)
+        for y, x in ((0, 0), (0, last), (last, 0), (last, last), (middle, middle)):
+            yield pixels[y : y + image_size, x : x + image_size]
+        if scheme.has_whole_square:
+            yield np.asarray(square.resize((image_size, image_size), Image.Resampling.BILINEAR))
