@@ -29,6 +29,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._compile import _disable_dynamo  # see fused_head
 from torch.autograd.function import once_differentiable
 
 from concentration import distributed
@@ -76,7 +77,7 @@ class ShardedHead:
         self.num_holders = [len(holders[part.vertical]) for part in self.parts]
         self.ranges = [self._build_range(part, holders[part.vertical], groups) for part in self.parts]
 
-    @torch.compiler.disable
+    @_disable_dynamo
     def loss_by_vertical(
         self,
         top2_BT: Tensor,
@@ -111,7 +112,7 @@ class ShardedHead:
         ]
         return _Losses.apply(torch.stack(losses, dim=1), self, counts)
 
-    @torch.compiler.disable
+    @_disable_dynamo
     @torch.no_grad()
     def compute_logits(self, top2_BT: Tensor, compute_held: Callable[[Tensor], list[Tensor]]) -> list[Tensor]:
         """Logits of this rank's samples in every vertical, (B, V) each, for validation: they are all moved.

@@ -17,6 +17,9 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+# NOTE: torch.compiler.disable is this with an import of the compiler, which is seconds of every process's start.
+from torch._compile import _disable_dynamo
 from torch.autograd.function import once_differentiable
 
 from concentration.errors import DataError
@@ -67,7 +70,7 @@ def fused_loss_by_vertical(
     return torch.stack(losses, dim=1)
 
 
-@torch.compiler.disable
+@_disable_dynamo
 def fused_vertical_loss(
     hidden_BS: Tensor,
     vertical: HeadParameters,

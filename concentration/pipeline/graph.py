@@ -27,8 +27,7 @@ from concentration.stages.student import STUDENTS, HardTargetsConfig, Outside, S
 from concentration.stages.targets import TARGETS, TargetsConfig
 from concentration.stages.teacher import TEACHERS, ExternalTeacherConfig, TeacherConfig
 from concentration.taxonomy import Taxonomy
-from concentration.training.fit import TrainerConfig
-from concentration.training.loggers import LoggerConfig
+from concentration.training.configs import LoggerConfig, TrainerConfig
 from concentration.training.optimizers import OptimizerConfig
 
 GENERALIST = "generalist"

@@ -22,7 +22,7 @@ from concentration.stages.teacher import TeacherConfig
 from concentration.stages.teacher import describe_step as describe_teacher_step
 from concentration.stages.train_network import NetworkStageConfig, describe_network
 from concentration.targets import count_target_bytes
-from concentration.training.fit import count_steps
+from concentration.training.configs import count_steps
 from concentration.training.memory import plan_memory
 
 #: Copies of the weights that an optimizer keeps, beside them.

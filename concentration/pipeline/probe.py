@@ -11,7 +11,7 @@ import torch
 from concentration.distributed import choose_device
 from concentration.networks.student import NetworkConfig, Student
 from concentration.training.backward_updates import BackwardUpdates
-from concentration.training.fit import TrainerConfig
+from concentration.training.configs import TrainerConfig
 from concentration.training.memory import MemoryPlan, StepShape, make_batch
 from concentration.training.optimizers import ScheduleConfig, build_optimizer
 

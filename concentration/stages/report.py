@@ -21,7 +21,7 @@ from concentration.stages.student import STUDENTS
 from concentration.stages.targets import TARGETS
 from concentration.stages.teacher import TEACHERS
 from concentration.targets import write_atomically
-from concentration.training.loggers import load_metrics
+from concentration.training.metrics_file import load_metrics
 
 REPORT = "report"
 #: In the working directory: the command line of the latest `concentrate run`.

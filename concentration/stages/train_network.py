@@ -27,10 +27,9 @@ from concentration.stages.prepare import SHARDS, DataOverrides, PreparedData
 from concentration.stages.run_directory import RunDirectory, StageConfig, hash_file
 from concentration.targets import load_metadata
 from concentration.taxonomy import Taxonomy
-from concentration.training.checkpoints import CheckpointDirectory
-from concentration.training.fit import TrainerConfig, TrainingData, fit
-from concentration.training.loggers import LoggerConfig
+from concentration.training.configs import LoggerConfig, TrainerConfig
 from concentration.training.optimizers import OptimizerConfig
+from concentration.training.training_data import TrainingData
 
 NETWORK_FILE = "model.safetensors"
 #: Beside it with `trainer.keep_best`, of the same form.
@@ -127,6 +126,10 @@ def train_network(config: NetworkStageConfig, directory: RunDirectory, task: Tas
 
     Raises: as `training.fit.fit`.
     """
+    # NOTE: here, because Lightning takes seconds to import, and what only reads a network does not need it.
+    from concentration.training.checkpoints import CheckpointDirectory
+    from concentration.training.fit import fit
+
     torch.manual_seed(config.seed)
     student = build_network(config, task.taxonomy, prepared.image_size)
     if checkpoint := find_base_checkpoint(config):

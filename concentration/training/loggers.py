@@ -5,22 +5,13 @@ import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
 
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from concentration.schema import Config
 from concentration.targets import append_text, write_atomically
-
-METRICS_FILE = "metrics.jsonl"
-
-
-class LoggerConfig(Config):
-    """`csv` writes `metrics.jsonl` alone; `wandb` and `tensorboard` write it too."""
-
-    kind: Literal["csv", "wandb", "tensorboard"] = "csv"
-    project: str = "concentration"
+from concentration.training.configs import LoggerConfig
+from concentration.training.metrics_file import METRICS_FILE, load_metrics, step_of_line
 
 
 class JsonlLogger(Logger):
@@ -36,7 +27,7 @@ class JsonlLogger(Logger):
         self._path = path
         self._started = time.time()
         if path.exists() and rank_zero_only.rank == 0:
-            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= first_step]
+            kept = [line for line in path.read_text().splitlines() if step_of_line(line) <= first_step]
             write_atomically(path, "".join(f"{line}\n" for line in kept))
             self._started -= json.loads(kept[-1])["seconds"] if kept else 0.0  # time goes on where it stopped
 
@@ -59,14 +50,6 @@ class JsonlLogger(Logger):
         """Configs are in config.json."""
 
 
-def load_metrics(run_path: Path) -> list[dict]:
-    """The lines of a run's metrics, those that were cut off by a kill left out."""
-    path = run_path / METRICS_FILE
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines() if _step_of(line) < float("inf")]
-
-
 @contextlib.contextmanager
 def open_loggers(config: LoggerConfig, run_path: Path, first_step: int) -> Iterator[list[Logger]]:
     """The loggers of a run, for as long as it lasts; what cannot be reached never ends or delays it."""
@@ -85,10 +68,3 @@ def open_loggers(config: LoggerConfig, run_path: Path, first_step: int) -> Itera
         yield [*loggers, logger]
     finally:
         logger.finish(load_metrics(run_path))
-
-
-def _step_of(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError):  # the line that a kill cut off
-        return float("inf")

@@ -23,7 +23,7 @@ from concentration.networks.cost import build_without_weights
 from concentration.networks.student import NetworkConfig, Student
 from concentration.targets import SoftTargets
 from concentration.training.backward_updates import BackwardUpdates
-from concentration.training.fit import TrainerConfig
+from concentration.training.configs import TrainerConfig
 from concentration.training.optimizers import ScheduleConfig, build_optimizer
 
 Moment = Literal["forward", "backward", "optimizer"]

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 from real_runs import TINY_NETWORK, Plant, Running, concentrate, load_json, load_lines, prepare_shards, run_command
 
-from concentration.training.loggers import JsonlLogger, load_metrics
+from concentration.training.loggers import JsonlLogger
+from concentration.training.metrics_file import load_metrics
 
 #: Ten steps, every second of them logged, then a validation.
 OPTIONS = (

@@ -13,7 +13,7 @@ from concentration.errors import ConfigError
 from concentration.networks.student import NetworkConfig, Student
 from concentration.schema import parse_config
 from concentration.training.backward_updates import BackwardUpdates
-from concentration.training.fit import TrainerConfig
+from concentration.training.configs import TrainerConfig
 from concentration.training.memory import MOMENTS, StepShape, make_batch, plan_memory
 from concentration.training.optimizers import OptimizerConfig, build_optimizer
 

@@ -1,0 +1,126 @@
+"""The configs of training, apart from the code that they configure.
+
+NOTE: that needs Lightning, which takes seconds to import, and most verbs train nothing: each job of a pipeline is a process.
+"""
+
+from typing import ClassVar, Literal
+
+import pydantic
+import torch
+
+from concentration.data.views import Share
+from concentration.distributed import world_size
+from concentration.schema import Config
+
+
+class TrainerConfig(Config):
+    """How long, how fast and on what to train.
+
+    batch_size: samples of a step's global batch, over all processes and micro-batches.
+    accumulate: micro-batches a step and process.
+    max_epochs, max_steps: the earlier ends the run.
+    window_shards: shards that are shuffled into each other.
+    sampling: `natural` sees every sample once an epoch; `class_balanced` draws classes evenly.
+    class_weight: `inverse_sqrt` weighs a class by 1/sqrt(its images), with mean 1 over classes.
+    devices, num_nodes: processes on each machine, and machines; `auto` takes as many as torchrun or srun has started.
+    ema_decay: the final network is the moving average of the weights.
+    prior: outputs start at the classes' frequencies.
+    keep_best: the network of the best val/mpvap is kept beside the last, as best.safetensors when training ends.
+    update_in_backward: each classifier is stepped as soon as its gradient is known, so that the gradients of all never exist at
+        once; a quarter more arithmetic in the classifiers.
+    shard_head: every process holds some verticals of the classifiers and pace, and their optimizer's state, instead of all;
+        with one process it changes nothing.
+    timeout_seconds: how long processes wait for one that is dead or hangs; then all end with an error.
+    """
+
+    runtime_fields: ClassVar[frozenset[str]] = frozenset(
+        {"accelerator", "devices", "num_nodes", "num_workers", "checkpoint_every_seconds", "keep_checkpoints", "keep_best",
+         "log_every_steps", "compile", "validate_every_epochs", "timeout_seconds"}
+    )  # fmt: skip
+
+    accelerator: Literal["cpu", "gpu"] = "cpu"
+    devices: pydantic.PositiveInt | Literal["auto"] = 1
+    num_nodes: pydantic.PositiveInt | Literal["auto"] = 1
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
+    batch_size: pydantic.PositiveInt = 128
+    accumulate: pydantic.PositiveInt = 1
+    max_epochs: pydantic.PositiveFloat = 5
+    max_steps: pydantic.PositiveInt | None = None
+    num_workers: pydantic.NonNegativeInt = 0
+    window_shards: pydantic.PositiveInt = 16
+    sampling: Literal["natural", "class_balanced"] = "natural"
+    class_weight: Literal["none", "inverse_sqrt"] = "none"
+    prior: bool = True
+    clip_norm: pydantic.PositiveFloat | None = None
+    ema_decay: float | None = pydantic.Field(default=None, gt=0, lt=1)
+    update_in_backward: bool = False
+    shard_head: bool = False
+    compile: bool = False
+    validate_every_epochs: pydantic.PositiveInt = 1
+    checkpoint_every_seconds: pydantic.NonNegativeFloat = 60
+    keep_checkpoints: pydantic.PositiveInt = 2
+    keep_best: bool = False
+    log_every_steps: pydantic.PositiveInt = 20
+    max_skipped_share: Share = 0.001
+    timeout_seconds: pydantic.PositiveFloat = 600
+
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        """Of matrix products; None is the parameters' own."""
+        return {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}[self.precision]
+
+    @property
+    def num_processes(self) -> int:
+        """Of the whole run; with `auto`, those that have been started."""
+        if self.devices == "auto" or self.num_nodes == "auto":
+            return world_size()
+        return self.devices * self.num_nodes
+
+    @pydantic.model_validator(mode="after")
+    def _check_num_processes(self):
+        if (self.devices == "auto") != (self.num_nodes == "auto"):
+            raise ValueError(
+                f"trainer.devices={self.devices} with trainer.num_nodes={self.num_nodes}: set both to auto, or none"
+            )
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _check_update_in_backward(self):
+        reasons = {
+            f"accumulate={self.accumulate}": (self.accumulate > 1, "a step's gradient is the sum over its micro-batches"),
+            f"clip_norm={self.clip_norm}": (self.clip_norm is not None, "the norm is known when all gradients are"),
+            f"precision={self.precision}": (self.precision == "16-mixed", "a step is taken back where gradients overflow"),
+            f"devices={self.devices} and trainer.num_nodes={self.num_nodes}": (
+                self.devices == "auto" or self.num_processes > 1, "a step's gradient is the mean over processes"),
+        }  # fmt: skip
+        for setting, (is_set, reason) in reasons.items():
+            if self.update_in_backward and is_set:
+                raise ValueError(
+                    f"trainer.update_in_backward=true with trainer.{setting}: {reason}; set one of them back"
+                )
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _check_shard_head(self):
+        if self.shard_head and self.ema_decay is not None:
+            raise ValueError(
+                f"ema_decay={self.ema_decay} with shard_head=true: the moving average of a part of a head is not kept; remove one"
+            )
+        if self.shard_head and self.precision == "16-mixed":
+            raise ValueError(
+                "precision=16-mixed with shard_head=true: each process would skip other steps; use bf16-mixed or 32-true"
+            )
+        return self
+
+
+class LoggerConfig(Config):
+    """`csv` writes `metrics.jsonl` alone; `wandb` and `tensorboard` write it too."""
+
+    kind: Literal["csv", "wandb", "tensorboard"] = "csv"
+    project: str = "concentration"
+
+
+def count_steps(config: TrainerConfig, steps_per_epoch: int) -> int:
+    """Optimizer steps of the whole run."""
+    steps = max(1, round(config.max_epochs * steps_per_epoch))
+    return min(steps, config.max_steps) if config.max_steps else steps

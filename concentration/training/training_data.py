@@ -1,0 +1,34 @@
+"""What a network is trained and validated on."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from concentration.data.index import Split
+from concentration.data.loader import SampleReader
+from concentration.data.order import Order
+from concentration.networks.routed_teachers import RoutedTeachers
+from concentration.taxonomy import Taxonomy
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Where samples, their order and their targets come from.
+
+    Attributes:
+        split: of the training samples.
+        order: in which they come.
+        reader: of their images and targets.
+        val_reader: of the validation samples and their hard labels, not smeared; None where there are none.
+        val_ordinals: which samples of the validation split.
+        taxonomy: of the network's outputs.
+        teachers: give the targets in every step, from the reader's labels; None where the reader's targets are they.
+    """
+
+    split: Split
+    order: Order
+    reader: SampleReader
+    val_reader: SampleReader | None
+    val_ordinals: np.ndarray | None
+    taxonomy: Taxonomy
+    teachers: RoutedTeachers | None = None
