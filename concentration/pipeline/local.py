@@ -6,12 +6,13 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from rich.console import Console
 
+from concentration import preemption
 from concentration.errors import Preempted
 from concentration.pipeline.failures import describe_failures
 from concentration.pipeline.jobs import LOG, Job, run_forked
@@ -20,7 +21,7 @@ from concentration.schema import Config
 
 POLL_SECONDS = 0.2
 #: Imported once, in the server from which job processes are forked: a job then starts in milliseconds, not in seconds.
-PRELOAD = ["concentration.pipeline.graph"]
+PRELOAD = ["concentration.pipeline.graph", "concentration.training.fit"]
 
 
 class LocalConfig(Config):
@@ -50,14 +51,17 @@ class LocalLauncher:
         finished: set[str] = set()
         failed: dict[str, int] = {}
         num_new = 0
-        with _catch_signals(running) as stop, _Display(len(jobs)) as display:
-            while running or (waiting and not stop.is_set):
+        preemption.note_signals(signal.SIGINT)
+        with _Display(len(jobs)) as display:
+            while running or (waiting and not preemption.noted_signal()):
                 for job in [job for job in waiting if finished.issuperset(job.after)]:
-                    if len(running) < self._num_processes and not stop.is_set:
+                    if len(running) < self._num_processes and not preemption.noted_signal():
                         waiting.remove(job)
                         running.append(self._start(job))
                         display.start(job)
                 for process in list(running):
+                    if preemption.noted_signal():
+                        process.tell_to_stop()
                     display.update(process.job)
                     if (code := process.poll()) is not None:
                         running.remove(process)
@@ -70,8 +74,7 @@ class LocalLauncher:
                 if not running and not any(finished.issuperset(job.after) for job in waiting):
                     break
                 time.sleep(POLL_SECONDS)
-        if stop.is_set:
-            raise Preempted("stopped by a signal; what is done is kept: run the same command again")
+        preemption.stop_if_asked()
         if failed:
             raise describe_failures(jobs, failed, waiting)
         return num_new
@@ -93,6 +96,14 @@ class _Running:
     process: "multiprocessing.Process | subprocess.Popen"
     started: float
     earlier: int | None
+    is_told: bool = False
+
+    def tell_to_stop(self) -> None:
+        """Once: the job saves what it can and ends."""
+        if not self.is_told:
+            self.is_told = True
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.process.pid, signal.SIGTERM)
 
     def has_new_result(self) -> bool:
         return self.job.finished_at() != self.earlier
@@ -102,30 +113,6 @@ class _Running:
         if isinstance(self.process, subprocess.Popen):
             return self.process.poll()
         return self.process.exitcode
-
-
-@dataclass
-class _Stop:
-    is_set: bool = False
-
-
-@contextlib.contextmanager
-def _catch_signals(running: list[_Running]) -> Iterator[_Stop]:
-    """Passes SIGTERM and SIGINT on to the jobs as SIGTERM: they save what they can and end."""
-    stop = _Stop()
-
-    def note(number: int, frame) -> None:
-        stop.is_set = True
-        for process in running:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process.process.pid, signal.SIGTERM)
-
-    earlier = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield stop
-    finally:
-        for number, handler in earlier.items():
-            signal.signal(number, handler)
 
 
 class _Display:

@@ -3,6 +3,7 @@
 import signal
 import time
 from pathlib import Path
+from typing import NoReturn
 
 import lightning.pytorch as pl
 import torch
@@ -28,8 +29,12 @@ def is_end_of_step(trainer: pl.Trainer, batch_idx: int) -> bool:
 
 def is_check_due(trainer: pl.Trainer) -> bool:
     """Whether this step is one of those at which all ranks may talk: the same on every rank."""
-    is_cheap = trainer.world_size == 1 and trainer.strategy.root_device.type == "cpu"
-    return is_cheap or trainer.global_step % SELDOM_STEPS == 0 or trainer.is_last_batch
+    return is_cheap_to_check(trainer) or trainer.global_step % SELDOM_STEPS == 0 or trainer.is_last_batch
+
+
+def is_cheap_to_check(trainer: pl.Trainer) -> bool:
+    """Whether a check needs no word from a device or from other ranks."""
+    return trainer.world_size == 1 and trainer.strategy.root_device.type == "cpu"
 
 
 def is_validation_due(trainer: pl.Trainer, batch_idx: int) -> bool:
@@ -131,7 +136,10 @@ class ClockCheckpoint(Checkpoint):
 
 
 class Preemption(Callback):
-    """On a signal that asks to stop, or SIGINT: all ranks agree at the end of a step, save, and leave with exit code 75."""
+    """On a signal that asks to stop, or SIGINT: all ranks agree, save, and leave with exit code 75.
+
+    They agree at the end of a step, or inside a validation, which is then cut short and made again when the run goes on.
+    """
 
     def __init__(self, directory: CheckpointDirectory):
         self._directory = directory
@@ -149,15 +157,30 @@ class Preemption(Callback):
         if is_end_of_step(trainer, batch_idx) and is_check_due(trainer) and not is_validation_due(trainer, batch_idx):
             self._stop_if_asked(trainer)
 
-    def on_validation_end(self, trainer: pl.Trainer, module) -> None:
+    def on_validation_batch_start(self, trainer: pl.Trainer, module: StudentModule, batch, batch_idx: int) -> None:
+        if (is_cheap_to_check(trainer) or batch_idx % SELDOM_STEPS == 0) and self._is_asked(trainer):
+            module.is_validation_cut = True
+            raise StopIteration  # Lightning then ends the validation as if this batch did not exist
+
+    def on_validation_end(self, trainer: pl.Trainer, module: StudentModule) -> None:
+        if module.is_validation_cut:
+            # NOTE: Lightning's own mark of a run that was stopped in the first batch of a validation: resumed, it makes it anew.
+            progress = trainer.fit_loop.epoch_loop.val_loop.batch_progress
+            progress.reset()
+            progress.increment_ready()
+            progress.increment_started()
+            self._stop(trainer)
         self._stop_if_asked(trainer)
 
     def _stop_if_asked(self, trainer: pl.Trainer) -> None:
         if self._is_asked(trainer):
-            self._directory.save(trainer)
-            raise Preempted(
-                f"stopped by a signal at step {trainer.global_step}, which is saved; run the same command again"
-            )
+            self._stop(trainer)
+
+    def _stop(self, trainer: pl.Trainer) -> NoReturn:
+        self._directory.save(trainer)
+        raise Preempted(
+            f"stopped by a signal at step {trainer.global_step}, which is saved; run the same command again"
+        )
 
     def _is_asked(self, trainer: pl.Trainer) -> bool:
         """Whether a signal has come on any rank; called on all."""

@@ -61,6 +61,8 @@ class StudentModule(pl.LightningModule):
         #: (B,) the losses of the latest micro-batch, 0 for samples of weight 0, for the checks and logs of callbacks.
         self.latest_loss_B: Tensor | None = None
         self.latest_batch: Batch | None = None
+        #: Set where a validation ends before its last batch, and so without a result; on all ranks before the same batch.
+        self.is_validation_cut = False
 
     def configure_optimizers(self):
         left_out = self._updates.weights if self._updates else ()
@@ -113,6 +115,7 @@ class StudentModule(pl.LightningModule):
     def on_validation_epoch_start(self) -> None:
         # NOTE: one pass, which keeps the scores of the validation samples in their verticals; `evaluate` can do without.
         self._evaluator = Evaluator(self._taxonomy)
+        self.is_validation_cut = False
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         kept = (batch.weight_B > 0).cpu()
@@ -120,7 +123,11 @@ class StudentModule(pl.LightningModule):
         self._evaluator.update(self.student(batch.images).cpu()[kept], labels)
 
     def on_validation_epoch_end(self) -> None:
-        first, *others = gather_objects(self._evaluator)
+        evaluator = self._evaluator
+        del self._evaluator
+        if self.is_validation_cut:
+            return
+        first, *others = gather_objects(evaluator)
         for other in others:
             first.merge(other)
         evaluation = first.compute()
@@ -130,7 +137,6 @@ class StudentModule(pl.LightningModule):
         for logger in self.loggers:
             logger.log_metrics(numbers, step=self.global_step)
         self.latest_mpvap = evaluation.mpvap
-        del self._evaluator
 
 
 def labels_of(batch: Batch) -> Tensor:

@@ -178,11 +178,12 @@ def test_a_failing_teacher_stops_only_what_depends_on_it(workdir):
     run(workdir, "overwrite=true")
 
 
-def test_a_signal_stops_the_run_with_75_and_the_next_one_finishes(finished, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGUSR1, pytest.param(signal.SIGTERM, marks=pytest.mark.long)])
+def test_a_signal_stops_the_run_with_75_and_the_next_one_finishes(finished, tmp_path, number):
     expected, _ = finished
     workdir = tmp_path / "work"
     shutil.copytree(expected / "shards", workdir / "shards")
-    stopped = signal_in_the_middle(workdir, signal.SIGTERM)
+    stopped = signal_in_the_middle(workdir, number)
     assert stopped.code == 75, stopped.err
     assert "run the same command again" in stopped.err
     assert not (workdir / "report/index.html").exists()

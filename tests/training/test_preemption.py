@@ -8,7 +8,17 @@ import time
 from pathlib import Path
 
 import pytest
-from real_runs import TINY, Plant, Running, concentrate, load_json, load_weights, prepare_shards, start_ranks
+from real_runs import (
+    TINY,
+    Plant,
+    Running,
+    concentrate,
+    load_json,
+    load_lines,
+    load_weights,
+    prepare_shards,
+    start_ranks,
+)
 
 OPTIONS = (*TINY, "targets=labels", "trainer.checkpoint_every_seconds=60")
 SAVE = "concentration.training.checkpoints:CheckpointDirectory.save"
@@ -34,6 +44,14 @@ def assert_same_weights(run_path: Path, expected: Path) -> None:
     assert (run_path / "model.safetensors").read_bytes() == (expected / "model.safetensors").read_bytes()
 
 
+def validations(run_path: Path) -> dict[int, float]:
+    """val/mpvap by step."""
+    lines = load_lines(run_path) if (run_path / "metrics.jsonl").exists() else []
+    found = [(line["step"], line["val/mpvap"]) for line in lines if "val/mpvap" in line]
+    assert len(dict(found)) == len(found), "a step has two results"
+    return dict(found)
+
+
 @pytest.mark.parametrize(
     ("plant", "step"),
     [
@@ -41,11 +59,14 @@ def assert_same_weights(run_path: Path, expected: Path) -> None:
         (Plant("concentration.training.fit:_build_trainer", when="after", signal=signal.SIGUSR1), 0),
         (Plant("lightning.pytorch.strategies.strategy:Strategy.setup", signal=signal.SIGTERM), 0),
         (Plant("concentration.training.module:StudentModule.training_step", 4, signal=signal.SIGUSR2), 4),
+        (Plant("concentration.training.module:StudentModule.on_validation_epoch_start", signal=signal.SIGTERM), 13),
+        (Plant("concentration.training.module:StudentModule.validation_step", 5, signal=signal.SIGUSR1), 26),
         (Plant("concentration.training.module:StudentModule.on_validation_epoch_end", signal=signal.SIGTERM), 13),
         (Plant("concentration.training.module:StudentModule.training_step", 26, signal=signal.SIGTERM), 26),
     ],
-    ids=["before the data", "before training", "in Lightning", "in a step", "in a validation", "in the last step"],
-)
+    ids=["before the data", "before training", "in Lightning", "in a step", "in a validation", "in the last validation",
+         "after a validation", "in the last step"],
+)  # fmt: skip
 def test_a_signal_stops_with_75_and_the_next_run_ends_with_the_same_weights(
     undisturbed, workdir, tmp_path, plant, step
 ):
@@ -59,8 +80,12 @@ def test_a_signal_stops_with_75_and_the_next_run_ends_with_the_same_weights(
     assert not (run_path / "DONE.json").exists()
     kept = [path.name for path in run_path.glob("checkpoints/*")]
     assert kept == ([f"step-{step:09d}.ckpt"] if step else [])
+    # A validation that is stopped has no result, and is made anew; one that has ended is not made again.
+    validated = [13] if (step == 13 and "epoch_end" in plant.where) or step == 26 else []
+    assert validations(run_path).keys() == set(validated)
     concentrate(*command, directory=tmp_path)
     assert_same_weights(run_path, undisturbed)
+    assert validations(run_path) == validations(undisturbed)
 
 
 def test_a_second_signal_while_it_saves_changes_nothing(undisturbed, workdir, tmp_path):
@@ -107,16 +132,22 @@ def test_other_verbs_stop_between_two_pieces_of_work(workdir, tmp_path):
 
 
 def test_one_rank_that_is_asked_to_stop_stops_all_and_they_go_on_exactly(prepared, tmp_path):
-    command = ["student", f"workdir={prepared}", *OPTIONS, "trainer.devices=2", "trainer.max_epochs=4"]
-    for name in ("together", "disturbed"):
-        ranks = start_ranks([*command, f"name={name}"], tmp_path, 2, [{}, {}])
-        if name == "disturbed":
-            ranks[0].wait_for((prepared / "students/disturbed/metrics.jsonl").exists)
-            ranks[1].send(signal.SIGUSR1)
+    command = ["student", f"workdir={prepared}", *OPTIONS, "trainer.devices=2", "trainer.max_epochs=3"]
+    in_validation = Plant(
+        "concentration.training.module:StudentModule.on_validation_epoch_start", signal=signal.SIGTERM
+    )
+    for name in ("together", "in a step", "in a validation"):
+        plant = in_validation if name == "in a validation" else None
+        ranks = start_ranks([*command, f"name={name}"], tmp_path, 2, [{}, {}], plant)
+        if name != "together":
+            if plant is None:
+                ranks[0].wait_for((prepared / "students" / name / "metrics.jsonl").exists)
+                ranks[1].send(signal.SIGUSR1)
             assert [rank.wait().code for rank in ranks] == [75, 75]
             ranks = start_ranks([*command, f"name={name}"], tmp_path, 2, [{}, {}])
         assert [rank.wait().code for rank in ranks] == [0, 0]
-    assert_same_weights(prepared / "students/disturbed", prepared / "students/together")
+        assert_same_weights(prepared / "students" / name, prepared / "students/together")
+        assert validations(prepared / "students" / name) == validations(prepared / "students/together")
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["is dead", "hangs"])
