@@ -32,11 +32,13 @@ TINY_NETWORK = ("base.channels=[4,8]", "base.norm=group", "top.top1=12", "top.to
 TINY_TRAINER = ("trainer.num_workers=0", "trainer.batch_size=16", "trainer.max_epochs=2", "trainer.log_every_steps=5")
 TINY = (*TINY_NETWORK, *TINY_TRAINER)
 
-#: An environment variable: a file to which a run writes the samples of every step, and whether they count.
+#: An environment variable: a folder to which every training process writes the samples of its steps.
 RECORD = "RECORD_SAMPLES_OF_STEPS"
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["concentration.pipeline.graph", "concentration.cli", "hydra._internal.hydra"])
+_CONTEXT.set_forkserver_preload(
+    ["concentration.pipeline.graph", "concentration.training.fit", "concentration.cli", "hydra._internal.hydra"]
+)
 
 
 @dataclass(frozen=True)
@@ -236,6 +238,35 @@ def prepare_shards(directory: Path, **options) -> Path:
     return workdir
 
 
+def record_samples() -> None:
+    """From now on this process writes what `load_taken` reads."""
+    from concentration.training.module import StudentModule
+
+    original = StudentModule.training_step
+    started = time.time_ns()
+
+    def training_step(self, batch, batch_idx):
+        taken = batch.ordinal_B[batch.weight_B > 0].tolist()
+        run_path, folder = Path(self.trainer.default_root_dir), Path(os.environ[RECORD])
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / f"{run_path.parent.name}-{run_path.name}-{started}-{os.getpid()}", "a") as file:
+            file.write(json.dumps([self.global_step, taken]) + "\n")
+        return original(self, batch, batch_idx)
+
+    StudentModule.training_step = training_step
+
+
+def load_taken(folder: Path, run: str) -> dict[int, list[list[int]]]:
+    """By step, the samples that each process of a run ("students-student", all of its starts) took."""
+    taken: dict[int, list[list[int]]] = {}
+    for path in sorted(folder.glob(f"{run}-*")):
+        for line in path.read_text().splitlines():
+            if line.endswith("]"):  # the last may be cut by a kill
+                step, ordinals = json.loads(line)
+                taken.setdefault(step, []).append(ordinals)
+    return taken
+
+
 def _enter(
     arguments: list[str], out: str, err: str, directory: str, environment: dict[str, str | None], plant: Plant | None
 ) -> None:
@@ -247,25 +278,11 @@ def _enter(
         os.environ.pop(name, None) if value is None else os.environ.update({name: value})
     if plant is not None:
         _dig_in(plant)
-    if record := environment.get(RECORD):
-        _record_samples(Path(record))
+    if environment.get(RECORD):
+        record_samples()
     from concentration.cli import main
 
     main(arguments)
-
-
-def _record_samples(path: Path) -> None:
-    from concentration.training.module import StudentModule
-
-    original = StudentModule.training_step
-
-    def training_step(self, batch, batch_idx):
-        taken = batch.ordinal_B[batch.weight_B > 0].tolist()
-        with open(path, "a") as file:
-            file.write(json.dumps([self.global_step, taken]) + "\n")
-        return original(self, batch, batch_idx)
-
-    StudentModule.training_step = training_step
 
 
 def start_ranks(

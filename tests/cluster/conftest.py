@@ -1,5 +1,6 @@
-"""The cluster that all tests here share, and `tests/real_runs.py`, importable from here."""
+"""What all tests of a cluster share: one SLURM, one data set, one undisturbed run. And `tests/` is importable from here."""
 
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -9,7 +10,9 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from cluster.slurm_cluster import SlurmCluster, missing_programs, running_cluster
+from cluster.pipelines import Pipeline
+from cluster.slurm_cluster import REPOSITORY, SlurmCluster, missing_programs, running_cluster
+from real_runs import write_shards
 
 
 @pytest.fixture(scope="session")
@@ -21,3 +24,17 @@ def slurm(tmp_path_factory) -> Iterator[SlurmCluster]:
         pytest.skip(reason)
     with running_cluster(tmp_path_factory.mktemp("slurm")) as cluster:
         yield cluster
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory) -> Path:
+    """Of fruit and tools; not prepared."""
+    return write_shards(tmp_path_factory.mktemp("given") / "given")
+
+
+@pytest.fixture(scope="session")
+def undisturbed(shards, tmp_path_factory) -> Path:
+    """The working directory of a whole run of `NETWORKS` on this machine."""
+    workdir = tmp_path_factory.mktemp("undisturbed") / "work"
+    Pipeline(workdir, shards, {**os.environ, "PYTHONPATH": str(REPOSITORY)}).run()
+    return workdir

@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 NODES = ("node1", "node2")
 #: Jobs of `preemptible` make room for those of `urgent`: SIGTERM to their steps, and SIGKILL after the grace time.
@@ -48,6 +49,7 @@ class SlurmCluster:
         self.directory = directory
         self._configuration = directory / "slurm.conf"
         self._daemons: dict[str, subprocess.Popen] = {}
+        self._hastened: set[tuple[str, str]] = set()
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_"))}
         # The jobs' `concentrate` and `python` are those that run the tests, on this checkout.
         self.environment: Mapping[str, str] = {
@@ -97,20 +99,22 @@ class SlurmCluster:
         return self.state(job)
 
     def wait_for_end(self, job: str, timeout_seconds: float = 120) -> dict[str, str]:
-        """Waits until the job has ended; a job that was requeued starts at once instead of in two minutes."""
+        """Waits until the job has ended; a job that was requeued starts again soon."""
 
-        def has_ended() -> bool:
-            described = self.describe(job)
-            if described["JobState"] == "PENDING" and described["Reason"] == "BeginTime":
-                self.start_now(job)
-            return described["JobState"] in ENDED
-
-        self.wait_until(has_ended, f"the end of job {job}", timeout_seconds)
+        self.wait_until(lambda: self.start_soon(job)["JobState"] in ENDED, f"the end of job {job}", timeout_seconds)
         return self.describe(job)
 
-    def start_now(self, job: str) -> None:
-        """SLURM lets a requeued job wait for two minutes."""
-        self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+    def start_soon(self, job: str) -> dict[str, str]:
+        """What SLURM says of a job, which, where it was requeued, now waits for two seconds instead of two minutes.
+
+        NOTE: not for none: a node refuses a job's credential in the second in which it was revoked.
+        """
+        described = self.describe(job)
+        start = (job, described["Restarts"])
+        if described["JobState"] == "PENDING" and described["Reason"] == "BeginTime" and start not in self._hastened:
+            self.run("scontrol", "update", f"JobId={job}", "StartTime=now+2")
+            self._hastened.add(start)
+        return described
 
     def start(self) -> None:
         key = self.directory / "munge.key"
@@ -133,10 +137,40 @@ class SlurmCluster:
     def start_node(self, node: str) -> None:
         self._start_daemon("slurmd", "-D", "-N", node, name=node)
 
-    def kill_node(self, node: str) -> None:
-        """The daemon of a node is gone without a word; the processes of its jobs are not."""
-        self._daemons[node].kill()
-        self._daemons[node].wait()
+    def start_controller(self) -> None:
+        self._start_daemon("slurmctld", "-D")
+
+    def kill(self, daemon: str) -> None:
+        """`slurmctld`, or a node's daemon, is gone without a word; the processes of jobs are not."""
+        self._daemons[daemon].kill()
+        self._daemons[daemon].wait()
+
+    def lose_node(self, node: str) -> None:
+        """A node is gone with all that runs on it."""
+        self.kill(node)
+        for process in _list_processes():
+            if process.environment.get("SLURMD_NODENAME") == node or str(self.directory / node) in process.directory:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process.number, signal.SIGKILL)
+
+    def node_state(self, node: str) -> str:
+        """`idle`, `mixed`, `allocated`, `draining`, `drained`, `down`; a star means that it does not answer."""
+        return self.run("sinfo", "--noheader", f"--nodes={node}", f"--partition={URGENT}", "--format=%T").strip()
+
+    def nodes_of(self, job: str) -> list[str]:
+        described = self.describe(job)["NodeList"]
+        return [node for node in NODES if node in described or "[1-2]" in described]
+
+    def find_processes(self, job: str) -> list[int]:
+        """The Python processes of a job's steps, on all nodes."""
+        number = self.describe(job)["JobId"]
+        return [
+            process.number
+            for process in _list_processes()
+            if process.program.startswith("python")
+            and process.environment.get("SLURM_JOB_ID") == number
+            and "SLURM_PROCID" in process.environment
+        ]
 
     def stop(self) -> None:
         """Ends all jobs, then the daemons."""
@@ -233,6 +267,24 @@ def running_cluster(directory: Path) -> Iterator[SlurmCluster]:
         yield cluster
     finally:
         cluster.stop()
+
+
+class _Process(NamedTuple):
+    number: int
+    program: str
+    directory: str
+    environment: dict[str, str]
+
+
+def _list_processes() -> Iterator[_Process]:
+    """All of this machine that may be looked at."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            pairs = (pair.partition("=") for pair in (folder / "environ").read_text(errors="replace").split("\0"))
+            program, directory = (os.readlink(folder / name) for name in ("exe", "cwd"))
+            yield _Process(int(folder.name), Path(program).name, directory, {k: v for k, _, v in pairs})
+        except (FileNotFoundError, ProcessLookupError, PermissionError):
+            continue
 
 
 def _end_with_parent() -> None:

@@ -1,83 +1,86 @@
-"""`concentrate teacher -m`: the teachers as one job array, or as processes of this machine."""
+"""`concentrate VERB -m`: several runs as one job array, or as processes of this machine."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from real_runs import TINY, concentrate, load_json, prepare_shards
+from cluster.pipelines import copy_stages
+from cluster.slurm_cluster import SlurmCluster
+from real_runs import TINY, Finished, Running, concentrate, load_json
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.xdist_group("cluster")]
 
-#: `vertical=fruit` and `vertical=tools`, trained to the end.
+#: `vertical=fruit` and `vertical=tools`, trained to the end as in `concentrate run`.
 TEACHERS = ("teacher", "-m", "vertical=fruit,tools", *TINY)
+SUBMITIT = ("hydra/launcher=submitit_slurm", "hydra.launcher.cpus_per_task=1", "hydra.launcher.timeout_min=10")
+JOBLIB = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
+KINDS = ("fc_fc", "fc_sc", "sc_sc", "fc_sc_generic")
+STRUCTURES = ("student", "-m", f"top={','.join(KINDS)}", "name=${top.kind}", "targets=labels", "top.norm=layer",
+              "top.top1=12", "top.top2=12", *(option for option in TINY if not option.startswith("top.")))  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory) -> Path:
-    return prepare_shards(tmp_path_factory.mktemp("multirun"))
+@pytest.fixture
+def workdir(undisturbed, tmp_path) -> Path:
+    """With shards, and nothing else."""
+    return copy_stages(undisturbed, tmp_path / "work", "shards")
 
 
-@pytest.fixture(scope="module")
-def undisturbed(prepared) -> dict[str, bytes]:
-    """The weights of both teachers, trained in this process's children one after the other."""
-    concentrate(*TEACHERS, f"workdir={prepared}", directory=prepared.parent)
-    return _take_weights(prepared)
+def start(workdir: Path, slurm: SlurmCluster, *arguments: str) -> Running:
+    return Running((*arguments, f"workdir={workdir}", *SUBMITIT), workdir.parent, slurm.environment)
 
 
-def test_two_teachers_are_one_array_of_two_tasks(slurm, prepared, undisturbed):
-    submitit = ["hydra/launcher=submitit_slurm", "hydra.launcher.cpus_per_task=1", "hydra.launcher.timeout_min=10"]
-    command = [sys.executable, "-m", "concentration.cli", *TEACHERS, f"workdir={prepared}", *submitit]
-    done = subprocess.run(command, env=slurm.environment, text=True, capture_output=True, timeout=200)
-    assert done.returncode == 0, done.stderr + _show_logs(prepared)
-    [array] = {path.name.partition("_")[0] for path in (prepared / ".submitit").glob("*_[01]")}
-    assert sorted(path.name for path in (prepared / ".submitit").glob("*_[01]")) == [f"{array}_0", f"{array}_1"]
-    assert _take_weights(prepared) == undisturbed
+def finish(workdir: Path, launcher: Running) -> Finished:
+    finished = launcher.wait(200)
+    assert finished.code == 0, finished.err + "\n".join(p.read_text() for p in (workdir / ".submitit").rglob("*.err"))
+    return finished
 
 
-def _take_weights(workdir: Path) -> dict[str, bytes]:
-    """The weights of the finished teachers, which are then gone."""
-    found = {}
-    for path in sorted((workdir / "teachers").iterdir()):
-        assert load_json(path / "DONE.json")["step"] > 0
-        found[path.name] = (path / "model.safetensors").read_bytes()
-    (workdir / "teachers").rename(workdir / f"teachers-{len(list(workdir.iterdir()))}")
-    return found
+def tasks_of(workdir: Path) -> list[str]:
+    """The folders of the array's tasks, which have their names: NUMBER_TASK."""
+    return sorted(path.name for path in (workdir / ".submitit").glob("*_*") if path.is_dir())
 
 
-def _show_logs(workdir: Path) -> str:
-    return "\n".join(path.read_text() for path in (workdir / ".submitit").rglob("*.err"))
+def assert_same_weights(workdir: Path, expected: Path, *runs: str) -> None:
+    for run in runs:
+        assert load_json(workdir / run / "DONE.json")["step"] > 0
+        found, wanted = ((root / run / "model.safetensors").read_bytes() for root in (workdir, expected))
+        assert found == wanted, run
+
+
+def test_two_teachers_are_one_array_of_two_tasks(slurm, workdir, undisturbed):
+    finish(workdir, start(workdir, slurm, *TEACHERS))
+    [array] = {task.partition("_")[0] for task in tasks_of(workdir)}
+    assert tasks_of(workdir) == [f"{array}_0", f"{array}_1"]
+    assert_same_weights(workdir, undisturbed, "teachers/fruit", "teachers/tools")
 
 
 @pytest.mark.long
-def test_a_task_of_the_array_that_is_told_to_stop_is_requeued_and_ends_with_the_same_weights(slurm, prepared):
+def test_a_task_of_the_array_that_is_told_to_stop_is_requeued_and_ends_with_the_same_weights(slurm, workdir, tmp_path):
     """SIGUSR2 is submitit's signal of a time limit; its own handler would have left in the middle of a step."""
-    options = [*TEACHERS, f"workdir={prepared}", "trainer.max_epochs=40", "trainer.checkpoint_every_seconds=600"]
-    concentrate(*options, directory=prepared.parent)
-    expected = _take_weights(prepared)
-    submitit = ["hydra/launcher=submitit_slurm", "hydra.launcher.cpus_per_task=1", "hydra.launcher.timeout_min=10"]
-    launcher = subprocess.Popen(
-        [sys.executable, "-m", "concentration.cli", *options, *submitit],
-        env=slurm.environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-    earlier = {path.name for path in (prepared / ".submitit").glob("*_0")}
-    slurm.wait_until((prepared / "teachers/fruit/metrics.jsonl").exists, "training", 90)
-    [task] = {path.name for path in (prepared / ".submitit").glob("*_0")} - earlier
+    options = (*TEACHERS, "trainer.max_epochs=40", "trainer.checkpoint_every_seconds=600")
+    expected = copy_stages(workdir, tmp_path / "expected", "shards")
+    concentrate(*options, f"workdir={expected}", directory=tmp_path)
+    launcher = start(workdir, slurm, *options)
+    slurm.wait_until((workdir / "teachers/fruit/metrics.jsonl").exists, "training", 90)
+    task = next(task for task in tasks_of(workdir) if task.endswith("_0"))
     slurm.run("scancel", "--signal=USR2", task)
     slurm.wait_until(lambda: slurm.describe(task).get("Restarts") == "1", "a restart")
-    assert not (prepared / "teachers/fruit/DONE.json").exists()
-    slurm.wait_until(lambda: slurm.describe(task)["Reason"] == "BeginTime", "its place in the queue")
-    slurm.start_now(task)
-    output, _ = launcher.communicate(timeout=120)
-    assert launcher.returncode == 0, output + _show_logs(prepared)
-    assert _take_weights(prepared) == expected
+    assert not (workdir / "teachers/fruit/DONE.json").exists()
+    slurm.wait_until(lambda: slurm.start_soon(task)["JobState"] == "RUNNING", "its second start")
+    finish(workdir, launcher)
+    assert_same_weights(workdir, expected, "teachers/fruit", "teachers/tools")
 
 
 @pytest.mark.long
-def test_joblib_runs_all_structures_two_at_a_time(prepared):
-    sweep = ("student", "-m", "top=fc_fc,fc_sc,sc_sc,fc_sc_generic", "name=${top.kind}", *TINY, "targets=labels")
-    options = [option for option in sweep if not option.startswith("top.")]
-    joblib = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "top.top1=12", "top.top2=12", "top.norm=layer"]
-    concentrate(*options, f"workdir={prepared}", *joblib, directory=prepared.parent)
-    for name in ("fc_fc", "fc_sc", "sc_sc", "fc_sc_generic"):
-        assert load_json(prepared / "students" / name / "DONE.json")["step"] == 26
+def test_all_structures_are_one_array_on_slurm_and_two_at_a_time_here(slurm, workdir, tmp_path):
+    finish(workdir, start(workdir, slurm, *STRUCTURES))
+    assert len(tasks_of(workdir)) == len(KINDS)
+    here = copy_stages(workdir, tmp_path / "here", "shards")
+    concentrate(*STRUCTURES, f"workdir={here}", *JOBLIB, directory=tmp_path)
+    assert_same_weights(workdir, here, *(f"students/{kind}" for kind in KINDS))
+    assert load_json(here / "students/fc_sc_generic/DONE.json")["step"] == 26
+
+
+@pytest.mark.long
+def test_joblib_trains_the_teachers_two_at_a_time(workdir, undisturbed):
+    concentrate(*TEACHERS, f"workdir={workdir}", *JOBLIB, directory=workdir.parent)
+    assert_same_weights(workdir, undisturbed, "teachers/fruit", "teachers/tools")

@@ -1,13 +1,13 @@
 """A student of two machines by launch/slurm/student.sh, disturbed in every way that a cluster knows: the same weights."""
 
-import json
 from pathlib import Path
 
 import pytest
+from cluster.pipelines import copy_stages
 from cluster.slurm_cluster import PREEMPTIBLE, REPOSITORY, URGENT, SlurmCluster
-from real_runs import TINY, load_json, prepare_shards, start_ranks
+from real_runs import TINY, load_json, start_ranks
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.xdist_group("cluster")]
 
 STUDENT = REPOSITORY / "launch" / "slurm" / "student.sh"
 #: 104 steps, each as short as two processes that talk by gloo make it.
@@ -37,7 +37,7 @@ class Students:
 
     def step(self, name: str) -> int:
         path = self.path(name) / "status.json"
-        return json.loads(path.read_text())["done"] if path.exists() else -1
+        return load_json(path)["done"] if path.exists() else -1
 
     def wait_for_step(self, name: str, step: int) -> None:
         self.slurm.wait_until(lambda: self.step(name) >= step, f"step {step} of {name}", 90)
@@ -51,43 +51,43 @@ class Students:
 
 
 @pytest.fixture(scope="module")
-def students(slurm, tmp_path_factory) -> Students:
-    return Students(slurm, prepare_shards(tmp_path_factory.mktemp("cluster")))
+def students(slurm, undisturbed, tmp_path_factory) -> Students:
+    return Students(slurm, copy_stages(undisturbed, tmp_path_factory.mktemp("students") / "work", "shards"))
 
 
 @pytest.fixture(scope="module")
-def undisturbed(students) -> str:
+def alone(students) -> str:
     """Trained by the same number of ranks, which the tests have started and SLURM has not."""
-    command = ["student", f"workdir={students.workdir}", "name=undisturbed", *OPTIONS, "trainer.devices=2"]
+    command = ["student", f"workdir={students.workdir}", "name=alone", *OPTIONS, "trainer.devices=2"]
     codes = [rank.wait().code for rank in start_ranks(command, students.workdir, 2, [{}, {}])]
     assert codes == [0, 0]
-    assert load_json(students.path("undisturbed") / "DONE.json")["step"] == 104
-    return "undisturbed"
+    assert load_json(students.path("alone") / "DONE.json")["step"] == 104
+    return "alone"
 
 
-def test_a_student_that_makes_room_is_requeued_and_ends_with_the_same_weights(students, undisturbed):
+def test_a_student_that_makes_room_is_requeued_and_ends_with_the_same_weights(students, alone):
     job = students.submit("preempted")
     students.wait_for_step("preempted", 20)
     students.slurm.run("srun", f"--partition={URGENT}", "--nodes=2", "--exclusive", "true")
     assert not (students.path("preempted") / "DONE.json").exists(), "it ended before it could be preempted"
-    students.assert_finished_as(job, "preempted", undisturbed, restarts=1)
+    students.assert_finished_as(job, "preempted", alone, restarts=1)
     assert "which is saved" in students.log("preempted")
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", ["USR1", "TERM"])
-def test_a_signal_by_scancel_has_it_requeued(students, undisturbed, name):
+def test_a_signal_by_scancel_has_it_requeued(students, alone, name):
     """To the step, as at a preemption, or to the script, as before a time limit; a second one changes nothing."""
     job = students.submit(name)
     students.wait_for_step(name, 20)
     where = ["--batch"] if name == "USR1" else []
     students.slurm.run("scancel", *where, f"--signal={name}", job)
     students.slurm.run("scancel", f"--signal={name}", job)
-    students.assert_finished_as(job, name, undisturbed, restarts=1)
+    students.assert_finished_as(job, name, alone, restarts=1)
 
 
 @pytest.mark.long
-def test_a_time_limit_has_it_requeued(students, undisturbed):
+def test_a_time_limit_has_it_requeued(students, alone):
     """The shortest limit of SLURM's is a minute, and the signal comes up to a minute early."""
     options = (*OPTIONS, "trainer.max_epochs=400")
     job = students.submit("limited", "--time=1", "--signal=B:USR1@20", options=options)
@@ -99,15 +99,13 @@ def test_a_time_limit_has_it_requeued(students, undisturbed):
 
 
 @pytest.mark.long
-def test_a_task_that_is_killed_hard_fails_the_job_and_submitted_again_it_ends_with_the_same_weights(
-    students, undisturbed
-):
+def test_a_task_that_is_killed_hard_fails_the_job_and_submitted_again_it_ends_with_the_same_weights(students, alone):
     job = students.submit("killed")
     students.wait_for_step("killed", 20)
     students.slurm.run("scancel", "--signal=KILL", f"{job}.0")
     assert students.slurm.wait_for_end(job)["JobState"] == "FAILED"
     assert not (students.path("killed") / "DONE.json").exists()
-    students.assert_finished_as(students.submit("killed"), "killed", undisturbed, restarts=0)
+    students.assert_finished_as(students.submit("killed"), "killed", alone, restarts=0)
 
 
 @pytest.mark.long

@@ -1,6 +1,6 @@
 """A stage that is killed at any moment and started again ends with the bytes of an undisturbed one."""
 
-import json
+import itertools
 import os
 import random
 import shutil
@@ -19,6 +19,7 @@ from real_runs import (
     draw_image,
     load_json,
     load_lines,
+    load_taken,
     one_line,
     prepare_shards,
     start_ranks,
@@ -102,22 +103,18 @@ def test_every_sample_of_every_epoch_is_taken_once_whatever_is_killed_and_howeve
     run_path = workdir / "students" / "counted"
     taken: dict[int, list[int]] = {}
     for turn, (world_size, is_killed) in enumerate([(2, True), (3, True), (1, False)]):
-        records = [tmp_path / f"turn{turn}-rank{rank}" for rank in range(world_size)]
+        record = tmp_path / f"turn{turn}"
         options = [*command, f"trainer.devices={world_size}", *(["trainer.num_workers=2"] if not is_killed else [])]
-        running = start_ranks(options, tmp_path, world_size, [{RECORD: str(record)} for record in records])
+        running = start_ranks(options, tmp_path, world_size, [{RECORD: str(record)}] * world_size)
         if is_killed:
-            running[0].wait_for(lambda path=records[0]: path.exists() and path.read_text().count("\n") > 8, 120)
+            running[0].wait_for(lambda folder=record: len(load_taken(folder, "students-counted")) > 8, 120)
             time.sleep(0.2 * turn)
         for process in running if is_killed else []:
             process.send(signal.SIGKILL)
         codes = {process.wait().code for process in running}
         assert codes == ({0} if not is_killed else {-signal.SIGKILL}), "it ended before it could be killed"
-        of_turn: dict[int, list[int]] = {}
-        for record in records:
-            for line in record.read_text().splitlines():
-                if line.endswith("]"):  # the last may be cut by the kill
-                    step, ordinals = json.loads(line)
-                    of_turn.setdefault(step, []).extend(ordinals)
+        taken_in_turn = load_taken(record, "students-counted")
+        of_turn = {step: list(itertools.chain(*takes)) for step, takes in taken_in_turn.items()}
         last = max(of_turn)  # of the killed, perhaps not by all ranks
         for step, ordinals in of_turn.items():
             if step in taken and (not is_killed or step < last):
