@@ -12,6 +12,7 @@ from concentration import preemption
 from concentration.config import VERBS, check_config, describe_composition_error, find_config_directory, list_options
 from concentration.errors import ConcentrationError, ConfigError, Preempted
 from concentration.schema import suggest
+from concentration.stages.verbs import split_words
 
 #: Nothing of Hydra's own is written: a run's directory is its workdir, and its config is kept there by the stage.
 HYDRA_OVERRIDES = (
@@ -46,10 +47,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.exit(exit_code)
 
 
-def run_verb(verb: str, composed: Any) -> int:
+def run_verb(verb: str, composed: Any, words: Sequence[str] = ()) -> int:
     """Checks the config, runs the verb, and returns its exit code; an error is printed, not raised."""
     try:
-        config = check_config(verb, composed)
+        config = check_config(verb, composed, words)
         VERBS[verb].load()[0](config)
     except Preempted as error:
         preemption.leave_marker(error)
@@ -90,7 +91,8 @@ def _run_hydra(verb: str, rest: list[str]) -> int:
         search_path.prepend(provider="command line", path=f"file://{directory}")
     GlobalHydra.instance().clear()
     hydra = Hydra.create_main_hydra2(task_name="concentrate", config_search_path=search_path)
-    overrides = [*HYDRA_OVERRIDES, *options.overrides]
+    given, words = split_words(options.overrides) if VERBS[verb].positional else (options.overrides, [])
+    overrides = [*HYDRA_OVERRIDES, *given]
     try:
         if options.help:
             print(_verb_help(verb, hydra.compose_config(verb, overrides, RunMode.RUN)))
@@ -98,7 +100,7 @@ def _run_hydra(verb: str, rest: list[str]) -> int:
         if options.cfg:
             hydra.show_cfg(verb, overrides, options.cfg, options.package, options.resolve)
             return 0
-        job = _Job(verb)
+        job = _Job(verb, words)
         if any(override.startswith("hydra/launcher=") for override in overrides):
             preemption.stop_at_once()  # this process only waits for the jobs
         if options.multirun or hydra.get_mode(verb, overrides) == RunMode.MULTIRUN:
@@ -108,21 +110,22 @@ def _run_hydra(verb: str, rest: list[str]) -> int:
             return _worst([returned.return_value for batch in batches for returned in batch])
         return hydra.run(verb, job, overrides, with_log_configuration=False).return_value
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
-        raise ConfigError(describe_composition_error(error, verb, options.overrides)) from None
+        raise ConfigError(describe_composition_error(error, verb, given)) from None
 
 
 class _Job:
     """The task that Hydra's launchers call, in this process or in another."""
 
-    def __init__(self, verb: str):
+    def __init__(self, verb: str, words: Sequence[str] = ()):
         self._verb = verb
+        self._words = words
         self._stopped = False
 
     def __call__(self, composed: Any) -> int:
         preemption.note_signals()  # in a process of joblib's, or of submitit's with its own handlers
         if self._stopped:  # the jobs that come after it in this process are not begun
             return Preempted.exit_code
-        exit_code = run_verb(self._verb, composed)
+        exit_code = run_verb(self._verb, composed, self._words)
         self._stopped = exit_code == Preempted.exit_code
         if self._stopped and os.environ.get("SUBMITIT_EXECUTOR") == "slurm":
             preemption.requeue_slurm_job()  # does not return, so that submitit does not take the job for finished

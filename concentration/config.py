@@ -15,6 +15,13 @@ VERBS: Mapping[str, Verb] = {
     "status": Verb(
         "what stands where in a working directory", "concentration.pipeline.status", "status", "StatusConfig"
     ),
+    "predict": Verb(
+        "the most probable classes of images: concentrate predict PATH...",
+        "concentration.stages.predict",
+        "predict",
+        "PredictConfig",
+        positional="paths",
+    ),
 }
 
 
@@ -36,8 +43,8 @@ def list_options(group: str, chosen: str | None) -> list[str]:
     return sorted(name for name in paths if is_whole[name] == is_whole.get(chosen, True))
 
 
-def check_config(verb: str, composed: Any) -> Config:
-    """The checked config of a verb from what Hydra composed.
+def check_config(verb: str, composed: Any, words: Sequence[str] = ()) -> Config:
+    """The checked config of a verb from what Hydra composed, and from the words that are for its positional key.
 
     Raises:
         ConfigError: a value is missing or wrong, or a key is unknown.
@@ -49,6 +56,8 @@ def check_config(verb: str, composed: Any) -> Config:
         values = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise ConfigError(describe_composition_error(error, verb)) from None
+    if words:
+        values[VERBS[verb].positional] = list(words)
     _, config_class = VERBS[verb].load()
     return parse_config(config_class, values)
 

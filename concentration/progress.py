@@ -12,7 +12,6 @@ from rich.console import Console
 
 from concentration.errors import DataError, Preempted
 from concentration.preemption import stop_if_asked
-from concentration.targets import write_atomically
 
 #: Seconds between two writes of the status file, and between two lines where there is no terminal.
 STATUS_SECONDS, LINE_SECONDS = 1.0, 15.0
@@ -102,6 +101,8 @@ class Progress:
                 "started": self._started,
                 "updated": now,
             }
+            from concentration.targets import write_atomically  # imports torch, which `predict` does without
+
             write_atomically(self._directory / STATUS_FILE, status)
 
 

@@ -19,14 +19,11 @@ import torch
 from torch import Tensor
 
 from concentration.errors import DataError
-from concentration.packed_targets import PackedLayout, pack, unpack
+from concentration.packed_targets import VIEW_BYTES, PackedLayout, pack, unpack
 from concentration.schema import parse_json
 
 #: How stored targets are written.
 Codec = Literal["plain", "packed"]
-
-#: Of a stored view (`data.views.View`).
-VIEW_BYTES = 10
 
 
 @dataclass(frozen=True)

@@ -257,7 +257,7 @@ def test_our_handlers_win_over_those_of_submitit(monkeypatch):
         for number in numbers:
             signal.signal(number, lambda number, frame: pytest.fail("the handler of submitit"))
         seen = []
-        monkeypatch.setattr(cli, "run_verb", lambda verb, composed: seen.extend(map(signal.getsignal, numbers)) or 0)
+        monkeypatch.setattr(cli, "run_verb", lambda *_: seen.extend(map(signal.getsignal, numbers)) or 0)
         cli._Job("teacher")(None)
         assert seen == [preemption._note] * 3
     finally:

@@ -31,6 +31,7 @@ FLOORS = {
     "metrics": 2,
     "objectives": 2,
     "networks": 3,
+    "serving": 3,
     "training": 4,
     "stages": 5,
     "pipeline": 6,
@@ -50,6 +51,7 @@ PLACES = {
     "aiohttp": {"data"},
     "triton": {"objectives"},
     "scipy": {"grouping"},
+    "faiss": {"serving"},
 }
 
 CORE = {

@@ -9,6 +9,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from concentration.config import VERBS, find_config_directory
+from concentration.stages.verbs import split_words
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 
@@ -40,6 +41,8 @@ def test_the_readme_names_the_two_commands_that_the_makefile_has():
 def test_a_command_of_the_readme_composes(command):
     _, verb, *words = shlex.split(command, comments=True)
     overrides = [word.replace("FOLDER", "/images") for word in words if word not in ("-m", "--help")]
+    if VERBS[verb].positional:
+        overrides, _ = split_words(overrides)
     if "-m" in words:  # the first job of a multirun stands for all
         overrides = [re.sub(r"=([^\[,]+),.*$", r"=\1", override) for override in overrides]
     with hydra.initialize_config_dir(str(find_config_directory()), version_base="1.3"):

@@ -25,7 +25,8 @@ from concentration.data.shard_cache import load_cache
 from concentration.data.views import UNDECODABLE, CentreView, View, ViewConfig, Views, decode_view, draw_views
 from concentration.distributed import slice_of_rank
 from concentration.errors import ConcentrationError, DataError
-from concentration.targets import VIEW_BYTES, SoftTargets
+from concentration.packed_targets import VIEW_BYTES
+from concentration.targets import SoftTargets
 
 #: An image's bytes are read with others, until they are so many: see `SampleReader.read`.
 _READ_TOGETHER_BYTES = 2**18

@@ -16,8 +16,9 @@ import torch
 from concentration.data.index import COUNTED_TOGETHER, Split
 from concentration.data.views import INTERPOLATION, StoredViews, describe_decoder
 from concentration.errors import DataError
+from concentration.packed_targets import VIEW_BYTES
 from concentration.schema import parse_json
-from concentration.targets import VIEW_BYTES, SoftTargets, TargetFile
+from concentration.targets import SoftTargets, TargetFile
 
 
 class SampleTargets(Protocol):

@@ -9,11 +9,11 @@ from typing import BinaryIO, Literal, NamedTuple
 
 from webdataset.tariterators import base_plus_ext
 
+from concentration.data.views import IMAGE_EXTENSIONS
 from concentration.errors import DataError
 from concentration.schema import parse_json
 from concentration.taxonomy import Taxonomy
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 _BLOCK_BYTES = 512
 
 #: Which member holds a sample's labels; `auto` takes the only one.

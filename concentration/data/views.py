@@ -18,8 +18,8 @@ import pydantic
 from PIL import ExifTags, Image, features
 
 from concentration.data.order import uniforms
+from concentration.packed_targets import VIEW_BYTES
 from concentration.schema import Config
-from concentration.targets import VIEW_BYTES
 
 _CROP, _ASPECT, _LEFT, _TOP, _FLIP, _BRIGHTNESS, _CONTRAST = range(100, 107)
 
@@ -37,6 +37,9 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 _MOST_PIXELS = 64_000_000
 # What no camera or scanner exceeds; a WebP of 16 million pixels by ten is decoded for a minute.
 _LONGEST_SIDE = 65_535
+
+#: Of the files that are taken for images.
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 
 #: How a crop becomes the network's input: Pillow's antialiased bilinear filter.
 INTERPOLATION = "bilinear"

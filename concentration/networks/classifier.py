@@ -1,9 +1,10 @@
-"""What a network is to those who only ask it: `evaluate`, `targets` and the report's pictures.
+"""What a network is to those who only ask it: `evaluate`, `targets`, `export` and the report's pictures.
 
-Shapes: B batch, V outputs.
+Shapes: B batch, V outputs, T features.
 """
 
-from typing import Protocol, Self
+from collections.abc import Sequence
+from typing import Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -31,3 +32,14 @@ class Classifier(Protocol):
         """Moves it, and returns it."""
 
     def __call__(self, images: Tensor) -> Tensor: ...
+
+
+@runtime_checkable
+class Exportable(Protocol):
+    """A `Classifier` that is a torch module and can be exported as a program."""
+
+    classifier_weights: Sequence[str]
+    """The names of the parameters (classes, features) that give logits from features: most of a large head's numbers."""
+
+    def answer(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (B, V) and what the classifiers see, (B, T), float32."""

@@ -3,7 +3,7 @@
 Shapes: B batch, C all classes, M verticals.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, Self
 
@@ -97,10 +97,7 @@ class Student(nn.Module):
 
     def forward(self, images: Tensor, targets: SoftTargets | None = None, weight_B: Tensor | None = None) -> Tensor:
         if targets is None:
-            logits_BC = torch.cat(self.compute_logits(images), dim=1)
-            if self.config.loss == "softmax":
-                logits_BC = compute_log_odds(logits_BC.double().log_softmax(1))
-            return logits_BC.float()
+            return self._join_logits(self.compute_logits(images))
         if weight_B is not None:
             targets = targets.weighted(weight_B, len(self.config.verticals))
         images = self.normalise_images(images)
@@ -128,6 +125,16 @@ class Student(nn.Module):
             raise ConfigError("layer=top1: a network with top=linear has no top-1; give layer=base")
         features_BD = self.base(self.normalise_images(images))
         return features_BD if layer == "base" else self.top.compute_top1(features_BD)
+
+    def answer(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (B, C) and the top-2 outputs of all verticals (B, T), which the classifiers see; of the whole head."""
+        top2_BT = self.top.compute_top2(self.base(self.normalise_images(images)))
+        return self._join_logits(self._compute_held_logits(top2_BT)), top2_BT.float()
+
+    @property
+    def classifier_weights(self) -> list[str]:
+        """The names of the classifiers' weights, (V, s2) each."""
+        return [f"top.classifiers.{number}.weight" for number in range(len(self.top.classifiers))]
 
     def head_parameters(self) -> list[HeadParameters]:
         """Classifier and pace of every vertical."""
@@ -243,6 +250,13 @@ class Student(nn.Module):
             return softmax_cross_entropy_by_vertical(auxiliary.classify(hidden_BS), targets, self.class_weight_C)
         hidden, heads = [hidden_BS] * len(auxiliary.classifiers), auxiliary.head_parameters()
         return fused_loss_by_vertical(hidden, heads, targets, self.class_weight_C, self.gradients)
+
+    def _join_logits(self, logits: Sequence[Tensor]) -> Tensor:
+        """(B, C) of the verticals' (B, V); those of a softmax as the log-odds of each class."""
+        logits_BC = torch.cat(list(logits), dim=1)
+        if self.config.loss == "softmax":
+            logits_BC = compute_log_odds(logits_BC.double().log_softmax(1))
+        return logits_BC.float()
 
     def _compute_held_logits(self, top2: Tensor) -> list[Tensor]:
         """(B, V) of every vertical, or of the parts of them that are here."""

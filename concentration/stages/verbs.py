@@ -1,7 +1,9 @@
 """The verbs of single stages by name: what the command line offers and a pipeline's jobs run."""
 
 import importlib
-from collections.abc import Mapping
+import os
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 
@@ -13,6 +15,8 @@ class Verb:
     module: str
     function: str
     config: str
+    #: The key that words without KEY= are for.
+    positional: str | None = None
 
     def load(self):
         """The function and the config class; imports what they need, which takes seconds for torch."""
@@ -35,4 +39,14 @@ STAGE_VERBS: Mapping[str, Verb] = {
     "evaluate": _stage("evaluate", "measure a student, a teacher, or all teachers (name=specialists)"),
     "calibrate": _stage("calibrate", "true probabilities over all classes, thresholds, and none of these (on val)"),
     "report": _stage("report", "a page with everything that was measured"),
+    "export": _stage("export", "a student as one folder that predicts: ONNX, int8, torch.export, a model card"),
 }
+
+
+def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The overrides among the words of a command line (KEY=VALUE, ~KEY), and the others.
+
+    A word that is a file is none, though it may have '=' inside.
+    """
+    overrides = [word for word in words if re.match(r"[+~]{0,2}[\w./@]+=|~\w", word) and not os.path.exists(word)]
+    return overrides, [word for word in words if word not in overrides]

@@ -7,7 +7,6 @@ from typing import ClassVar, Literal
 
 import pydantic
 
-from concentration.data.shard_members import IMAGE_EXTENSIONS
 from concentration.data.sources.image_files import (
     ImageFilesConfig,
     classes_of_paths,
@@ -18,6 +17,7 @@ from concentration.data.sources.image_files import (
 from concentration.data.sources.source import Item
 from concentration.data.sources.tables import find_column, read_table
 from concentration.data.splits import SPLIT_OF_NAME, Split
+from concentration.data.views import IMAGE_EXTENSIONS
 from concentration.errors import DataError
 from concentration.schema import suggest
 from concentration.taxonomy import Taxonomy

@@ -12,9 +12,8 @@ from typing import ClassVar
 import pydantic
 
 from concentration.data.near_duplicates import MaxDistance
-from concentration.data.shard_members import IMAGE_EXTENSIONS
 from concentration.data.splits import SplitConfig
-from concentration.data.views import UNDECODABLE, ViewConfig, open_image
+from concentration.data.views import IMAGE_EXTENSIONS, UNDECODABLE, ViewConfig, open_image
 from concentration.errors import DataError
 from concentration.schema import Config
 from concentration.taxonomy import TaxonomyClass

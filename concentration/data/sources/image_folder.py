@@ -9,10 +9,10 @@ from typing import ClassVar, Literal
 
 import pydantic
 
-from concentration.data.shard_members import IMAGE_EXTENSIONS
 from concentration.data.sources.image_files import ImageFilesConfig, classes_of_paths, key_of_path, read_image_file
 from concentration.data.sources.source import Item
 from concentration.data.splits import SPLIT_OF_NAME, Split
+from concentration.data.views import IMAGE_EXTENSIONS
 from concentration.errors import ConfigError, DataError
 from concentration.taxonomy import Taxonomy
 

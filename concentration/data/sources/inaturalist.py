@@ -11,7 +11,6 @@ from typing import Any, ClassVar, Literal
 
 import pydantic
 
-from concentration.data.shard_members import IMAGE_EXTENSIONS
 from concentration.data.sources.image_files import (
     ImageFilesConfig,
     has_image_extension,
@@ -21,6 +20,7 @@ from concentration.data.sources.image_files import (
 )
 from concentration.data.sources.source import Item
 from concentration.data.splits import Split
+from concentration.data.views import IMAGE_EXTENSIONS
 from concentration.errors import ConfigError, DataError
 from concentration.taxonomy import Taxonomy, TaxonomyClass
 

@@ -1,0 +1,88 @@
+"""Many images through a predictor: decoded and answered in batches, on all cores, in the order that was given.
+
+Shapes: B batch, C all classes, T features before the classifiers.
+"""
+
+import collections
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+from PIL import UnidentifiedImageError
+
+from concentration.data.views import UNDECODABLE, CentreView, decode_view
+from concentration.serving.answers import ImageAnswer, Ranking
+from concentration.serving.inputs import InputImage
+from concentration.serving.neighbours import NeighbourIndex
+from concentration.serving.predictor import Predictor
+
+
+class Answerer:
+    """What is said of images: by the network, and by the nearest neighbours where there is an index."""
+
+    def __init__(
+        self,
+        predictor: Predictor,
+        ranking: Ranking,
+        index: NeighbourIndex | None = None,
+        read: Callable[[InputImage], bytes] = InputImage.read,
+    ):
+        self._predictor = predictor
+        self._ranking = ranking
+        self._index = index
+        self._read = read
+
+    def answer(self, inputs: Sequence[InputImage]) -> list[ImageAnswer]:
+        """One answer for each, with an error where the image cannot be decoded."""
+        images, is_decoded, errors = decode_images(inputs, self._predictor.image_size, self._read)
+        decoded = iter(self._answer_decoded(images[is_decoded]))
+        return [
+            ImageAnswer(image.name, *next(decoded)) if error is None else ImageAnswer(image.name, error=error)
+            for image, error in zip(inputs, errors, strict=True)
+        ]
+
+    def _answer_decoded(self, images: np.ndarray) -> list[tuple]:
+        if not len(images):
+            return []
+        logits_BC, features_BT = self._predictor(images)
+        neighbours = [()] * len(images) if self._index is None else self._index.answer(features_BT)
+        return list(zip(self._ranking.rank(logits_BC), neighbours, strict=True))
+
+
+def decode_images(
+    inputs: Sequence[InputImage], image_size: int, read: Callable[[InputImage], bytes] = InputImage.read
+) -> tuple[np.ndarray, np.ndarray, list[str | None]]:
+    """Centre views (B, 3, H, W) uint8, black where an image cannot be decoded; whether it could; and why not."""
+    images = np.zeros((len(inputs), 3, image_size, image_size), dtype=np.uint8)
+    errors: list[str | None] = [None] * len(inputs)
+    for row, image in enumerate(inputs):
+        try:
+            images[row], _ = decode_view(read(image), CentreView(), 0, image_size)
+        except UNDECODABLE as error:
+            errors[row] = _describe_error(error)
+    return images, np.array([error is None for error in errors], dtype=bool), errors
+
+
+def _describe_error(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):  # it names an object in memory
+        return "cannot be decoded (no image of a known format)"
+    return f"cannot be decoded ({' '.join(str(error).split()) or type(error).__name__})"
+
+
+def answer_all(
+    answerer: Answerer, inputs: Sequence[InputImage], batch_size: int, num_threads: int
+) -> Iterator[list[ImageAnswer]]:
+    """The answers of batch after batch. Decoding and the network leave Python's lock, so threads share the cores."""
+    starts = iter(range(0, len(inputs), batch_size))
+    waiting: collections.deque[Future] = collections.deque()
+    with ThreadPoolExecutor(num_threads) as pool:
+
+        def submit() -> None:
+            if (start := next(starts, None)) is not None:
+                waiting.append(pool.submit(answerer.answer, inputs[start : start + batch_size]))
+
+        for _ in range(2 * num_threads):  # so many, however many images there are
+            submit()
+        while waiting:
+            yield waiting.popleft().result()
+            submit()

@@ -1,0 +1,64 @@
+"""An export: the folder with a network as programs, its taxonomy, and how an image becomes its input."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pydantic
+
+from concentration.errors import ConfigError, DataError
+from concentration.schema import Config, parse_config, parse_json
+from concentration.taxonomy import Taxonomy
+
+#: How the classifiers' weights are stored; everything else is float32.
+Weights = Literal["float32", "int8"]
+
+EXPORTS = "exports"
+ONNX_FILES: Mapping[Weights, str] = {"float32": "model.onnx", "int8": "model.int8.onnx"}
+TORCH_FILE, NETWORK_FILE = "model.pt2", "model.safetensors"
+TAXONOMY_FILE, PREPROCESSING_FILE = "taxonomy.json", "preprocessing.json"
+#: Beside them: features of training images, for nearest neighbours; none where the export was told so.
+NEIGHBOURS_FOLDER = "neighbours"
+#: The names of the programs' input and outputs.
+IMAGES, LOGITS, FEATURES = "images", "logits", "features"
+
+
+class Preprocessing(Config):
+    """How an image becomes the input (B, 3, image_size, image_size); `concentration.data.views` does it.
+
+    The image is turned upright by its EXIF orientation, and the largest square in its middle is resized. Mean and deviation are
+    inside the programs.
+    """
+
+    image_size: pydantic.PositiveInt
+    crop: Literal["centre_square"] = "centre_square"
+    interpolation: Literal["bilinear_antialiased"] = "bilinear_antialiased"
+    channels: Literal["RGB"] = "RGB"
+    dtype: Literal["uint8"] = "uint8"
+    layout: Literal["BCHW"] = "BCHW"
+
+
+@dataclass(frozen=True)
+class ExportFolder:
+    """What of an export is small: the programs are loaded by who runs them."""
+
+    path: Path
+    taxonomy: Taxonomy
+    preprocessing: Preprocessing
+
+
+def load_export(path: Path) -> ExportFolder:
+    """Raises: ConfigError where there is no export; DataError where a file of it is damaged."""
+    description = path / PREPROCESSING_FILE
+    try:
+        values = parse_json(description.read_bytes(), str(description))
+    except OSError:
+        have = sorted(found.parent.name for found in path.parent.glob(f"*/{PREPROCESSING_FILE}"))
+        there = f" (exports beside it: {', '.join(have)})" if have else ""
+        raise ConfigError(f"{path}: no export{there}; run `concentrate export name={path.name}` first") from None
+    try:
+        preprocessing = parse_config(Preprocessing, values if isinstance(values, dict) else {})
+    except ConfigError as error:
+        raise DataError(f"{description}: {error}; export again with overwrite=true") from None
+    return ExportFolder(path, Taxonomy.load(path / TAXONOMY_FILE), preprocessing)

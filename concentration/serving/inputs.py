@@ -1,0 +1,84 @@
+"""The images that are asked about: files, folders of them, and WebDataset shards."""
+
+import os
+import tarfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from concentration.data.views import IMAGE_EXTENSIONS
+from concentration.errors import ConfigError, DataError
+
+#: What no encoded photograph exceeds; a larger file is not read.
+MOST_BYTES = 2**28
+
+
+class InputImage(NamedTuple):
+    """One encoded image: a file, or a part of a shard; `name` is what answers call it."""
+
+    name: str
+    path: str
+    offset: int
+    num_bytes: int
+
+    def read(self) -> bytes:
+        """Raises: OSError, ValueError where the file is too large."""
+        if self.num_bytes > MOST_BYTES:
+            raise ValueError(f"{self.num_bytes:,} bytes, expected at most {MOST_BYTES:,}")
+        with open(self.path, "rb") as file:
+            file.seek(self.offset)
+            return file.read(self.num_bytes)
+
+
+def list_inputs(paths: Sequence[str]) -> list[InputImage]:
+    """All images of files, folders (also those inside them, sorted) and tars, in the order that was given.
+
+    Of folders and tars those count that have the extension of an image; a file that is named is taken for one.
+
+    Raises:
+        ConfigError: nothing is given, a path is not there or cannot be read, or no image is found.
+        DataError: a tar is damaged.
+    """
+    if not paths:
+        raise ConfigError("no images: give files, folders or shards, as in `concentrate predict photo.jpg holiday/`")
+    found: list[InputImage] = []
+    for given in paths:
+        if os.path.isdir(given):
+            found += _list_folder(given)
+        elif os.path.isfile(given):
+            found += _list_shard(given) if given.lower().endswith(".tar") else [_describe_file(given)]
+        else:
+            raise ConfigError(f"{given}: no such file or folder")
+    if not found:
+        raise ConfigError(f"{', '.join(paths)}: no images inside (.{', .'.join(IMAGE_EXTENSIONS)})")
+    return found
+
+
+def _list_folder(folder: str) -> Iterator[InputImage]:
+    def refuse(error: OSError) -> None:
+        raise ConfigError(f"{error.filename}: cannot be read ({error.strerror}); correct its permissions")
+
+    for inside, folders, files in os.walk(folder, onerror=refuse):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(files):
+            path = os.path.join(inside, name)
+            if _has_image_extension(name) and not name.startswith(".") and os.path.isfile(path):
+                yield _describe_file(path)
+
+
+def _list_shard(path: str) -> Iterator[InputImage]:
+    try:
+        with tarfile.open(path, "r:", encoding="utf-8") as tar:
+            for member in tar:
+                if member.isreg() and not member.issparse() and _has_image_extension(member.name):
+                    yield InputImage(f"{path}/{member.name}", path, member.offset_data, member.size)
+    except (tarfile.TarError, OSError, ValueError, OverflowError, MemoryError) as error:
+        raise DataError(f"{path}: truncated, compressed or no tar ({error}); fetch it again, uncompressed") from None
+
+
+def _describe_file(path: str) -> InputImage:
+    return InputImage(path, path, 0, os.path.getsize(path))
+
+
+def _has_image_extension(name: str) -> bool:
+    return Path(name).suffix[1:].lower() in IMAGE_EXTENSIONS

@@ -1,0 +1,133 @@
+"""Answers as JSON lines, as CSV, or as a table to read."""
+
+import csv
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from typing import Literal, Protocol, TextIO
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from concentration.serving.answers import ImageAnswer
+
+Format = Literal["table", "jsonl", "csv"]
+
+CSV_COLUMNS = ("path", "rank", "class", "name", "vertical", "probability", "lineage", "error")
+SEPARATOR = " > "
+
+
+class Writer(Protocol):
+    """Writes the answers of batch after batch to a file."""
+
+    def write(self, answers: Iterable[ImageAnswer]) -> None: ...
+
+    def close(self) -> None:
+        """Writes what was waiting for the end."""
+
+
+def build_writer(format: Format, file: TextIO) -> Writer:
+    return {"table": TableWriter, "jsonl": JsonLinesWriter, "csv": CsvWriter}[format](file)
+
+
+def describe_answer(answer: ImageAnswer) -> dict:
+    """As a JSON object; what there is none of is left out."""
+    described = {"path": answer.path}
+    if answer.error is not None:
+        return described | {"error": answer.error}
+    described["classes"] = [asdict(c) | {"probability": round(c.probability, 6)} for c in answer.classes]
+    if answer.neighbours:
+        described["neighbours"] = [
+            {"name": n.name, "similarity": round(n.similarity, 4), "share": round(n.share, 4)}
+            for n in answer.neighbours
+        ]
+    return described
+
+
+class JsonLinesWriter:
+    """One JSON object a line."""
+
+    def __init__(self, file: TextIO):
+        self._file = file
+
+    def write(self, answers: Iterable[ImageAnswer]) -> None:
+        self._file.writelines(json.dumps(describe_answer(answer), ensure_ascii=False) + "\n" for answer in answers)
+
+    def close(self) -> None:
+        self._file.flush()
+
+
+class CsvWriter:
+    """One class a row, with the image's path in each; an image without an answer has a row with its error."""
+
+    def __init__(self, file: TextIO):
+        self._file = file
+        self._rows = csv.writer(file, lineterminator="\n")
+        self._rows.writerow(CSV_COLUMNS)
+
+    def write(self, answers: Iterable[ImageAnswer]) -> None:
+        for answer in answers:
+            if answer.error is not None:
+                self._rows.writerow([answer.path, "", "", "", "", "", "", answer.error])
+            for rank, c in enumerate(answer.classes, 1):
+                values = [
+                    answer.path,
+                    rank,
+                    c.id,
+                    c.name,
+                    c.vertical,
+                    f"{c.probability:.6f}",
+                    SEPARATOR.join(c.lineage),
+                ]
+                self._rows.writerow([*values, ""])
+
+    def close(self) -> None:
+        self._file.flush()
+
+
+class TableWriter:
+    """For reading: an image's answers under each other, its neighbours after them."""
+
+    def __init__(self, file: TextIO):
+        # Where there is no terminal, lines are as long as they are.
+        self._console = Console(file=file, highlight=False, width=None if file.isatty() else 200)
+        self._table = Table(box=None, pad_edge=False, header_style="dim")
+        self._table.add_column("image", overflow="fold", max_width=40)
+        self._table.add_column("answer", overflow="fold")
+        self._table.add_column("vertical", style="dim")
+        self._table.add_column("probability", justify="right")
+
+    def write(self, answers: Iterable[ImageAnswer]) -> None:
+        for answer in answers:
+            self._add(answer)
+
+    def close(self) -> None:
+        self._console.print(self._table)
+
+    def _add(self, answer: ImageAnswer) -> None:
+        path = escape(answer.path)
+        if answer.error is not None:
+            self._table.add_row(path, f"[red]{escape(answer.error)}[/red]", "", "")
+            return
+        for number, c in enumerate(answer.classes):
+            *above, name = map(escape, c.lineage)
+            ancestors = "".join(f"[dim]{ancestor}{SEPARATOR}[/dim]" for ancestor in above)
+            shown = f"{ancestors}[bold]{name}[/bold]" if number == 0 else f"{ancestors}{name}"
+            self._table.add_row(path if number == 0 else "", shown, escape(c.vertical), f"{100 * c.probability:.1f} %")
+        for neighbour in answer.neighbours:
+            self._table.add_row(
+                "", f"[dim]near[/dim] {escape(neighbour.name)}", "", f"[dim]{neighbour.similarity:.2f} alike[/dim]"
+            )
+        self._table.add_section()
+
+
+def standard_output() -> TextIO:
+    """stdout in UTF-8, whatever the terminal's language: names of classes are of all scripts."""
+    sys.stdout.reconfigure(encoding="utf-8", errors="replace")
+    return sys.stdout
+
+
+def count_errors(answers: Sequence[ImageAnswer]) -> int:
+    return sum(answer.error is not None for answer in answers)

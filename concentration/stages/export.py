@@ -1,0 +1,222 @@
+"""`concentrate export name=NAME`: a student as the one folder that is enough to predict, with what was measured of it."""
+
+import shutil
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import onnx
+import pydantic
+
+from concentration.data.index import Split, load_split
+from concentration.data.loader import SampleReader
+from concentration.data.order import permutation
+from concentration.data.sample_targets import LabelTargets
+from concentration.errors import ConfigError
+from concentration.metrics.confusions import Confusions
+from concentration.networks.classifier import Exportable
+from concentration.progress import Progress
+from concentration.schema import parse_json
+from concentration.serving.export_folder import (
+    EXPORTS,
+    NEIGHBOURS_FOLDER,
+    NETWORK_FILE,
+    ONNX_FILES,
+    PREPROCESSING_FILE,
+    TAXONOMY_FILE,
+    TORCH_FILE,
+    Preprocessing,
+    Weights,
+    load_export,
+)
+from concentration.serving.neighbours import NeighbourIndex
+from concentration.serving.predictor import Predictor
+from concentration.stages.evaluate import EVALUATIONS
+from concentration.stages.export_card import CARD_FILE, CardInputs, build_card
+from concentration.stages.export_measures import (
+    SampledImages,
+    check_agreement,
+    describe_machine,
+    measure_quality,
+    measure_speed,
+    measure_throughput,
+)
+from concentration.stages.export_programs import (
+    quantise_classifiers,
+    save_onnx,
+    save_torch_program,
+    trace_program,
+    translate_to_onnx,
+)
+from concentration.stages.export_standalone import STANDALONE_FILE, write_standalone
+from concentration.stages.prepare import SHARDS, DataOverrides, load_prepared
+from concentration.stages.run_directory import RunDirectory, StageConfig
+from concentration.stages.student import STUDENTS
+from concentration.stages.train_network import load_network
+from concentration.targets import write_atomically
+from concentration.taxonomy import Taxonomy
+
+MEASURES_FILE = "measures.json"
+_READ_TOGETHER = 128
+
+
+class ExportConfig(StageConfig):
+    """Writes `exports/NAME/`: programs, taxonomy, preprocessing, a standalone `predict.pyz`, and a model card, `README.md`.
+
+    name: of a finished and evaluated student.
+    neighbours: training images whose features are kept for nearest neighbours, spread evenly over the classes; 0 keeps none.
+    num_images: test images that int8 and the confusions are measured on, at most.
+    speed_seconds: each program is timed for so long at each batch size.
+    """
+
+    runtime_fields: ClassVar[frozenset[str]] = StageConfig.runtime_fields | {"speed_seconds"}
+
+    name: str = "student"
+    neighbours: pydantic.NonNegativeInt = 10_000
+    num_images: pydantic.PositiveInt = 10_000
+    speed_seconds: pydantic.PositiveFloat = 1.0
+
+
+def export(config: ExportConfig) -> None:
+    """Runs the stage.
+
+    Raises:
+        ConfigError: nothing finished and evaluated has this name, or it cannot be exported.
+        DataError: a program does not answer as the network does, or a file that is read is damaged.
+    """
+    _, taxonomy, fingerprint = load_prepared(config.workdir, DataOverrides())
+    source = config.workdir / STUDENTS / config.name
+    checkpoint = _find_checkpoint(config, source)
+    directory = RunDirectory(config.workdir / EXPORTS / config.name)
+    with directory.begin(config, {"data": fingerprint, "checkpoint": checkpoint}) as is_due:
+        if not is_due:
+            return
+        evaluation = _load_evaluation(config, checkpoint)
+        network = load_network(source, taxonomy)
+        if not isinstance(network, Exportable):
+            raise ConfigError(f"name={config.name}: a {type(network).__name__} cannot be exported; export a student")
+        path = directory.path
+        shutil.copyfile(source / NETWORK_FILE, path / NETWORK_FILE)
+        write_atomically(path / TAXONOMY_FILE, taxonomy.to_json())
+        write_atomically(
+            path / PREPROCESSING_FILE, Preprocessing(image_size=network.image_size).model_dump(mode="json")
+        )
+        write_standalone(path / STANDALONE_FILE)
+        _write_programs(network, path)
+        predictors = {weights: Predictor(load_export(path), weights) for weights in ONNX_FILES}
+        num_neighbours = _write_neighbours(config, taxonomy, predictors["float32"], path)
+        measures, confusions = _measure(config, taxonomy, network, predictors, path)
+        measures["num_neighbours"] = num_neighbours
+        write_atomically(path / MEASURES_FILE, measures)
+        inputs = CardInputs(
+            name=config.name,
+            path=path,
+            workdir=config.workdir,
+            taxonomy=taxonomy,
+            training=RunDirectory(source).load_config(),
+            data=RunDirectory(config.workdir / SHARDS).load_config(),
+            splits=RunDirectory(config.workdir / SHARDS).load_done("concentrate prepare", splits=dict)["splits"],
+            image_size=network.image_size,
+            evaluation=evaluation,
+            measures=measures,
+            confusions=confusions,
+        )
+        write_atomically(path / CARD_FILE, build_card(inputs))
+        directory.finish({"checkpoint": checkpoint, "mpvap_int8": measures["mpvap"]["int8"]})
+    print(
+        f"{directory.path / CARD_FILE}: the model card; `concentrate predict PATH... name={config.name}` answers with it"
+    )
+
+
+def _find_checkpoint(config: ExportConfig, source: Path) -> str:
+    if not source.is_dir():
+        have = sorted(path.name for path in source.parent.glob("*")) or ["none"]
+        raise ConfigError(f"name={config.name}: no such student in {source.parent}; valid: {', '.join(have)}")
+    return RunDirectory(source).load_done(f"concentrate student name={config.name}", checkpoint=str)["checkpoint"]
+
+
+def _load_evaluation(config: ExportConfig, checkpoint: str) -> dict:
+    """Raises: ConfigError where the network was not evaluated since it was trained."""
+    path = config.workdir / EVALUATIONS / f"{config.name}.json"
+    again = f"run `concentrate evaluate name={config.name}` first: the model card says what it found"
+    try:
+        evaluation = parse_json(path.read_bytes(), str(path))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; {again}") from None
+    if evaluation.get("checkpoint") != checkpoint:
+        raise ConfigError(f"{path}: of another training; {again}")
+    return evaluation
+
+
+def _write_programs(network: Exportable, path: Path) -> None:
+    names = [f"network.{name}" for name in network.classifier_weights]
+    with Progress("export: programs", 3, "programs", path) as progress:
+        program = trace_program(network, network.image_size)
+        save_torch_program(program, path / TORCH_FILE)
+        progress.advance()
+        model = translate_to_onnx(program)
+        save_onnx(model, path / ONNX_FILES["float32"])
+        progress.advance()
+        int8 = onnx.ModelProto()
+        int8.CopyFrom(model)
+        quantise_classifiers(int8, names)
+        save_onnx(int8, path / ONNX_FILES["int8"])
+        progress.advance()
+
+
+def _write_neighbours(config: ExportConfig, taxonomy: Taxonomy, predictor: Predictor, path: Path) -> int:
+    """The number of images in the index."""
+    if config.neighbours == 0:
+        return 0
+    split = load_split(config.workdir / SHARDS, "train", taxonomy)
+    outputs, ordinals = _choose_examples(split, config.neighbours)
+    reader = SampleReader(split, LabelTargets(split, smear=False), predictor.image_size, views=None, seed=0)
+    features, labels = [], []
+    with Progress("export: neighbours", len(ordinals), "images", path) as progress:
+        for start in range(0, len(ordinals), _READ_TOGETHER):
+            part = slice(start, start + _READ_TOGETHER)
+            samples = reader.read(ordinals[part], epoch=0)
+            is_decoded = ~samples.skipped_B.numpy()
+            features.append(predictor(np.ascontiguousarray(samples.images.numpy()[is_decoded]))[1])
+            labels += [taxonomy.class_of_output(output).name for output in outputs[part][is_decoded]]
+            progress.advance(len(is_decoded))
+    NeighbourIndex.build(np.concatenate(features), labels).save(path / NEIGHBOURS_FOLDER)
+    return len(labels)
+
+
+def _choose_examples(split: Split, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """(E,) outputs and (E,) ordinals: of every class equally many of its own samples, as far as it has them."""
+    order = permutation(len(split.label_output), 0)
+    order = order[np.argsort(split.label_output[order], kind="stable")]
+    outputs = split.label_output[order]
+    # The place of each label among those of its class, in the permuted order.
+    first = np.searchsorted(outputs, outputs, side="left")
+    turn = np.arange(len(outputs)) - first
+    chosen = np.lexsort((outputs, turn))[:most]  # every class once, then every class again
+    return outputs[chosen], split.sample_of_label[order[chosen]]
+
+
+def _measure(
+    config: ExportConfig, taxonomy: Taxonomy, network: Exportable, predictors: dict[Weights, Predictor], path: Path
+) -> tuple[dict, Confusions]:
+    split = load_split(config.workdir / SHARDS, "test", taxonomy)
+    images = SampledImages(split, network.image_size, config.num_images)
+    first = images.read_first()
+    agreement = check_agreement(network, predictors["float32"], first)
+    mpvap, confusions = measure_quality(predictors, images, path)
+    speeds = measure_speed(network, predictors, first[0], config.speed_seconds)
+    throughput, num_threads = measure_throughput(predictors["float32"], images)
+    return {
+        "agreement": agreement._asdict(),
+        "mpvap": mpvap,
+        "num_images": len(images.ordinals),
+        "speed": [speed._asdict() for speed in speeds],
+        "predict_images_per_second": throughput,
+        "predict_threads": num_threads,
+        "machine": describe_machine(),
+        "file_bytes": {
+            file.name: file.stat().st_size
+            for file in sorted(path.iterdir())
+            if file.suffix in (".onnx", ".pt2", ".safetensors", ".data")
+        },
+    }, confusions
