@@ -17,11 +17,19 @@ import PIL
 import pydantic
 from PIL import ExifTags, Image, features
 
+from concentration.data.distortions import (
+    DISTORTION_BYTES,
+    Distortion,
+    DistortionConfig,
+    DrawnDistortions,
+    distort,
+    draw_distortions,
+)
 from concentration.data.order import uniforms
 from concentration.packed_targets import VIEW_BYTES
 from concentration.schema import Config
 
-_CROP, _ASPECT, _LEFT, _TOP, _FLIP, _BRIGHTNESS, _CONTRAST = range(100, 107)
+_AREA, _ASPECT, _LEFT, _TOP, _FLIP, _BRIGHTNESS, _CONTRAST = range(100, 107)
 
 Share = pydantic.confloat(ge=0, le=1)
 
@@ -64,6 +72,7 @@ class ViewConfig(Config):
     crop_aspect: crops are up to this much wider or higher than square.
     flip: the probability of a mirror image.
     brightness, contrast: the largest relative change of each.
+    distortion: of drawings, in place of a crop; None for none.
     """
 
     crop_area: Share = 1.0
@@ -71,6 +80,16 @@ class ViewConfig(Config):
     flip: Share = 0.0
     brightness: Share = 0.0
     contrast: Share = 0.0
+    distortion: DistortionConfig | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _check_distortion(self):
+        if self.distortion is not None and (self.crop_area, self.crop_aspect) != (1, 1):
+            raise ValueError(
+                f"crop_area={self.crop_area}, crop_aspect={self.crop_aspect} have no effect with a distortion, which is of the "
+                "largest square in the middle: give distortion.scale and distortion.shift, or distortion=null"
+            )
+        return self
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +97,11 @@ class View:
     """One view of one image.
 
     Attributes:
-        left, top, right, bottom: the crop, as shares of the upright image's width and height.
+        left, top, right, bottom: the crop, as shares of the upright image's width and height; with a distortion, of the
+            largest square in its middle.
         flip: whether the crop is mirrored.
         brightness, contrast: factors, contrast about the crop's mean; 1 changes nothing.
+        distortion: of the crop, which then is the whole square.
     """
 
     left: float
@@ -90,32 +111,44 @@ class View:
     flip: bool = False
     brightness: float = 1.0
     contrast: float = 1.0
+    distortion: Distortion | None = None
 
     def encode(self) -> bytes:
-        """The record, little-endian: crop in 1/65,535 (4 x u16), flip and brightness in 1/64 (1 and 7 bits), contrast in 1/64."""
-        return _RECORD.pack(
-            round(self.left * _CROP_STEPS),
-            round(self.top * _CROP_STEPS),
-            round(self.right * _CROP_STEPS),
-            round(self.bottom * _CROP_STEPS),
-            self.flip << 7 | min(127, round(self.brightness * _FACTOR_STEPS)),
-            min(127, round(self.contrast * _FACTOR_STEPS)),
-        )
+        """The record, little-endian.
+
+        Crop in 1/65,535 (4 x u16) or distortion (8 bytes); flip and brightness in 1/64 (1 and 7 bits); whether it is a
+        distortion, and contrast in 1/64 (1 and 7 bits).
+        """
+        if self.distortion is None:
+            crop = (self.left, self.top, self.right, self.bottom)
+            place = _CROP.pack(*(round(share * _CROP_STEPS) for share in crop))
+        else:
+            place = self.distortion.encode()
+        flip_brightness = self.flip << 7 | min(127, round(self.brightness * _FACTOR_STEPS))
+        is_distorted_contrast = (self.distortion is not None) << 7 | min(127, round(self.contrast * _FACTOR_STEPS))
+        return place + bytes([flip_brightness, is_distorted_contrast])
 
     @classmethod
     def decode(cls, record: bytes) -> "View":
-        left, top, right, bottom, flip_brightness, contrast = _RECORD.unpack(record)
-        crop = (left / _CROP_STEPS, top / _CROP_STEPS, right / _CROP_STEPS, bottom / _CROP_STEPS)
-        return cls(*crop, flip_brightness >= 128, flip_brightness % 128 / _FACTOR_STEPS, contrast / _FACTOR_STEPS)
+        place, (flip_brightness, is_distorted_contrast) = record[:-2], record[-2:]
+        is_distorted, contrast = divmod(is_distorted_contrast, 128)
+        if is_distorted:
+            crop, distortion = (0.0, 0.0, 1.0, 1.0), Distortion.decode(place)
+        else:
+            crop, distortion = (steps / _CROP_STEPS for steps in _CROP.unpack(place)), None
+        flip, brightness = divmod(flip_brightness, 128)
+        return cls(*crop, flip == 1, brightness / _FACTOR_STEPS, contrast / _FACTOR_STEPS, distortion)
 
     def box(self, size: tuple[int, int]) -> tuple[float, float, float, float]:
         """(left, top, right, bottom) in pixels of an upright image of this width and height."""
         width, height = size
+        if self.distortion is not None:
+            return CentreView().at(0, size).box(size)
         return self.left * width, self.top * height, self.right * width, self.bottom * height
 
 
-_RECORD = struct.Struct("<4H2B")
-assert _RECORD.size == VIEW_BYTES
+_CROP = struct.Struct("<4H")
+assert _CROP.size == DISTORTION_BYTES == VIEW_BYTES - 2
 _CROP_STEPS, _FACTOR_STEPS = 65_535, 64
 
 
@@ -135,6 +168,7 @@ class DrawnViews:
         aspect: (B,) its width over its height.
         x, y, brightness, contrast: (B,) float64.
         flip: (B,) bool.
+        distortions: in place of the crop.
     """
 
     area: np.ndarray
@@ -144,18 +178,25 @@ class DrawnViews:
     flip: np.ndarray
     brightness: np.ndarray
     contrast: np.ndarray
+    distortions: DrawnDistortions | None = None
 
     def at(self, row: int, size: tuple[int, int]) -> View:
         """The view, rounded to its record."""
+        if self.distortions is None:
+            crop, distortion = self._crop_at(row, size), None
+        else:
+            crop, distortion = (0.0, 0.0, 1.0, 1.0), self.distortions.at(row)
+        exact = View(*crop, bool(self.flip[row]), self.brightness[row], self.contrast[row], distortion)
+        return View.decode(exact.encode())
+
+    def _crop_at(self, row: int, size: tuple[int, int]) -> tuple[float, float, float, float]:
         width, height = size
         area = self.area[row] * min(width, height) ** 2
         # At least two steps of the record: rounding must not make the crop empty.
         share_x = max(2 / _CROP_STEPS, min(1, max(1, (area * self.aspect[row]) ** 0.5) / width))
         share_y = max(2 / _CROP_STEPS, min(1, max(1, (area / self.aspect[row]) ** 0.5) / height))
         left, top = (1 - share_x) * self.x[row], (1 - share_y) * self.y[row]
-        crop = (left, top, left + share_x, top + share_y)
-        exact = View(*crop, bool(self.flip[row]), self.brightness[row], self.contrast[row])
-        return View.decode(exact.encode())
+        return left, top, left + share_x, top + share_y
 
 
 @dataclass(frozen=True)
@@ -193,13 +234,14 @@ def draw_views(config: ViewConfig, seed: int, epoch: int, ordinals: np.ndarray) 
 
     log_aspect = np.log(config.crop_aspect)
     return DrawnViews(
-        area=config.crop_area + (1 - config.crop_area) * uniform(_CROP),
+        area=config.crop_area + (1 - config.crop_area) * uniform(_AREA),
         aspect=np.exp(log_aspect * (2 * uniform(_ASPECT) - 1)),
         x=uniform(_LEFT),
         y=uniform(_TOP),
         flip=uniform(_FLIP) < config.flip,
         brightness=1 + config.brightness * (2 * uniform(_BRIGHTNESS) - 1),
         contrast=1 + config.contrast * (2 * uniform(_CONTRAST) - 1),
+        distortions=draw_distortions(config.distortion, seed, epoch, ordinals) if config.distortion else None,
     )
 
 
@@ -240,6 +282,8 @@ def decode_view(content: bytes, views: Views, row: int, image_size: int) -> tupl
     box = view.box(image.size)
     if image.size != (image_size, image_size) or box != (0, 0, image_size, image_size):
         image = image.resize((image_size, image_size), Image.Resampling.BILINEAR, box=box)
+    if view.distortion is not None:
+        image = distort(image, view.distortion)
     pixels = np.asarray(image)
     if view.flip:
         pixels = pixels[:, ::-1]

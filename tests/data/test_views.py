@@ -23,6 +23,18 @@ from concentration.data.views import (
 )
 
 CENTRE = CentreView()
+#: What is drawn of every view; distortions have tests of their own.
+ARRAYS = [name for name in DrawnViews.__dataclass_fields__ if name != "distortions"]
+DISTORTION = {
+    "rotate": 20,
+    "shear": 0.2,
+    "scale": 0.2,
+    "shift": 0.1,
+    "stroke": 0.5,
+    "blur": 1,
+    "erase": 0.2,
+    "noise": 0.2,
+}
 PHOTO = {"crop_area": 0.3, "crop_aspect": 2.0, "flip": 0.25, "brightness": 0.4, "contrast": 0.2}
 
 
@@ -300,7 +312,7 @@ def test_a_view_depends_on_seed_epoch_and_sample_and_not_on_its_batch(seed, epoc
     together = draw_views(config, seed, epoch, np.array(ordinals))
     row = data.draw(st.integers(0, len(ordinals) - 1))
     alone = draw_views(config, seed, epoch, np.array(ordinals[row : row + 1]))
-    for name in DrawnViews.__dataclass_fields__:
+    for name in ARRAYS:
         assert getattr(together, name)[row] == getattr(alone, name)[0]
 
 
@@ -326,7 +338,7 @@ def test_drawn_views_fill_the_ranges_of_the_config():
         assert np.abs(counts - 2000).max() < 5 * 2000**0.5, "evenly"
     assert views.flip.dtype == bool
     assert abs(views.flip.mean() - 0.25) < 5 * (0.25 * 0.75 / 20_000) ** 0.5
-    parameters = np.stack([getattr(views, name) for name in DrawnViews.__dataclass_fields__]).astype(float)
+    parameters = np.stack([getattr(views, name) for name in ARRAYS]).astype(float)
     correlation = np.corrcoef(parameters) - np.eye(len(parameters))
     assert np.abs(correlation).max() < 5 / 20_000**0.5, "independent of each other"
 
@@ -354,6 +366,31 @@ def test_a_stored_view_shows_the_pixels_of_the_drawn_one(format, orientation, se
     replayed, again = decode_view(content, stored, 0, 20)
     assert again == view
     np.testing.assert_array_equal(replayed, pixels)
+
+
+@given(seed=st.integers(0, 2**31), size=st.tuples(st.integers(1, 300), st.integers(1, 300)))
+@settings(max_examples=15, deadline=None)
+def test_a_stored_distorted_view_shows_the_pixels_of_the_drawn_one(seed, size, picture):
+    content = encode(picture.resize(size), "png")
+    config = ViewConfig(flip=0.5, brightness=0.3, contrast=0.3, distortion=DISTORTION)
+    pixels, view = decode_view(content, draw_views(config, seed, 2, np.array([5])), 0, 20)
+    assert pixels.shape == (3, 20, 20)
+    record = view.encode()
+    assert View.decode(record) == view, "a drawn view is what its record says"
+    replayed, again = decode_view(content, StoredViews(np.frombuffer(record, dtype=np.uint8)[None]), 0, 20)
+    assert again == view
+    np.testing.assert_array_equal(replayed, pixels)
+
+
+def test_a_distortion_of_nothing_is_the_centre_view(picture):
+    content = encode(picture, "png")
+    views = draw_views(ViewConfig(distortion={}), 0, 0, np.arange(1))
+    np.testing.assert_array_equal(see(content, views, 20), see(content, CENTRE, 20))
+
+
+def test_a_crop_beside_a_distortion_is_refused():
+    with pytest.raises(ValueError, match=r"crop_area=0.5.*have no effect with a distortion"):
+        ViewConfig(crop_area=0.5, distortion={})
 
 
 def test_the_record_of_a_view_is_little_endian_and_fixed_for_ever():
