@@ -85,6 +85,19 @@ class VerticalAnswers:
     ) -> None:
         """Adds a batch of logits; samples without a leaf label are left out, unless all are of no class here.
 
+        Raises: as `find`.
+        """
+        self._parts.append(self.find(scores_BC, label_outputs, ordinal_B, is_outside))
+
+    def find(
+        self,
+        scores_BC: np.ndarray,
+        label_outputs: Sequence[Sequence[int]],
+        ordinal_B: np.ndarray,
+        is_outside: bool = False,
+    ) -> Answers:
+        """The answers of a batch, which is not added.
+
         Raises:
             DataError: a score is NaN or +inf.
         """
@@ -100,6 +113,9 @@ class VerticalAnswers:
         score_BM, output_BM = np.empty(shape, dtype=np.float32), np.empty(shape, dtype=np.int32)
         num_best_BM = np.empty(shape, dtype=np.int64)
         for number, leaves in enumerate(self._leaves):
+            if not len(leaves):  # each of its classes has a child in another vertical
+                score_BM[:, number], output_BM[:, number], num_best_BM[:, number] = -np.inf, 0, 1
+                continue
             scores_BL = scores_BC[:, leaves]
             best_B = scores_BL.argmax(axis=1)
             score_BM[:, number], output_BM[:, number] = scores_BL[np.arange(num_rows), best_B], leaves[best_B]
@@ -111,7 +127,7 @@ class VerticalAnswers:
         is_labelled_BM[row_P, vertical_P] = True
         is_right_BM = (num_right_BM > 0) & (num_right_BM == num_best_BM)
         answers = Answers(np.asarray(ordinal_B), score_BM, output_BM, is_right_BM, is_labelled_BM)
-        self._parts.append(answers if is_outside else answers.take(np.unique(row_P[is_leaf_P])))
+        return answers if is_outside else answers.take(np.unique(row_P[is_leaf_P]))
 
     def compute(self) -> Answers:
         """All samples so far. Raises: DataError where there is none."""

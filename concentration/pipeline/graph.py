@@ -26,6 +26,7 @@ from concentration.stages.run_directory import RunDirectory, StageConfig
 from concentration.stages.student import STUDENTS, HardTargetsConfig, Outside, StudentConfig, TargetsChoice
 from concentration.stages.targets import TARGETS, TargetsConfig
 from concentration.stages.teacher import TEACHERS, ExternalTeacherConfig, TeacherConfig
+from concentration.stages.teacher_gate import GateConfig
 from concentration.taxonomy import Taxonomy
 from concentration.training.configs import LoggerConfig, TrainerConfig
 from concentration.training.optimizers import OptimizerConfig
@@ -58,6 +59,7 @@ class RunConfig(StageConfig):
     num_processes: of `prepare`, and jobs at a time on this machine; None is one per core.
     plan: prints what every stage would read, write and take, and runs none.
     dry_run: prints the graph and the commands, and runs none.
+    gate: of the teachers; with `stop` targets wait for the generalist, which they are compared with.
     """
 
     runtime_fields: ClassVar[frozenset[str]] = StageConfig.runtime_fields | {
@@ -79,6 +81,7 @@ class RunConfig(StageConfig):
     teacher: TeacherParts
     generalist: NetworkParts
     logger: LoggerConfig = LoggerConfig()
+    gate: GateConfig = GateConfig()
     samples_per_shard: pydantic.PositiveInt = 4000
     launcher: Annotated[LocalConfig | SlurmConfig, pydantic.Field(discriminator="kind")] = LocalConfig()
     num_processes: pydantic.PositiveInt | None = None
@@ -95,6 +98,14 @@ class RunConfig(StageConfig):
     def _check_name(self):
         if self.name in (GENERALIST, SPECIALISTS):
             raise ValueError(f"name={self.name} is taken by the run's own {self.name}; give the student another name")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _check_gate(self):
+        if self.gate.generalist != GENERALIST:
+            raise ValueError(
+                f"gate.generalist={self.gate.generalist}: a run compares teachers with its own {GENERALIST}; leave it out"
+            )
         return self
 
 
@@ -201,10 +212,14 @@ def _teacher_job(config: RunConfig, taxonomy: Taxonomy, number: int) -> Job:
 
 def _targets_job(config: RunConfig, vertical: str, number: int) -> Job:
     accelerator = config.teacher.trainer.accelerator
-    stage = TargetsConfig(**_shared(config), vertical=vertical, targets=config.targets, accelerator=accelerator)
+    stage = TargetsConfig(
+        **_shared(config), vertical=vertical, targets=config.targets, accelerator=accelerator, gate=config.gate
+    )
     directory = config.workdir / TARGETS / config.targets.name / vertical
     summary = f"storing the teacher's top {config.targets.top_k} classes for every image"
     after = (f"teacher {vertical}",)
+    if config.gate.action == "stop":  # a report compares with what is finished, and waits for nothing
+        after += (f"student {config.gate.generalist}",)
     return Job(f"targets {vertical}", "targets", stage, directory, after, summary, Resources(accelerator), number)
 
 

@@ -3,7 +3,7 @@
 `name=[a,b]` averages over several networks, and `crops=10` or 144 over several crops of each image.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -16,6 +16,8 @@ from concentration.data.crops import NumCrops
 from concentration.data.index import Split, load_split
 from concentration.distributed import choose_device
 from concentration.errors import ConfigError
+from concentration.metrics.agreement import LeafAnswers, select_leaf_answers
+from concentration.metrics.calibration import VerticalAnswers
 from concentration.metrics.ensembles import Combination
 from concentration.metrics.evaluation import Evaluator, measure_kept_bytes
 from concentration.networks.classifier import Classifier
@@ -29,10 +31,12 @@ from concentration.stages.student import STUDENTS
 from concentration.stages.subject import Subject
 from concentration.stages.teacher import TEACHERS, identify_teachers, load_teachers
 from concentration.stages.train_network import load_network
-from concentration.targets import write_atomically
+from concentration.targets import load_arrays, load_metadata, write_atomically
 from concentration.taxonomy import Taxonomy
 
 EVALUATIONS = "evaluations"
+#: Beside the evaluation, in its directory: the best leaf of every sample.
+ANSWERS_FILE = "answers.safetensors"
 SPECIALISTS = "specialists"
 
 
@@ -127,7 +131,7 @@ def evaluate(config: EvaluateConfig) -> None:
         outputs = slice(subject.first_output, subject.first_output + subject.taxonomy.num_classes)
         counts = {"num_train": train.count_smeared()[outputs], "num_test": split.count_smeared()[outputs]}
         evaluator = Evaluator(subject.taxonomy, counts["num_train"], _choose_num_passes(config, subject))
-        ordinals, scores_NC = _score_samples(config, subject, evaluator, directory.path)
+        ordinals, scores_NC, answers = _score_samples(config, subject, evaluator, directory.path)
         content = evaluator.compute().to_json()
         content["classes"] = _describe_classes(subject.taxonomy, content.pop("ap_of_class"), counts)
         content |= _describe_cost(config, subject)
@@ -137,6 +141,7 @@ def evaluate(config: EvaluateConfig) -> None:
         content["gallery"] = build_gallery(subject, config.gallery)
         if config.save_scores:
             _save_scores(config, subject, ordinals, scores_NC)
+        save_answers(directory.path, answers, split.fingerprint)
         write_atomically(config.output.with_name(f"{config.output.name}.json"), content)
         directory.finish({"mpvap": content["mpvap"]})
 
@@ -203,33 +208,40 @@ def _choose_num_passes(config: EvaluateConfig, subject: Subject) -> Literal[1, 2
 
 def _score_samples(
     config: EvaluateConfig, subject: Subject, evaluator: Evaluator, path: Path
-) -> tuple[np.ndarray, np.ndarray | None]:
+) -> tuple[np.ndarray, np.ndarray | None, LeafAnswers]:
     """Feeds the evaluator, in one pass or two.
 
     Returns:
-        (N,) the ordinals of the samples whose image could be decoded, and where they are to be saved all scores (N, C)
-        float32.
+        (N,) the ordinals of the samples whose image could be decoded, where they are to be saved all scores (N, C)
+        float32, and the answers.
     """
+    seen, kept, answered = [], [], []
+    finder, whole = VerticalAnswers(subject.taxonomy), subject.split.taxonomy
+    position_C = whole.position_of_output[subject.first_output :]
+    first_vertical = int(whole.vertical_of_output[subject.first_output])
     title = f"evaluate {config.title}" + (" in two passes" if evaluator.num_passes == 2 else "")
     with Progress(title, evaluator.num_passes * len(subject.ordinals), "images", path) as progress:
-        seen, kept = _run_pass(config, subject, evaluator, progress, keep=config.save_scores)
+        for scores_BC, labels, ordinal_B in _run_pass(config, subject, evaluator, progress):
+            seen.append(ordinal_B)
+            found = finder.find(scores_BC, labels, ordinal_B)
+            answered.append(select_leaf_answers(found, position_C, first_vertical))
+            if config.save_scores:
+                kept.append(scores_BC)
         if evaluator.num_passes == 2:
             evaluator.begin_second_pass()
-            _run_pass(config, subject, evaluator, progress, keep=False)
-    return np.concatenate(seen), np.concatenate(kept) if kept else None
+            for _ in _run_pass(config, subject, evaluator, progress):
+                pass
+    return np.concatenate(seen), np.concatenate(kept) if kept else None, LeafAnswers.join(answered)
 
 
 def _run_pass(
-    config: EvaluateConfig, subject: Subject, evaluator: Evaluator, progress: Progress, keep: bool
-) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Shows the evaluator all samples. Returns what `_score_samples` returns, batch by batch."""
-    seen, kept = [], []
-    for scores_BC, ordinal_B in subject.score_all(config.batch_size, config.num_workers, progress):
-        evaluator.update(scores_BC, [subject.labels(int(ordinal)) for ordinal in ordinal_B])
-        seen.append(ordinal_B)
-        if keep:
-            kept.append(scores_BC.numpy())
-    return seen, kept
+    config: EvaluateConfig, subject: Subject, evaluator: Evaluator, progress: Progress
+) -> Iterator[tuple[np.ndarray, list[list[int]], np.ndarray]]:
+    """Shows the evaluator all samples. Gives scores, labels and ordinals, batch by batch."""
+    for scores, ordinal_B in subject.score_all(config.batch_size, config.num_workers, progress):
+        scores_BC, labels = scores.float().numpy(), [subject.labels(int(ordinal)) for ordinal in ordinal_B]
+        evaluator.update(scores_BC, labels)
+        yield scores_BC, labels, ordinal_B
 
 
 def _describe_classes(taxonomy: Taxonomy, ap_C: list, counts: Mapping[str, np.ndarray]) -> list[dict]:
@@ -261,6 +273,20 @@ def _sum_known(numbers: Iterable[int | None]) -> int | None:
     """None where one of them is not known."""
     numbers = list(numbers)
     return None if None in numbers else sum(numbers)
+
+
+def save_answers(path: Path, answers: LeafAnswers, data: str) -> None:
+    """Keeps what a network answered about each sample of the split with this fingerprint, for comparisons with others."""
+    content = safetensors.numpy.save(answers.arrays(), {"data": data})
+    write_atomically(path / ANSWERS_FILE, content)
+
+
+def load_answers(workdir: Path, name: str) -> tuple[LeafAnswers, str] | None:
+    """The answers of an evaluation, and which data they are about; None where there are none."""
+    path = workdir / EVALUATIONS / name / ANSWERS_FILE
+    if not path.exists():
+        return None
+    return LeafAnswers(**load_arrays(path, list(LeafAnswers.__dataclass_fields__))), load_metadata(path)["data"]
 
 
 def _save_scores(config: EvaluateConfig, subject: Subject, ordinals: np.ndarray, scores_NC: np.ndarray) -> None:

@@ -6,20 +6,24 @@ import math
 import platform
 import subprocess
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 import concentration
 from concentration.errors import ConfigError
+from concentration.metrics.agreement import compare_in_verticals, compare_overall
 from concentration.stages.calibrate import CALIBRATIONS
-from concentration.stages.evaluate import EVALUATIONS
-from concentration.stages.prepare import SHARDS, SUMMARY_PICTURE, SUMMARY_TEXT
+from concentration.stages.evaluate import EVALUATIONS, load_answers
+from concentration.stages.prepare import SHARDS, SUMMARY_PICTURE, SUMMARY_TEXT, DataOverrides, load_prepared
+from concentration.stages.report_headline import subject_of
 from concentration.stages.report_page import ReportInputs, build_report_page
 from concentration.stages.run_directory import SPEED_FILE, RunDirectory, StageConfig
 from concentration.stages.student import STUDENTS
 from concentration.stages.targets import TARGETS
 from concentration.stages.teacher import TEACHERS
+from concentration.stages.teacher_gate import GATES
 from concentration.targets import write_atomically
 from concentration.training.metrics_file import load_metrics
 
@@ -31,19 +35,25 @@ FIRST, LAST = "generalist", "specialists"
 
 
 class ReportConfig(StageConfig):
-    """Writes `report/index.html` and `report/metrics.json`. `name` is the student that the page is about."""
+    """Writes `report/index.html` and `report/metrics.json`.
+
+    name: the student that the page is about.
+    compare: two evaluations, the one in service first: class by class, what the other gained and lost.
+    """
 
     name: str = "student"
+    compare: tuple[str, str] | None = None
 
 
 def report(config: ReportConfig) -> None:
     """Runs the stage; it is quick, and always drawn anew.
 
     Raises:
-        ConfigError: nothing has been evaluated.
+        ConfigError: nothing has been evaluated, or not what is to be compared.
     """
     evaluations = _load_evaluations(config)
     picture, text = (config.workdir / SHARDS / name for name in (SUMMARY_PICTURE, SUMMARY_TEXT))
+    subject = subject_of(evaluations)
     inputs = ReportInputs(
         title=f"Knowledge concentration: {config.workdir.name}",
         workdir=str(config.workdir),
@@ -52,6 +62,10 @@ def report(config: ReportConfig) -> None:
         configs=_load_configs(config.workdir),
         target_sets=_load_target_sets(config.workdir),
         students=_load_students(config.workdir),
+        gates={path.stem: json.loads(path.read_text()) for path in sorted((config.workdir / GATES).glob("*.json"))},
+        agreement=_compare_answers(config.workdir, LAST, subject),
+        compare=config.compare or (),
+        compare_agreement=_compare_answers(config.workdir, *config.compare) if config.compare else None,
         calibrations=_load_calibrations(config.workdir, evaluations),
         data_picture=picture.read_bytes() if picture.exists() else b"",
         data_text=text.read_text(encoding="utf-8", errors="replace") if text.exists() else "",
@@ -59,6 +73,8 @@ def report(config: ReportConfig) -> None:
         facts=_gather_facts(config.workdir),
     )
     directory = config.workdir / REPORT
+    if inputs.agreement:
+        evaluations[subject]["agreement"] = inputs.agreement
     without_pictures = {name: {k: v for k, v in e.items() if k != "gallery"} for name, e in evaluations.items()}
     write_atomically(directory / "metrics.json", without_pictures)
     write_atomically(directory / "index.html", build_report_page(inputs))
@@ -72,8 +88,28 @@ def _load_evaluations(config: ReportConfig) -> dict[str, dict]:
         raise ConfigError(
             f"{config.workdir / EVALUATIONS}: nothing evaluated yet; run `concentrate evaluate name=NAME` first"
         )
+    for name in config.compare or ():
+        if name not in loaded:
+            raise ConfigError(
+                f"compare: no evaluation of {name} on test (there: {', '.join(sorted(loaded))}); "
+                f"run `concentrate evaluate name={name}` first"
+            )
     others = sorted(set(loaded) - {FIRST, config.name, LAST})
     return {name: loaded[name] for name in (FIRST, config.name, *others, LAST) if name in loaded}
+
+
+def _compare_answers(workdir: Path, first: str, second: str) -> dict | None:
+    """How often two networks agree about the same test images; None where the answers of one are not kept, or of other data."""
+    found = [load_answers(workdir, name) for name in (first, second)]
+    if None in found or found[0][1] != found[1][1]:
+        return None
+    answers = [each for each, _ in found]
+    _, taxonomy, _ = load_prepared(workdir, DataOverrides())
+    by_vertical = compare_in_verticals(*answers)
+    return {
+        "overall": asdict(compare_overall(*answers)),
+        "by_vertical": {taxonomy.verticals[number]: asdict(each) for number, each in by_vertical.items()},
+    }
 
 
 def _load_calibrations(workdir: Path, evaluations: Mapping[str, dict]) -> dict[str, dict]:

@@ -17,6 +17,7 @@ import jinja2
 from concentration.stages import report_curves
 from concentration.stages.report_calibration import build_calibration_part
 from concentration.stages.report_charts import Bar, draw_bars, draw_legend
+from concentration.stages.report_comparison import build_comparison_part, build_teachers_part
 from concentration.stages.report_crops import build_crops_part
 from concentration.stages.report_headline import (
     ROLES,
@@ -64,6 +65,12 @@ class ReportInputs:
     #: What stored targets are and took, by set, one entry a vertical; and the students' speeds (`report_targets`).
     target_sets: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
     students: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    #: gates/VERTICAL.json by vertical, and the student and its teachers compared (`report_comparison`).
+    gates: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    agreement: Mapping[str, Any] | None = None
+    #: Two evaluations, the one in service first, and how their answers agree.
+    compare: Sequence[str] = ()
+    compare_agreement: Mapping[str, Any] | None = None
     #: calibrations/NAME.json by NAME.
     calibrations: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     #: A PNG and a table of the classes and images that were prepared.
@@ -106,6 +113,8 @@ def build_report_page(inputs: ReportInputs) -> str:
         loss_charts=report_curves.draw_vertical_charts(runs, colors, order, "train/", "/loss"),
         ap_charts=report_curves.draw_vertical_charts(runs, colors, order, "val/", "/ap"),
         targets=build_targets_part(inputs.target_sets, inputs.students),
+        teachers=build_teachers_part(inputs.gates, ("specialists", subject), evaluations, inputs.agreement),
+        comparison=build_comparison_part(inputs.compare, evaluations, inputs.compare_agreement),
         calibration=build_calibration_part(inputs.calibrations, subject),
         data_picture=f"data:image/png;base64,{base64.b64encode(inputs.data_picture).decode()}"
         if inputs.data_picture

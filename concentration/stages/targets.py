@@ -23,6 +23,7 @@ from concentration.stages.prepare import SHARDS, DataOverrides, load_prepared
 from concentration.stages.run_directory import RunDirectory, StageConfig
 from concentration.stages.teacher import TEACHERS
 from concentration.stages.teacher_answers import TeacherAnswers
+from concentration.stages.teacher_gate import GateConfig, check_teacher
 from concentration.stages.train_network import load_network
 from concentration.stages.verify_targets import verify_targets
 from concentration.targets import Codec, TargetRecords, keep_top_k, write_atomically
@@ -52,11 +53,12 @@ class TargetsConfig(StageConfig):
 
     view: the augmentation of stored views; None is that of the prepared data.
     part, num_parts: this process makes every `num_parts`-th shard; the part that ends last finishes the stage.
+    gate: what is asked of a teacher before its targets are made.
     verify: instead of making targets, compares `num_verified` records of each vertical with what its teacher says now.
     """
 
     runtime_fields = StageConfig.runtime_fields | {
-        "vertical", "accelerator", "batch_size", "num_workers", "part", "num_parts", "verify", "num_verified"
+        "vertical", "accelerator", "batch_size", "num_workers", "part", "num_parts", "verify", "num_verified", "gate"
     }  # fmt: skip
 
     vertical: str | None = None
@@ -67,6 +69,7 @@ class TargetsConfig(StageConfig):
     num_workers: pydantic.NonNegativeInt = 0
     part: pydantic.NonNegativeInt = 0
     num_parts: pydantic.PositiveInt = 1
+    gate: GateConfig = GateConfig()
     verify: bool = False
     num_verified: pydantic.PositiveInt = 1000
 
@@ -89,7 +92,7 @@ def targets(config: TargetsConfig) -> None:
     """Runs the stage; shards whose file is written are not done again. One teacher is in memory at a time.
 
     Raises:
-        ConfigError: a teacher has not finished.
+        ConfigError: a teacher has not finished, or is not fit and `gate.action` is `stop`.
         DataError: a teacher was made for another taxonomy, or `verify` finds other targets than the teacher gives.
     """
     prepared, taxonomy, fingerprint = load_prepared(config.workdir, DataOverrides(view=config.view))
@@ -132,6 +135,8 @@ def _make_targets(
             progress.advance(sum(len(ordinals) for _, ordinals in rows_of.values()))
             return None
         answers = _open_teacher(config, vertical, split, view)
+        if config.gate.action != "off":
+            check_teacher(config.gate, config.workdir, split, vertical, answers.network)
         mine = [path for path, (shard, _) in rows_of.items() if shard % config.num_parts == config.part]
         due = [path for path in mine if not path.exists()]
         progress.advance(sum(len(ordinals) for path, (_, ordinals) in rows_of.items() if path not in due))

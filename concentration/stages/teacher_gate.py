@@ -1,0 +1,183 @@
+"""Whether a teacher is fit to be asked: what it knows of val, beside the generalist, and on how many images it was trained.
+
+Shapes: V classes of the teacher's vertical.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pydantic
+
+from concentration.data.index import Split, load_split
+from concentration.errors import ConfigError, DataError
+from concentration.metrics.average_precision import mean_average_precision
+from concentration.metrics.evaluation import Evaluator
+from concentration.networks.classifier import Classifier
+from concentration.progress import Progress
+from concentration.schema import Config
+from concentration.stages.prepare import SHARDS
+from concentration.stages.run_directory import RunDirectory
+from concentration.stages.subject import Subject
+from concentration.stages.teacher import TEACHERS
+from concentration.stages.train_network import load_network
+from concentration.targets import write_atomically
+from concentration.taxonomy import Taxonomy
+from concentration.training.loggers import load_metrics
+
+GATES = "gates"
+
+#: Less of the way from what a constant answer reaches to 1 is knowing nothing.
+LEAST_GAIN = 0.05
+
+
+class GateConfig(Config):
+    """What a teacher must be before its targets are made; `gates/VERTICAL.json` says what it is.
+
+    action: `report` says what is wrong with a teacher and goes on, `stop` ends with it, `off` does not look.
+    generalist: the network in `students/` that a teacher must not be worse than on its own vertical; no comparison where it is
+        not finished.
+    tolerance: by which its AP may lie below.
+    min_images: training images that a leaf class has at the median.
+    """
+
+    action: Literal["off", "report", "stop"] = "report"
+    generalist: str = "generalist"
+    tolerance: float = pydantic.Field(default=0.0, ge=0, lt=1)
+    min_images: pydantic.NonNegativeInt = 5
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What is known of a teacher.
+
+    Attributes:
+        vertical: its own.
+        images_per_class: training images of a leaf class at the median.
+        num_val: validation images of the vertical.
+        ap: mean AP of its classes on them, labels smeared; None where there is no such image or its answers are not finite.
+        constant_ap: of a constant answer, which knows nothing.
+        generalist_ap: of the generalist's outputs of the vertical; None where it is not finished.
+        problems: what is wrong with it, a sentence each.
+    """
+
+    vertical: str
+    images_per_class: float
+    num_val: int
+    ap: float | None
+    constant_ap: float | None
+    generalist_ap: float | None
+    problems: tuple[str, ...]
+
+
+def check_teacher(config: GateConfig, workdir: Path, split: Split, vertical: str, teacher: Classifier) -> Gate:
+    """Measures a teacher, writes what came out, and says what is wrong.
+
+    Args:
+        config: of the gate, which is not off.
+        workdir: where the generalist and the shards are.
+        split: the training samples.
+        vertical: the teacher's.
+        teacher: on its device, where the generalist is taken, too.
+
+    Raises:
+        ConfigError: the teacher is not fit, and `config.action` is `stop`.
+    """
+    taxonomy = split.taxonomy
+    outputs = taxonomy.vertical_slice(vertical)
+    counts_V = split.count_labels()[outputs][taxonomy.is_leaf[outputs]]
+    images_per_class = float(np.median(counts_V)) if len(counts_V) else 0.0
+    num_val, ap, constant_ap, generalist_ap, problems = 0, None, None, None, []
+    val = load_split(workdir / SHARDS, "val", taxonomy) if any((workdir / SHARDS).glob("val-*.index")) else None
+    if val is not None and (num_val := len(val.routed(vertical))):
+        constant_ap = _measure_constant(val, vertical)
+        try:
+            ap = mean_average_precision(measure_vertical(teacher, 0, taxonomy.restrict(vertical), val))
+        except DataError as error:
+            problems.append(f"its answers are no numbers ({error})")
+        generalist_ap = _measure_generalist(config, workdir, val, vertical, teacher)
+    problems += _find_problems(config, images_per_class, ap, constant_ap, generalist_ap)
+    problems += _look_at_loss(workdir / TEACHERS / vertical)
+    gate = Gate(vertical, images_per_class, num_val, ap, constant_ap, generalist_ap, tuple(problems))
+    write_atomically(workdir / GATES / f"{vertical}.json", dataclasses.asdict(gate))
+    if problems:
+        said = f"teacher of {vertical}: {'; '.join(problems)}"
+        if config.action == "stop":
+            raise ConfigError(f"{said}; train it longer or on more images, or go on with gate.action=report")
+        print(f"NOTE: {said}")
+    return gate
+
+
+def measure_vertical(
+    network: Classifier, first_column: int, taxonomy: Taxonomy, split: Split, batch_size: int = 256
+) -> np.ndarray:
+    """(V,) AP of the classes of one vertical on its own samples, labels smeared, NaN without a positive.
+
+    Args:
+        network: its logits from `first_column` on are those of the classes.
+        first_column: where they begin.
+        taxonomy: of the vertical alone; perhaps of its first classes, where later ones came since the network was trained.
+        split: of the samples, with a whole taxonomy.
+        batch_size: of images that are looked at together.
+
+    Raises:
+        DataError: a score is not finite.
+    """
+    [vertical] = taxonomy.verticals
+    first_output, columns = split.taxonomy.vertical_slice(vertical).start, slice(first_column, None)
+    ordinals = split.routed(vertical)
+    subject = Subject(((network,),), "", taxonomy, first_output, split, ordinals)
+    evaluator = Evaluator(taxonomy)
+    with Progress(vertical, len(ordinals), "images", quiet=True) as progress:  # the caller shows its own
+        for scores_BC, ordinal_B in subject.score_all(batch_size, 0, progress):
+            scores_BV = scores_BC[:, columns][:, : taxonomy.num_classes]
+            evaluator.update(scores_BV, [subject.labels(int(ordinal)) for ordinal in ordinal_B])
+    return evaluator.compute().ap_of_class
+
+
+def _measure_constant(split: Split, vertical: str) -> float:
+    """The mean AP of an answer that is always the same: the share of the samples that a class is present in."""
+    count_V = split.count_smeared()[split.taxonomy.vertical_slice(vertical)]
+    return float((count_V[count_V > 0] / len(split.routed(vertical))).mean())
+
+
+def _measure_generalist(
+    config: GateConfig, workdir: Path, val: Split, vertical: str, teacher: Classifier
+) -> float | None:
+    path = workdir / "students" / config.generalist
+    if not RunDirectory(path).is_finished:
+        return None
+    taxonomy = val.taxonomy
+    generalist = load_network(path, taxonomy).to(teacher.device)
+    first_column = taxonomy.vertical_slice(vertical).start
+    ap_V = measure_vertical(generalist, first_column, taxonomy.restrict(vertical), val)
+    return mean_average_precision(ap_V)
+
+
+def _find_problems(
+    config: GateConfig, images_per_class: float, ap: float | None, constant: float | None, generalist: float | None
+) -> list[str]:
+    problems = []
+    if images_per_class < config.min_images:
+        problems.append(
+            f"a class has {images_per_class:g} training images at the median, expected {config.min_images} (gate.min_images)"
+        )
+    if ap is not None and ap < constant + LEAST_GAIN * (1 - constant):
+        problems.append(f"it knows nothing: AP {ap:.3f} on val, where a constant answer has {constant:.3f}")
+    if ap is not None and generalist is not None and ap < generalist - config.tolerance:
+        problems.append(
+            f"it is worse than {config.generalist}: AP {ap:.3f} on val against {generalist:.3f} "
+            f"(gate.tolerance={config.tolerance:g})"
+        )
+    return problems
+
+
+def _look_at_loss(path: Path) -> list[str]:
+    """Whether the training loss of our own teacher ended above its start."""
+    losses = [line["train/loss"] for line in load_metrics(path) if "train/loss" in line]
+    last = float(np.mean(losses[-max(1, len(losses) // 10) :])) if losses else 0.0
+    if len(losses) > 1 and last > losses[0]:
+        return [f"it diverged: its loss rose from {losses[0]:.4g} to {last:.4g}"]
+    return []
