@@ -9,6 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from concentration.networks.external.teacher import ExternalTeacher
+from concentration.networks.mixture import Mixture
 from concentration.networks.student import NetworkConfig, Student
 
 
@@ -20,20 +21,46 @@ class LayerCost(NamedTuple):
     multiply_adds: int
 
 
-def count_parameters(network: Student | ExternalTeacher) -> dict[str, int | None]:
-    """Trained numbers of the base network, of what lies on top of it, and of both; None where they are not known."""
+def count_parameters(network: Student | Mixture | ExternalTeacher) -> dict[str, int | None]:
+    """Trained numbers of the base network, of what lies on top of it, and of both; None where they are not known.
+
+    The base of a mixture is its gate and its experts' bases.
+    """
     if isinstance(network, ExternalTeacher):
         return {"base": None, "top": None, "total": network.model.count_parameters()}
-    total = sum(parameter.numel() for parameter in network.parameters())
-    base = sum(parameter.numel() for parameter in network.base.parameters())
+    bases = [network.gate, *(e.base for e in network.experts)] if isinstance(network, Mixture) else [network.base]
+    total, base = _count_all([network]), _count_all(bases)
     return {"base": base, "top": total - base, "total": total}
 
 
 @torch.no_grad()
-def count_multiply_adds(network: Student | ExternalTeacher) -> int | None:
-    """Multiply-adds of convolutions and matrix products for one image, as torch's counter finds them.
+def count_active_parameters(network: Student | Mixture | ExternalTeacher) -> int | None:
+    """Trained numbers of the modules that run for one image: of a mixture, the gate and the chosen experts.
 
     None where there is no torch module to look into.
+    """
+    if isinstance(network, ExternalTeacher):
+        return network.model.count_parameters()
+    found: dict[int, int] = {}
+
+    def note(module: nn.Module, *_) -> None:
+        found[id(module)] = _count_own_parameters(module)
+
+    hooks = [module.register_forward_hook(note) for module in network.modules()]
+    was_training = network.training
+    network.eval()
+    network(torch.zeros(1, 3, network.image_size, network.image_size, device=network.device))
+    network.train(was_training)
+    for hook in hooks:
+        hook.remove()
+    return sum(found.values())
+
+
+@torch.no_grad()
+def count_multiply_adds(network: Student | Mixture | ExternalTeacher) -> int | None:
+    """Multiply-adds of convolutions and matrix products for one image, as torch's counter finds them.
+
+    Of a mixture these are the gate's and the chosen experts'. None where there is no torch module to look into.
     """
     image = torch.zeros(1, 3, network.image_size, network.image_size, device=network.device)
     if isinstance(network, ExternalTeacher):
@@ -87,7 +114,7 @@ def without_pretrained(config: NetworkConfig) -> NetworkConfig:
     return config.model_copy(update={"base": config.base.model_copy(update={"pretrained": False})})
 
 
-def _count(network: Student | ExternalTeacher, image: torch.Tensor) -> FlopCounterMode:
+def _count(network: Student | Mixture | ExternalTeacher, image: torch.Tensor) -> FlopCounterMode:
     # NOTE: the counter does not know the CPU's fused attention, and would leave its products out.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         network(image)
@@ -104,6 +131,10 @@ def _take_inner_out(flops: Mapping[str, int]) -> dict[str, int]:
         if outer:
             own[outer] -= count
     return own
+
+
+def _count_all(modules: Iterable[nn.Module]) -> int:
+    return sum(parameter.numel() for module in modules for parameter in module.parameters())
 
 
 def _count_own_parameters(module: nn.Module) -> int:

@@ -3,7 +3,7 @@
 Shapes: B batch, C all classes, M verticals.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, Self
 
@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from concentration.errors import ConfigError, DataError
 from concentration.networks.auxiliary_classifier import AuxiliaryClassifier
-from concentration.networks.bases import BaseConfig, build_base
+from concentration.networks.bases.base_network import normalise_images
 from concentration.networks.pace import Pace, PaceConfig
+from concentration.networks.routed_base import ServedBaseConfig, build_served_base
 from concentration.networks.sharded_head import ShardedHead
 from concentration.networks.top_layers import Layer, TopConfig, TopLayers
 from concentration.objectives.fused_block import HeadParameters
@@ -33,7 +34,7 @@ class NetworkConfig(Config):
     """Everything that fixes the architecture: a checkpoint carries it, so that it can be loaded without a run's config."""
 
     loss: LossKind = "sigmoid"
-    base: BaseConfig
+    base: ServedBaseConfig
     top: TopConfig
     pace: PaceConfig
     image_size: pydantic.PositiveInt
@@ -69,7 +70,7 @@ class Student(nn.Module):
         super().__init__()
         self.config = config
         vertical_sizes = list(config.verticals.values())
-        self.base = build_base(config.base, config.image_size)
+        self.base = build_served_base(config.base, config.image_size)
         self.top = TopLayers(self.base.num_features, vertical_sizes, config.top)
         self.pace = Pace(vertical_sizes, config.pace)
         self.auxiliaries = nn.ModuleList(AuxiliaryClassifier(tap, vertical_sizes) for tap in self.base.taps)
@@ -183,10 +184,7 @@ class Student(nn.Module):
 
     def normalise_images(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) float32 with the mean and deviation that the base network expects."""
-        if images.dtype == torch.uint8:
-            # Loaders give images whose channels lie innermost; a base network chooses for itself.
-            images = images.to(torch.float32, memory_format=torch.contiguous_format) / 255
-        return (images - self.mean) / self.std
+        return normalise_images(images, self.mean, self.std)
 
     def set_prior(self, frequency_C: Tensor) -> None:
         """Starts the outputs at the classes' frequencies (C,) in [0, 1], the auxiliary classifiers' too.
@@ -221,7 +219,7 @@ class Student(nn.Module):
             DataError: the file is missing, damaged or no safetensors file.
         """
         prefix = "base."
-        tensors = _load_tensors(path)
+        tensors = load_tensors(path)
         found = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
         expected = self.base.state_dict()
         for name in sorted(found.keys() | expected.keys()):
@@ -278,18 +276,18 @@ def load_student(path: Path) -> Student:
         raise DataError(f"{path}: its header describes no network of this version ({error}); train it again") from None
     if getattr(config.base, "pretrained", False):  # its weights are in the file: fetch nothing
         config = config.model_copy(update={"base": config.base.model_copy(update={"pretrained": False})})
-    tensors = _load_tensors(path)
-    _check_fit(config, tensors, path)
+    tensors = load_tensors(path)
+    check_fit(lambda: Student(config), tensors, path)
     student = Student(config)
     student.load_state_dict(tensors)
     return student.eval()
 
 
-def _check_fit(config: NetworkConfig, tensors: Mapping[str, Tensor], path: Path) -> None:
+def check_fit(build: Callable[[], nn.Module], tensors: Mapping[str, Tensor], path: Path) -> None:
     """Raises: DataError where the tensors are not those of the network, which is found before memory is asked for it."""
     try:
         with torch.device("meta"):
-            expected = Student(config).state_dict()
+            expected = build().state_dict()
     except (RuntimeError, TypeError) as error:  # sizes that no tensor has
         reason = str(error).splitlines()[0]
         raise DataError(
@@ -303,7 +301,8 @@ def _check_fit(config: NetworkConfig, tensors: Mapping[str, Tensor], path: Path)
             )
 
 
-def _load_tensors(path: Path) -> dict[str, Tensor]:
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a network file. Raises: DataError where it is missing or damaged."""
     try:
         return safetensors.torch.load_file(path)
     except FileNotFoundError:

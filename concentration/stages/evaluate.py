@@ -21,7 +21,7 @@ from concentration.metrics.calibration import VerticalAnswers
 from concentration.metrics.ensembles import Combination
 from concentration.metrics.evaluation import Evaluator, measure_kept_bytes
 from concentration.networks.classifier import Classifier
-from concentration.networks.cost import count_multiply_adds, count_parameters
+from concentration.networks.cost import count_active_parameters, count_multiply_adds, count_parameters
 from concentration.progress import Progress
 from concentration.schema import hash_values
 from concentration.stages.gallery import build_gallery
@@ -261,6 +261,7 @@ def _describe_cost(config: EvaluateConfig, subject: Subject) -> dict:
     return {
         "num_parameters": {part: _sum_known(count[part] for count in counts) for part in counts[0]},
         "multiply_adds": None if of_crop is None else of_crop * config.crops,
+        "num_active_parameters": _sum_known(count_active_parameters(network) for network in subject.networks),
         "num_networks": len(counts),
         "models": list(config.names),
         "num_crops": config.crops,

@@ -147,10 +147,12 @@ def _load_target_sets(workdir: Path) -> dict[str, list[dict]]:
 
 
 def _load_students(workdir: Path) -> dict[str, dict]:
-    """The targets of each finished student, and how fast it learned from them."""
+    """The targets of each finished student that was trained on some, and how fast it learned from them."""
     students = {}
     for path in sorted((workdir / STUDENTS).glob("*/DONE.json")):
         config = RunDirectory(path.parent).load_config()
+        if "targets" not in config:  # made from networks that were there: nothing to compare in speed
+            continue
         speed = path.parent / SPEED_FILE
         students[path.parent.name] = {
             "targets": config["targets"],

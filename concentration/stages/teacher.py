@@ -1,4 +1,7 @@
-"""`concentrate teacher vertical=NAME`: a specialist of one vertical, trained here or taken over (Gao et al., section 3.1)."""
+"""`concentrate teacher vertical=NAME`: a specialist of one vertical, trained here or taken over (Gao et al., section 3.1).
+
+`concentrate teacher group=ID` trains the expert of one group of samples (`stages/expert.py`).
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +18,7 @@ from concentration.networks.external import ExternalConfig, find_external_files
 from concentration.networks.external.teacher import ExternalTeacher, take_over
 from concentration.progress import Progress
 from concentration.schema import Config, hash_values
+from concentration.stages.expert import TEACHERS, ExpertConfig, train_expert
 from concentration.stages.plan import count_most_labels, print_training_plan
 from concentration.stages.prepare import SHARDS, DataOverrides, load_prepared
 from concentration.stages.run_directory import RunDirectory, StageConfig, hash_file
@@ -29,8 +33,6 @@ from concentration.stages.train_network import (
 from concentration.taxonomy import Taxonomy
 from concentration.training.memory import StepShape
 
-TEACHERS = "teachers"
-
 
 class TeacherConfig(NetworkStageConfig):
     """Trains on the samples with a label in `vertical`; writes `teachers/VERTICAL/`."""
@@ -40,7 +42,16 @@ class TeacherConfig(NetworkStageConfig):
 
     @classmethod
     def choose(cls, values: Mapping[str, Any]) -> type[Config]:
-        return cls if values.get("external") is None else ExternalTeacherConfig
+        if values.get("external") is not None:
+            return ExternalTeacherConfig
+        return cls if values.get("group") is None else ExpertConfig
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _drop_group(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Both keys are in the composed config, and one of them is None."""
+        _require_vertical(values)
+        return {name: value for name, value in values.items() if name != "group"}
 
 
 class ExternalTeacherConfig(StageConfig):
@@ -53,14 +64,15 @@ class ExternalTeacherConfig(StageConfig):
     @classmethod
     def _refuse_training(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
         """What belongs to training alone is None or not there: `conf/external/` takes it out of the composed config."""
-        trainings = TeacherConfig.model_fields.keys() - cls.model_fields.keys()
+        _require_vertical(values)
+        trainings = (TeacherConfig.model_fields.keys() | {"group"}) - cls.model_fields.keys()
         given = sorted(name for name in trainings if values.get(name) is not None)
         if given:
             raise ValueError(f"{', '.join(given)}: no effect with external, since nothing is trained; leave it out")
         return {name: value for name, value in values.items() if name not in trainings}
 
 
-def teacher(config: TeacherConfig | ExternalTeacherConfig) -> None:
+def teacher(config: TeacherConfig | ExternalTeacherConfig | ExpertConfig) -> None:
     """Runs the stage.
 
     Raises:
@@ -68,6 +80,8 @@ def teacher(config: TeacherConfig | ExternalTeacherConfig) -> None:
     """
     if isinstance(config, ExternalTeacherConfig):
         _take_over(config)
+    elif isinstance(config, ExpertConfig):
+        train_expert(config)
     else:
         _train(config)
 
@@ -100,6 +114,11 @@ def measure_teachers(workdir: Path, taxonomy: Taxonomy) -> int:
         files = directory.load_done(f"concentrate teacher vertical={vertical}").get("files", (NETWORK_FILE,))
         num_bytes += sum((directory.path / name).stat().st_size for name in files)
     return num_bytes
+
+
+def _require_vertical(values: Mapping[str, Any]) -> None:
+    if values.get("vertical") is None:
+        raise ValueError("'vertical' is missing: give vertical=VALUE, or group=ID of a grouping for its expert")
 
 
 def _train(config: TeacherConfig) -> None:

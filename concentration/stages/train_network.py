@@ -19,6 +19,8 @@ from concentration.errors import ConfigError, DataError
 from concentration.networks.bases import BaseConfig
 from concentration.networks.classifier import Classifier
 from concentration.networks.external.teacher import load_external_teacher
+from concentration.networks.mixture import HEADER as MIXTURE_HEADER
+from concentration.networks.mixture import load_mixture
 from concentration.networks.pace import PaceConfig
 from concentration.networks.routed_teachers import RoutedTeachers
 from concentration.networks.student import LossKind, NetworkConfig, Student, load_student
@@ -78,6 +80,7 @@ class Task:
         counts_C: training samples of every output, for the class weights.
         frequency_C: the share of samples that every output is present in, for the prior.
         vertical: of a teacher; None for all.
+        val_ordinals: which validation samples it is measured on; None for those of the vertical, or all.
         teachers: where targets are asked for in every step; `targets` are then the samples' own labels.
     """
 
@@ -89,6 +92,7 @@ class Task:
     counts_C: np.ndarray
     frequency_C: np.ndarray
     vertical: str | None = None
+    val_ordinals: np.ndarray | None = None
     teachers: RoutedTeachers | None = None
 
 
@@ -122,18 +126,25 @@ def find_base_checkpoint(config: NetworkStageConfig) -> Path | None:
 
 
 def train_network(config: NetworkStageConfig, directory: RunDirectory, task: Task, prepared: PreparedData) -> None:
-    """Trains, writes `model.safetensors` and `DONE.json`; called inside `RunDirectory.begin`.
+    """Trains the config's network, writes `model.safetensors` and `DONE.json`; called inside `RunDirectory.begin`.
 
     Raises: as `training.fit.fit`.
     """
-    # NOTE: here, because Lightning takes seconds to import, and what only reads a network does not need it.
-    from concentration.training.checkpoints import CheckpointDirectory
-    from concentration.training.fit import fit
-
     torch.manual_seed(config.seed)
     student = build_network(config, task.taxonomy, prepared.image_size)
     if checkpoint := find_base_checkpoint(config):
         student.load_base(checkpoint)
+    train_built_network(student, config, directory, task, prepared)
+
+
+def train_built_network(
+    student: Student, config: NetworkStageConfig, directory: RunDirectory, task: Task, prepared: PreparedData
+) -> None:
+    """The same for a network that is there already, whatever `config` says of its architecture."""
+    # NOTE: here, because Lightning takes seconds to import, and what only reads a network does not need it.
+    from concentration.training.checkpoints import CheckpointDirectory
+    from concentration.training.fit import fit
+
     if config.trainer.prior:
         student.set_prior(torch.from_numpy(task.frequency_C))
     if config.trainer.class_weight == "inverse_sqrt":
@@ -173,7 +184,7 @@ def load_network(path: Path, taxonomy: Taxonomy) -> Classifier:
         raise DataError(
             f"{file}: made for another taxonomy ({made_for!r}, here {taxonomy.fingerprint!r}); train it again"
         )
-    return load_student(file)
+    return load_mixture(file) if MIXTURE_HEADER in load_metadata(file) else load_student(file)
 
 
 def _check_unchanged(path: Path, expected: str | None, since: str) -> None:
@@ -205,7 +216,7 @@ def _build_training_data(config: NetworkStageConfig, task: Task, prepared: Prepa
     val_reader, val_ordinals = None, None
     if any((config.workdir / SHARDS).glob("val-*.index")):
         val = load_split(config.workdir / SHARDS, "val", split.taxonomy)
-        val_ordinals = np.arange(len(val)) if task.vertical is None else val.routed(task.vertical)
+        val_ordinals = _choose_val_ordinals(task, val)
         if len(val_ordinals):
             hard = LabelTargets(val, smear=False, vertical=task.vertical)
             val_reader = SampleReader(val, hard, size, views=None, seed=config.seed)
@@ -218,6 +229,12 @@ def _build_training_data(config: NetworkStageConfig, task: Task, prepared: Prepa
         taxonomy=task.taxonomy,
         teachers=task.teachers,
     )
+
+
+def _choose_val_ordinals(task: Task, val: Split) -> np.ndarray:
+    if task.val_ordinals is not None:
+        return task.val_ordinals
+    return np.arange(len(val)) if task.vertical is None else val.routed(task.vertical)
 
 
 def _build_order(config: NetworkStageConfig, task: Task) -> Order:

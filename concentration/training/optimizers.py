@@ -77,6 +77,8 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """Weights decay; biases, norms, gamma and offsets do not; gamma has its own learning rate where `pace.lr` is given.
 
+    What takes no gradient is left out.
+
     `fused`: torch's own switch; None chooses by where the parameters are.
     """
     left_out = {id(parameter) for parameter in left_out}
@@ -87,7 +89,7 @@ def build_optimizer(
         "gamma": {"params": [], "weight_decay": 0.0, "lr": student.config.pace.lr or config.lr},
     }
     for parameter in student.parameters():
-        if id(parameter) in left_out:
+        if id(parameter) in left_out or not parameter.requires_grad:
             continue
         name = "gamma" if id(parameter) in gamma else "weights" if parameter.ndim > 1 else "vectors"
         groups[name]["params"].append(parameter)

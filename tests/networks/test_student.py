@@ -156,7 +156,7 @@ def test_a_pretrained_base_is_not_fetched_again(tmp_path, monkeypatch):
         asked.append(config)
         return SmallBase(SmallBaseConfig(channels=(4, 8)), image_size)
 
-    monkeypatch.setattr(concentration.networks.student, "build_base", build_base)
+    monkeypatch.setattr(concentration.networks.student, "build_served_base", build_base)
     load_student(tmp_path / "model.safetensors")
     assert {(config.name, config.pretrained) for config in asked} == {("resnet18", False)}
 

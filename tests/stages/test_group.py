@@ -16,7 +16,7 @@ from concentration.grouping.class_groups import ClassGroups
 from concentration.grouping.sample_groups import NO_GROUP, CentroidRouter
 from concentration.grouping.spectral import Similarity, cluster_classes
 from concentration.networks.student import load_student
-from concentration.stages.group import load_grouping, load_router, load_sample_groups
+from concentration.stages.groupings import load_grouping, load_router, load_sample_groups
 from concentration.taxonomy import Taxonomy
 
 FEATURES = ("group", "method=features", "method.num_groups=3", "method.num_start=64", "batch_size=24")

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple, Self
 
 import pydantic
+import torch
 from torch import Tensor, nn
 
 from concentration.schema import Config
@@ -59,3 +60,11 @@ class BaseNetwork(nn.Module):
     def forward_with_taps(self, images: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
         """The features, and the map of each of `taps`."""
         return self(images), ()
+
+
+def normalise_images(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """(B, 3, H, W) float32 images, uint8 or float in [0, 1], less their mean (3, 1, 1), over their deviation (3, 1, 1)."""
+    if images.dtype == torch.uint8:
+        # Loaders give images whose channels lie innermost; a base network chooses for itself.
+        images = images.to(torch.float32, memory_format=torch.contiguous_format) / 255
+    return (images - mean) / std

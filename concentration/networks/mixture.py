@@ -1,0 +1,96 @@
+"""A hard mixture of experts with decoders of their own: the gate sends an image to one expert, which answers for all classes.
+
+With ONE shared decoder a mixture is a `Student` whose base network is a `RoutedBase`.
+
+Shapes: B batch, C all classes.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pydantic
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from concentration.errors import ConfigError, DataError
+from concentration.networks.gate import Gate, GateConfig, run_chosen
+from concentration.networks.student import NetworkConfig, Student, check_fit, load_tensors
+from concentration.schema import Config, parse_config, parse_json
+from concentration.targets import load_metadata, replacing, sort_metadata_of_file
+
+#: Where a mixture's description stands in the header of its file.
+HEADER = "mixture"
+
+
+class MixtureNetworkConfig(Config):
+    """Everything that fixes the architecture; experts may differ from each other."""
+
+    gate: GateConfig
+    experts: tuple[NetworkConfig, ...]
+
+    @pydantic.model_validator(mode="after")
+    def _check_experts(self):
+        if len(self.experts) != self.gate.num_experts:
+            raise ValueError(f"{len(self.experts)} experts for a gate that chooses from {self.gate.num_experts}")
+        forms = {(expert.image_size, tuple(expert.verticals.items())) for expert in self.experts}
+        if len(forms) > 1:
+            raise ValueError("the experts differ in image size or classes; train them on the same data")
+        return self
+
+
+class Mixture(nn.Module):
+    """`mixture(images)` gives logits (B, C) float32 of images (B, 3, H, W), uint8 or float in [0, 1].
+
+    Only the gate and the chosen experts run; an expert sees its images of the batch together. With two experts the logits are
+    the weighted mean of theirs. It is not trained: its parts are.
+
+    Source: Gross, Ranzato and Szlam 2017 (the abstract).
+    """
+
+    def __init__(self, config: MixtureNetworkConfig):
+        super().__init__()
+        self.config = config
+        self.gate = Gate(config.gate)
+        self.experts = nn.ModuleList(Student(expert) for expert in config.experts)
+
+    @property
+    def image_size(self) -> int:
+        return self.config.experts[0].image_size
+
+    @property
+    def num_outputs(self) -> int:
+        return self.experts[0].num_outputs
+
+    @property
+    def device(self) -> torch.device:
+        return self.experts[0].device
+
+    def forward(self, images: Tensor) -> Tensor:
+        return run_chosen(self.gate(images), list(self.experts), images)
+
+    def save(self, path: Path, metadata: Mapping[str, str]) -> None:
+        """Writes weights and architecture as one safetensors file, whole or not at all."""
+        header = {HEADER: self.config.model_dump_json(), **metadata}
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        with replacing(path) as temporary:
+            safetensors.torch.save_file(tensors, temporary, header)
+            sort_metadata_of_file(temporary)
+
+
+def load_mixture(path: Path) -> Mixture:
+    """A mixture from its file, in eval mode.
+
+    Raises:
+        DataError: the file is missing, damaged, or does not hold the mixture that its header describes.
+    """
+    header = load_metadata(path)
+    try:
+        config = parse_config(MixtureNetworkConfig, parse_json(header.get(HEADER, ""), HEADER))
+    except (ConfigError, DataError) as error:
+        raise DataError(f"{path}: its header describes no mixture of this version ({error}); make it again") from None
+    tensors = load_tensors(path)
+    check_fit(lambda: Mixture(config), tensors, path)
+    mixture = Mixture(config)
+    mixture.load_state_dict(tensors)
+    return mixture.eval()

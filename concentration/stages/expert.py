@@ -1,0 +1,136 @@
+"""`concentrate teacher group=ID`: the expert of one group of samples, over all classes (Gross, Ranzato and Szlam 2017).
+
+Experts know nothing of each other, so they are trained at the same time, on any machines, as teachers are.
+
+Shapes: C all classes.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pydantic
+
+from concentration import distributed
+from concentration.data.index import Split, load_split
+from concentration.data.sample_targets import LabelTargets
+from concentration.errors import ConfigError, DataError
+from concentration.stages.groupings import identify_sample_groups, load_router, load_sample_groups
+from concentration.stages.plan import count_most_labels, print_training_plan
+from concentration.stages.prepare import SHARDS, load_prepared
+from concentration.stages.run_directory import RunDirectory
+from concentration.stages.train_network import NetworkStageConfig, Task, identify_base_checkpoint, train_network
+from concentration.training.memory import StepShape
+
+TEACHERS = "teachers"
+
+#: The grouping that `group=3` is of.
+DEFAULT_GROUPING = "features"
+
+#: Samples whose labels are counted at the same time.
+_COUNTED_TOGETHER = 2**16
+
+
+class ExpertConfig(NetworkStageConfig):
+    """Trains on the samples of one group; writes `teachers/GROUPING-NUMBER/`.
+
+    group: its number in the grouping `features`, or GROUPING/NUMBER.
+    """
+
+    group: str
+    smear: bool = True
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _drop_vertical(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Both keys are in the composed config, and one of them is None."""
+        if values.get("vertical") is not None:
+            raise ValueError(
+                f"vertical={values['vertical']} with group={values.get('group')}: a specialist learns a vertical's classes, an "
+                "expert a group's samples; give one of them"
+            )
+        return {name: value for name, value in values.items() if name != "vertical"}
+
+    @pydantic.field_validator("group", mode="before")
+    @classmethod
+    def _check_group(cls, value: Any) -> str:
+        text = f"{DEFAULT_GROUPING}/{value}" if re.fullmatch(r"\d+", str(value)) else str(value)
+        if not re.fullmatch(r"[^/]+/\d+", text):
+            raise ValueError("expected the number of a group, or GROUPING/NUMBER")
+        return text
+
+    @property
+    def grouping(self) -> str:
+        return self.group.partition("/")[0]
+
+    @property
+    def number(self) -> int:
+        return int(self.group.partition("/")[2])
+
+
+def name_expert(grouping: str, number: int) -> str:
+    """Of its run directory under `teachers/`."""
+    return f"{grouping}-{number}"
+
+
+def train_expert(config: ExpertConfig) -> None:
+    """Runs the stage.
+
+    Raises:
+        ConfigError: there is no such grouping or group.
+        DataError: the group has no training sample.
+        DivergedError, Preempted: as `training.fit.fit`.
+    """
+    prepared, taxonomy, fingerprint = load_prepared(config.workdir, config.data)
+    name = name_expert(config.grouping, config.number)
+    num_groups = load_router(config.workdir, config.grouping).num_groups
+    if config.number >= num_groups:
+        raise ConfigError(f"group={config.group}: the grouping has the groups 0 to {num_groups - 1}; give one of them")
+    if config.plan:
+        shape = StepShape(count_most_labels(taxonomy) if config.smear else 1)
+        print_training_plan(config, f"expert {name}", taxonomy, prepared.image_size, shape)
+        return
+    distributed.start("nccl" if config.trainer.accelerator == "gpu" else "gloo", config.trainer.timeout_seconds)
+    directory = RunDirectory(config.workdir / TEACHERS / name)
+    groups = identify_sample_groups(config.workdir, config.grouping)
+    upstream = {"data": fingerprint, "grouping": groups, **identify_base_checkpoint(config)}
+    with directory.begin(config, upstream) as is_due:
+        if is_due:
+            split = load_split(config.workdir / SHARDS, "train", taxonomy)
+            train_network(config, directory, _describe_task(config, split), prepared)
+
+
+def _describe_task(config: ExpertConfig, split: Split) -> Task:
+    ordinals = _find_members(config, split)
+    if not len(ordinals):
+        raise DataError(
+            f"group={config.group}: no training sample is in it; make a grouping with fewer groups, or method.balanced=true"
+        )
+    val_ordinals = None
+    if any((config.workdir / SHARDS).glob("val-*.index")):
+        val_ordinals = _find_members(config, load_split(config.workdir / SHARDS, "val", split.taxonomy))
+    counts_C = count_in_samples(split, ordinals, config.smear)
+    return Task(
+        title=f"expert {name_expert(config.grouping, config.number)}",
+        taxonomy=split.taxonomy,
+        split=split,
+        ordinals=ordinals,
+        targets=LabelTargets(split, config.smear),
+        counts_C=counts_C,
+        frequency_C=counts_C / len(ordinals),
+        val_ordinals=val_ordinals,
+    )
+
+
+def _find_members(config: ExpertConfig, split: Split) -> np.ndarray:
+    """Ordinals of the split's samples that are in the group, rising."""
+    return np.flatnonzero(load_sample_groups(config.workdir, config.grouping, split) == config.number)
+
+
+def count_in_samples(split: Split, ordinals: np.ndarray, smear: bool) -> np.ndarray:
+    """(C,) the number of these samples with each class among their labels, or among those and their ancestors."""
+    counts_C = np.zeros(split.taxonomy.num_classes, dtype=np.int64)
+    for some in np.split(ordinals, range(_COUNTED_TOGETHER, len(ordinals), _COUNTED_TOGETHER)):
+        counts_C += np.bincount(split.label_pairs(some, smear)[1], minlength=len(counts_C))
+    return counts_C

@@ -1,0 +1,73 @@
+"""Finished groupings of a working directory, as the verbs find them that build on one.
+
+Shapes: N samples of a split.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from concentration.data.index import Split
+from concentration.errors import ConfigError
+from concentration.grouping.class_groups import ClassGroups, load_class_groups
+from concentration.grouping.sample_groups import CENTROIDS_FILE, CentroidRouter, load_group_ids
+from concentration.schema import hash_values
+from concentration.stages.run_directory import RunDirectory, hash_file
+from concentration.taxonomy import Taxonomy
+
+GROUPINGS = "groupings"
+
+
+def find_grouping(workdir: Path, name: str) -> RunDirectory:
+    """The finished grouping of this name. Raises: ConfigError, naming those that are there."""
+    directory = RunDirectory(workdir / GROUPINGS / name)
+    if not directory.path.is_dir():
+        have = sorted(path.name for path in (workdir / GROUPINGS).glob("*") if path.is_dir()) or ["none"]
+        raise ConfigError(
+            f"no grouping {name!r} in {workdir} (there: {', '.join(have)}); run `concentrate group` first"
+        )
+    directory.load_done(f"concentrate group name={name}")
+    return directory
+
+
+def load_grouping(workdir: Path, name: str, taxonomy: Taxonomy) -> tuple[ClassGroups, str]:
+    """The groups of classes, and a hash of their file.
+
+    Raises:
+        ConfigError: there is none, or it has not finished.
+        DataError: it is of other classes.
+    """
+    path = find_grouping(workdir, name).path.with_name(f"{name}.json")
+    return load_class_groups(taxonomy, Taxonomy.load(path), str(path)), hash_file(path)
+
+
+def load_router(workdir: Path, name: str) -> CentroidRouter:
+    """The rule that says of features which group of samples they belong to.
+
+    Raises:
+        ConfigError: there is no such grouping, or it is one of classes alone.
+    """
+    path = find_grouping(workdir, name).path / CENTROIDS_FILE
+    if not path.exists():
+        raise ConfigError(
+            f"grouping {name!r} has groups of classes alone; make one with `concentrate group method=features`"
+        )
+    return CentroidRouter.load(path)
+
+
+def load_sample_groups(workdir: Path, name: str, split: Split) -> np.ndarray:
+    """(N,) int32: the group of every sample of the split, -1 where its image cannot be decoded.
+
+    Raises:
+        ConfigError: as `load_router`.
+        DataError: it is of other samples.
+    """
+    router, directory = load_router(workdir, name), workdir / GROUPINGS / name
+    num_samples = np.diff(split.shard_start).tolist()
+    return load_group_ids(directory, split.index_names, num_samples, router.num_groups)
+
+
+def identify_sample_groups(workdir: Path, name: str) -> str:
+    """A hash of the rule and of what it was applied to, for those who train on its groups."""
+    done = find_grouping(workdir, name).load_done(f"concentrate group name={name}")
+    return hash_values({key: done.get(key) for key in ("grouping", "centroids")})

@@ -1,0 +1,63 @@
+"""Trains a gate's router to send images where their groups are.
+
+Shapes: B batch, E experts, N samples of the split.
+"""
+
+import numpy as np
+import pydantic
+import torch
+from torch.nn.functional import cross_entropy
+
+from concentration.data.index import Split
+from concentration.data.loader import SampleReader, StepBatches, build_loader
+from concentration.data.order import WindowOrder
+from concentration.data.sample_targets import LabelTargets
+from concentration.data.views import ViewConfig
+from concentration.networks.gate import Gate
+from concentration.progress import Progress
+from concentration.schema import Config
+
+
+class RouterTrainingConfig(Config):
+    """AdamW on the cross-entropy of the groups; the trunk below the router stays as it is."""
+
+    lr: pydantic.PositiveFloat = 0.003
+    max_epochs: pydantic.PositiveInt = 1
+    batch_size: pydantic.PositiveInt = 128
+
+
+def fit_router(
+    gate: Gate,
+    split: Split,
+    group_N: np.ndarray,
+    views: ViewConfig,
+    config: RouterTrainingConfig,
+    seed: int,
+    num_workers: int,
+    progress: Progress,
+) -> None:
+    """Trains `gate.router` in place, on the gate's device.
+
+    Args:
+        group_N: the group of every sample; those below 0 take no part.
+        views: augmentation, as the experts see it.
+
+    Raises:
+        Preempted: a signal asked to stop; nothing of it is kept, and the next run begins anew.
+    """
+    order = WindowOrder(split.by_shard(np.flatnonzero(group_N >= 0)), seed, window_shards=16)
+    reader = SampleReader(split, LabelTargets(split, smear=False), gate.config.trunk.image_size, views, seed)
+    batches = StepBatches(reader, order, min(config.batch_size, len(order)), 1, rank=0, world_size=1)
+    device = gate.trunk.mean.device
+    gate.trunk.requires_grad_(False)
+    optimizer = torch.optim.AdamW(gate.router.parameters(), lr=config.lr)
+    for batch in build_loader(batches, range(config.max_epochs * batches.steps_per_epoch), num_workers):
+        with torch.no_grad():
+            features_BD = gate.compute_features(batch.images.to(device))
+        group_B = torch.from_numpy(group_N[batch.ordinal_B.numpy()]).long().to(device)
+        loss_B = cross_entropy(gate.router(features_BD), group_B, reduction="none")
+        loss = (loss_B * batch.weight_B.to(device)).sum() / batch.global_count
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        progress.advance(batch.global_count)
