@@ -111,7 +111,7 @@ class _Planner:
         num_steps = count_steps(trainer, -(-num_samples // batch_size))
         network = describe_network(config, taxonomy, data.image_size)
         weight_bytes = sum(t.nbytes for t in build_without_weights(network).state_dict().values())
-        copies = 1 + _STATE_COPIES[config.optimizer.kind] + (trainer.ema_decay is not None)
+        copies = 1 + _STATE_COPIES[config.optimizer.kind] + trainer.has_average
         num_kept = trainer.keep_checkpoints + trainer.keep_best
         written = StagePlan(job, num_steps * batch_size, weight_bytes, num_kept * copies * weight_bytes)
         if key not in self._obstacles:

@@ -13,7 +13,7 @@ from concentration.networks.student import NetworkConfig, Student
 from concentration.training.backward_updates import BackwardUpdates
 from concentration.training.configs import TrainerConfig
 from concentration.training.memory import MemoryPlan, StepShape, make_batch
-from concentration.training.optimizers import ScheduleConfig, build_optimizer
+from concentration.training.optimizers import RunLength, ScheduleConfig, build_optimizer
 
 NUM_WARM_UP, NUM_TIMED = 2, 5
 #: A probe ends after this time, with the steps that it has, two at least.
@@ -48,7 +48,7 @@ def measure_speed(
     """
     device = choose_device(trainer.accelerator)
     student = Student(network).train().to(device)
-    updates = BackwardUpdates(student, optimizer, 1) if trainer.update_in_backward else None
+    updates = BackwardUpdates(student, optimizer, RunLength(1, 1)) if trainer.update_in_backward else None
     stepper = build_optimizer(optimizer, student, updates.weights if updates else ())
     images, targets = make_batch(student, local_batch, shape)
     images, targets = images.to(device), targets.to(device)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from concentration.networks.student import Student
-from concentration.training.optimizers import ScheduleConfig, compute_lr_factor
+from concentration.training.optimizers import RunLength, ScheduleConfig, compute_lr_factor
 
 
 class BackwardUpdates:
@@ -18,7 +18,7 @@ class BackwardUpdates:
     Args:
         student: its classifiers' weights leave the main optimizer to this.
         config: of the optimizer; the learning rate follows the same schedule.
-        total_steps: of the whole run.
+        length: of the whole run.
         count_steps: gives the number of steps taken so far.
 
     Attributes:
@@ -26,11 +26,11 @@ class BackwardUpdates:
     """
 
     def __init__(
-        self, student: Student, config: ScheduleConfig, total_steps: int, count_steps: Callable[[], int] = lambda: 0
+        self, student: Student, config: ScheduleConfig, length: RunLength, count_steps: Callable[[], int] = lambda: 0
     ):
         student.gradients = "backward"
         self._config = config
-        self._total_steps = total_steps
+        self._length = length
         self._count_steps = count_steps
         self.weights = [classify.weight for classify in student.top.classifiers]
         verticals = zip(student.config.verticals, self.weights, strict=True)
@@ -48,7 +48,7 @@ class BackwardUpdates:
         optimizer = self._config.build([{"params": [weight_VS], "weight_decay": self._config.weight_decay}])
 
         def step(parameter: nn.Parameter) -> None:
-            factor = compute_lr_factor(self._config, self._count_steps(), self._total_steps)
+            factor = compute_lr_factor(self._config, self._count_steps(), self._length)
             optimizer.param_groups[0]["lr"] = self._config.lr * factor
             optimizer.step()
             parameter.grad = None

@@ -23,7 +23,8 @@ class TrainerConfig(Config):
     sampling: `natural` sees every sample once an epoch; `class_balanced` draws classes evenly.
     class_weight: `inverse_sqrt` weighs a class by 1/sqrt(its images), with mean 1 over classes.
     devices, num_nodes: processes on each machine, and machines; `auto` takes as many as torchrun or srun has started.
-    ema_decay: the final network is the moving average of the weights.
+    ema_decay: the network that is validated and kept is the moving average of the weights.
+    polyak_start: it is the mean of the weights after every step from this share of the run on; before, the newest.
     prior: outputs start at the classes' frequencies.
     keep_best: the network of the best val/mpvap is kept beside the last, as best.safetensors when training ends.
     update_in_backward: each classifier is stepped as soon as its gradient is known, so that the gradients of all never exist at
@@ -53,6 +54,7 @@ class TrainerConfig(Config):
     prior: bool = True
     clip_norm: pydantic.PositiveFloat | None = None
     ema_decay: float | None = pydantic.Field(default=None, gt=0, lt=1)
+    polyak_start: float | None = pydantic.Field(default=None, ge=0, lt=1)
     update_in_backward: bool = False
     shard_head: bool = False
     compile: bool = False
@@ -68,6 +70,11 @@ class TrainerConfig(Config):
     def autocast_dtype(self) -> torch.dtype | None:
         """Of matrix products; None is the parameters' own."""
         return {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}[self.precision]
+
+    @property
+    def has_average(self) -> bool:
+        """Whether an average of the weights is kept beside them."""
+        return self.ema_decay is not None or self.polyak_start is not None
 
     @property
     def num_processes(self) -> int:
@@ -101,11 +108,20 @@ class TrainerConfig(Config):
         return self
 
     @pydantic.model_validator(mode="after")
-    def _check_shard_head(self):
-        if self.shard_head and self.ema_decay is not None:
+    def _check_average(self):
+        if self.ema_decay is not None and self.polyak_start is not None:
             raise ValueError(
-                f"ema_decay={self.ema_decay} with shard_head=true: the moving average of a part of a head is not kept; remove one"
+                f"ema_decay={self.ema_decay} with polyak_start={self.polyak_start}: one average can be the network; remove one"
             )
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _check_shard_head(self):
+        for name, value in (("ema_decay", self.ema_decay), ("polyak_start", self.polyak_start)):
+            if self.shard_head and value is not None:
+                raise ValueError(
+                    f"{name}={value} with shard_head=true: the average of a part of a head is not kept; remove one"
+                )
         if self.shard_head and self.precision == "16-mixed":
             raise ValueError(
                 "precision=16-mixed with shard_head=true: each process would skip other steps; use bf16-mixed or 32-true"

@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from torch.nn.parallel import DistributedDataParallel
 
@@ -32,8 +31,9 @@ from concentration.training.configs import LoggerConfig, TrainerConfig, count_st
 from concentration.training.head_files import gather_head, list_head_names
 from concentration.training.loggers import open_loggers
 from concentration.training.module import StudentModule
-from concentration.training.optimizers import ScheduleConfig
+from concentration.training.optimizers import RunLength, ScheduleConfig
 from concentration.training.training_data import TrainingData
+from concentration.training.weight_averaging import build_weight_averaging
 
 
 class Fitted(NamedTuple):
@@ -76,7 +76,7 @@ def fit(
         student,
         optimizer,
         data.taxonomy,
-        total_steps,
+        RunLength(total_steps, steps_per_epoch),
         seed,
         config.accumulate,
         data.teachers,
@@ -101,7 +101,7 @@ def fit(
                 config.log_every_steps,
             ),
             ProgressReport(progress),
-            *([EMAWeightAveraging(decay=config.ema_decay)] if config.ema_decay else []),
+            *build_weight_averaging(config.ema_decay, config.polyak_start, total_steps),
             Preemption(checkpoints),
             ClockCheckpoint(checkpoints, config.checkpoint_every_seconds, config.keep_best),
         ]

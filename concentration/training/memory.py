@@ -24,7 +24,7 @@ from concentration.networks.student import NetworkConfig, Student
 from concentration.targets import SoftTargets
 from concentration.training.backward_updates import BackwardUpdates
 from concentration.training.configs import TrainerConfig
-from concentration.training.optimizers import ScheduleConfig, build_optimizer
+from concentration.training.optimizers import RunLength, ScheduleConfig, build_optimizer
 
 Moment = Literal["forward", "backward", "optimizer"]
 MOMENTS: tuple[Moment, ...] = get_args(Moment)
@@ -105,11 +105,11 @@ def plan_memory(
             ledger.file("buffers", [student.class_weight_C])
         images, targets = make_batch(student, local_batch, shape)
         ledger.file("batch", [images, *(part for part in vars(targets).values() if part is not None)])
-        average = [torch.empty_like(t) for t in student.state_dict().values()] if trainer.ema_decay else []
+        average = [torch.empty_like(t) for t in student.state_dict().values()] if trainer.has_average else []
         ledger.file("moving average", average)
         buckets = [torch.empty_like(parameter) for parameter in student.parameters()] if world_size > 1 else []
         ledger.file("DDP's buckets", buckets)
-        updates = BackwardUpdates(student, optimizer, 1) if trainer.update_in_backward else None
+        updates = BackwardUpdates(student, optimizer, RunLength(1, 1)) if trainer.update_in_backward else None
         is_fused = trainer.accelerator == "cpu"
         stepper = build_optimizer(optimizer, student, updates.weights if updates else (), is_fused)
         for group in stepper.param_groups:  # as torch chooses by the device: all parameters at once on a GPU

@@ -19,7 +19,7 @@ from concentration.networks.student import Student
 from concentration.taxonomy import Taxonomy
 from concentration.training.backward_updates import BackwardUpdates
 from concentration.training.head_files import drop_head, list_head_names, restore_head
-from concentration.training.optimizers import ScheduleConfig, build_optimizer, build_schedule
+from concentration.training.optimizers import RunLength, ScheduleConfig, build_optimizer, build_schedule
 
 
 class StudentModule(pl.LightningModule):
@@ -29,7 +29,7 @@ class StudentModule(pl.LightningModule):
         student: the network; its file, not Lightning's checkpoint, is what later stages read.
         optimizer: its config.
         taxonomy: of the network's outputs, for validation.
-        total_steps: of the whole run.
+        length: of the whole run.
         seed: of dropout and the like; the step is mixed in, so that a resumed step draws what it would have drawn.
         accumulate: micro-batches a step.
         teachers: give the targets of each batch from its labels; None where its targets are they.
@@ -41,7 +41,7 @@ class StudentModule(pl.LightningModule):
         student: Student,
         optimizer: ScheduleConfig,
         taxonomy: Taxonomy,
-        total_steps: int,
+        length: RunLength,
         seed: int,
         accumulate: int,
         teachers: RoutedTeachers | None = None,
@@ -51,13 +51,13 @@ class StudentModule(pl.LightningModule):
         self.student = student
         self._optimizer = optimizer
         self._taxonomy = taxonomy
-        self._total_steps = total_steps
+        self._length = length
         self._seed = seed
         self._accumulate = accumulate
         self._teachers = teachers
         self._updates = None
         if update_in_backward:
-            self._updates = BackwardUpdates(student, optimizer, total_steps, lambda: self.trainer.global_step)
+            self._updates = BackwardUpdates(student, optimizer, length, lambda: self.trainer.global_step)
         #: (B,) the losses of the latest micro-batch, 0 for samples of weight 0, for the checks and logs of callbacks.
         self.latest_loss_B: Tensor | None = None
         self.latest_batch: Batch | None = None
@@ -67,7 +67,7 @@ class StudentModule(pl.LightningModule):
     def configure_optimizers(self):
         left_out = self._updates.weights if self._updates else ()
         optimizer = build_optimizer(self._optimizer, self.student, left_out)
-        schedule = build_schedule(self._optimizer, optimizer, self._total_steps)
+        schedule = build_schedule(self._optimizer, optimizer, self._length)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_fit_start(self) -> None:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Collection
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import pydantic
 import torch
@@ -11,13 +11,35 @@ from concentration.networks.student import Student
 from concentration.schema import Config
 
 
+class RunLength(NamedTuple):
+    """Of a whole run, in optimizer steps."""
+
+    total_steps: int
+    steps_per_epoch: int
+
+
 class ScheduleConfig(Config):
-    """`schedule` after a linear rise over the first `warmup_steps`; cosine falls towards 0 over the rest."""
+    """`schedule` after a linear rise over the first `warmup_steps`; cosine falls towards 0 over the rest.
+
+    decay, decay_epochs: of schedule=steps: every so many epochs the learning rate is multiplied by `decay`.
+    """
 
     lr: pydantic.PositiveFloat
     warmup_steps: pydantic.NonNegativeInt = 0
-    schedule: Literal["constant", "cosine"] = "constant"
+    schedule: Literal["constant", "cosine", "steps"] = "constant"
+    decay: float | None = pydantic.Field(default=None, gt=0, lt=1)
+    decay_epochs: pydantic.PositiveFloat | None = None
     weight_decay: pydantic.NonNegativeFloat = 0.0
+
+    @pydantic.model_validator(mode="after")
+    def _check_decay(self):
+        for name, value in (("decay", self.decay), ("decay_epochs", self.decay_epochs)):
+            if (value is not None) != (self.schedule == "steps"):
+                raise ValueError(
+                    f"optimizer.{name}={value} with optimizer.schedule={self.schedule}: give it with schedule=steps, only and "
+                    "always"
+                )
+        return self
 
 
 class AdagradConfig(ScheduleConfig):
@@ -97,21 +119,23 @@ def build_optimizer(
 
 
 def build_schedule(
-    config: ScheduleConfig, optimizer: torch.optim.Optimizer, total_steps: int
+    config: ScheduleConfig, optimizer: torch.optim.Optimizer, length: RunLength
 ) -> torch.optim.lr_scheduler.LambdaLR:
     """A schedule over optimizer steps; a pure function of the step."""
 
     def factor(step: int) -> float:
-        return compute_lr_factor(config, step, total_steps)
+        return compute_lr_factor(config, step, length)
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
-def compute_lr_factor(config: ScheduleConfig, step: int, total_steps: int) -> float:
-    """The share of the learning rate that step `step` (from 0) of `total_steps` takes."""
+def compute_lr_factor(config: ScheduleConfig, step: int, length: RunLength) -> float:
+    """The share of the learning rate that step `step` (from 0) of a run takes."""
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
     if config.schedule == "constant":
         return 1.0
-    done = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
+    if config.schedule == "steps":
+        return config.decay ** (step // (config.decay_epochs * length.steps_per_epoch))
+    done = (step - config.warmup_steps) / max(1, length.total_steps - config.warmup_steps)
     return 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))

@@ -26,7 +26,7 @@ from concentration.networks.student import NetworkConfig, Student
 from concentration.networks.top_layers import TopConfig
 from concentration.targets import SoftTargets
 from concentration.training.backward_updates import BackwardUpdates
-from concentration.training.optimizers import AdagradConfig, build_optimizer
+from concentration.training.optimizers import AdagradConfig, RunLength, build_optimizer
 
 IMAGE_SIZE, NUM_VERTICALS, NUM_LISTED = 224, 20, 100
 REFERENCE = "1,000-class head"
@@ -90,7 +90,7 @@ def build_step(num_classes: int, update_in_backward: bool, batch_size: int, is_r
         return build_reference_step(config, images)
     student = Student(config)
     adagrad = AdagradConfig(lr=1e-3)
-    updates = BackwardUpdates(student, adagrad, 1) if update_in_backward else None
+    updates = BackwardUpdates(student, adagrad, RunLength(1, 1)) if update_in_backward else None
     optimizer = build_optimizer(adagrad, student, updates.weights if updates else ())
     vertical_B1 = torch.randint(NUM_VERTICALS, (batch_size, 1))
     index_BK = vertical_B1 * share + torch.randint(share, (batch_size, NUM_LISTED))

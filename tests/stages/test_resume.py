@@ -193,6 +193,16 @@ def test_where_every_checkpoint_is_truncated_training_begins_again(undisturbed, 
     "options",
     [
         pytest.param(("trainer.ema_decay=0.9", "trainer.accumulate=2"), id="ema"),
+        pytest.param(
+            (
+                "optimizer=googlenet",
+                "optimizer.decay_epochs=1",
+                "trainer.polyak_start=0.1",
+                "optimizer.warmup_steps=0",
+                "trainer.keep_best=true",
+            ),
+            id="polyak",
+        ),
         pytest.param(("trainer.num_workers=1",), id="workers", marks=pytest.mark.long),
         pytest.param(("trainer.sampling=class_balanced", "trainer.clip_norm=0.5", "pace.lr=0.01"), id="balanced"),
         pytest.param(("trainer.update_in_backward=true", "optimizer=adamw", "optimizer.lr=0.01"), id="backward"),

@@ -176,25 +176,54 @@ def test_more_processes_than_were_started_are_refused(prepared):
     assert "torchrun --nproc-per-node=2" in message
 
 
-def test_the_moving_average_is_that_of_the_weights_after_every_step(prepared, tmp_path):
-    steps, decay = 4, 0.7
-    options = (
-        *TINY_NETWORK,
-        *LABELS,
-        "trainer.num_workers=0",
-        "trainer.batch_size=16",
-        "trainer.validate_every_epochs=1000",
-    )
-    averaged = train(prepared, "averaged", *options, f"trainer.max_steps={steps}", f"trainer.ema_decay={decay}")
-    found = load_weights(averaged)
-    after = [
-        load_weights(train(prepared, f"steps{n}", *options, f"trainer.max_steps={n}")) for n in range(1, steps + 1)
-    ]
+AVERAGED = (
+    *TINY_NETWORK,
+    *LABELS,
+    "trainer.num_workers=0",
+    "trainer.batch_size=16",
+    "trainer.validate_every_epochs=1000",
+)
+
+
+@pytest.fixture(scope="module")
+def weights_after_steps(prepared) -> list[dict[str, np.ndarray]]:
+    """Of runs of one to four steps."""
+    return [load_weights(train(prepared, f"steps{n}", *AVERAGED, f"trainer.max_steps={n}")) for n in range(1, 5)]
+
+
+def test_the_moving_average_is_that_of_the_weights_after_every_step(prepared, weights_after_steps):
+    decay = 0.7
+    found = load_weights(train(prepared, "averaged", *AVERAGED, "trainer.max_steps=4", f"trainer.ema_decay={decay}"))
     for name in found:
-        expected = after[0][name].astype(np.float64)
-        for weights in after[1:]:
+        expected = weights_after_steps[0][name].astype(np.float64)
+        for weights in weights_after_steps[1:]:
             expected = decay * expected + (1 - decay) * weights[name]
         np.testing.assert_allclose(found[name], expected, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize(("start", "first"), [(0, 0), (0.5, 2), (0.99, 3)])
+def test_polyaks_average_is_the_mean_of_the_weights_from_its_first_step_on(prepared, weights_after_steps, start, first):
+    name = f"polyak{first}"
+    found = load_weights(train(prepared, name, *AVERAGED, "trainer.max_steps=4", f"trainer.polyak_start={start}"))
+    for name in found:
+        expected = np.mean([weights[name].astype(np.float64) for weights in weights_after_steps[min(first, 3) :]], 0)
+        np.testing.assert_allclose(found[name], expected, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def test_polyaks_average_is_validated_and_begins_with_the_newest_weights(prepared):
+    options = (*TINY, *LABELS, "optimizer.lr=0.05", "trainer.max_epochs=2")
+    plain, late, early = (
+        curve(train(prepared, f"validated{n}", *options, *more), "val/mpvap")
+        for n, more in enumerate([(), ("trainer.polyak_start=0.9",), ("trainer.polyak_start=0",)])
+    )
+    assert late[0] == plain[0], "before its start the average is the newest weights"
+    assert early[0] != plain[0]
+    assert len(early) == len(plain) == 2
+
+
+def test_two_averages_are_refused(prepared):
+    options = ("trainer.ema_decay=0.9", "trainer.polyak_start=0.5")
+    assert "one average can be the network; remove one" in one_line(train(prepared, "two", *FEW, *options, code=2))
 
 
 def test_clipping_bounds_the_step(prepared):
@@ -222,7 +251,7 @@ def test_gamma_has_a_learning_rate_of_its_own(prepared):
     assert changed == {"pace.gamma"}
 
 
-@pytest.mark.parametrize("optimizer", ["adagrad", "adamw", "sgd", "paper"])
+@pytest.mark.parametrize("optimizer", ["adagrad", "adamw", "sgd", "paper", "googlenet"])
 def test_every_optimizer_takes_steps(prepared, optimizer):
     run_path = train(prepared, optimizer, *FEW, f"optimizer={optimizer}")
     losses = curve(run_path, "train/loss")

@@ -15,7 +15,7 @@ from concentration.schema import parse_config
 from concentration.training.backward_updates import BackwardUpdates
 from concentration.training.configs import TrainerConfig
 from concentration.training.memory import MOMENTS, StepShape, make_batch, plan_memory
-from concentration.training.optimizers import OptimizerConfig, build_optimizer
+from concentration.training.optimizers import OptimizerConfig, RunLength, build_optimizer
 
 MIB = 2**20
 PAPERS = {"kind": "vertical"}
@@ -43,7 +43,9 @@ def run_steps(network, optimizer, trainer, shape, num_steps=3, device="cpu") -> 
     student = Student(network).train().to(device)
     if trainer.class_weight != "none":
         student.class_weight_C = torch.ones(student.num_outputs, device=device)
-    updates = BackwardUpdates(student, optimizer, num_steps) if trainer.update_in_backward else None
+    updates = (
+        BackwardUpdates(student, optimizer, RunLength(num_steps, num_steps)) if trainer.update_in_backward else None
+    )
     is_fused = trainer.accelerator == "cpu"
     stepper = build_optimizer(optimizer, student, updates.weights if updates else (), is_fused)
     for group in stepper.param_groups:

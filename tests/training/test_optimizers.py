@@ -10,7 +10,13 @@ import torch
 from concentration.errors import ConfigError
 from concentration.networks.student import NetworkConfig, Student
 from concentration.schema import Config, parse_config
-from concentration.training.optimizers import OptimizerConfig, build_optimizer, build_schedule, compute_lr_factor
+from concentration.training.optimizers import (
+    OptimizerConfig,
+    RunLength,
+    build_optimizer,
+    build_schedule,
+    compute_lr_factor,
+)
 
 
 class Verb(Config):
@@ -147,17 +153,26 @@ def test_the_options_of_each_optimizer_reach_torch():
 )
 def test_the_learning_rate_rises_over_the_warm_up_and_falls_by_a_cosine(options, factors):
     config = parse(**options)
-    found = {step: compute_lr_factor(config, step, total_steps=10) for step in factors}
+    found = {step: compute_lr_factor(config, step, RunLength(10, 10)) for step in factors}
     assert found == pytest.approx(factors, abs=1e-7)
+
+
+def test_the_learning_rate_falls_by_4_percent_every_8_epochs():
+    config = parse(schedule="steps", decay=0.96, decay_epochs=8)
+    length = RunLength(total_steps=170, steps_per_epoch=10)
+    found = {step: compute_lr_factor(config, step, length) for step in (0, 79, 80, 159, 160, 169)}
+    assert found == pytest.approx({0: 1.0, 79: 1.0, 80: 0.96, 159: 0.96, 160: 0.9216, 169: 0.9216})
+    after_half_an_epoch = parse(schedule="steps", decay=0.5, decay_epochs=0.5)
+    assert [compute_lr_factor(after_half_an_epoch, step, length) for step in (4, 5, 10)] == [1, 0.5, 0.25]
 
 
 def test_a_schedule_scales_every_groups_own_learning_rate_step_by_step():
     student = build_student({"kind": "vertical", "lr": 0.2})
     config = parse(lr=0.5, warmup_steps=2, schedule="cosine")
     optimizer = build_optimizer(config, student)
-    schedule = build_schedule(config, optimizer, total_steps=4)
+    schedule = build_schedule(config, optimizer, RunLength(4, 4))
     for step in range(4):
-        factor = compute_lr_factor(config, step, total_steps=4)
+        factor = compute_lr_factor(config, step, RunLength(4, 4))
         assert {group["lr"] for group in optimizer.param_groups} == {0.5 * factor, 0.2 * factor}
         optimizer.step()
         schedule.step()
@@ -170,7 +185,16 @@ def test_a_schedule_scales_every_groups_own_learning_rate_step_by_step():
         ({"kind": "adam"}, "optimizer.kind=adam: expected 'adagrad', 'adamw', 'sgd'; did you mean 'adam"),
         ({"kind": "adagrad", "momentum": 0.9}, "unknown key 'optimizer.momentum'"),
         ({"warmup_steps": -1}, "optimizer.warmup_steps=-1: "),
-        ({"schedule": "linear"}, "optimizer.schedule=linear: expected 'constant' or 'cosine'"),
+        ({"schedule": "linear"}, "optimizer.schedule=linear: expected 'constant', 'cosine' or 'steps'"),
+        (
+            {"schedule": "steps", "decay": 0.5},
+            "optimizer.decay_epochs=None with optimizer.schedule=steps: give it with",
+        ),
+        (
+            {"decay": 0.5},
+            "optimizer.decay=0.5 with optimizer.schedule=constant: give it with schedule=steps, only and always",
+        ),
+        ({"schedule": "steps", "decay": 1, "decay_epochs": 8}, "optimizer.decay=1: "),
         ({"kind": "adamw", "beta2": 1}, "optimizer.beta2=1: "),
     ],
 )

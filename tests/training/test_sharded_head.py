@@ -147,7 +147,7 @@ def test_what_does_not_go_together_is_refused(prepared, tmp_path):
     for option, message in (
         (
             "trainer.ema_decay=0.9",
-            "ema_decay=0.9 with shard_head=true: the moving average of a part of a head is not kept",
+            "ema_decay=0.9 with shard_head=true: the average of a part of a head is not kept",
         ),
         ("trainer.precision=16-mixed", "precision=16-mixed with shard_head=true: .* use bf16-mixed or 32-true"),
     ):

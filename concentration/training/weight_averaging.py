@@ -1,0 +1,35 @@
+"""Averages of the weights over the steps of a run: they are what is validated, kept as the best, and saved in the end.
+
+Checkpoints hold the average, its count and the current weights, so a resumed run has the same.
+"""
+
+from lightning.pytorch.callbacks import EMAWeightAveraging, WeightAveraging
+from torch import Tensor
+
+
+def build_weight_averaging(
+    ema_decay: float | None, polyak_start: float | None, total_steps: int
+) -> list[WeightAveraging]:
+    """The average that is asked for, if any: moving, or Polyak's from this share of the run on."""
+    if ema_decay is not None:
+        return [EMAWeightAveraging(decay=ema_decay)]
+    if polyak_start is not None:
+        return [PolyakAveraging(first_step=round(polyak_start * total_steps))]
+    return []
+
+
+class PolyakAveraging(WeightAveraging):
+    """The mean of the weights after every step from `first_step` (counted from 0) on; before, the newest weights.
+
+    The statistics of batch norms are averaged like the weights.
+
+    Source: Polyak and Juditsky 1992, "Acceleration of stochastic approximation by averaging".
+    """
+
+    def __init__(self, first_step: int):
+        def average(mean: Tensor, newest: Tensor, num_steps: Tensor) -> Tensor:
+            # NOTE: an average that began with its first step would be of the initial weights, and validated, until then.
+            count = (num_steps + 1 - first_step).clamp(min=1)
+            return mean + (newest - mean) / count
+
+        super().__init__(avg_fn=average)
