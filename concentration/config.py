@@ -22,6 +22,9 @@ VERBS: Mapping[str, Verb] = {
         "PredictConfig",
         positional="paths",
     ),
+    "demo": Verb(
+        "a local web page: drop an image, see the answer by vertical", "concentration.stages.demo", "demo", "DemoConfig"
+    ),
 }
 
 

@@ -52,6 +52,8 @@ PLACES = {
     "triton": {"objectives"},
     "scipy": {"grouping"},
     "faiss": {"serving"},
+    "starlette": {"serving"},
+    "uvicorn": {"stages"},
 }
 
 CORE = {

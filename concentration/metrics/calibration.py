@@ -16,9 +16,9 @@ Source: temperature scaling of Guo et al. 2017; Platt 1999 with his smoothed tar
 calibrated, not all classes', is the "top-label" calibration of Gupta and Ramdas 2022.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -161,6 +161,22 @@ class Scaling:
     def scale(self, scores_BC: np.ndarray, vertical_of_output: np.ndarray) -> np.ndarray:
         """Calibrated logits (B, C) of all classes; their sigmoids are the probabilities that are shown."""
         return self.slope_M[vertical_of_output] * scores_BC + self.shift_M[vertical_of_output]
+
+
+def load_scaling(content: Mapping[str, Any], taxonomy: Taxonomy) -> Scaling:
+    """The scaling of a calibration file, for logits by the output index of this taxonomy.
+
+    Raises:
+        DataError: it was made for other verticals.
+    """
+    by_vertical = content["scaling"]
+    if tuple(by_vertical) != taxonomy.verticals:
+        raise DataError(
+            f"calibration of {content['name']}: for the verticals {', '.join(by_vertical)}, here "
+            f"{', '.join(taxonomy.verticals)}; run `concentrate calibrate overwrite=true`"
+        )
+    slope_M, shift_M = (np.array([line[key] for line in by_vertical.values()]) for key in ("slope", "shift"))
+    return Scaling(slope_M, shift_M)
 
 
 @dataclass(frozen=True)

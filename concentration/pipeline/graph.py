@@ -19,7 +19,9 @@ from concentration.pipeline.jobs import DONE_FILE, Job, Resources
 from concentration.pipeline.local import LocalConfig
 from concentration.pipeline.slurm import SlurmConfig
 from concentration.schema import Config, suggest
+from concentration.serving.export_folder import EXPORTS
 from concentration.stages.evaluate import EVALUATIONS, SPECIALISTS, EvaluateConfig
+from concentration.stages.export import ExportConfig
 from concentration.stages.prepare import SHARDS, DataOverrides, PrepareConfig, load_prepared
 from concentration.stages.report import REPORT, ReportConfig
 from concentration.stages.run_directory import RunDirectory, StageConfig
@@ -56,6 +58,7 @@ class RunConfig(StageConfig):
 
     name: of the student; several students may share teachers and targets.
     launcher: who runs the jobs.
+    export: also exports the student.
     num_processes: of `prepare`, and jobs at a time on this machine; None is one per core.
     plan: prints what every stage would read, write and take, and runs none.
     dry_run: prints the graph and the commands, and runs none.
@@ -85,6 +88,7 @@ class RunConfig(StageConfig):
     samples_per_shard: pydantic.PositiveInt = 4000
     launcher: Annotated[LocalConfig | SlurmConfig, pydantic.Field(discriminator="kind")] = LocalConfig()
     num_processes: pydantic.PositiveInt | None = None
+    export: bool = False
     plan: bool = False
     dry_run: bool = False
 
@@ -144,6 +148,7 @@ def build_jobs(config: RunConfig, taxonomy: Taxonomy) -> list[Job]:
         _evaluate_job(config, SPECIALISTS, tuple(job.name for job in teachers)),
         _evaluate_job(config, config.name, (student.name,)),
     ]
+    exports = [_export_job(config)] if config.export else []
     report = Job(
         "report",
         "report",
@@ -153,7 +158,7 @@ def build_jobs(config: RunConfig, taxonomy: Taxonomy) -> list[Job]:
         "drawing the report",
         proof="index.html",
     )
-    return [generalist, *teachers, *targets, student, *evaluations, report]
+    return [generalist, *teachers, *targets, student, *evaluations, *exports, report]
 
 
 def build_graph(config: RunConfig, taxonomy: Taxonomy) -> list[Job]:
@@ -239,6 +244,13 @@ def _student_job(
     summary = f"training one network over all verticals on {learns[targets.kind]}"
     directory = config.workdir / STUDENTS / name
     return Job(f"student {name}", "student", stage, directory, after, summary, _resources(parts.trainer))
+
+
+def _export_job(config: RunConfig) -> Job:
+    stage = ExportConfig(**_shared(config), name=config.name)
+    directory = config.workdir / EXPORTS / config.name
+    after = (f"evaluate {config.name}",)
+    return Job(f"export {config.name}", "export", stage, directory, after, "writing the folder that predicts")
 
 
 def _evaluate_job(config: RunConfig, name: str, after: tuple[str, ...]) -> Job:

@@ -93,3 +93,6 @@ def _print_result(config: RunConfig) -> None:
         table.add_row(name, f"{100 * result['mpvap']:.1f} %", top1, parameters, str(result["num_networks"]))
     console.print(table)
     console.print(f"report: {(config.workdir / REPORT / 'index.html').resolve()}")
+    where = f"name={config.name} workdir={config.workdir}"
+    next_verb = f"demo {where}" if config.export else f"export {where}"
+    console.print(f"next: concentrate {next_verb}")

@@ -4,7 +4,7 @@ Shapes: B batch, C all classes, T features before the classifiers.
 """
 
 import collections
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -20,21 +20,14 @@ from concentration.serving.predictor import Predictor
 class Answerer:
     """What is said of images: by the network, and by the nearest neighbours where there is an index."""
 
-    def __init__(
-        self,
-        predictor: Predictor,
-        ranking: Ranking,
-        index: NeighbourIndex | None = None,
-        read: Callable[[InputImage], bytes] = InputImage.read,
-    ):
+    def __init__(self, predictor: Predictor, ranking: Ranking, index: NeighbourIndex | None = None):
         self._predictor = predictor
         self._ranking = ranking
         self._index = index
-        self._read = read
 
     def answer(self, inputs: Sequence[InputImage]) -> list[ImageAnswer]:
         """One answer for each, with an error where the image cannot be decoded."""
-        images, is_decoded, errors = decode_images(inputs, self._predictor.image_size, self._read)
+        images, is_decoded, errors = decode_images(inputs, self._predictor.image_size)
         decoded = iter(self._answer_decoded(images[is_decoded]))
         return [
             ImageAnswer(image.name, *next(decoded)) if error is None else ImageAnswer(image.name, error=error)
@@ -46,18 +39,16 @@ class Answerer:
             return []
         logits_BC, features_BT = self._predictor(images)
         neighbours = [()] * len(images) if self._index is None else self._index.answer(features_BT)
-        return list(zip(self._ranking.rank(logits_BC), neighbours, strict=True))
+        return [(*ranked, near) for ranked, near in zip(self._ranking.rank(logits_BC), neighbours, strict=True)]
 
 
-def decode_images(
-    inputs: Sequence[InputImage], image_size: int, read: Callable[[InputImage], bytes] = InputImage.read
-) -> tuple[np.ndarray, np.ndarray, list[str | None]]:
+def decode_images(inputs: Sequence[InputImage], image_size: int) -> tuple[np.ndarray, np.ndarray, list[str | None]]:
     """Centre views (B, 3, H, W) uint8, black where an image cannot be decoded; whether it could; and why not."""
     images = np.zeros((len(inputs), 3, image_size, image_size), dtype=np.uint8)
     errors: list[str | None] = [None] * len(inputs)
     for row, image in enumerate(inputs):
         try:
-            images[row], _ = decode_view(read(image), CentreView(), 0, image_size)
+            images[row], _ = decode_view(image.read(), CentreView(), 0, image_size)
         except UNDECODABLE as error:
             errors[row] = _describe_error(error)
     return images, np.array([error is None for error in errors], dtype=bool), errors

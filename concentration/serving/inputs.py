@@ -4,7 +4,7 @@ import os
 import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from concentration.data.views import IMAGE_EXTENSIONS
 from concentration.errors import ConfigError, DataError
@@ -13,8 +13,28 @@ from concentration.errors import ConfigError, DataError
 MOST_BYTES = 2**28
 
 
-class InputImage(NamedTuple):
-    """One encoded image: a file, or a part of a shard; `name` is what answers call it."""
+class InputImage(Protocol):
+    """One encoded image; `name` is what answers call it."""
+
+    @property
+    def name(self) -> str: ...
+
+    def read(self) -> bytes:
+        """Raises: OSError, ValueError where it cannot be read."""
+
+
+class ImageInMemory(NamedTuple):
+    """An image that was read already."""
+
+    name: str
+    content: bytes
+
+    def read(self) -> bytes:
+        return self.content
+
+
+class ImageOnDisk(NamedTuple):
+    """A file, or a part of a shard."""
 
     name: str
     path: str
@@ -30,7 +50,7 @@ class InputImage(NamedTuple):
             return file.read(self.num_bytes)
 
 
-def list_inputs(paths: Sequence[str]) -> list[InputImage]:
+def list_inputs(paths: Sequence[str]) -> list[ImageOnDisk]:
     """All images of files, folders (also those inside them, sorted) and tars, in the order that was given.
 
     Of folders and tars those count that have the extension of an image; a file that is named is taken for one.
@@ -41,7 +61,7 @@ def list_inputs(paths: Sequence[str]) -> list[InputImage]:
     """
     if not paths:
         raise ConfigError("no images: give files, folders or shards, as in `concentrate predict photo.jpg holiday/`")
-    found: list[InputImage] = []
+    found: list[ImageOnDisk] = []
     for given in paths:
         if os.path.isdir(given):
             found += _list_folder(given)
@@ -54,7 +74,7 @@ def list_inputs(paths: Sequence[str]) -> list[InputImage]:
     return found
 
 
-def _list_folder(folder: str) -> Iterator[InputImage]:
+def _list_folder(folder: str) -> Iterator[ImageOnDisk]:
     def refuse(error: OSError) -> None:
         raise ConfigError(f"{error.filename}: cannot be read ({error.strerror}); correct its permissions")
 
@@ -66,18 +86,18 @@ def _list_folder(folder: str) -> Iterator[InputImage]:
                 yield _describe_file(path)
 
 
-def _list_shard(path: str) -> Iterator[InputImage]:
+def _list_shard(path: str) -> Iterator[ImageOnDisk]:
     try:
         with tarfile.open(path, "r:", encoding="utf-8") as tar:
             for member in tar:
                 if member.isreg() and not member.issparse() and _has_image_extension(member.name):
-                    yield InputImage(f"{path}/{member.name}", path, member.offset_data, member.size)
+                    yield ImageOnDisk(f"{path}/{member.name}", path, member.offset_data, member.size)
     except (tarfile.TarError, OSError, ValueError, OverflowError, MemoryError) as error:
         raise DataError(f"{path}: truncated, compressed or no tar ({error}); fetch it again, uncompressed") from None
 
 
-def _describe_file(path: str) -> InputImage:
-    return InputImage(path, path, 0, os.path.getsize(path))
+def _describe_file(path: str) -> ImageOnDisk:
+    return ImageOnDisk(path, path, 0, os.path.getsize(path))
 
 
 def _has_image_extension(name: str) -> bool:

@@ -15,7 +15,9 @@ from concentration.serving.answers import ImageAnswer
 
 Format = Literal["table", "jsonl", "csv"]
 
-CSV_COLUMNS = ("path", "rank", "class", "name", "vertical", "probability", "lineage", "error")
+CSV_COLUMNS = (
+    "path", "rank", "class", "name", "vertical", "probability", "lineage", "is_sure", "none_of_these", "error"
+)  # fmt: skip
 SEPARATOR = " > "
 
 
@@ -37,13 +39,19 @@ def describe_answer(answer: ImageAnswer) -> dict:
     described = {"path": answer.path}
     if answer.error is not None:
         return described | {"error": answer.error}
-    described["classes"] = [asdict(c) | {"probability": round(c.probability, 6)} for c in answer.classes]
+    described["classes"] = [_without_none(asdict(c)) | {"probability": round(c.probability, 6)} for c in answer.classes]
+    if answer.none_of_these is not None:
+        described["none_of_these"] = answer.none_of_these
     if answer.neighbours:
         described["neighbours"] = [
             {"name": n.name, "similarity": round(n.similarity, 4), "share": round(n.share, 4)}
             for n in answer.neighbours
         ]
     return described
+
+
+def _without_none(values: dict) -> dict:
+    return {key: value for key, value in values.items() if value is not None}
 
 
 class JsonLinesWriter:
@@ -70,7 +78,7 @@ class CsvWriter:
     def write(self, answers: Iterable[ImageAnswer]) -> None:
         for answer in answers:
             if answer.error is not None:
-                self._rows.writerow([answer.path, "", "", "", "", "", "", answer.error])
+                self._rows.writerow([answer.path, *[""] * (len(CSV_COLUMNS) - 2), answer.error])
             for rank, c in enumerate(answer.classes, 1):
                 values = [
                     answer.path,
@@ -81,7 +89,7 @@ class CsvWriter:
                     f"{c.probability:.6f}",
                     SEPARATOR.join(c.lineage),
                 ]
-                self._rows.writerow([*values, ""])
+                self._rows.writerow([*values, c.is_sure, answer.none_of_these, ""])  # None is written as nothing
 
     def close(self) -> None:
         self._file.flush()
@@ -111,6 +119,9 @@ class TableWriter:
         if answer.error is not None:
             self._table.add_row(path, f"[red]{escape(answer.error)}[/red]", "", "")
             return
+        if answer.none_of_these:
+            self._table.add_row(path, "[yellow]none of these classes, it seems; the nearest are[/yellow]", "", "")
+            path = ""
         for number, c in enumerate(answer.classes):
             *above, name = map(escape, c.lineage)
             ancestors = "".join(f"[dim]{ancestor}{SEPARATOR}[/dim]" for ancestor in above)

@@ -12,7 +12,7 @@ import numpy as np
 import pydantic
 
 from concentration.data.index import Split, load_split
-from concentration.errors import ConfigError, DataError
+from concentration.errors import ConfigError
 from concentration.metrics.calibration import (
     Answers,
     Form,
@@ -114,22 +114,6 @@ def calibrate(config: CalibrateConfig) -> None:
         )
         directory.finish({"top1": content["after"]["top1"], "ece": content["after"]["ece"]})
         _print(config, content)
-
-
-def load_scaling(content: Mapping[str, Any], taxonomy: Taxonomy) -> Scaling:
-    """The scaling of a calibration file, for logits by the output index of this taxonomy.
-
-    Raises:
-        DataError: it was made for other verticals.
-    """
-    by_vertical = content["scaling"]
-    if tuple(by_vertical) != taxonomy.verticals:
-        raise DataError(
-            f"calibration of {content['name']}: for the verticals {', '.join(by_vertical)}, here "
-            f"{', '.join(taxonomy.verticals)}; run `concentrate calibrate overwrite=true`"
-        )
-    slope_M, shift_M = (np.array([line[key] for line in by_vertical.values()]) for key in ("slope", "shift"))
-    return Scaling(slope_M, shift_M)
 
 
 class _Outside(NamedTuple):

@@ -13,10 +13,10 @@ from concentration.data.loader import SampleReader
 from concentration.data.order import permutation
 from concentration.data.sample_targets import LabelTargets
 from concentration.errors import ConfigError
-from concentration.metrics.confusions import Confusions
 from concentration.networks.classifier import Exportable
 from concentration.progress import Progress
 from concentration.schema import parse_json
+from concentration.serving.calibration import CALIBRATION_FILE
 from concentration.serving.export_folder import (
     EXPORTS,
     NEIGHBOURS_FOLDER,
@@ -31,11 +31,13 @@ from concentration.serving.export_folder import (
 )
 from concentration.serving.neighbours import NeighbourIndex
 from concentration.serving.predictor import Predictor
+from concentration.stages.calibrate import CALIBRATIONS
 from concentration.stages.evaluate import EVALUATIONS
-from concentration.stages.export_card import CARD_FILE, CardInputs, build_card
+from concentration.stages.export_card import CARD_FILE, MEASURES_FILE, build_card
 from concentration.stages.export_measures import (
     SampledImages,
     check_agreement,
+    describe_confusions,
     describe_machine,
     measure_quality,
     measure_speed,
@@ -50,18 +52,20 @@ from concentration.stages.export_programs import (
 )
 from concentration.stages.export_standalone import STANDALONE_FILE, write_standalone
 from concentration.stages.prepare import SHARDS, DataOverrides, load_prepared
+from concentration.stages.report_values import as_mapping
 from concentration.stages.run_directory import RunDirectory, StageConfig
 from concentration.stages.student import STUDENTS
 from concentration.stages.train_network import load_network
 from concentration.targets import write_atomically
 from concentration.taxonomy import Taxonomy
 
-MEASURES_FILE = "measures.json"
 _READ_TOGETHER = 128
 
 
 class ExportConfig(StageConfig):
     """Writes `exports/NAME/`: programs, taxonomy, preprocessing, a standalone `predict.pyz`, and a model card, `README.md`.
+
+    A calibration of the same network (`concentrate calibrate`) is copied, also by an export that was finished before.
 
     name: of a finished and evaluated student.
     neighbours: training images whose features are kept for nearest neighbours, spread evenly over the classes; 0 keeps none.
@@ -89,43 +93,48 @@ def export(config: ExportConfig) -> None:
     checkpoint = _find_checkpoint(config, source)
     directory = RunDirectory(config.workdir / EXPORTS / config.name)
     with directory.begin(config, {"data": fingerprint, "checkpoint": checkpoint}) as is_due:
-        if not is_due:
-            return
         evaluation = _load_evaluation(config, checkpoint)
-        network = load_network(source, taxonomy)
-        if not isinstance(network, Exportable):
-            raise ConfigError(f"name={config.name}: a {type(network).__name__} cannot be exported; export a student")
-        path = directory.path
-        shutil.copyfile(source / NETWORK_FILE, path / NETWORK_FILE)
-        write_atomically(path / TAXONOMY_FILE, taxonomy.to_json())
-        write_atomically(
-            path / PREPROCESSING_FILE, Preprocessing(image_size=network.image_size).model_dump(mode="json")
-        )
-        write_standalone(path / STANDALONE_FILE)
-        _write_programs(network, path)
-        predictors = {weights: Predictor(load_export(path), weights) for weights in ONNX_FILES}
-        num_neighbours = _write_neighbours(config, taxonomy, predictors["float32"], path)
-        measures, confusions = _measure(config, taxonomy, network, predictors, path)
-        measures["num_neighbours"] = num_neighbours
-        write_atomically(path / MEASURES_FILE, measures)
-        inputs = CardInputs(
-            name=config.name,
-            path=path,
-            workdir=config.workdir,
-            taxonomy=taxonomy,
-            training=RunDirectory(source).load_config(),
-            data=RunDirectory(config.workdir / SHARDS).load_config(),
-            splits=RunDirectory(config.workdir / SHARDS).load_done("concentrate prepare", splits=dict)["splits"],
-            image_size=network.image_size,
-            evaluation=evaluation,
-            measures=measures,
-            confusions=confusions,
-        )
-        write_atomically(path / CARD_FILE, build_card(inputs))
-        directory.finish({"checkpoint": checkpoint, "mpvap_int8": measures["mpvap"]["int8"]})
-    print(
-        f"{directory.path / CARD_FILE}: the model card; `concentrate predict PATH... name={config.name}` answers with it"
-    )
+        if is_due:
+            _write_export(config, taxonomy, source, directory.path)
+        if is_due or _has_new_calibration(config, checkpoint, directory.path):
+            _copy_calibration(config, checkpoint, directory.path)
+            write_atomically(directory.path / CARD_FILE, build_card(config.name, config.workdir, evaluation))
+            print(f"{directory.path / CARD_FILE}: the model card")
+        if is_due:
+            directory.finish({"checkpoint": checkpoint})
+
+
+def _write_export(config: ExportConfig, taxonomy: Taxonomy, source: Path, path: Path) -> None:
+    """Everything but the card, and a calibration."""
+    network = load_network(source, taxonomy)
+    if not isinstance(network, Exportable):
+        raise ConfigError(f"name={config.name}: a {type(network).__name__} cannot be exported; export a student")
+    shutil.copyfile(source / NETWORK_FILE, path / NETWORK_FILE)
+    write_atomically(path / TAXONOMY_FILE, taxonomy.to_json())
+    write_atomically(path / PREPROCESSING_FILE, Preprocessing(image_size=network.image_size).model_dump(mode="json"))
+    write_standalone(path / STANDALONE_FILE)
+    _write_programs(network, path)
+    predictors = {weights: Predictor(load_export(path), weights) for weights in ONNX_FILES}
+    num_neighbours = _write_neighbours(config, taxonomy, predictors["float32"], path)
+    measures = _measure(config, taxonomy, network, predictors, path)
+    write_atomically(path / MEASURES_FILE, {**measures, "num_neighbours": num_neighbours})
+
+
+def _find_calibration(config: ExportConfig, checkpoint: str) -> Path | None:
+    """The calibration of this network; None where there is none, or that of another training."""
+    path = config.workdir / CALIBRATIONS / f"{config.name}.json"
+    is_there = path.exists() and as_mapping(parse_json(path.read_bytes(), str(path))).get("checkpoint") == checkpoint
+    return path if is_there else None
+
+
+def _has_new_calibration(config: ExportConfig, checkpoint: str, path: Path) -> bool:
+    found, copy = _find_calibration(config, checkpoint), path / CALIBRATION_FILE
+    return found is not None and not (copy.exists() and copy.read_bytes() == found.read_bytes())
+
+
+def _copy_calibration(config: ExportConfig, checkpoint: str, path: Path) -> None:
+    if found := _find_calibration(config, checkpoint):
+        write_atomically(path / CALIBRATION_FILE, found.read_bytes())
 
 
 def _find_checkpoint(config: ExportConfig, source: Path) -> str:
@@ -198,7 +207,7 @@ def _choose_examples(split: Split, most: int) -> tuple[np.ndarray, np.ndarray]:
 
 def _measure(
     config: ExportConfig, taxonomy: Taxonomy, network: Exportable, predictors: dict[Weights, Predictor], path: Path
-) -> tuple[dict, Confusions]:
+) -> dict:
     split = load_split(config.workdir / SHARDS, "test", taxonomy)
     images = SampledImages(split, network.image_size, config.num_images)
     first = images.read_first()
@@ -210,13 +219,10 @@ def _measure(
         "agreement": agreement._asdict(),
         "mpvap": mpvap,
         "num_images": len(images.ordinals),
+        "confusions": describe_confusions(confusions, taxonomy),
         "speed": [speed._asdict() for speed in speeds],
         "predict_images_per_second": throughput,
         "predict_threads": num_threads,
         "machine": describe_machine(),
-        "file_bytes": {
-            file.name: file.stat().st_size
-            for file in sorted(path.iterdir())
-            if file.suffix in (".onnx", ".pt2", ".safetensors", ".data")
-        },
-    }, confusions
+        "file_bytes": {file.name: file.stat().st_size for file in sorted(path.glob("model*"))},
+    }

@@ -1,49 +1,51 @@
 """The model card of an export: what the network is, how well and how fast it answers, and where it errs."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
 import concentration
-from concentration.metrics.confusions import Confusions
-from concentration.serving.export_folder import NEIGHBOURS_FOLDER
+from concentration.schema import parse_json
+from concentration.serving.calibration import CALIBRATION_FILE
+from concentration.serving.export_folder import EXPORTS, NEIGHBOURS_FOLDER, load_export
 from concentration.stages.export_standalone import REQUIREMENTS
-from concentration.taxonomy import Taxonomy
+from concentration.stages.prepare import SHARDS
+from concentration.stages.run_directory import RunDirectory
+from concentration.stages.student import STUDENTS
 
-CARD_FILE = "README.md"
-_NUM_PAIRS, _NUM_VERTICAL_PAIRS, _NUM_WEAK = 15, 10, 15
-
-
-@dataclass(frozen=True)
-class CardInputs:
-    """Everything that the card is made from.
-
-    Attributes:
-        name, path, workdir: of the export.
-        training, data: the configs of the student and of the prepared data.
-        splits: what `prepare` said of each split.
-        evaluation: `evaluations/NAME.json`.
-        measures: `measures.json`.
-    """
-
-    name: str
-    path: Path
-    workdir: Path
-    taxonomy: Taxonomy
-    training: Mapping[str, Any]
-    data: Mapping[str, Any]
-    splits: Mapping[str, Any]
-    image_size: int
-    evaluation: Mapping[str, Any]
-    measures: Mapping[str, Any]
-    confusions: Confusions
+CARD_FILE, MEASURES_FILE = "README.md", "measures.json"
+_NUM_WEAK = 15
 
 
-def build_card(inputs: CardInputs) -> str:
-    """The card as Markdown."""
+def build_card(name: str, workdir: Path, evaluation: Mapping[str, Any]) -> str:
+    """The card as Markdown, from what the run and the export have written."""
+    path = workdir / EXPORTS / name
+    export = load_export(path)
+    measures = parse_json((path / MEASURES_FILE).read_bytes(), MEASURES_FILE)
+    shards = RunDirectory(workdir / SHARDS)
+    calibration = path / CALIBRATION_FILE
+    return _load_template().render(
+        name=name,
+        version=concentration.__version__,
+        requirements=" ".join(REQUIREMENTS),
+        taxonomy=export.taxonomy,
+        image_size=export.preprocessing.image_size,
+        source=shards.load_config()["data"]["kind"],
+        splits=shards.load_done("concentrate prepare", splits=dict)["splits"],
+        training=_describe_training(RunDirectory(workdir / STUDENTS / name).load_config()),
+        e=evaluation,
+        m=measures,
+        calibration=parse_json(calibration.read_bytes(), CALIBRATION_FILE) if calibration.exists() else None,
+        has_neighbours=(path / NEIGHBOURS_FOLDER).is_dir(),
+        has_gpu=any(speed["device"] != "one core" for speed in measures["speed"]),
+        verticals=_list_verticals(export.taxonomy.vertical_sizes, evaluation, measures["confusions"]["by_vertical"]),
+        weak_classes=_list_weak_classes(evaluation),
+    )
+
+
+def _load_template() -> jinja2.Template:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         undefined=jinja2.StrictUndefined,
@@ -57,17 +59,7 @@ def build_card(inputs: CardInputs) -> str:
         "mb": lambda value: f"{value / 1e6:,.1f}",
         "cell": lambda text: str(text).replace("|", "\\|"),
     }
-    return environment.get_template("model_card.md.jinja").render(
-        inputs=inputs,
-        version=concentration.__version__,
-        requirements=" ".join(REQUIREMENTS),
-        has_neighbours=(inputs.path / NEIGHBOURS_FOLDER).is_dir(),
-        training=_describe_training(inputs.training),
-        verticals=_list_verticals(inputs),
-        weak_classes=_list_weak_classes(inputs.evaluation),
-        class_pairs=_list_class_pairs(inputs),
-        vertical_pairs=_list_vertical_pairs(inputs),
-    )
+    return environment.get_template("model_card.md.jinja")
 
 
 def _describe_training(training: Mapping[str, Any]) -> dict[str, str]:
@@ -80,40 +72,17 @@ def _describe_training(training: Mapping[str, Any]) -> dict[str, str]:
     return described
 
 
-def _list_verticals(inputs: CardInputs) -> list[dict]:
-    """A row for each, the weakest first."""
-    evaluation, confusions, taxonomy = inputs.evaluation, inputs.confusions, inputs.taxonomy
+def _list_verticals(sizes: tuple[int, ...], evaluation: Mapping[str, Any], asked: Mapping[str, Any]) -> list[dict]:
+    """A row for each, the weakest first; those without a test image last."""
     rows = []
-    for number, vertical in enumerate(taxonomy.verticals):
-        of_vertical = confusions.vertical_MM[number]
-        asked = int(of_vertical.sum())
-        elsewhere = (asked - int(of_vertical[number])) / asked if asked else None
+    for size, (vertical, found) in zip(sizes, asked.items(), strict=True):
+        count = found["num_images"]
+        elsewhere = found["elsewhere"] / count if count else None
         pvap = evaluation["pvap"].get(vertical)
-        size = taxonomy.vertical_sizes[number]
-        rows.append({"name": vertical, "size": size, "asked": asked, "pvap": pvap, "elsewhere": elsewhere})
+        rows.append({"name": vertical, "size": size, "num_images": count, "pvap": pvap, "elsewhere": elsewhere})
     return sorted(rows, key=lambda row: (row["pvap"] is None, row["pvap"]))
 
 
 def _list_weak_classes(evaluation: Mapping[str, Any]) -> list[dict]:
     known = [c for c in evaluation["classes"] if c["ap"] is not None]
     return sorted(known, key=lambda c: (c["ap"], c["num_train"]))[:_NUM_WEAK]
-
-
-def _list_class_pairs(inputs: CardInputs) -> list[dict]:
-    taxonomy = inputs.taxonomy
-    return [
-        {
-            "label": taxonomy.class_of_output(pair.label),
-            "answer": taxonomy.class_of_output(pair.answer),
-            "count": pair.count,
-        }
-        for pair in inputs.confusions.worst_classes(_NUM_PAIRS)
-    ]
-
-
-def _list_vertical_pairs(inputs: CardInputs) -> list[dict]:
-    names = inputs.taxonomy.verticals
-    return [
-        {"label": names[pair.label], "answer": names[pair.answer], "count": pair.count}
-        for pair in inputs.confusions.worst_verticals(_NUM_VERTICAL_PAIRS)
-    ]

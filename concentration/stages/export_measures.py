@@ -24,8 +24,9 @@ from concentration.progress import Progress
 from concentration.serving.answering import Answerer, answer_all
 from concentration.serving.answers import Ranking
 from concentration.serving.export_folder import Weights
-from concentration.serving.inputs import InputImage
+from concentration.serving.inputs import ImageInMemory
 from concentration.serving.predictor import Predictor
+from concentration.taxonomy import Taxonomy
 
 #: How far a program's logits may be from the network's, as a share of the largest (at least 1).
 TOLERANCE = 1e-3
@@ -33,6 +34,8 @@ BATCH_SIZES = (1, 32)
 _READ_TOGETHER = 128
 _NUM_CHECKED = 16
 _MOST_TIMED_IMAGES = 2000
+#: Pairs that are named.
+_NUM_VERTICAL_PAIRS, _NUM_CLASS_PAIRS = 10, 20
 
 
 class Agreement(NamedTuple):
@@ -102,11 +105,10 @@ class SampledImages:
             yield images, [self._split.labels(int(ordinal)) for ordinal in ordinals]
             progress.advance(min(_READ_TOGETHER, len(self.ordinals)))
 
-    def encoded(self) -> tuple[list[InputImage], Callable[[InputImage], bytes]]:
-        """Images as they lie in the shards, already in memory."""
+    def encoded(self) -> list[ImageInMemory]:
+        """Images as they lie in the shards."""
         ordinals = self.ordinals[:_MOST_TIMED_IMAGES]
-        contents = {str(o): self._reader.read_encoded(int(o)) for o in ordinals}
-        return [InputImage(name, name, 0, len(c)) for name, c in contents.items()], lambda image: contents[image.name]
+        return [ImageInMemory(str(ordinal), self._reader.read_encoded(int(ordinal))) for ordinal in ordinals]
 
     def _read(self, ordinals: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for start in range(0, len(ordinals), _READ_TOGETHER):
@@ -152,12 +154,36 @@ def measure_speed(
 
 def measure_throughput(predictor: Predictor, images: SampledImages) -> tuple[float, int]:
     """Images a second that `predict` decodes and answers on all cores, and how many cores these are."""
-    inputs, read = images.encoded()
-    answerer = Answerer(predictor, Ranking(predictor.export.taxonomy), read=read)
+    inputs = images.encoded()
+    answerer = Answerer(predictor, Ranking(predictor.export.taxonomy))
     started = time.perf_counter()
     for _ in answer_all(answerer, inputs, 32, count_cores()):
         pass
     return len(inputs) / (time.perf_counter() - started), count_cores()
+
+
+def describe_confusions(confusions: Confusions, taxonomy: Taxonomy) -> dict:
+    """By vertical how many were asked and answered in another vertical; the worst pairs of verticals and of classes."""
+
+    def describe(output: int) -> str:
+        c = taxonomy.class_of_output(output)
+        return f"{c.name} ({c.vertical})"
+
+    by_vertical = {}
+    for number, vertical in enumerate(taxonomy.verticals):
+        answered_M = confusions.vertical_MM[number]
+        by_vertical[vertical] = {
+            "num_images": int(answered_M.sum()),
+            "elsewhere": int(answered_M.sum() - answered_M[number]),
+        }
+    names = taxonomy.verticals
+    return {
+        "num_images": confusions.num_samples,
+        "num_right": confusions.num_right,
+        "by_vertical": by_vertical,
+        "verticals": [[names[i], names[j], count] for i, j, count in confusions.worst_verticals(_NUM_VERTICAL_PAIRS)],
+        "classes": [[describe(i), describe(j), count] for i, j, count in confusions.worst_classes(_NUM_CLASS_PAIRS)],
+    }
 
 
 def describe_machine() -> str:

@@ -1,7 +1,9 @@
 """`predict.pyz`: what answers with an export, as one file that Python runs without this package installed."""
 
+import ast
 import io
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import concentration
@@ -11,37 +13,41 @@ STANDALONE_FILE = "predict.pyz"
 #: What has to be installed for it; faiss-cpu beside them for neighbours.
 REQUIREMENTS = ("onnxruntime", "numpy", "pillow", "pydantic", "rich")
 
-#: The modules that `predict` imports, by pattern.
-_MODULES = (
-    "__init__.py",
-    "errors.py",
-    "packed_targets.py",
-    "preemption.py",
-    "processes.py",
-    "progress.py",
-    "schema.py",
-    "taxonomy.py",
-    "data/__init__.py",
-    "data/order.py",
-    "data/views.py",
-    "serving/*.py",
-    "stages/__init__.py",
-    "stages/predict*.py",
-    "stages/verbs.py",
-)
-_MAIN = "from concentration.stages.predict_standalone import main\n\nmain()\n"
+_START = "concentration.stages.predict_standalone"
+_MAIN = f"from {_START} import main\n\nmain()\n"
+#: Imported where nothing of an export asks for it: the status files of stages.
+_LEFT_OUT = ("concentration.targets",)
 
 
 def write_standalone(path: Path) -> None:
     """Writes the archive; the same bytes for the same code."""
-    package = Path(concentration.__file__).parent
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
-        for file in sorted({found for pattern in _MODULES for found in package.glob(pattern)}):
-            _add(archive, file.relative_to(package.parent).as_posix(), file.read_text(encoding="utf-8"))
-        _add(archive, "__main__.py", _MAIN)
+        for name, text in sorted({**dict(_collect_modules()), "__main__.py": _MAIN}.items()):
+            archive.writestr(zipfile.ZipInfo(name), text, zipfile.ZIP_DEFLATED)
     write_atomically(path, buffer.getvalue())
 
 
-def _add(archive: zipfile.ZipFile, name: str, text: str) -> None:
-    archive.writestr(zipfile.ZipInfo(name), text, zipfile.ZIP_DEFLATED)
+def _collect_modules() -> Iterator[tuple[str, str]]:
+    """(file, source) of every module that `predict` imports, and of the packages that they are in."""
+    root = Path(concentration.__file__).parents[1]
+    waiting, seen = [_START], set(_LEFT_OUT)
+    while waiting:
+        module = waiting.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        path = root.joinpath(*module.split("."))
+        file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+        if not file.exists():  # a name inside a module
+            continue
+        source = file.read_text(encoding="utf-8")
+        yield file.relative_to(root).as_posix(), source
+        waiting += [module.rpartition(".")[0], *_list_imports(source)] if "." in module else []
+
+
+def _list_imports(source: str) -> Iterator[str]:
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "concentration":
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)

@@ -18,6 +18,7 @@ from concentration.progress import Progress
 from concentration.schema import Config
 from concentration.serving.answering import Answerer, answer_all, decode_images
 from concentration.serving.answers import Ranking
+from concentration.serving.calibration import load_calibration
 from concentration.serving.export_folder import EXPORTS, NEIGHBOURS_FOLDER, ExportFolder, Weights, load_export
 from concentration.serving.inputs import list_inputs
 from concentration.serving.neighbours import NeighbourIndex
@@ -107,7 +108,8 @@ def predict(config: PredictConfig) -> None:
 def build_answerer(config: ServingConfig, is_by_vertical: bool) -> Answerer:
     """Raises: as `predict`."""
     export = config.load_export()
-    ranking = Ranking(export.taxonomy, config.best, config.verticals, config.classes, is_by_vertical)
+    calibration = load_calibration(export.path, export.taxonomy)
+    ranking = Ranking(export.taxonomy, config.best, config.verticals, config.classes, is_by_vertical, calibration)
     predictor = Predictor(export, config.weights, accelerator=config.accelerator)
     index = _load_neighbours(config, export, predictor) if config.neighbours else None
     return Answerer(predictor, ranking, index)

@@ -19,8 +19,7 @@ from real_runs import (
 )
 
 from concentration.errors import DataError
-from concentration.metrics.calibration import expected_calibration_error, sigmoid
-from concentration.stages.calibrate import load_scaling
+from concentration.metrics.calibration import expected_calibration_error, load_scaling, sigmoid
 from concentration.taxonomy import Taxonomy
 
 OTHERS = ("moon", "star", "taxi", "tram")

@@ -21,6 +21,7 @@ from concentration.errors import ConcentrationError, DataError
 from concentration.networks.student import load_student
 from concentration.schema import parse_config
 from concentration.serving.neighbours import NeighbourIndex
+from concentration.stages import export as export_stage
 from concentration.stages import predict as predict_stage
 from concentration.taxonomy import Taxonomy
 
@@ -321,3 +322,46 @@ def test_the_folder_alone_answers_without_this_package_torch_or_hydra(workdir, e
     alone = [json.loads(line) for line in done.stdout.splitlines()]
     assert alone == predict(workdir, photos, best=2)
     assert done.stderr == ""
+
+
+def test_a_calibration_is_copied_whenever_it_is_made_and_predict_applies_it(workdir, photos):
+    before = predict(workdir, photos, best=10)
+    assert all("is_sure" not in c for answer in before for c in answer["classes"])
+    calibration = {
+        "name": "student",
+        "checkpoint": load_json(workdir / "students/student/DONE.json")["checkpoint"],
+        "scaling": {"fruit": {"slope": 2.0, "shift": -1.0}, "tools": {"slope": 0.5, "shift": 0.0}},
+        "thresholds": {
+            "by_vertical": {"fruit": {"threshold": 0.9}, "tools": {"threshold": None}},
+            "by_class": {"hammer": 0.0},
+        },
+        "none_of_these": {"threshold": 0.5, "false_rejection_rate": {"test": 0.05}},
+        "before": {"top1": 0.5, "ece": 0.1},
+        "after": {"top1": 0.6, "ece": 0.01},
+    }
+    path = workdir / "calibrations/student.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(calibration))
+    try:
+        export_stage.export(export_stage.ExportConfig(workdir=workdir, neighbours=50))
+        assert (
+            "expected calibration error 10.0 before and 1.0 after"
+            in (workdir / "exports/student/README.md").read_text()
+        )
+        after = predict(workdir, photos, best=10)
+    finally:
+        (workdir / "exports/student/calibration.json").unlink()
+    for raw, scaled in zip(before, after, strict=True):
+        expected = {c["id"]: scale_by_hand(c["probability"], c["vertical"] == "fruit") for c in raw["classes"]}
+        found = {c["id"]: c["probability"] for c in scaled["classes"]}
+        assert found == pytest.approx(expected, abs=1e-3)
+        assert list(found.values()) == sorted(found.values(), reverse=True)
+        assert scaled["none_of_these"] == (max(found.values()) < 0.5)
+        for c in scaled["classes"]:
+            threshold = 0.9 if c["vertical"] == "fruit" else 0.0 if c["id"] == "hammer" else 2.0
+            assert c["is_sure"] == (c["probability"] >= threshold)
+
+
+def scale_by_hand(probability: float, is_fruit: bool) -> float:
+    logit = np.log(probability / (1 - probability))
+    return 1 / (1 + np.exp(-(2 * logit - 1 if is_fruit else 0.5 * logit)))

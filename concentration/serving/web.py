@@ -1,0 +1,60 @@
+"""The page of `concentrate demo`: an image is dropped on it, and answered by vertical. Nothing is fetched from elsewhere."""
+
+from pathlib import Path
+
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from concentration.serving.answering import Answerer
+from concentration.serving.export_folder import ExportFolder
+from concentration.serving.inputs import ImageInMemory
+from concentration.serving.output import describe_answer
+
+#: Of an image that is sent; a photograph has a few.
+MOST_BYTES = 2**26
+
+#: Scripts, styles and pictures are the page's own.
+_POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'"
+_TYPES = {"page.html": "text/html", "page.css": "text/css", "page.js": "text/javascript"}
+
+
+def build_app(answerer: Answerer, export: ExportFolder, name: str, hosts: list[str]) -> Starlette:
+    """The web application.
+
+    Args:
+        answerer: ranks inside every vertical.
+        name: what the page calls the network.
+        hosts: by which the page may be asked for; another site cannot ask through a visitor's browser.
+    """
+    about = {"name": name, "num_classes": export.taxonomy.num_classes, "verticals": list(export.taxonomy.verticals)}
+
+    async def answer(request: Request) -> JSONResponse:
+        content = b""
+        async for part in request.stream():
+            content += part
+            if len(content) > MOST_BYTES:
+                return JSONResponse({"error": f"larger than {MOST_BYTES // 2**20} MB"}, status_code=413)
+        [found] = await run_in_threadpool(answerer.answer, [ImageInMemory("image", content)])
+        return JSONResponse(describe_answer(found), status_code=200 if found.error is None else 415)
+
+    async def describe(request: Request) -> JSONResponse:
+        return JSONResponse(about)
+
+    routes = [Route("/answer", answer, methods=["POST"]), Route("/about", describe)]
+    routes += [Route("/" if file == "page.html" else f"/{file}", _serve(file)) for file in _TYPES]
+    return Starlette(routes=routes, middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts)])
+
+
+def _serve(file: str):
+    content = Path(__file__).with_name(file).read_bytes()
+    headers = {"Content-Security-Policy": _POLICY, "X-Content-Type-Options": "nosniff", "Cache-Control": "no-cache"}
+
+    async def serve(request: Request) -> Response:
+        return Response(content, media_type=_TYPES[file], headers=headers)
+
+    return serve

@@ -1,0 +1,152 @@
+"""`concentrate demo`: the page in a real browser, and what it answers to others.
+
+Chromium and its driver are Debian's; where they are not installed the browser's tests are skipped, and say so.
+"""
+
+import base64
+import shutil
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+from real_runs import LEAVES, Running, concentrate, draw_image, one_line
+from serving_exports import write_export
+
+CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+needs_browser = pytest.mark.skipif(
+    CHROMIUM is None or DRIVER is None, reason="NO BROWSER: chromium and chromium-driver are not installed"
+)
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory) -> Path:
+    return write_export(tmp_path_factory.mktemp("demo") / "fruit and tools")
+
+
+@pytest.fixture(scope="module")
+def page(export) -> str:
+    """The address of a page that is served."""
+    directory = export.parent
+    running = Running(("demo", f"export='{export}'", "port=0"), directory)
+    running.wait_for(lambda: "http" in _read(directory, ".out"))
+    yield _read(directory, ".out").partition(": open")[0]
+    running.process.terminate()
+    finished = running.wait()
+    assert finished.code == 0, finished.err
+    assert finished.err == "", "nothing is printed but the address"
+
+
+def _read(directory: Path, suffix: str) -> str:
+    return "".join(path.read_text() for path in directory.glob(f".*{suffix}"))
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    profile = tmp_path_factory.mktemp("profile")
+    for argument in (
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--window-size=1200,900",
+        f"--user-data-dir={profile}",
+    ):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=DRIVER))
+    yield driver
+    driver.quit()
+
+
+def wait_for_answer(browser) -> None:
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    WebDriverWait(browser, 30).until(lambda driver: driver.execute_script(
+        "return !document.body.classList.contains('busy') && document.querySelector('#took').textContent.includes('ms')"
+    ))  # fmt: skip
+
+
+def text(browser, selector: str) -> str:
+    return browser.execute_script("return document.querySelector(arguments[0]).innerText", selector)
+
+
+@needs_browser
+def test_an_image_that_is_chosen_is_answered_by_vertical(browser, page, tmp_path):
+    (tmp_path / "lemon.png").write_bytes(draw_image("lemon", 1))
+    browser.get(page)
+    assert "10 classes in 2 verticals" in _wait_for_text(browser, "#about", "classes")
+    browser.find_element("id", "file").send_keys(str(tmp_path / "lemon.png"))
+    wait_for_answer(browser)
+    assert text(browser, "#headline .best") == "Lemon"
+    assert text(browser, "#headline .above") == "Fruit › Citrus"
+    verticals = [article.get_attribute("data-vertical") for article in browser.find_elements("css selector", "article")]
+    assert verticals == ["fruit", "tools"]
+    assert "Citrus › Lemon" in text(browser, "article[data-vertical=fruit]")
+    assert browser.get_log("browser") == [], "no script, style or picture was refused or missing"
+
+
+@needs_browser
+def test_an_image_that_is_dropped_is_answered_and_a_text_is_refused(browser, page):
+    browser.get(page)
+    drop = """
+        const bytes = Uint8Array.from(atob(arguments[0]), (letter) => letter.charCodeAt(0));
+        const data = new DataTransfer();
+        data.items.add(new File([bytes], arguments[1]));
+        const event = new DragEvent('drop', {dataTransfer: data, bubbles: true, cancelable: true});
+        document.querySelector('#drop').dispatchEvent(event);
+    """
+    browser.execute_script(drop, base64.b64encode(draw_image("hammer", 2)).decode(), "hammer.png")
+    wait_for_answer(browser)
+    assert text(browser, "#headline .best") == "Hammer"
+    browser.execute_script("document.querySelector('#took').textContent = ''")
+    browser.execute_script(drop, base64.b64encode(b"no image").decode(), "<b>notes</b>.txt")
+    wait_for_answer(browser)
+    assert "cannot be decoded" in text(browser, "#headline")
+    assert browser.find_elements("css selector", "article") == []
+    assert "<b>notes</b>.txt" in text(browser, "#took"), "a name is shown as it is"
+
+
+def _wait_for_text(browser, selector: str, expected: str) -> str:
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    WebDriverWait(browser, 30).until(lambda _: expected in text(browser, selector))
+    return text(browser, selector)
+
+
+def ask(address: str, content: bytes | None = None, host: str | None = None) -> tuple[int, bytes]:
+    request = urllib.request.Request(address, data=content, headers={"Host": host} if host else {})
+    try:
+        with urllib.request.urlopen(request, timeout=30) as response:
+            return response.status, response.read()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read()
+
+
+def test_everything_that_the_page_needs_is_its_own(page):
+    status, html = ask(page)
+    assert status == 200
+    for part in (html, ask(f"{page}/page.css")[1], ask(f"{page}/page.js")[1]):
+        assert b"http" not in part
+
+
+@pytest.mark.parametrize("label", LEAVES[:2])
+def test_programs_may_ask_too(page, label):
+    status, answer = ask(f"{page}/answer", draw_image(label, 3))
+    assert status == 200
+    assert label.title().encode() in answer
+
+
+def test_what_is_no_image_or_comes_through_another_site_is_refused(page):
+    assert ask(f"{page}/answer", b"no image")[0] == 415
+    assert ask(f"{page}/answer", draw_image("saw", 1), host="evil.example")[0] == 400
+    assert ask(f"{page}/../../etc/passwd")[0] == 404
+
+
+def test_a_port_that_is_taken_is_one_line(page, export):
+    port = page.rpartition(":")[2]
+    message = one_line(concentrate("demo", f"export='{export}'", f"port={port}", directory=export.parent, code=2))
+    assert f"port={port}: cannot listen there" in message
