@@ -28,8 +28,8 @@ CODE_BITS = 7
 #: So that a field spans at most four bytes.
 MAX_VERTICAL_SIZE = 2**20
 
-#: Of a stored view (`data.views.View`), which lies beside a record.
-VIEW_BYTES = 10
+#: Of a view (`data.views.View`); and of what is stored of it, beside a record, where it ends with zeros.
+VIEW_BYTES, SHORT_VIEW_BYTES = 13, 10
 
 _LARGEST_CODE = 2**CODE_BITS - 1
 #: 65,535 is 257 * 255: each step of the lower bound is one of the upper bound, so a range is never negative.

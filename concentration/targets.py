@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from concentration.errors import DataError
-from concentration.packed_targets import VIEW_BYTES, PackedLayout, pack, unpack
+from concentration.packed_targets import SHORT_VIEW_BYTES, VIEW_BYTES, PackedLayout, pack, unpack
 from concentration.schema import parse_json
 
 #: How stored targets are written.
@@ -104,7 +104,7 @@ class TargetRecords:
         index: (N, K) class indices inside the vertical.
         probability: (N, K) float32.
         tail: (N,) float32, the sum of the dropped sigmoids.
-        view: (N, 10) uint8, which views these are, as `data.views.View` encodes them; None for the centre view.
+        view: (N, 13) uint8, which views these are, as `data.views.View` encodes them; None for the centre view.
     """
 
     row: np.ndarray
@@ -129,8 +129,8 @@ class TargetRecords:
             arrays["index"] = self.index.astype(np.uint16 if vertical_size <= 2**16 else np.uint32)
             arrays["probability"] = self.probability.astype(np.float16)
             arrays["tail"] = np.minimum(self.tail, np.finfo(np.float16).max).astype(np.float16)
-        if self.view is not None:
-            arrays["view"] = self.view
+        if self.view is not None:  # most views have no saturation, light or interpolation of their own
+            arrays["view"] = self.view if self.view[:, SHORT_VIEW_BYTES:].any() else self.view[:, :SHORT_VIEW_BYTES]
         arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
         metadata = {"codec": codec, "vertical_size": str(vertical_size), "num_kept": str(self.index.shape[1])}
         metadata["crc32"] = compute_checksum(arrays)
@@ -141,7 +141,8 @@ class TargetRecords:
 def count_target_bytes(codec: Codec, vertical_size: int, top_k: int, num_rows: int, num_views: int) -> int:
     """Bytes of the stored targets of `num_rows` samples of a vertical, without the files' headers.
 
-    `num_views` is 0 where they are of the centre view.
+    `num_views` is 0 where they are of the centre view. Where views have a saturation, light or interpolation of their own, each
+    takes three bytes more.
     """
     kept = min(top_k, vertical_size)
     if codec == "packed":
@@ -149,7 +150,7 @@ def count_target_bytes(codec: Codec, vertical_size: int, top_k: int, num_rows: i
     else:
         record_bytes = kept * ((2 if vertical_size <= 2**16 else 4) + 2) + 2
     if num_views:
-        record_bytes += VIEW_BYTES
+        record_bytes += SHORT_VIEW_BYTES
     return num_rows * (2 + max(1, num_views) * record_bytes)
 
 
@@ -211,8 +212,11 @@ class TargetFile:
         return index.astype(np.int64), probability.astype(np.float32), tail.astype(np.float32)
 
     def read_views(self, records: np.ndarray) -> np.ndarray | None:
-        """The views of these records, (N, 10) uint8; None where they are of the centre."""
-        return self._arrays["view"][records] if self.has_views else None
+        """The views of these records, (N, 13) uint8; None where they are of the centre."""
+        if not self.has_views:
+            return None
+        view = self._arrays["view"][records]
+        return np.pad(view, ((0, 0), (0, VIEW_BYTES - view.shape[1])))
 
     @property
     def _num_records(self) -> int:
@@ -222,7 +226,7 @@ class TargetFile:
         num_bytes = None if self._layout is None else self._layout.record_bytes
         forms = {
             "row": ("u", ()),
-            **({"view": ("u1", (VIEW_BYTES,))} if "view" in self._arrays else {}),
+            **({"view": ("u1", (self._count_view_bytes(),))} if "view" in self._arrays else {}),
             **({"record": ("u1", (num_bytes,))} if num_bytes else {}),
             **(
                 {}
@@ -239,6 +243,9 @@ class TargetFile:
         num_rows, lengths = len(self._arrays["row"]), {len(self._arrays[name]) for name in forms if name != "row"}
         if len(lengths) != 1 or (num_rows and (lengths == {0} or max(lengths) % num_rows)):
             raise DataError(f"{self._path}: {num_rows} rows, but records {lengths}; make the targets again")
+
+    def _count_view_bytes(self) -> int:
+        return SHORT_VIEW_BYTES if self._arrays["view"].shape[1:] == (SHORT_VIEW_BYTES,) else VIEW_BYTES
 
     def _check_values(self, index: np.ndarray, probability: np.ndarray, tail: np.ndarray) -> None:
         if index.size and int(index.max()) >= self._vertical_size:

@@ -124,7 +124,7 @@ def test_any_records_are_read_in_any_order_with_the_views_of_each(codec, tmp_pat
         index,
         generator.uniform(0.01, 0.99, index.shape).astype(np.float32),
         generator.uniform(0, 2, num_records).astype(np.float32),
-        generator.integers(0, 256, (num_records, 10), dtype=np.uint8),
+        generator.integers(0, 256, (num_records, 13), dtype=np.uint8),
     )
     file = TargetFile(save(tmp_path, records, codec, vertical_size), vertical_size, num_kept)
     assert file.num_views == num_views
@@ -144,13 +144,25 @@ def test_packed_records_take_no_more_than_200_bytes_of_the_disk(tmp_path):
     generator = torch.Generator().manual_seed(0)
     index = torch.rand(num_records, 5000, generator=generator).topk(100).indices.numpy()
     probability = torch.rand(num_records, 100, generator=generator).numpy()
-    view = np.full((num_records, 10), 7, dtype=np.uint8)
+    view = np.pad(np.full((num_records, 10), 7, dtype=np.uint8), ((0, 0), (0, 3)))
     for view_or_none in (None, view):
         records = TargetRecords(
             np.arange(num_records), index, probability, np.ones(num_records, np.float32), view_or_none
         )
         path = save(tmp_path, records, "packed", 5000)
         assert path.stat().st_size / num_records <= 200
+
+
+@pytest.mark.parametrize("has_colours", [False, True])
+def test_views_without_colours_of_their_own_take_ten_bytes(tmp_path, has_colours):
+    """As in files of before views had them, which so are read as they are."""
+    records = make_records()
+    view = np.random.default_rng(0).integers(1, 256, (len(records.index), 13), dtype=np.uint8)
+    view[:, 10:] *= has_colours
+    path = save(tmp_path, dataclasses.replace(records, view=view))
+    assert safetensors.numpy.load_file(path)["view"].shape[1] == (13 if has_colours else 10)
+    file = TargetFile(path, 10, records.index.shape[1])
+    np.testing.assert_array_equal(file.read_views(np.arange(len(view))), view)
 
 
 def test_nothing_of_a_file_is_read_before_it_is_asked_for(tmp_path):
@@ -215,7 +227,7 @@ def test_a_tail_mass_beyond_float16_is_kept_as_its_largest_number(tmp_path):
     [
         ({"index": np.array([[3, 0], [10, 4], [1, 2]], np.uint16)}, "class index 10 in a vertical of 10 classes"),
         ({"index": np.array([[3, 0], [-1, 4], [1, 2]], np.int64)}, r"holds .*'index': \('i8'"),
-        ({"tail": np.zeros(3, np.float32)}, "'tail' is F32, expected one of "),
+        ({"tail": np.zeros(3, np.float64)}, "'tail' is F64, expected one of "),
         ({"probability": np.full((3, 2), np.nan, np.float16)}, r"a probability lies outside \[0, 1\]"),
         ({"probability": np.full((3, 2), 1.001, np.float16)}, r"a probability lies outside \[0, 1\]"),
         ({"probability": np.full((3, 2), -0.1, np.float16)}, r"a probability lies outside \[0, 1\]"),
@@ -357,7 +369,7 @@ def test_the_bytes_of_targets_are_known_before_they_are_made(tmp_path, codec, ve
         np.tile(np.arange(kept), (num_records, 1)),
         np.full((num_records, kept), 0.5, dtype=np.float32),
         np.zeros(num_records, dtype=np.float32),
-        np.zeros((num_records, 10), dtype=np.uint8) if num_views else None,
+        np.zeros((num_records, 13), dtype=np.uint8) if num_views else None,
     )
     records.save(tmp_path / "targets", codec, vertical_size)
     content = (tmp_path / "targets").read_bytes()

@@ -16,7 +16,7 @@ from concentration.data.index import Split
 from concentration.data.loader import ReadSamples, SampleReader
 from concentration.data.sample_targets import SampleTargets
 from concentration.data.views import UNDECODABLE, decode_shrunk
-from concentration.targets import VIEW_BYTES
+from concentration.packed_targets import VIEW_BYTES
 
 #: 1: the largest square in the middle.
 #: 10: the image with 256/224 of S as its shorter side; of the square in the middle, S x S at the corners and in the middle;

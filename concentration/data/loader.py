@@ -39,7 +39,7 @@ class Batch(NamedTuple):
     targets: of each sample.
     weight_B: float32, 1; 0 for an undecodable image and for places behind the end of an epoch.
     skipped_B: bool, where an image could not be decoded.
-    view_BV: (B, 10) uint8, the views that were seen, as `View.encode` writes them; zeros where skipped.
+    view_BV: (B, 13) uint8, the views that were seen, as `View.encode` writes them; zeros where skipped.
     ordinal_B: int64, which samples these are.
     global_count: samples with a place in this step's global batch, over all ranks and micro-batches.
     """
@@ -54,7 +54,7 @@ class Batch(NamedTuple):
 
 
 class ReadSamples(NamedTuple):
-    """Images (B, 3, H, W) uint8, targets, and (B,), (B, 10): as in `Batch`."""
+    """Images (B, 3, H, W) uint8, targets, and (B,), (B, 13): as in `Batch`."""
 
     images: Tensor
     targets: SoftTargets

@@ -1,6 +1,6 @@
 """Views: what a network sees of an image. The parameters of a view are drawn from (seed, epoch, sample) alone.
 
-A drawn view is rounded to a record of 10 bytes before it is used, so that the view that a teacher saw is stored exactly, and the
+A drawn view is rounded to a record of 13 bytes before it is used, so that the view that a teacher saw is stored exactly, and the
 student that replays it sees the same pixels.
 
 Shapes: B batch.
@@ -10,7 +10,7 @@ import io
 import math
 import struct
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol, get_args
 
 import numpy as np
 import PIL
@@ -26,10 +26,11 @@ from concentration.data.distortions import (
     draw_distortions,
 )
 from concentration.data.order import uniforms
+from concentration.data.photometry import NUM_LIGHTS, change_colours
 from concentration.packed_targets import VIEW_BYTES
 from concentration.schema import Config
 
-_AREA, _ASPECT, _LEFT, _TOP, _FLIP, _BRIGHTNESS, _CONTRAST = range(100, 107)
+_AREA, _ASPECT, _LEFT, _TOP, _FLIP, _BRIGHTNESS, _CONTRAST, _SATURATION, _LIGHT, _INTERPOLATION = range(100, 110)
 
 Share = pydantic.confloat(ge=0, le=1)
 
@@ -49,8 +50,17 @@ _LONGEST_SIDE = 65_535
 #: Of the files that are taken for images.
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 
-#: How a crop becomes the network's input: Pillow's antialiased bilinear filter.
-INTERPOLATION = "bilinear"
+#: How a crop becomes the network's input: Pillow's filters; those but `nearest` are antialiased, `area` is a mean over boxes.
+Interpolation = Literal["bilinear", "area", "nearest", "cubic"]
+_INTERPOLATIONS: tuple[Interpolation, ...] = get_args(Interpolation)
+_FILTERS = {
+    "bilinear": Image.Resampling.BILINEAR,
+    "area": Image.Resampling.BOX,
+    "nearest": Image.Resampling.NEAREST,
+    "cubic": Image.Resampling.BICUBIC,
+}
+#: Of the centre view, and of all views where no other is drawn.
+INTERPOLATION: Interpolation = "bilinear"
 
 #: By EXIF's orientation: what makes the image upright.
 _UPRIGHT = {
@@ -68,26 +78,35 @@ _SIDEWAYS = (5, 6, 7, 8)  # width and height change places
 class ViewConfig(Config):
     """Augmentation of training images; evaluation and teachers see the centre view.
 
-    crop_area: the least share of the image's area that a crop keeps; 1 keeps all.
+    crop_area: the least share of an area that a crop keeps; 1 keeps all.
+    crop_of: whose area: that of the largest `square` inside, or of the whole `image`. There, a crop that would not fit becomes
+        as wide or high as the image, and keeps its area.
     crop_aspect: crops are up to this much wider or higher than square.
     flip: the probability of a mirror image.
-    brightness, contrast: the largest relative change of each.
+    brightness, contrast, saturation: the largest relative change of each.
+    light: whether the colours of the light are drawn.
+    interpolation: `random` draws one of all for each view.
     distortion: of drawings, in place of a crop; None for none.
     """
 
     crop_area: Share = 1.0
+    crop_of: Literal["square", "image"] = "square"
     crop_aspect: float = pydantic.Field(default=1.0, ge=1.0)
     flip: Share = 0.0
     brightness: Share = 0.0
     contrast: Share = 0.0
+    saturation: Share = 0.0
+    light: bool = False
+    interpolation: Literal["bilinear", "random"] = "bilinear"
     distortion: DistortionConfig | None = None
 
     @pydantic.model_validator(mode="after")
     def _check_distortion(self):
-        if self.distortion is not None and (self.crop_area, self.crop_aspect) != (1, 1):
+        if self.distortion is not None and (self.crop_area, self.crop_aspect, self.crop_of) != (1, 1, "square"):
             raise ValueError(
-                f"crop_area={self.crop_area}, crop_aspect={self.crop_aspect} have no effect with a distortion, which is of the "
-                "largest square in the middle: give distortion.scale and distortion.shift, or distortion=null"
+                f"crop_area={self.crop_area}, crop_aspect={self.crop_aspect}, crop_of={self.crop_of} have no effect with a "
+                "distortion, which is of the largest square in the middle: give distortion.scale and distortion.shift, or "
+                "distortion=null"
             )
         return self
 
@@ -102,6 +121,9 @@ class View:
         flip: whether the crop is mirrored.
         brightness, contrast: factors, contrast about the crop's mean; 1 changes nothing.
         distortion: of the crop, which then is the whole square.
+        saturation: a factor; 1 changes nothing.
+        light: number of a colour of light (`photometry`); 0 changes nothing.
+        interpolation: by which the crop is resized.
     """
 
     left: float
@@ -112,12 +134,16 @@ class View:
     brightness: float = 1.0
     contrast: float = 1.0
     distortion: Distortion | None = None
+    saturation: float = 1.0
+    light: int = 0
+    interpolation: Interpolation = INTERPOLATION
 
     def encode(self) -> bytes:
         """The record, little-endian.
 
         Crop in 1/65,535 (4 x u16) or distortion (8 bytes); flip and brightness in 1/64 (1 and 7 bits); whether it is a
-        distortion, and contrast in 1/64 (1 and 7 bits).
+        distortion, and contrast in 1/64 (1 and 7 bits); saturation in 1/64 above 1 (i8); light (u8); interpolation (u8).
+        Zeros at the end change nothing.
         """
         if self.distortion is None:
             crop = (self.left, self.top, self.right, self.bottom)
@@ -126,18 +152,26 @@ class View:
             place = self.distortion.encode()
         flip_brightness = self.flip << 7 | min(127, round(self.brightness * _FACTOR_STEPS))
         is_distorted_contrast = (self.distortion is not None) << 7 | min(127, round(self.contrast * _FACTOR_STEPS))
-        return place + bytes([flip_brightness, is_distorted_contrast])
+        saturation = min(127, round(self.saturation * _FACTOR_STEPS) - _FACTOR_STEPS)
+        rest = _COLOUR.pack(saturation, self.light, _INTERPOLATIONS.index(self.interpolation))
+        return place + bytes([flip_brightness, is_distorted_contrast]) + rest
 
     @classmethod
     def decode(cls, record: bytes) -> "View":
-        place, (flip_brightness, is_distorted_contrast) = record[:-2], record[-2:]
+        """Raises: ValueError, one of UNDECODABLE, where it is no record."""
+        place, (flip_brightness, is_distorted_contrast) = record[: _CROP.size], record[_CROP.size : -_COLOUR.size]
+        saturation, light, interpolation = _COLOUR.unpack(record[-_COLOUR.size :])
+        if interpolation >= len(_INTERPOLATIONS):
+            raise ValueError(f"interpolation {interpolation} of a view, expected at most {len(_INTERPOLATIONS) - 1}")
         is_distorted, contrast = divmod(is_distorted_contrast, 128)
         if is_distorted:
             crop, distortion = (0.0, 0.0, 1.0, 1.0), Distortion.decode(place)
         else:
             crop, distortion = (steps / _CROP_STEPS for steps in _CROP.unpack(place)), None
         flip, brightness = divmod(flip_brightness, 128)
-        return cls(*crop, flip == 1, brightness / _FACTOR_STEPS, contrast / _FACTOR_STEPS, distortion)
+        factors = (brightness / _FACTOR_STEPS, contrast / _FACTOR_STEPS)
+        colour = (1 + saturation / _FACTOR_STEPS, light, _INTERPOLATIONS[interpolation])
+        return cls(*crop, flip == 1, *factors, distortion, *colour)
 
     def box(self, size: tuple[int, int]) -> tuple[float, float, float, float]:
         """(left, top, right, bottom) in pixels of an upright image of this width and height."""
@@ -147,8 +181,8 @@ class View:
         return self.left * width, self.top * height, self.right * width, self.bottom * height
 
 
-_CROP = struct.Struct("<4H")
-assert _CROP.size == DISTORTION_BYTES == VIEW_BYTES - 2
+_CROP, _COLOUR = struct.Struct("<4H"), struct.Struct("<b2B")
+assert _CROP.size == DISTORTION_BYTES == VIEW_BYTES - 2 - _COLOUR.size
 _CROP_STEPS, _FACTOR_STEPS = 65_535, 64
 
 
@@ -164,10 +198,12 @@ class DrawnViews:
     """Random views; the crop is centred at (x, y) as shares of the free room, 0.5 being the middle.
 
     Attributes:
-        area: (B,) of the crop, as a share of the largest square's.
+        area: (B,) of the crop, as a share of the largest square's, or of the image's.
         aspect: (B,) its width over its height.
-        x, y, brightness, contrast: (B,) float64.
+        x, y, brightness, contrast, saturation: (B,) float64.
         flip: (B,) bool.
+        light, interpolation: (B,) int64, their numbers.
+        crop_of: what `area` is a share of.
         distortions: in place of the crop.
     """
 
@@ -178,6 +214,10 @@ class DrawnViews:
     flip: np.ndarray
     brightness: np.ndarray
     contrast: np.ndarray
+    saturation: np.ndarray
+    light: np.ndarray
+    interpolation: np.ndarray
+    crop_of: Literal["square", "image"]
     distortions: DrawnDistortions | None = None
 
     def at(self, row: int, size: tuple[int, int]) -> View:
@@ -186,15 +226,22 @@ class DrawnViews:
             crop, distortion = self._crop_at(row, size), None
         else:
             crop, distortion = (0.0, 0.0, 1.0, 1.0), self.distortions.at(row)
-        exact = View(*crop, bool(self.flip[row]), self.brightness[row], self.contrast[row], distortion)
+        factors = (self.brightness[row], self.contrast[row])
+        colour = (self.saturation[row], int(self.light[row]), _INTERPOLATIONS[self.interpolation[row]])
+        exact = View(*crop, bool(self.flip[row]), *factors, distortion, *colour)
         return View.decode(exact.encode())
 
     def _crop_at(self, row: int, size: tuple[int, int]) -> tuple[float, float, float, float]:
         width, height = size
-        area = self.area[row] * min(width, height) ** 2
+        area, aspect = self.area[row], self.aspect[row]
+        if self.crop_of == "square":
+            area *= min(width, height) ** 2
+        else:
+            area *= width * height
+            aspect = min(max(aspect, area / height**2), width**2 / area)  # neither higher nor wider than the image
         # At least two steps of the record: rounding must not make the crop empty.
-        share_x = max(2 / _CROP_STEPS, min(1, max(1, (area * self.aspect[row]) ** 0.5) / width))
-        share_y = max(2 / _CROP_STEPS, min(1, max(1, (area / self.aspect[row]) ** 0.5) / height))
+        share_x = max(2 / _CROP_STEPS, min(1, max(1, (area * aspect) ** 0.5) / width))
+        share_y = max(2 / _CROP_STEPS, min(1, max(1, (area / aspect) ** 0.5) / height))
         left, top = (1 - share_x) * self.x[row], (1 - share_y) * self.y[row]
         return left, top, left + share_x, top + share_y
 
@@ -204,7 +251,7 @@ class StoredViews:
     """Views that were drawn earlier.
 
     Attributes:
-        record_BV: (B, 10) uint8, as `View.encode` writes them.
+        record_BV: (B, 13) uint8, as `View.encode` writes them.
     """
 
     record_BV: np.ndarray
@@ -232,7 +279,7 @@ def draw_views(config: ViewConfig, seed: int, epoch: int, ordinals: np.ndarray) 
     def uniform(purpose: int) -> np.ndarray:
         return uniforms(seed, purpose, epoch, ordinals)
 
-    log_aspect = np.log(config.crop_aspect)
+    log_aspect, unchanged = np.log(config.crop_aspect), np.zeros(len(ordinals), dtype=int)
     return DrawnViews(
         area=config.crop_area + (1 - config.crop_area) * uniform(_AREA),
         aspect=np.exp(log_aspect * (2 * uniform(_ASPECT) - 1)),
@@ -241,6 +288,12 @@ def draw_views(config: ViewConfig, seed: int, epoch: int, ordinals: np.ndarray) 
         flip=uniform(_FLIP) < config.flip,
         brightness=1 + config.brightness * (2 * uniform(_BRIGHTNESS) - 1),
         contrast=1 + config.contrast * (2 * uniform(_CONTRAST) - 1),
+        saturation=1 + config.saturation * (2 * uniform(_SATURATION) - 1),
+        light=1 + (uniform(_LIGHT) * (NUM_LIGHTS - 1)).astype(int) if config.light else unchanged,
+        interpolation=(uniform(_INTERPOLATION) * len(_INTERPOLATIONS)).astype(int)
+        if config.interpolation == "random"
+        else unchanged,
+        crop_of=config.crop_of,
         distortions=draw_distortions(config.distortion, seed, epoch, ordinals) if config.distortion else None,
     )
 
@@ -281,16 +334,13 @@ def decode_view(content: bytes, views: Views, row: int, image_size: int) -> tupl
     image = _load(image, orientation, min(right - left, bottom - top) / image_size)
     box = view.box(image.size)
     if image.size != (image_size, image_size) or box != (0, 0, image_size, image_size):
-        image = image.resize((image_size, image_size), Image.Resampling.BILINEAR, box=box)
+        image = image.resize((image_size, image_size), _FILTERS[view.interpolation], box=box)
     if view.distortion is not None:
         image = distort(image, view.distortion)
     pixels = np.asarray(image)
     if view.flip:
         pixels = pixels[:, ::-1]
-    if view.brightness != 1 or view.contrast != 1:
-        mean = pixels.mean()
-        changed = ((pixels - mean) * view.contrast + mean) * view.brightness
-        pixels = changed.clip(0, 255).astype(np.uint8)
+    pixels = change_colours(pixels, view.brightness, view.contrast, view.saturation, view.light)
     if pixels.ndim == 2:
         return np.broadcast_to(pixels, (3, image_size, image_size)), view
     return pixels.transpose(2, 0, 1), view

@@ -27,7 +27,7 @@ class Answers(NamedTuple):
 
     group: which of the lists of samples these are of.
     probability_BV: sigmoids, float32; 0 where an image cannot be decoded: it teaches nothing.
-    view_BV: (B, 10) uint8, what the teacher saw.
+    view_BV: (B, 13) uint8, what the teacher saw.
     skipped_B: bool, where the image cannot be decoded.
     """
 

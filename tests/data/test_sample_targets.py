@@ -85,8 +85,9 @@ def write_targets(directory: Path, split, num_views: int = 0, codec: str = "plai
     """A folder of targets that the test makes up; returns what each sample should get: by view, {output: probability}."""
     generator = np.random.default_rng(0)
     expected: list[list[dict[int, float]]] = [[{} for _ in range(max(1, num_views))] for _ in ALL]
-    view_of_sample = generator.integers(0, 100, (len(ALL), max(1, num_views), 10)).astype(np.uint8)
+    view_of_sample = generator.integers(0, 100, (len(ALL), max(1, num_views), 13)).astype(np.uint8)
     view_of_sample[..., 4:8] += 100  # right and bottom
+    view_of_sample[..., 12] %= 4  # interpolation
     for vertical, num_kept in NUM_KEPT.items():
         outputs = split.taxonomy.vertical_slice(vertical)
         size = outputs.stop - outputs.start
@@ -189,7 +190,7 @@ def test_views_that_cannot_be_right_are_refused(split, tmp_path):
     rewrite(path, view=np.full_like(view, 7))
     refuse((tmp_path,), split, str(path), "an empty crop")
     if len(split.label_output) > len(split):
-        rewrite(tmp_path / "birds" / "train-000000.safetensors", view=np.arange(60, dtype=np.uint8).reshape(6, 10))
+        rewrite(tmp_path / "birds" / "train-000000.safetensors", view=np.arange(78, dtype=np.uint8).reshape(6, 13))
         refuse((tmp_path,), split, "in another view than by the teacher of another vertical")
     write_targets(tmp_path, split)
     change_manifest(tmp_path, "dishes", views=2)

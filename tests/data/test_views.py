@@ -1,5 +1,6 @@
 """Views against plain Pillow, images of every kind and damage, and the distribution of drawn views."""
 
+import dataclasses
 import io
 import struct
 import zlib
@@ -24,7 +25,7 @@ from concentration.data.views import (
 
 CENTRE = CentreView()
 #: What is drawn of every view; distortions have tests of their own.
-ARRAYS = [name for name in DrawnViews.__dataclass_fields__ if name != "distortions"]
+ARRAYS = [name for name in DrawnViews.__dataclass_fields__ if name not in ("distortions", "crop_of")]
 DISTORTION = {
     "rotate": 20,
     "shear": 0.2,
@@ -35,12 +36,18 @@ DISTORTION = {
     "erase": 0.2,
     "noise": 0.2,
 }
-PHOTO = {"crop_area": 0.3, "crop_aspect": 2.0, "flip": 0.25, "brightness": 0.4, "contrast": 0.2}
+PHOTO = {"crop_area": 0.3, "crop_aspect": 2.0, "flip": 0.25, "brightness": 0.4, "contrast": 0.2, "saturation": 0.3,
+         "light": True, "interpolation": "random"}  # fmt: skip
+FILTERS = {"bilinear": Image.Resampling.BILINEAR, "area": Image.Resampling.BOX, "nearest": Image.Resampling.NEAREST,
+           "cubic": Image.Resampling.BICUBIC}  # fmt: skip
 
 
-def one_view(area=1.0, aspect=1.0, x=0.5, y=0.5, flip=False, brightness=1.0, contrast=1.0) -> DrawnViews:
-    values = (area, aspect, x, y, flip, brightness, contrast)
-    return DrawnViews(*(np.array([value]) for value in values))
+def one_view(
+    area=1.0, aspect=1.0, x=0.5, y=0.5, flip=False, brightness=1.0, contrast=1.0, saturation=1.0, light=0, interpolation=0,
+    crop_of="square",
+) -> DrawnViews:  # fmt: skip
+    values = (area, aspect, x, y, flip, brightness, contrast, saturation, light, interpolation)
+    return DrawnViews(*(np.array([value]) for value in values), crop_of)
 
 
 def see(content: bytes, views: Views, size: int) -> np.ndarray:
@@ -331,11 +338,14 @@ def test_drawn_views_fill_the_ranges_of_the_config():
         (views.y, 0.0, 1.0),
         (views.brightness, 0.6, 1.4),
         (views.contrast, 0.8, 1.2),
+        (views.saturation, 0.7, 1.3),
     ):
         assert low <= values.min() < low + 0.01 * (high - low)
         assert high - 0.01 * (high - low) < values.max() <= high
         counts = np.histogram(values, bins=10, range=(low, high))[0]
         assert np.abs(counts - 2000).max() < 5 * 2000**0.5, "evenly"
+    assert (views.light.min(), views.light.max()) == (1, 255)
+    assert np.abs(np.bincount(views.interpolation) - 5000).max() < 5 * 5000**0.5, "each of four as often"
     assert views.flip.dtype == bool
     assert abs(views.flip.mean() - 0.25) < 5 * (0.25 * 0.75 / 20_000) ** 0.5
     parameters = np.stack([getattr(views, name) for name in ARRAYS]).astype(float)
@@ -345,9 +355,10 @@ def test_drawn_views_fill_the_ranges_of_the_config():
 
 def test_without_augmentation_only_the_place_of_the_square_is_drawn():
     views = draw_views(ViewConfig(), seed=0, epoch=0, ordinals=np.arange(100))
-    for name in ("area", "aspect", "brightness", "contrast"):
+    for name in ("area", "aspect", "brightness", "contrast", "saturation"):
         assert (getattr(views, name) == 1).all()
-    assert not views.flip.any()
+    for name in ("flip", "light", "interpolation"):
+        assert not getattr(views, name).any()
 
 
 @pytest.mark.parametrize("format", ["png", "jpeg"])
@@ -395,16 +406,59 @@ def test_a_crop_beside_a_distortion_is_refused():
 
 def test_the_record_of_a_view_is_little_endian_and_fixed_for_ever():
     view = View(0.25, 0.5, 1.0, 0.75, flip=True, brightness=0.5, contrast=1.25)
-    assert view.encode() == bytes.fromhex("0040 0080 ffff ffbf a0 50".replace(" ", ""))
+    assert view.encode() == bytes.fromhex("0040 0080 ffff ffbf a0 50 00 00 00".replace(" ", ""))
+    view = dataclasses.replace(view, saturation=0.5, light=7, interpolation="cubic")
+    assert view.encode() == bytes.fromhex("0040 0080 ffff ffbf a0 50 e0 07 03".replace(" ", ""))
+    assert View.decode(view.encode()).encode() == view.encode()
+    with pytest.raises(UNDECODABLE, match="interpolation 4 of a view, expected at most 3"):
+        View.decode(view.encode()[:-1] + b"\4")
+
+
+@given(
+    st.tuples(st.integers(1, 3000), st.integers(1, 3000)),
+    st.floats(0.001, 1),
+    st.floats(0.5, 2),
+    st.floats(0, 1),
+    st.floats(0, 1),
+)
+def test_a_crop_of_the_image_has_its_share_of_the_area_whatever_the_shape(size, area, aspect, x, y):
+    """Section 6 of "Going deeper with convolutions": an even share of the area, and the aspect where that fits."""
+    width, height = size
+    view = one_view(area, aspect, x, y, crop_of="image").at(0, size)
+    assert -1e-9 <= view.left < view.right <= 1 + 1e-9
+    assert -1e-9 <= view.top < view.bottom <= 1 + 1e-9
+    left, top, right, bottom = view.box(size)
+    if min(width, height) > 50 and area > 0.05:
+        assert (right - left) * (bottom - top) / (width * height) == pytest.approx(area, rel=2e-3)
+        fits = (area * width * height * aspect) ** 0.5 <= width and (area * width * height / aspect) ** 0.5 <= height
+        if fits:
+            assert (right - left) / (bottom - top) == pytest.approx(aspect, rel=5e-3)
+
+
+@pytest.mark.parametrize(("number", "name"), list(enumerate(FILTERS)))
+def test_each_interpolation_is_pillows(number, name, picture):
+    square = picture.resize((60, 60))
+    expected = np.asarray(square.resize((20, 20), FILTERS[name])).transpose(2, 0, 1)
+    np.testing.assert_array_equal(see(encode(square, "png"), one_view(interpolation=number), 20), expected)
 
 
 def test_the_view_of_an_image_that_could_not_be_decoded_is_undecodable(picture):
     with pytest.raises(UNDECODABLE):
-        see(encode(picture, "png"), StoredViews(np.zeros((1, 10), dtype=np.uint8)), 20)
+        see(encode(picture, "png"), StoredViews(np.zeros((1, 13), dtype=np.uint8)), 20)
 
 
 @pytest.mark.parametrize(
-    "values", [{"crop_area": 1.2}, {"flip": -0.1}, {"crop_aspect": 0.5}, {"brightness": 2}, {"contrast": float("nan")}]
+    "values",
+    [
+        {"crop_area": 1.2},
+        {"flip": -0.1},
+        {"crop_aspect": 0.5},
+        {"brightness": 2},
+        {"contrast": float("nan")},
+        {"saturation": 1.5},
+        {"interpolation": "cubic"},
+        {"crop_of": "photo"},
+    ],
 )
 def test_ranges_that_make_no_sense_are_refused(values):
     with pytest.raises(ValueError, match=next(iter(values))):
