@@ -15,13 +15,15 @@ from torch import Tensor, nn
 
 from concentration.errors import ConfigError, DataError
 from concentration.networks.auxiliary_classifier import AuxiliaryClassifier
+from concentration.networks.auxiliary_heads import AuxiliaryHeads, HeadsConfig
 from concentration.networks.bases.base_network import normalise_images
 from concentration.networks.pace import Pace, PaceConfig
 from concentration.networks.routed_base import ServedBaseConfig, build_served_base
 from concentration.networks.sharded_head import ShardedHead
-from concentration.networks.top_layers import Layer, TopConfig, TopLayers
+from concentration.networks.top_layers import Layer, Layers, TopConfig, TopLayers
 from concentration.objectives.fused_block import HeadParameters
 from concentration.objectives.fused_head import GradientTime, fused_loss_by_vertical
+from concentration.objectives.sigmoid_cross_entropy import sigmoid_cross_entropy_by_vertical
 from concentration.objectives.softmax_cross_entropy import compute_log_odds, softmax_cross_entropy_by_vertical
 from concentration.schema import Config, parse_config, parse_json
 from concentration.targets import SoftTargets, load_metadata, replacing, sort_metadata_of_file
@@ -39,6 +41,17 @@ class NetworkConfig(Config):
     pace: PaceConfig
     image_size: pydantic.PositiveInt
     verticals: dict[str, pydantic.PositiveInt]
+    augmentations: tuple[HeadsConfig, ...] = ()
+
+    @pydantic.model_validator(mode="after")
+    def _check_augmentations(self):
+        for heads in self.augmentations:
+            sizes = [head.num_classes for head in heads.heads.values()]
+            if sum(sizes) != sum(self.verticals.values()):
+                raise ValueError(f"heads of {sum(sizes)} classes for {sum(self.verticals.values())} outputs")
+            if heads.layer == "top1" and self.top.kind == "linear":
+                raise ValueError("heads at layer=top1 with top=linear, which has no top-1; give layer=base")
+        return self
 
     @pydantic.model_validator(mode="after")
     def _check_loss(self):
@@ -74,6 +87,9 @@ class Student(nn.Module):
         self.top = TopLayers(self.base.num_features, vertical_sizes, config.top)
         self.pace = Pace(vertical_sizes, config.pace)
         self.auxiliaries = nn.ModuleList(AuxiliaryClassifier(tap, vertical_sizes) for tap in self.base.taps)
+        self.augmentations = nn.ModuleList(self._build_heads(heads) for heads in config.augmentations)
+        #: What stays in eval mode while the rest is trained; see `augmented.augment`.
+        self.frozen_modules: list[nn.Module] = []
         mean, std = self.base.mean, self.base.std
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
@@ -96,6 +112,12 @@ class Student(nn.Module):
     def device(self) -> torch.device:
         return self.mean.device
 
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        for module in self.frozen_modules:
+            module.eval()
+        return self
+
     def forward(self, images: Tensor, targets: SoftTargets | None = None, weight_B: Tensor | None = None) -> Tensor:
         if targets is None:
             return self._join_logits(self.compute_logits(images))
@@ -103,7 +125,7 @@ class Student(nn.Module):
             targets = targets.weighted(weight_B, len(self.config.verticals))
         images = self.normalise_images(images)
         features_BD, tapped = self.base.forward_with_taps(images) if self.training else (self.base(images), ())
-        loss_BM = self._compute_head_loss(self.top.compute_top2(features_BD), targets)
+        loss_BM = self._compute_head_loss(self.top.compute_layers(features_BD), targets)
         self.vertical_loss_M.copy_(loss_BM.detach().sum(0))
         loss_B = loss_BM.sum(1)
         for auxiliary, maps in zip(self.auxiliaries, tapped, strict=False):
@@ -112,10 +134,18 @@ class Student(nn.Module):
 
     def compute_logits(self, images: Tensor) -> list[Tensor]:
         """Per vertical (B, V), before a softmax."""
-        top2_BT = self.top.compute_top2(self.base(self.normalise_images(images)))
+        layers = self.compute_layers(images)
         if self.sharding is None:
-            return self._compute_held_logits(top2_BT)
-        return self.sharding.compute_logits(top2_BT, self._compute_held_logits)
+            return self._compute_logits(layers)
+        return self.sharding.compute_logits(layers.top2, self._compute_held_logits)
+
+    def compute_layers(self, images: Tensor) -> Layers:
+        """What the base network and the hidden top layers give."""
+        return self.top.compute_layers(self.base(self.normalise_images(images)))
+
+    def finish_logits(self, raw_BC: Tensor) -> Tensor:
+        """(B, C) as the network gives them, from its classifier's outputs."""
+        return self._join_logits(self.pace(raw_BC.split(list(self.config.verticals.values()), dim=1)))
 
     def compute_features(self, images: Tensor, layer: Layer) -> Tensor:
         """(B, D): what the base network gives, or the top-1 outputs.
@@ -129,8 +159,8 @@ class Student(nn.Module):
 
     def answer(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (B, C) and the top-2 outputs of all verticals (B, T), which the classifiers see; of the whole head."""
-        top2_BT = self.top.compute_top2(self.base(self.normalise_images(images)))
-        return self._join_logits(self._compute_held_logits(top2_BT)), top2_BT.float()
+        layers = self.compute_layers(images)
+        return self._join_logits(self._compute_logits(layers)), layers.top2.float()
 
     @property
     def classifier_weights(self) -> list[str]:
@@ -230,16 +260,22 @@ class Student(nn.Module):
                 )
         self.base.load_state_dict(found)
 
-    def _compute_head_loss(self, top2_BT: Tensor, targets: SoftTargets) -> Tensor:
+    def _build_heads(self, config: HeadsConfig) -> AuxiliaryHeads:
+        num_features = self.base.num_features if config.layer == "base" else self.top.top1.out_features
+        return AuxiliaryHeads(num_features, self.base.feature_map, config)
+
+    def _compute_head_loss(self, layers: Layers, targets: SoftTargets) -> Tensor:
         """(B, M) of the top layers' classifiers."""
-        if self.config.loss == "softmax":
-            assert self.sharding is None, "no rank has all classes of a sample's softmax"
-            return softmax_cross_entropy_by_vertical(self._compute_held_logits(top2_BT), targets, self.class_weight_C)
+        if self.config.loss == "softmax" or self.augmentations:
+            assert self.sharding is None, "no rank has all classes of a sample's softmax, or of a head's group"
+            is_softmax = self.config.loss == "softmax"
+            compute_loss = softmax_cross_entropy_by_vertical if is_softmax else sigmoid_cross_entropy_by_vertical
+            return compute_loss(self._compute_logits(layers), targets, self.class_weight_C)
         # The readable form is sigmoid_cross_entropy_by_vertical(self.compute_logits(images), targets, self.class_weight_C).
         head = self.head_parameters(), targets, self.class_weight_C, self.gradients
         if self.sharding is None:
-            return fused_loss_by_vertical(self.top.split_top2(top2_BT), *head)
-        return self.sharding.loss_by_vertical(top2_BT, self.top.split_top2, *head)
+            return fused_loss_by_vertical(self.top.split_top2(layers.top2), *head)
+        return self.sharding.loss_by_vertical(layers.top2, self.top.split_top2, *head)
 
     def _compute_auxiliary_loss(self, auxiliary: AuxiliaryClassifier, maps: Tensor, targets: SoftTargets) -> Tensor:
         """(B, M), not yet weighed. Auxiliary classifiers are never spread over ranks."""
@@ -255,6 +291,14 @@ class Student(nn.Module):
         if self.config.loss == "softmax":
             logits_BC = compute_log_odds(logits_BC.double().log_softmax(1))
         return logits_BC.float()
+
+    def _compute_logits(self, layers: Layers) -> list[Tensor]:
+        """(B, V) of every vertical, with what auxiliary heads add."""
+        if not self.augmentations:
+            return self._compute_held_logits(layers.top2)
+        added_BC = sum(heads(layers.at(heads.config.layer)) for heads in self.augmentations)
+        added = added_BC.split(list(self.config.verticals.values()), dim=1)
+        return self.pace([own + more for own, more in zip(self.top.classify(layers.top2), added, strict=True)])
 
     def _compute_held_logits(self, top2: Tensor) -> list[Tensor]:
         """(B, V) of every vertical, or of the parts of them that are here."""

@@ -11,7 +11,7 @@ Shapes: B batch, D features of the base network, M verticals, V classes of one v
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import pydantic
 import torch
@@ -62,6 +62,17 @@ class TopConfig(Config):
                 f"top.generic={self.generic} is larger than top.top2={self.top2}; expected 0 to {self.top2}"
             )
         return self
+
+
+class Layers(NamedTuple):
+    """What the layers of a network give for a batch, (B, outputs) each; `top1` is None where there is none."""
+
+    base: Tensor
+    top1: Tensor | None
+    top2: Tensor
+
+    def at(self, layer: Layer) -> Tensor:
+        return self.base if layer == "base" else self.top1
 
 
 class TopLayers(nn.Module):
@@ -116,9 +127,14 @@ class TopLayers(nn.Module):
 
     def compute_top2(self, features_BD: Tensor) -> Tensor:
         """The top-2 outputs of all verticals, one axis: the generic part first, then each vertical's own."""
+        return self.compute_layers(features_BD).top2
+
+    def compute_layers(self, features_BD: Tensor) -> "Layers":
+        """What every layer gives."""
         if not self.has_hidden:
-            return features_BD
-        return torch.relu(self.top2_norm(self.top2(self.compute_top1(features_BD))))
+            return Layers(features_BD, None, features_BD)
+        top1 = self.compute_top1(features_BD)
+        return Layers(features_BD, top1, torch.relu(self.top2_norm(self.top2(top1))))
 
     def compute_top1(self, features_BD: Tensor) -> Tensor:
         """The top-1 outputs: (B, s1), or (B, M*s1) where each vertical has its own."""

@@ -20,6 +20,7 @@ from concentration.metrics.agreement import LeafAnswers, select_leaf_answers
 from concentration.metrics.calibration import VerticalAnswers
 from concentration.metrics.ensembles import Combination
 from concentration.metrics.evaluation import Evaluator, measure_kept_bytes
+from concentration.networks.augmented import ConditionalHeads
 from concentration.networks.classifier import Classifier
 from concentration.networks.cost import count_active_parameters, count_multiply_adds, count_parameters
 from concentration.progress import Progress
@@ -66,6 +67,8 @@ class EvaluateConfig(SubjectConfig):
     name: as a list, several networks whose answers are combined.
     crops: of each image, whose answers are combined: 1 is the square in the middle; `data.crops` has the others.
     combination: of the probabilities: their mean, or the largest.
+    head_threshold: of an augmented network, a head is evaluated where a class of its group is as likely without it; None always
+        evaluates all. NAME then has `.heads-THRESHOLD` behind it.
     split: `test`; `val` is for choices.
     save_scores: also writes `evaluations/NAME.safetensors` with `scores` (N, C) and `labels` (N, C), unsmeared; until then all of
         them are in memory, whatever `memory_gib` is.
@@ -79,6 +82,7 @@ class EvaluateConfig(SubjectConfig):
     name: str | Annotated[tuple[str, ...], pydantic.Field(min_length=1)] = "student"
     crops: NumCrops = 1
     combination: Combination = "mean"
+    head_threshold: float | None = pydantic.Field(default=None, gt=0, lt=1)
     split: Literal["val", "test"] = "test"
     save_scores: bool = False
     gallery: pydantic.NonNegativeInt = 24
@@ -102,7 +106,8 @@ class EvaluateConfig(SubjectConfig):
     def title(self) -> str:
         """How the evaluation is called."""
         crops = "" if self.crops == 1 else f".{self.crops}-crops"
-        return "+".join(self.names) + crops + ("" if self.combination == "mean" else f".{self.combination}")
+        heads = "" if self.head_threshold is None else f".heads-{self.head_threshold:g}"
+        return "+".join(self.names) + crops + ("" if self.combination == "mean" else f".{self.combination}") + heads
 
     @property
     def output(self) -> Path:
@@ -127,6 +132,9 @@ def evaluate(config: EvaluateConfig) -> None:
             return
         subject = load_subject(config, taxonomy, split, checkpoint)
         subject = replace(subject, num_crops=config.crops, combination=config.combination)
+        if config.head_threshold is not None:
+            models = [[ConditionalHeads(network, config.head_threshold) for network in m] for m in subject.models]
+            subject = replace(subject, models=tuple(map(tuple, models)))
         train = load_split(config.workdir / SHARDS, "train", taxonomy)
         outputs = slice(subject.first_output, subject.first_output + subject.taxonomy.num_classes)
         counts = {"num_train": train.count_smeared()[outputs], "num_test": split.count_smeared()[outputs]}
@@ -255,9 +263,17 @@ def _describe_classes(taxonomy: Taxonomy, ap_C: list, counts: Mapping[str, np.nd
 
 
 def _describe_cost(config: EvaluateConfig, subject: Subject) -> dict:
-    """Multiply-adds are of one image: those of all its crops, by all networks."""
-    counts = [count_parameters(network) for network in subject.networks]
-    of_crop = _sum_known(count_multiply_adds(network) for network in subject.networks)
+    """Multiply-adds are of one image: those of all its crops, by all networks; of heads the mean of what was evaluated."""
+    conditional = [network for network in subject.networks if isinstance(network, ConditionalHeads)]
+    networks = [network.student for network in conditional] or subject.networks
+    counts = [count_parameters(network) for network in networks]
+    of_crop = _sum_known(count_multiply_adds(network) for network in networks)
+    heads = {}
+    if conditional:
+        saved = sum(network.count_saved() for network in conditional)
+        of_crop -= saved
+        heads = {"num_heads": sum(n.num_heads for n in conditional), "saved_multiply_adds": saved * config.crops,
+                 "mean_heads_evaluated": round(sum(n.mean_heads() for n in conditional), 4)}  # fmt: skip
     return {
         "num_parameters": {part: _sum_known(count[part] for count in counts) for part in counts[0]},
         "multiply_adds": None if of_crop is None else of_crop * config.crops,
@@ -267,6 +283,7 @@ def _describe_cost(config: EvaluateConfig, subject: Subject) -> dict:
         "num_crops": config.crops,
         "combination": config.combination,
         "checkpoint": subject.checkpoint,
+        **heads,
     }
 
 

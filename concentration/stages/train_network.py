@@ -38,24 +38,31 @@ NETWORK_FILE = "model.safetensors"
 BEST_FILE = "best.safetensors"
 
 
-class NetworkStageConfig(StageConfig):
+class TrainingStageConfig(StageConfig):
+    """How a network is trained, whatever network it is."""
+
+    runtime_fields = StageConfig.runtime_fields | {"logger"}
+
+    seed: int = 0
+    optimizer: OptimizerConfig
+    trainer: TrainerConfig
+    logger: LoggerConfig = LoggerConfig()
+
+
+class NetworkStageConfig(TrainingStageConfig):
     """The parts of a network and of its training.
 
     loss: `sigmoid`, classes are independent; `softmax`, they exclude each other, and a sample's targets are divided by their sum.
     plan: prints what the network has and what a step of it needs, and trains nothing.
     """
 
-    runtime_fields = StageConfig.runtime_fields | {"logger", "plan"}
+    runtime_fields = TrainingStageConfig.runtime_fields | {"plan"}
 
-    seed: int = 0
     data: DataOverrides = DataOverrides()
     loss: LossKind = "sigmoid"
     base: BaseConfig
     top: TopConfig
     pace: PaceConfig
-    optimizer: OptimizerConfig
-    trainer: TrainerConfig
-    logger: LoggerConfig = LoggerConfig()
     plan: bool = False
 
     @pydantic.model_validator(mode="after")
@@ -138,9 +145,9 @@ def train_network(config: NetworkStageConfig, directory: RunDirectory, task: Tas
 
 
 def train_built_network(
-    student: Student, config: NetworkStageConfig, directory: RunDirectory, task: Task, prepared: PreparedData
+    student: Student, config: TrainingStageConfig, directory: RunDirectory, task: Task, prepared: PreparedData
 ) -> None:
-    """The same for a network that is there already, whatever `config` says of its architecture."""
+    """The same for a network that is there already."""
     # NOTE: here, because Lightning takes seconds to import, and what only reads a network does not need it.
     from concentration.training.checkpoints import CheckpointDirectory
     from concentration.training.fit import fit
@@ -210,7 +217,7 @@ def compute_class_weights(counts_C: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(weight_C / weight_C.mean()).float()
 
 
-def _build_training_data(config: NetworkStageConfig, task: Task, prepared: PreparedData) -> TrainingData:
+def _build_training_data(config: TrainingStageConfig, task: Task, prepared: PreparedData) -> TrainingData:
     split = task.split
     size = prepared.image_size
     val_reader, val_ordinals = None, None
@@ -237,7 +244,7 @@ def _choose_val_ordinals(task: Task, val: Split) -> np.ndarray:
     return np.arange(len(val)) if task.vertical is None else val.routed(task.vertical)
 
 
-def _build_order(config: NetworkStageConfig, task: Task) -> Order:
+def _build_order(config: TrainingStageConfig, task: Task) -> Order:
     split = task.split
     if config.trainer.sampling == "natural":
         return WindowOrder(split.by_shard(task.ordinals), config.seed, config.trainer.window_shards)

@@ -46,10 +46,13 @@ class Tap(NamedTuple):
 class BaseNetwork(nn.Module):
     """The interface: maps normalised float images (B, 3, H, W) to features (B, num_features).
 
+    `feature_map` is channels, height and width where the features are a map that was flattened; None where no place is left.
+
     The caller normalises, with the `mean` and `std` found here: a config may leave them to the network.
     """
 
     num_features: int
+    feature_map: tuple[int, int, int] | None = None
     mean: PerChannel
     std: PerChannel
     taps: tuple[Tap, ...] = ()

@@ -99,6 +99,9 @@ class InceptionV2(BaseNetwork):
         self.layers, channels = _build_layers(config.end_point, config.batch_norm_momentum)
         self.pool, num_cells = _build_head(config.end_point, image_size)
         self.num_features = channels * num_cells
+        if num_cells > 1:
+            side = math.isqrt(num_cells)
+            self.feature_map = (channels, side, side)
         self.mean, self.std = config.mean, config.std
         self.apply(_initialize)
 

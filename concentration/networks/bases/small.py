@@ -50,7 +50,9 @@ class SmallBase(BaseNetwork):
         self.blocks = nn.Sequential(
             *(_build_block(i, o, config.norm) for i, o in zip(inputs, config.channels, strict=True))
         )
-        self.num_features = config.channels[-1] * (image_size // shrinkage) ** 2
+        side = image_size // shrinkage
+        self.feature_map = (config.channels[-1], side, side)
+        self.num_features = config.channels[-1] * side**2
         self.mean, self.std = config.mean, config.std
 
     def forward(self, images: Tensor) -> Tensor:
