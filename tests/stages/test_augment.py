@@ -16,7 +16,7 @@ def workdir(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("augment")
     workdir = prepare_shards(directory)
     run(workdir, "student", "name=generalist", "targets=labels", *TINY, "base.norm=batch", "top.norm=batch",
-        "trainer.max_epochs=8")  # fmt: skip
+        "trainer.max_epochs=5")  # fmt: skip
     run(workdir, "group", "method=confusion", "method.top_k=3", "method.num_groups=3", "method.split=train")
     run(workdir, "augment", *GROWN)
     for options in (["name=generalist"], ["name=augmented"], ["name=augmented", "head_threshold=0.2"]):
@@ -59,6 +59,7 @@ def test_it_is_evaluated_and_reported_as_any_student(workdir):
     assert "finished already" in again.out
 
 
+@pytest.mark.long
 def test_a_killed_run_ends_where_an_undisturbed_one_does(workdir):
     options = ("name=killed", "trainer.checkpoint_every_seconds=0", *GROWN)
     plant = Plant("concentration.training.module:StudentModule.training_step", call=20)

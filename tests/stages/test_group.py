@@ -83,6 +83,7 @@ def test_again_it_does_nothing_and_a_lost_file_is_made_again(workdir):
     assert {file.name: file.read_bytes() for file in path.glob("*.safetensors")} == before
 
 
+@pytest.mark.long
 def test_two_processes_find_the_same_groups_as_one(workdir):
     arguments = [*FEATURES, "name=two", f"workdir={workdir}"]
     for rank in start_ranks(arguments, workdir.parent, 2, [{}, {}]):
