@@ -6,7 +6,7 @@ Source: Warde-Farley, Rabinovich and Anguelov 2014.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -137,11 +137,17 @@ class ConditionalHeads:
 
     def count_saved(self) -> int:
         """Multiply-adds that an image did without, on average."""
-        saved = 0.0
-        for heads, counts in zip(self.student.augmentations, self._num_evaluated, strict=True):
-            for head, count in zip(heads.heads, counts, strict=True):
-                saved += count_head(head) * (1 - count / max(1, self._num_images))
-        return round(saved)
+        return self._average_left_out(count_head)
+
+    def count_left_out_parameters(self) -> int:
+        """Trained numbers of the heads that were not evaluated for an image, on average."""
+        return self._average_left_out(lambda head: sum(parameter.numel() for parameter in head.parameters()))
+
+    def _average_left_out(self, count: Callable[[AuxiliaryHead], int]) -> int:
+        heads = [head for each in self.student.augmentations for head in each.heads]
+        evaluated = [number for numbers in self._num_evaluated for number in numbers]
+        left_out = [1 - number / max(1, self._num_images) for number in evaluated]
+        return round(sum(count(head) * share for head, share in zip(heads, left_out, strict=True)))
 
 
 def count_head(head: AuxiliaryHead) -> int:

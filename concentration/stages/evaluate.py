@@ -267,17 +267,18 @@ def _describe_cost(config: EvaluateConfig, subject: Subject) -> dict:
     conditional = [network for network in subject.networks if isinstance(network, ConditionalHeads)]
     networks = [network.student for network in conditional] or subject.networks
     counts = [count_parameters(network) for network in networks]
+    active = _sum_known(count_active_parameters(network) for network in networks)
     of_crop = _sum_known(count_multiply_adds(network) for network in networks)
     heads = {}
     if conditional:
         saved = sum(network.count_saved() for network in conditional)
-        of_crop -= saved
+        of_crop, active = of_crop - saved, active - sum(n.count_left_out_parameters() for n in conditional)
         heads = {"num_heads": sum(n.num_heads for n in conditional), "saved_multiply_adds": saved * config.crops,
                  "mean_heads_evaluated": round(sum(n.mean_heads() for n in conditional), 4)}  # fmt: skip
     return {
         "num_parameters": {part: _sum_known(count[part] for count in counts) for part in counts[0]},
         "multiply_adds": None if of_crop is None else of_crop * config.crops,
-        "num_active_parameters": _sum_known(count_active_parameters(network) for network in subject.networks),
+        "num_active_parameters": active,
         "num_networks": len(counts),
         "models": list(config.names),
         "num_crops": config.crops,
