@@ -1,0 +1,132 @@
+"""The papers' tables as they came out here: results of finished runs as JSON, and JSON as a page.
+
+python docs/tables.py collect TABLE WORKDIR [KEY=VALUE ...]     WORKDIR/seed-*/ -> docs/results/TABLE.json, then the page
+python docs/tables.py                                           docs/results/*.json -> docs/tables.md
+"""
+
+import itertools
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import hydra
+import numpy as np
+import yaml
+
+from concentration.config import check_config, find_config_directory
+from concentration.errors import ConfigError
+
+DOCS = Path(__file__).parent
+RESULTS, PAGE = DOCS / "results", DOCS / "tables.md"
+
+#: Of a row, in percent: what an evaluation calls it, and the page.
+QUANTITIES = {"mpvap": "mpvap", "mpvap_log_softmax": "after log-softmax", "top1": "top-1"}
+#: Rows that are part of every run, whatever its student.
+REFERENCES = ("generalist", "specialists")
+#: Points of a loss curve that are kept.
+NUM_CURVE_POINTS = 12
+
+HEAD = """# The papers' tables, as they came out here
+
+Written by `python docs/tables.py` from `docs/results/`, which `launch/tables/run.sh TABLE` fills. Percent of the test
+images, mean over the seeds and, where there are several, plus or minus half the range; no checkpoint is chosen by them.
+`the paper` is mpvap on EFT, which is private: orders may be compared, values may not.
+"""
+
+#: mpvap in the papers, by experiment and row.
+PRINTED = {
+    "table1": {"fc_fc_hard": 27.7, "fc_fc_d": 31.5, "sc_sc_hard": 27.6, "sc_sc_d": 31.9},
+    "table2": {"fc_fc_d": 31.5, "fc_sc_d": 32.9, "sc_sc_d": 31.9},
+    "table4": {"generalist": 27.7, "fc_fc_d": 31.5, "fc_sc_d": 32.9, "fc_sc_d_s": 37.9, "specialists": 68.0},
+    "table5": {"fc_sc_d": 32.9, "fc_sc_d_class": 32.8, "fc_sc_d_s": 37.9},
+    "table6": {"generalist": 62.0, "fc_fc_d": 63.2, "fc_sc_d": 64.0, "fc_sc_d_s": 65.8, "specialists": 68.4},
+}
+
+
+def list_rows(table: str, overrides: Sequence[str] = ()) -> Iterator[str]:
+    """The names of the students in the table's multirun."""
+    content = yaml.safe_load((find_config_directory() / "experiment" / f"{table}.yaml").read_text())
+    sweep = {key: str(values).split(",") for key, values in content["hydra"]["sweeper"]["params"].items()}
+    sweep |= {key: values.split(",") for key, _, values in (o.partition("=") for o in overrides) if key in sweep}
+    others = [override for override in overrides if override.partition("=")[0] not in sweep]
+    with hydra.initialize_config_dir(str(find_config_directory()), version_base="1.3"):
+        for values in itertools.product(*sweep.values()):
+            chosen = [f"{key}={value}" for key, value in zip(sweep, values, strict=True)]
+            yield check_config("run", hydra.compose("run", [f"experiment={table}", *others, *chosen])).name
+
+
+def collect(table: str, workdir: Path, overrides: Sequence[str]) -> dict:
+    """What is finished of a table: by row and seed the quantities, parameters, and the training loss.
+
+    Raises: ConfigError where nothing is.
+    """
+    rows: dict[str, dict] = {}
+    seeds = sorted(workdir.glob("seed-*"), key=lambda path: int(path.name.removeprefix("seed-")))
+    for name, seed in itertools.product([*list_rows(table, overrides), *REFERENCES], seeds):
+        path = seed / "evaluations" / f"{name}.json"
+        if path.exists():
+            values = json.loads(path.read_text())
+            row = rows.setdefault(name, {"num_parameters": values["num_parameters"]["total"], "seeds": {}})
+            row["seeds"][seed.name.removeprefix("seed-")] = {
+                **{quantity: round(values[quantity], 5) for quantity in QUANTITIES},
+                "loss": _read_curve(seed / "students" / name / "metrics.jsonl"),
+            }
+    if not rows:
+        raise ConfigError(f"{workdir}: no finished row of {table}; run launch/tables/run.sh {table} first")
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=DOCS, capture_output=True, text=True, check=False
+    )
+    return {"table": table, "overrides": list(overrides), "commit": commit.stdout.strip(), "rows": rows}
+
+
+def write_page() -> str:
+    pages = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
+    return "\n".join([HEAD, *map(_write_table, pages)])
+
+
+def _read_curve(path: Path) -> list[list[float]]:
+    """[step, training loss] at even distances: each the mean of the lines since the point before."""
+    if not path.exists():
+        return []
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    points = [(line["step"], line["train/loss"]) for line in lines if "train/loss" in line]
+    parts = np.array_split(np.array(points).reshape(-1, 2), min(NUM_CURVE_POINTS, len(points)) or 1)
+    return [[int(part[-1, 0]), round(float(part[:, 1].mean()), 4)] for part in parts if len(part)]
+
+
+def _write_table(result: Mapping) -> str:
+    table, rows = result["table"], result["rows"]
+    seeds = sorted({seed for row in rows.values() for seed in row["seeds"]}, key=int)
+    words = " ".join(["launch/tables/run.sh", table, *result["overrides"]])
+    lines = [
+        f"## {table}",
+        "",
+        f"`{words}`, commit {result['commit']}, seeds {', '.join(seeds)}.",
+        "",
+        "| row | parameters | " + " | ".join(QUANTITIES.values()) + " | last loss | the paper |",
+        "|---" * (len(QUANTITIES) + 4) + "|",
+    ]
+    for name, row in rows.items():
+        cells = [name, f"{row['num_parameters']:,}"]
+        cells += [_write_spread([100 * seed[quantity] for seed in row["seeds"].values()], 1) for quantity in QUANTITIES]
+        cells.append(_write_spread([seed["loss"][-1][1] for seed in row["seeds"].values() if seed["loss"]], 2))
+        cells.append(str(PRINTED.get(table, {}).get(name, "")))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _write_spread(values: Sequence[float], digits: int) -> str:
+    if not values:
+        return ""
+    mean, half = np.mean(values), (max(values) - min(values)) / 2
+    return f"{mean:.{digits}f}" + (f" ± {half:.{digits}f}" if len(values) > 1 else "")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["collect"]:
+        found = collect(sys.argv[2], Path(sys.argv[3]), sys.argv[4:])
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / f"{found['table']}.json").write_text(json.dumps(found, indent=1) + "\n")
+    PAGE.write_text(write_page(), encoding="utf-8")
