@@ -22,12 +22,14 @@ run_step() { # run_step SRUN_OPTION... -- ARGUMENT...
         wait "$step" || code=$?
         kill -0 "$step" 2>/dev/null || break
     done
+    trap : USR1 TERM # no step is left to be told; with the traps from above, a requeue would take as long as SLURM's KillWait
     if [ -e "$CONCENTRATION_PREEMPTED" ] || { [ -n "$told" ] && [ "$code" != 0 ]; }; then
-        if [ "${SLURM_RESTART_COUNT:-0}" -lt "${MAX_RESTARTS:-100}" ]; then
-            echo "asked to stop, requeued (restart $((${SLURM_RESTART_COUNT:-0} + 1)) of at most ${MAX_RESTARTS:-100})"
+        if [ "${SLURM_RESTART_COUNT:-0}" -lt "$MAX_RESTARTS" ]; then
+            echo "asked to stop, requeued (restart $((${SLURM_RESTART_COUNT:-0} + 1)) of at most $MAX_RESTARTS)"
             rm -f "$CONCENTRATION_PREEMPTED"
             scontrol requeue "$job"
             sleep 60 # until SLURM ends this script: whatever it exits with would count as the job's end
+            return 75
         fi
         echo "asked to stop after ${SLURM_RESTART_COUNT:-0} restarts, not requeued; submit it again and it continues" >&2
         return 75

@@ -1,0 +1,77 @@
+"""The job scripts of `launch/slurm/` without a SLURM: stand-ins for its commands say what the scripts make of an end."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+LAUNCH = Path(__file__).parents[2] / "launch/slurm"
+PREEMPTED = 'echo saved >"$CONCENTRATION_PREEMPTED"; exit 1'  # srun gives the highest code of all tasks
+
+
+@pytest.fixture
+def stand_ins(tmp_path) -> Path:
+    """`srun` runs what the test says; `scontrol` notes what it is asked for; and a job does not wait for its end."""
+    for name, body in (("srun", 'eval "$SRUN"'), ("scontrol", f"echo $@ >>{tmp_path}/said"), ("sleep", ":")):
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    return tmp_path
+
+
+def run_job(folder: Path, srun: str, script: str = "student.sh", *arguments: str, **environment: str):
+    values = {
+        "PATH": f"{folder}:{os.environ['PATH']}",
+        "SLURM_JOB_ID": "9",
+        "CONCENTRATION_LAUNCH": str(LAUNCH),
+        "SRUN": srun,
+    }
+    return subprocess.run(
+        ["bash", LAUNCH / script, *arguments], cwd=folder, env={**values, **environment}, text=True, capture_output=True,
+        check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("srun", "restarts", "code", "is_requeued"),
+    [
+        pytest.param("exit 0", "0", 0, False, id="finished"),
+        pytest.param(PREEMPTED, "0", 75, True, id="preempted"),
+        pytest.param(PREEMPTED, "2", 75, True, id="preempted-for-the-last-time"),
+        pytest.param(PREEMPTED, "3", 75, False, id="preempted-too-often"),
+        pytest.param("exit 2", "0", 2, False, id="mistake"),
+        pytest.param("exit 137", "0", 137, False, id="killed"),
+    ],
+)
+def test_what_was_saved_is_requeued_as_often_as_environment_sh_allows(stand_ins, srun, restarts, code, is_requeued):
+    launch = Path(shutil.copytree(LAUNCH, stand_ins / "launch"))
+    environment = launch / "environment.sh"
+    cap = "export MAX_RESTARTS=${MAX_RESTARTS:-100}"
+    assert cap in environment.read_text()
+    environment.write_text(environment.read_text().replace(cap, "export MAX_RESTARTS=3"))
+    done = run_job(stand_ins, srun, SLURM_RESTART_COUNT=restarts, CONCENTRATION_LAUNCH=str(launch))
+    assert done.returncode == code, done.stderr
+    said = (stand_ins / "said").read_text() if (stand_ins / "said").exists() else ""
+    assert said == ("requeue 9\n" if is_requeued else "")
+
+
+def test_a_task_of_the_array_trains_the_vertical_of_its_number(stand_ins):
+    (stand_ins / "work/shards").mkdir(parents=True)
+    classes = ", ".join(f'{{"id": "{name}", "vertical": "{name[0]}"}}' for name in ("a1", "a2", "b1", "c1"))
+    (stand_ins / "work/shards/taxonomy.json").write_text(f'{{"classes": [{classes}]}}')
+    said = f'echo "$@" >{stand_ins}/command'
+    array = {"SLURM_ARRAY_JOB_ID": "9", "SLURM_ARRAY_TASK_ID": "2"}
+    done = run_job(stand_ins, said, "teacher_array.sh", "workdir=work", "trainer.max_epochs=1", TRAINER="cpu", **array)
+    assert done.returncode == 0, done.stderr
+    command = (stand_ins / "command").read_text().strip()
+    assert command.endswith("teacher vertical=c trainer=cpu workdir=work trainer.max_epochs=1")
+    done = run_job(stand_ins, said, "teacher_array.sh", "workdir=work", **{**array, "SLURM_ARRAY_TASK_ID": "3"})
+    assert done.returncode != 0
+    assert "no vertical of this number: --array=0-2" in done.stderr
+
+
+def test_a_task_of_an_array_is_requeued_alone(stand_ins):
+    array = {"SLURM_ARRAY_JOB_ID": "9", "SLURM_ARRAY_TASK_ID": "1", "VERTICALS": "birds cars"}
+    assert run_job(stand_ins, PREEMPTED, "teacher_array.sh", **array).returncode == 75
+    assert (stand_ins / "said").read_text() == "requeue 9_1\n"
