@@ -84,9 +84,40 @@ def test_two_machines_of_which_one_is_stopped_save_and_both_end_with_75_and_go_o
     assert load_json(run_path / "DONE.json")["step"] == 520
 
 
-def test_a_signal_while_machines_wait_for_each_other_ends_it_with_75(workdir):
-    running = start_student(workdir, "alone", GPUS="1", NODES="2", HEAD=f"localhost:{find_free_port()}")
-    time.sleep(12)  # torch is imported, and the other machine does not come
+@pytest.mark.long
+def test_a_machine_that_comes_later_takes_part_and_the_global_batches_stay(workdir):
+    """torchrun --nnodes=1:2 ends the processes when a machine comes, which save, and starts one on each."""
+    head = f"localhost:{find_free_port()}"
+    options = ("trainer.devices=auto", "trainer.num_nodes=auto", "trainer.max_epochs=300", "optimizer.lr=0.01")
+    first = start_student(workdir, "elastic", *options, GPUS="1", NODES="1:2", HEAD=head)
+    run_path = workdir / "students/elastic"
+    wait_for(lambda: has_trained(run_path), first)
+    second = start_student(workdir, "elastic", *options, GPUS="1", NODES="1:2", HEAD=head)
+    ends = [machine.communicate(timeout=400) for machine in (first, second)]
+    assert [first.returncode, second.returncode] == [0, 0], ends
+    assert load_json(run_path / "DONE.json")["step"] == 3900
+    assert "which is saved" in ends[0][1]
+
+
+@pytest.mark.parametrize("when", ["torch is imported", "another machine is waited for"])
+def test_a_signal_while(workdir, when):
+    port = find_free_port()
+    running = start_student(workdir, "alone", GPUS="1", NODES="2", HEAD=f"localhost:{port}")
+    if when == "torch is imported":
+        wait_for(lambda: catches(running.pid, signal.SIGTERM), running)
+    else:
+        wait_for(lambda: is_open(port), running)
+        time.sleep(1)
     running.send_signal(signal.SIGTERM)
     running.communicate(timeout=60)
     assert running.returncode == 75
+
+
+def catches(process: int, number: int) -> bool:
+    [mask] = [line.split()[1] for line in Path(f"/proc/{process}/status").read_text().splitlines() if "SigCgt" in line]
+    return bool(int(mask, 16) >> (number - 1) & 1)
+
+
+def is_open(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("localhost", port)) == 0
