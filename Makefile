@@ -7,6 +7,8 @@ PYTHON ?= python3
 BIN     = $(VENV)/bin
 # The CPU is shared: one thread for each process, and several processes.
 export OMP_NUM_THREADS ?= 1
+# Two processes run the tests, each whole files in their order: the longest are not left for the end.
+SPREAD  = -n 2 --dist loadgroup --no-loadscope-reorder
 
 .PHONY: demo test test-long bench costs lint clean
 
@@ -14,10 +16,10 @@ demo: $(VENV)/installed
 	$(BIN)/concentrate run workdir=runs/demo
 
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -n 2 -m "not long"
+	$(BIN)/python -m pytest $(SPREAD) -m "not long"
 
 test-long: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest $(SPREAD)
 
 bench: $(VENV)/installed
 	$(BIN)/python tests/benchmarks/reading.py
