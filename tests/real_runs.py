@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,8 +34,9 @@ TINY_NETWORK = ("base.channels=[4,8]", "base.norm=group", "top.top1=12", "top.to
 TINY_TRAINER = ("trainer.num_workers=0", "trainer.batch_size=16", "trainer.max_epochs=2", "trainer.log_every_steps=5")
 TINY = (*TINY_NETWORK, *TINY_TRAINER)
 
-#: An environment variable: a folder to which every training process writes the samples of its steps.
-RECORD = "RECORD_SAMPLES_OF_STEPS"
+#: Environment variables: a folder to which every training process writes the samples of its steps; and a step of a run,
+#: "students-student:10", before which each of its ranks waits there, the first time, until a signal or a file `go` comes.
+RECORD, HOLD = "RECORD_SAMPLES_OF_STEPS", "HOLD_BEFORE_STEP"
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
@@ -268,21 +270,40 @@ def prepare_shards(directory: Path, **options) -> Path:
 
 
 def record_samples() -> None:
-    """From now on this process writes what `load_taken` reads."""
+    """From now on this process writes what `load_taken` reads, and waits where it is told to."""
     from concentration.training.module import StudentModule
 
-    original = StudentModule.training_step
-    started = time.time_ns()
+    original, started, folder = StudentModule.training_step, time.time_ns(), Path(os.environ[RECORD])
 
     def training_step(self, batch, batch_idx):
+        run_path = Path(self.trainer.default_root_dir)
+        run = f"{run_path.parent.name}-{run_path.name}"
+        _hold(folder / f"held-{run}-{self.global_rank}", f"{run}:{self.global_step}")
         taken = batch.ordinal_B[batch.weight_B > 0].tolist()
-        run_path, folder = Path(self.trainer.default_root_dir), Path(os.environ[RECORD])
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / f"{run_path.parent.name}-{run_path.name}-{started}-{os.getpid()}", "a") as file:
+        with open(folder / f"{run}-{started}-{os.getpid()}", "a") as file:
             file.write(json.dumps([self.global_step, taken]) + "\n")
         return original(self, batch, batch_idx)
 
+    folder.mkdir(parents=True, exist_ok=True)
     StudentModule.training_step = training_step
+
+
+def _hold(mark: Path, step: str) -> None:
+    from concentration.preemption import noted_signal
+
+    if step != os.environ.get(HOLD) or mark.exists():
+        return
+    mark.touch()
+    while not noted_signal() and not mark.with_name("go").exists():
+        time.sleep(0.05)
+
+
+def wait_for_hold(folder: Path, run: str, num_ranks: int = 1, timeout_seconds: float = 300) -> None:
+    """Waits until all ranks of a run wait before the step that `HOLD` names."""
+    deadline = time.monotonic() + timeout_seconds
+    while len(list(folder.glob(f"held-{run}-*"))) < num_ranks:
+        assert time.monotonic() < deadline, f"{run} did not come to its step in {timeout_seconds} s"
+        time.sleep(0.05)
 
 
 def load_taken(folder: Path, run: str) -> dict[int, list[list[int]]]:
@@ -310,6 +331,10 @@ def _enter(
     if environment.get(RECORD):
         record_samples()
     from concentration.cli import main
+    from concentration.pipeline import local
+
+    # NOTE: `concentrate run` would start a server of its own, which imports for seconds what this process has imported.
+    local.multiprocessing = types.SimpleNamespace(get_context=lambda method: multiprocessing.get_context("fork"))
 
     main(arguments)
 

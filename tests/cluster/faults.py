@@ -110,6 +110,16 @@ def kill_and_cut_checkpoint(victim: Victim) -> None:
             os.truncate(path, path.stat().st_size // 2)
 
 
+def meet_time_limit(victim: Victim) -> None:
+    """The job has a minute in all from now on, and is told so before; the next start has ten."""
+    restarts = victim.slurm.describe(victim.number)["Restarts"]
+    victim.slurm.run("scontrol", "update", f"JobId={victim.number}", "TimeLimit=1")
+    victim.slurm.wait_until(lambda: victim.slurm.describe(victim.number)["Restarts"] != restarts, "a restart", 180)
+    victim.slurm.run("scontrol", "update", f"JobId={victim.number}", "TimeLimit=10")
+
+
+#: SLURM looks at limits once a minute at most: too slow for jobs that nothing holds up.
+TIME_LIMIT = Fault("its time is up", meet_time_limit, is_gentle=True)
 FAULTS = (
     Fault("makes room for an urgent job", preempt, is_gentle=True),
     Fault("SIGTERM", send("TERM"), is_gentle=True),

@@ -6,8 +6,8 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from cluster.slurm_cluster import SlurmCluster
-from real_runs import RECORD, TINY, Finished, Running, load_json, load_taken
+from cluster.slurm_cluster import REPOSITORY, SlurmCluster
+from real_runs import HOLD, RECORD, TINY, Finished, Running, load_json
 
 #: Networks that are trained in a second. The teachers' own keys are those of `concentrate teacher` with `TINY`.
 NETWORKS = (*TINY, "data.image_size=16", "teacher.top.top1=12", "teacher.top.top2=8", "teacher.top.norm=layer",
@@ -92,11 +92,11 @@ def wait_for_queue(slurm: SlurmCluster, timeout_seconds: float = 300) -> None:
     slurm.wait_until(is_empty, "an empty queue", timeout_seconds)
 
 
-def recording(environment: Mapping[str, str], folder: Path) -> dict[str, str]:
-    """The environment, in which training records its samples in `folder`, on SLURM as here."""
+def recording(folder: Path, hold: str = "") -> dict[str, str]:
+    """What has training record its samples in `folder`, and wait where `hold` says, on SLURM as here."""
     tests = Path(__file__).parents[1]
-    path = os.pathsep.join(map(str, (tests / "cluster/recording", tests, environment["PYTHONPATH"])))
-    return {**environment, RECORD: str(folder), "PYTHONPATH": path}
+    path = os.pathsep.join(map(str, (tests / "cluster/recording", tests, REPOSITORY)))
+    return {"PYTHONPATH": path, RECORD: str(folder), HOLD: hold}
 
 
 def assert_same_results(workdir: Path, expected: Path) -> None:
@@ -110,27 +110,26 @@ def assert_same_results(workdir: Path, expected: Path) -> None:
         assert found["mpvap"] == wanted["mpvap"], name
 
 
-def assert_each_sample_once(folder: Path, expected: Path, num_epochs: int, may_repeat: bool) -> None:
-    """Every step of every training took the undisturbed run's samples, each of which comes once an epoch.
+def assert_each_sample_once(
+    taken: Mapping[int, list[list[int]]], expected: Mapping[int, list[list[int]]], num_epochs: int, may_repeat: bool
+) -> None:
+    """Every step took the undisturbed run's samples, each of which comes once an epoch.
 
     Args:
-        folder, expected: what was recorded of a disturbed run and of an undisturbed one.
-        num_epochs: of every training.
+        taken, expected: by step, what each process took; of a disturbed run and of an undisturbed one.
         may_repeat: steps after a checkpoint, where a process was killed; else every step was taken once.
     """
-    for run in (name.replace("/", "-") for name in TRAINED):
-        wanted = {step: sorted(itertools.chain(*takes)) for step, takes in load_taken(expected, run).items()}
-        steps = sorted(wanted)
-        assert steps == list(range(len(steps)))
-        steps_per_epoch = len(steps) // num_epochs
-        samples = sorted(itertools.chain(*(wanted[step] for step in steps[:steps_per_epoch])))
-        assert len(samples) > 100
-        assert len(set(samples)) == len(samples)
-        for start in range(0, len(steps), steps_per_epoch):
-            epoch = itertools.chain(*(wanted[step] for step in steps[start : start + steps_per_epoch]))
-            assert sorted(epoch) == samples, f"{run}: an epoch of the undisturbed run"
-        found = {step: sorted(itertools.chain(*takes)) for step, takes in load_taken(folder, run).items()}
-        assert found.keys() == wanted.keys(), run
-        for step in steps:
-            taken = sorted(set(found[step])) if may_repeat else found[step]
-            assert taken == wanted[step], f"{run}, step {step}"
+    wanted = {step: sorted(itertools.chain(*takes)) for step, takes in expected.items()}
+    steps = sorted(wanted)
+    assert steps == list(range(len(steps)))
+    steps_per_epoch = len(steps) // num_epochs
+    samples = sorted(itertools.chain(*(wanted[step] for step in steps[:steps_per_epoch])))
+    assert len(samples) > 100
+    assert len(set(samples)) == len(samples)
+    for start in range(0, len(steps), steps_per_epoch):
+        epoch = itertools.chain(*(wanted[step] for step in steps[start : start + steps_per_epoch]))
+        assert sorted(epoch) == samples, "an epoch of the undisturbed run"
+    found = {step: sorted(itertools.chain(*takes)) for step, takes in taken.items()}
+    assert found.keys() == wanted.keys()
+    for step in steps:
+        assert (sorted(set(found[step])) if may_repeat else found[step]) == wanted[step], f"step {step}"

@@ -98,7 +98,7 @@ class SlurmCluster:
         self.wait_until(lambda: self.state(job) in states, f"job {job} {'|'.join(states)}", timeout_seconds)
         return self.state(job)
 
-    def wait_for_end(self, job: str, timeout_seconds: float = 120) -> dict[str, str]:
+    def wait_for_end(self, job: str, timeout_seconds: float = 300) -> dict[str, str]:
         """Waits until the job has ended; a job that was requeued starts again soon."""
 
         self.wait_until(lambda: self.start_soon(job)["JobState"] in ENDED, f"the end of job {job}", timeout_seconds)
@@ -117,6 +117,7 @@ class SlurmCluster:
         return described
 
     def start(self) -> None:
+        self.directory.mkdir(exist_ok=True)
         key = self.directory / "munge.key"
         key.write_bytes(secrets.token_bytes(128))
         key.chmod(0o400)

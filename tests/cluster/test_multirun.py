@@ -1,10 +1,10 @@
-"""`concentrate VERB -m`: several runs as one job array, or as processes of this machine."""
+"""Several runs as one job array, by `concentrate VERB -m` or by the job script, or as processes of this machine."""
 
 from pathlib import Path
 
 import pytest
 from cluster.pipelines import copy_stages
-from cluster.slurm_cluster import SlurmCluster
+from cluster.slurm_cluster import REPOSITORY, SlurmCluster
 from real_runs import TINY, Finished, Running, concentrate, load_json
 
 pytestmark = [pytest.mark.cluster, pytest.mark.xdist_group("cluster")]
@@ -84,3 +84,17 @@ def test_all_structures_are_one_array_on_slurm_and_two_at_a_time_here(slurm, wor
 def test_joblib_trains_the_teachers_two_at_a_time(workdir, undisturbed):
     concentrate(*TEACHERS, f"workdir={workdir}", *JOBLIB, directory=workdir.parent)
     assert_same_weights(workdir, undisturbed, "teachers/fruit", "teachers/tools")
+
+
+@pytest.mark.long
+def test_the_job_script_of_the_array_trains_the_teachers_and_returns_at_once_when_they_are_there(
+    slurm, workdir, undisturbed
+):
+    script = REPOSITORY / "launch/slurm/teacher_array.sh"
+    for expected in ("", "finished already, nothing is to do"):
+        job = slurm.submit("--array=0-1", "--cpus-per-task=1", f"--chdir={workdir}", "--export=ALL,TRAINER=cpu",
+                           f"--output={workdir}/%A_%a.log", script, f"workdir={workdir}", *TINY)  # fmt: skip
+        for task in range(2):
+            assert slurm.wait_for_end(f"{job}_{task}")["JobState"] == "COMPLETED"
+            assert expected in (workdir / f"{job}_{task}.log").read_text()
+        assert_same_weights(workdir, undisturbed, "teachers/fruit", "teachers/tools")

@@ -42,7 +42,7 @@ def status(workdir: Path) -> dict[str, str]:
 def signal_in_the_middle(workdir: Path, number: int) -> Finished:
     """Starts the whole run on prepared shards, signals it once a stage after `prepare` has begun, and waits for its end."""
     running = Running((*COMMAND, f"workdir={workdir}"), workdir.parent)
-    running.wait_for(lambda: any(workdir.glob("*/*/status.json")))
+    running.wait_for(lambda: any(workdir.glob("*/*/status.json")), 180)
     running.send(number)
     return running.wait(60)
 
