@@ -39,7 +39,7 @@ class Exportable(Protocol):
     """A `Classifier` that is a torch module and can be exported as a program."""
 
     classifier_weights: Sequence[str]
-    """The names of the parameters (classes, features) that give logits from features: most of a large head's numbers."""
+    """The names of the parameters (classes, features) that give the logits: most of a large head's numbers."""
 
     def answer(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (B, V) and what the classifiers see, (B, T), float32."""
+        """Logits (B, V), those of a call, and features (B, T) in which near images are alike: float32."""

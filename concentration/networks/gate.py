@@ -154,9 +154,13 @@ class Trunk(nn.Module):
 def run_chosen(choice: Choice, experts: Sequence[Callable[[Tensor], Tensor]], images: Tensor) -> Tensor:
     """The chosen experts' answers (B, N) to each image, weighted; each expert sees its images of the batch together.
 
-    An expert that no image of the batch is sent to is not run.
+    An expert that no image of the batch is sent to is not run. In an exported program, which has no such choice, all experts see
+    all images, and those count that were chosen.
     """
     weight_BR = choice.weight_BR
+    if torch.compiler.is_exporting():
+        weight_BE = weight_BR.new_zeros(images.shape[0], len(experts)).scatter_add(1, choice.expert_BR, weight_BR)
+        return sum(weight_BE[:, number, None] * expert(images) for number, expert in enumerate(experts))
     answer_BN: Tensor | None = None
     for number in torch.unique(choice.expert_BR).tolist():
         row_P, rank_P = (choice.expert_BR == number).nonzero(as_tuple=True)

@@ -69,6 +69,16 @@ class Mixture(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         return run_chosen(self.gate(images), list(self.experts), images)
 
+    def answer(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (B, C) and the gate's features (B, T): experts have features of their own, and these are every image's."""
+        features_BT = self.gate.compute_features(images)
+        return run_chosen(self.gate.choose(features_BT), list(self.experts), images).float(), features_BT
+
+    @property
+    def classifier_weights(self) -> list[str]:
+        """The names of the classifiers' weights of all experts."""
+        return [f"experts.{n}.{name}" for n, expert in enumerate(self.experts) for name in expert.classifier_weights]
+
     def save(self, path: Path, metadata: Mapping[str, str]) -> None:
         """Writes weights and architecture as one safetensors file, whole or not at all."""
         header = {HEADER: self.config.model_dump_json(), **metadata}

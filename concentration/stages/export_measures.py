@@ -67,7 +67,10 @@ def check_agreement(network: Exportable, predictor: Predictor, images: np.ndarra
     """
     noise = np.random.default_rng(0).integers(0, 256, images.shape, dtype=np.uint8)
     both = np.concatenate([images, noise])
-    expected_BC, expected_BT = (answer.numpy() for answer in network.answer(torch.from_numpy(both)))
+    expected_BC, expected_BT = (
+        network(torch.from_numpy(both)).numpy(),
+        network.answer(torch.from_numpy(both))[1].numpy(),
+    )
     parts = [predictor(part) for part in np.split(both, [1, 4]) if len(part)]
     logits_BC, features_BT = (np.concatenate(part) for part in zip(*parts, strict=True))
     scale = max(1.0, float(np.abs(expected_BC).max()))
