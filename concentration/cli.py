@@ -1,6 +1,7 @@
 """`concentrate VERB [overrides]`: the command line. Hydra composes, the config is checked, one stage runs."""
 
 import os
+import signal
 import sys
 import traceback
 import warnings
@@ -9,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from concentration import preemption
-from concentration.config import VERBS, check_config, describe_composition_error, find_config_directory, list_options
+from concentration.completion import OPTION, complete, get_script
+from concentration.config import VERBS, check_config, describe_composition_error, find_config_directory
 from concentration.errors import ConcentrationError, ConfigError, Preempted
 from concentration.schema import suggest
 from concentration.stages.verbs import split_words
@@ -36,11 +38,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(0 if arguments else ConfigError.exit_code)
     verb, *rest = arguments
     try:
+        if verb in ("completion", OPTION) and len(rest) == 1:
+            print(get_script(*rest) if verb == "completion" else "\n".join(complete(*rest)))
+            sys.exit(0)
         if verb not in VERBS:
             raise ConfigError(f"no verb '{verb}'{suggest(verb, VERBS)}")
         exit_code = _run_hydra(verb, rest)
     except ConcentrationError as error:
         exit_code = _say(error)
+    except KeyboardInterrupt:
+        print("concentrate: stopped from the keyboard", file=sys.stderr)
+        exit_code = 128 + signal.SIGINT
     except BrokenPipeError:  # `concentrate run --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         exit_code = 0
@@ -150,6 +158,7 @@ def _usage() -> str:
 Usage: concentrate VERB [KEY=VALUE ...]
        concentrate VERB --help          the keys of a verb and their values
        concentrate VERB -m KEY=A,B,C    several runs, one for each combination
+       concentrate completion bash      completes verbs, keys and values: eval "$(concentrate completion bash)"
 
 {verbs}
 
@@ -159,21 +168,14 @@ Start with:  concentrate run"""
 def _verb_help(verb: str, composed: Any) -> str:
     from omegaconf import OmegaConf, open_dict
 
-    # Every group of the verb's defaults list, with where it goes ("top", "top@teacher.top", "experiment"), and what is chosen.
+    from concentration.verb_help import describe_verb
+
     choices = {
         group: chosen for group, chosen in composed.hydra.runtime.choices.items() if not group.startswith("hydra/")
     }
     with open_dict(composed):
         del composed["hydra"]
-    lines = []
-    for group, chosen in reversed(choices.items()):
-        options = list_options(group.partition("@")[0], chosen)
-        lines.append(f"  {group}={'|'.join(options)}")
-    parts = [f"concentrate {verb}: {VERBS[verb].summary}"]
-    if lines:
-        parts.append("Choices:\n" + "\n".join(lines))
-    parts.append(f"Keys and their values (KEY=VALUE changes one):\n{OmegaConf.to_yaml(composed)}")
-    return "\n\n".join(parts)
+    return describe_verb(verb, choices, OmegaConf.to_yaml(composed))
 
 
 if __name__ == "__main__":

@@ -87,6 +87,23 @@ def describe_composition_error(error: Exception, verb: str, overrides: Sequence[
     return text
 
 
+def list_values(verb: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The dotted keys of a verb's config and their values, with the choices and working directory among the overrides."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+
+    known = [word for word in overrides if re.match(r"[\w@/]+=.", word)]
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(find_config_directory()), version_base="1.3"):
+        try:
+            composed = compose(verb, known)
+        except (HydraException, ValueError):  # a word that is not finished, or not understood
+            composed = compose(verb)
+    return flatten(OmegaConf.to_container(composed, resolve=False))
+
+
 def _known_keys(verb: str, overrides: Sequence[str] = ()) -> list[str]:
     """The keys of a verb's config; of the overrides only those count that choose an option of a group."""
     from hydra import compose

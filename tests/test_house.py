@@ -36,7 +36,9 @@ FLOORS = {
     "stages": 5,
     "pipeline": 6,
     "cli": 7,
+    "completion": 7,
     "config": 7,
+    "verb_help": 7,
 }
 
 # Where alone a library is imported.

@@ -8,6 +8,8 @@ import onnxruntime
 import pytest
 import torch
 
+from concentration.networks.augmented import augment
+from concentration.networks.auxiliary_heads import HeadConfig, HeadsConfig
 from concentration.networks.bases import SmallBaseConfig
 from concentration.networks.gate import CentroidGaterConfig, GateConfig, RouterGaterConfig, TrunkConfig
 from concentration.networks.mixture import Mixture, MixtureNetworkConfig
@@ -38,6 +40,13 @@ def build_routed() -> Student:
     return Student(describe(base=RoutedConfig(gate=build_gate(CentroidGaterConfig(), 1), expert=expert)))
 
 
+def build_augmented() -> Student:
+    heads = HeadsConfig(
+        heads={"x": HeadConfig(num_classes=4, hidden=(6,)), "y": HeadConfig(num_classes=4, hidden=(5, 3))}
+    )
+    return augment(Student(describe()), heads, torch.tensor([0, 1, 1, 0, 1, 0, 0, 1]))
+
+
 NETWORKS = {
     "sc_sc without pace": lambda: Student(
         describe(top=TopConfig(kind="sc_sc", top1=6, top2=4), pace=PaceConfig(kind="none"))
@@ -48,6 +57,7 @@ NETWORKS = {
     "softmax over the features": lambda: Student(
         describe(top=TopConfig(kind="linear"), pace=PaceConfig(kind="none"), loss="softmax")
     ),
+    "grown by auxiliary heads": build_augmented,
     "mixture": lambda: Mixture(
         MixtureNetworkConfig(gate=build_gate(RouterGaterConfig(), 2), experts=tuple(describe() for _ in range(3)))
     ),
