@@ -14,6 +14,7 @@ import safetensors.numpy
 
 from concentration.data.crops import NumCrops
 from concentration.data.index import Split, load_split
+from concentration.data.mapped_labels import load_class_map, map_labels
 from concentration.distributed import choose_device
 from concentration.errors import ConfigError
 from concentration.metrics.agreement import LeafAnswers, select_leaf_answers
@@ -69,6 +70,9 @@ class EvaluateConfig(SubjectConfig):
     combination: of the probabilities: their mean, or the largest.
     head_threshold: of an augmented network, a head is evaluated where a class of its group is as likely without it; None always
         evaluates all. NAME then has `.heads-THRESHOLD` behind it.
+    images_of: another working directory, whose images are looked at instead; NAME then has `.on-DIRECTORY` behind it. Their
+        labels count where they have a class here, and images without such a label do not.
+    class_map: a JSON file from the class ids there to those here; None takes the ids that both have.
     split: `test`; `val` is for choices.
     save_scores: also writes `evaluations/NAME.safetensors` with `scores` (N, C) and `labels` (N, C), unsmeared; until then all of
         them are in memory, whatever `memory_gib` is.
@@ -83,6 +87,8 @@ class EvaluateConfig(SubjectConfig):
     crops: NumCrops = 1
     combination: Combination = "mean"
     head_threshold: float | None = pydantic.Field(default=None, gt=0, lt=1)
+    images_of: Path | None = None
+    class_map: Path | None = None
     split: Literal["val", "test"] = "test"
     save_scores: bool = False
     gallery: pydantic.NonNegativeInt = 24
@@ -98,6 +104,12 @@ class EvaluateConfig(SubjectConfig):
             )
         return self
 
+    @pydantic.model_validator(mode="after")
+    def _check_class_map(self):
+        if self.class_map is not None and self.images_of is None:
+            raise ValueError(f"class_map={self.class_map} has no effect without images_of; remove it")
+        return self
+
     @property
     def names(self) -> tuple[str, ...]:
         return (self.name,) if isinstance(self.name, str) else self.name
@@ -107,7 +119,9 @@ class EvaluateConfig(SubjectConfig):
         """How the evaluation is called."""
         crops = "" if self.crops == 1 else f".{self.crops}-crops"
         heads = "" if self.head_threshold is None else f".heads-{self.head_threshold:g}"
-        return "+".join(self.names) + crops + ("" if self.combination == "mean" else f".{self.combination}") + heads
+        combination = "" if self.combination == "mean" else f".{self.combination}"
+        images = "" if self.images_of is None else f".on-{self.images_of.resolve().name}"
+        return "+".join(self.names) + crops + combination + heads + images
 
     @property
     def output(self) -> Path:
@@ -123,11 +137,11 @@ def evaluate(config: EvaluateConfig) -> None:
         DataError: the split is not there, or a network was made for another taxonomy.
     """
     _, taxonomy, _ = load_prepared(config.workdir, DataOverrides())
-    split = load_split(config.workdir / SHARDS, config.split, taxonomy)
+    split, made_from = _load_images(config, taxonomy)
     checkpoints = {name: find_checkpoint(config.workdir, name, taxonomy) for name in config.names}
     checkpoint = checkpoints[config.names[0]] if len(checkpoints) == 1 else hash_values(checkpoints)
     directory = RunDirectory(config.output)
-    with directory.begin(config, {"data": split.fingerprint, "checkpoint": checkpoint}) as is_due:
+    with directory.begin(config, {"data": split.fingerprint, "checkpoint": checkpoint, **made_from}) as is_due:
         if not is_due:
             return
         subject = load_subject(config, taxonomy, split, checkpoint)
@@ -152,6 +166,20 @@ def evaluate(config: EvaluateConfig) -> None:
         save_answers(directory.path, answers, split.fingerprint)
         write_atomically(config.output.with_name(f"{config.output.name}.json"), content)
         directory.finish({"mpvap": content["mpvap"]})
+
+
+def _load_images(config: EvaluateConfig, taxonomy: Taxonomy) -> tuple[Split, dict[str, str]]:
+    """The samples, with labels of this taxonomy, and a hash of the map that gave them where there is one.
+
+    Raises: DataError as `load_split` and `map_labels`.
+    """
+    if config.images_of is None:
+        return load_split(config.workdir / SHARDS, config.split, taxonomy), {}
+    _, theirs, _ = load_prepared(config.images_of, DataOverrides())
+    split = load_split(config.images_of / SHARDS, config.split, theirs)
+    class_map = None if config.class_map is None else load_class_map(config.class_map)
+    mapped = map_labels(split, taxonomy, class_map, str(config.class_map or f"images_of={config.images_of}"))
+    return mapped, {} if class_map is None else {"class_map": hash_values(class_map)}
 
 
 def find_checkpoint(workdir: Path, name: str, taxonomy: Taxonomy) -> str:
@@ -179,7 +207,7 @@ def load_subject(config: SubjectConfig, taxonomy: Taxonomy, split: Split, checkp
         ConfigError: a teacher of one vertical is to be combined with others, which answer for other classes.
         DataError: as `load_network`.
     """
-    first_output, ordinals = 0, np.arange(len(split))
+    first_output, ordinals = 0, np.flatnonzero(np.diff(split.label_start))
     for name in config.names:
         if _is_model_of_all(config.workdir, name):
             continue

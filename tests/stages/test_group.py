@@ -165,6 +165,10 @@ def test_found_verticals_are_concentrated_as_given_ones_are(workdir, tmp_path):
     evaluation = load_json(tmp_path / "found/evaluations/student.json")
     assert set(evaluation["pvap"]) == set(verticals)
     assert evaluation["mpvap"] > 0.2
+    # The same images, found through the given taxonomy's labels and the ids that both have.
+    concentrate("evaluate", f"images_of={workdir}", found, directory=tmp_path)
+    through_map = load_json(tmp_path / "found/evaluations/student.on-work.json")
+    assert {**through_map, "gallery": []} == {**evaluation, "gallery": []}
 
 
 @pytest.mark.parametrize(
