@@ -149,7 +149,7 @@ def test_it_is_22_layers_deep_with_parameters():
 
 def test_a_module_is_its_branches_side_by_side():
     torch.manual_seed(0)
-    module = Inception(10, InceptionRow(3, (2, 4), (2, 5), 6))
+    module = Inception(10, InceptionRow(3, (2, 4), (2, 5), 6), "response")
     maps = torch.randn(2, 10, 7, 7)
     weights = iter([(layer.weight, layer.bias) for layer in module.modules() if isinstance(layer, nn.Conv2d)])
 
@@ -163,14 +163,25 @@ def test_a_module_is_its_branches_side_by_side():
 
 
 def test_the_response_norm_is_krizhevskys_for_pixels():
-    """On x in [-1, 1] it is 1/127.5 of what the formula makes of 127.5 x."""
-    norm = build_base(GoogLeNetConfig(width=WIDTH, auxiliary_weight=0), 64).layers.norm1
+    """On (pixel/255 - mean) / std it is 1 / (255 std) of what the formula makes of the pixels."""
     x = torch.randn(2, 9, 3, 3, dtype=torch.float64)
-    pixels = 127.5 * x
-    for channel in range(9):
-        near = pixels[:, max(0, channel - 2) : channel + 3].square().sum(1)
-        expected = pixels[:, channel] / (2 + 1e-4 * near) ** 0.75
-        torch.testing.assert_close(127.5 * norm(x)[:, channel], expected * 1)
+    for std in (0.5, 0.25):
+        norm = build_base(GoogLeNetConfig(width=WIDTH, auxiliary_weight=0, std=(std,) * 3), 64).layers.norm1
+        pixels = 255 * std * x
+        for channel in range(9):
+            near = pixels[:, max(0, channel - 2) : channel + 3].square().sum(1)
+            expected = pixels[:, channel] / (2 + 1e-4 * near) ** 0.75
+            torch.testing.assert_close(255 * std * norm(x)[:, channel], expected)
+
+
+def test_batch_norms_take_the_place_of_response_norms_and_biases():
+    base = build_base(GoogLeNetConfig(width=WIDTH, auxiliary_weight=0, norm="batch", dropout=0), 64)
+    convolutions, norms = ([m for m in base.modules() if isinstance(m, kind)] for kind in (nn.Conv2d, nn.BatchNorm2d))
+    assert len(convolutions) == len(norms) == 3 + 6 * 9
+    assert all(convolution.bias is None for convolution in convolutions)
+    assert not any(isinstance(module, nn.LocalResponseNorm) for module in base.modules())
+    base(torch.randn(4, 3, 64, 64)).square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in base.parameters())
 
 
 def test_width_multiplies_channels_and_squares_the_cost():

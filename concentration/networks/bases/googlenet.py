@@ -66,9 +66,10 @@ _TAP_KERNEL = 5
 
 # Krizhevsky et al. 2012 (the paper's [9]), section 3.3: x / (2 + 1e-4 * the sum of the squares of 5 channels)^0.75.
 _NEIGHBOURS, _SHARE, _POWER, _CONSTANT = 5, 1e-4, 0.75, 2.0
-# NOTE: that is for pixels of 0 to 255. Ours come as (pixel/255 - mean) / std, 127.5 times smaller at std=0.5, and on inputs that
-# small the sum would vanish beside the constant. Multiplied by 127.5^2, the network is the same function but for a scale.
-_PIXELS = 255 * 0.5
+# NOTE: that is for pixels of 0 to 255. Ours come as (pixel/255 - mean) / std, 255 * std times smaller, and on inputs that small
+# the sum would vanish beside the constant. Multiplied by (255 * std)^2, the network is the same function but for a scale.
+
+Norm = Literal["response", "batch"]
 
 
 class GoogLeNetConfig(BaseNetworkConfig):
@@ -82,6 +83,10 @@ class GoogLeNetConfig(BaseNetworkConfig):
     stem: Literal["full", "separable"] = "full"
     """The first layer: 7x7 over all colours (9.4K parameters, 118M multiply-adds), or 7x7 over each colour apart and a 1x1
     over the 24 results, which are the 2.7K and 34M that Table 1 prints."""
+
+    norm: Norm = "response"
+    """`response` is the paper's, after the first and the third convolution; `batch` normalises after every convolution in its
+    place, as the authors did a year later: without, a new network needs thousands of steps before it learns anything."""
 
     dropout: Dropout = 0.4
     """Of the features, in training."""
@@ -113,7 +118,7 @@ class GoogLeNet(BaseNetwork):
         def widen(channels: int) -> int:
             return max(1, round(channels * config.width))
 
-        self.layers, self.num_features = _build_layers(config.stem, widen)
+        self.layers, self.num_features = _build_layers(config, widen)
         self.dropout = nn.Dropout(config.dropout)
         self.taps = _list_taps(config, image_size, widen)
         self.mean, self.std = config.mean, config.std
@@ -138,13 +143,13 @@ class GoogLeNet(BaseNetwork):
 class Inception(nn.Module):
     """Figure 2 (b): four branches over the same map (B, C, H, W), concatenated along the channels."""
 
-    def __init__(self, in_channels: int, row: InceptionRow) -> None:
+    def __init__(self, in_channels: int, row: InceptionRow, norm: Norm) -> None:
         super().__init__()
-        self.single = _build_convolution(in_channels, row.single, 1)
-        self.triple = _build_reduced(in_channels, row.triple, 3)
-        self.quintuple = _build_reduced(in_channels, row.quintuple, 5)
+        self.single = _build_convolution(in_channels, row.single, 1, norm)
+        self.triple = _build_reduced(in_channels, row.triple, 3, norm)
+        self.quintuple = _build_reduced(in_channels, row.quintuple, 5, norm)
         self.pooled = nn.Sequential(
-            nn.MaxPool2d(3, stride=1, padding=1), *_build_convolution(in_channels, row.projection, 1)
+            nn.MaxPool2d(3, stride=1, padding=1), *_build_convolution(in_channels, row.projection, 1, norm)
         )
 
     def forward(self, maps: Tensor) -> Tensor:
@@ -152,15 +157,15 @@ class Inception(nn.Module):
         return torch.cat([branch(maps) for branch in branches], dim=1)
 
 
-def _build_layers(stem: Literal["full", "separable"], widen: Callable[[int], int]) -> tuple[nn.Sequential, int]:
+def _build_layers(config: GoogLeNetConfig, widen: Callable[[int], int]) -> tuple[nn.Sequential, int]:
     """All layers that are convolved or pooled, and how many channels come out of them."""
-    first, second = widen(64), widen(192)
+    first, second, norm = widen(64), widen(192), config.norm
     layers: OrderedDict[str, nn.Module] = OrderedDict(
-        conv1=_build_first(stem, first),
+        conv1=_build_first(config.stem, first, norm),
         pool1=_build_halving(),
-        norm1=_build_response_norm(),
-        conv2=_build_reduced(first, (widen(64), second), 3),
-        norm2=_build_response_norm(),
+        norm1=_build_response_norm(config),
+        conv2=_build_reduced(first, (widen(64), second), 3, norm),
+        norm2=_build_response_norm(config),
         pool2=_build_halving(),
     )
     channels = second
@@ -168,7 +173,7 @@ def _build_layers(stem: Literal["full", "separable"], widen: Callable[[int], int
         if name in _POOLED:
             layers[_POOLED[name]] = _build_halving()
         widened = row.widened(widen)
-        layers[name] = Inception(channels, widened)
+        layers[name] = Inception(channels, widened, norm)
         channels = widened.num_outputs
     return nn.Sequential(layers), channels
 
@@ -191,24 +196,30 @@ def _list_taps(config: GoogLeNetConfig, image_size: int, widen: Callable[[int], 
     return tuple(Tap(c, map_size, config.auxiliary_weight, config.auxiliary_dropout) for c in channels)
 
 
-def _build_convolution(in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(in_channels, out_channels, kernel, stride, padding=kernel // 2), nn.ReLU(inplace=True)
-    )
+def _build_convolution(in_channels: int, out_channels: int, kernel: int, norm: Norm, stride: int = 1) -> nn.Sequential:
+    has_bias = norm == "response"
+    convolution = nn.Conv2d(in_channels, out_channels, kernel, stride, padding=kernel // 2, bias=has_bias)
+    if has_bias:
+        return nn.Sequential(convolution, nn.ReLU(inplace=True))
+    return nn.Sequential(convolution, nn.BatchNorm2d(out_channels, eps=1e-3), nn.ReLU(inplace=True))
 
 
-def _build_reduced(in_channels: int, channels: tuple[int, int], kernel: int) -> nn.Sequential:
+def _build_reduced(in_channels: int, channels: tuple[int, int], kernel: int, norm: Norm) -> nn.Sequential:
     """A 1x1 convolution that reduces, then one over a neighbourhood."""
     reduced, outputs = channels
-    return nn.Sequential(*_build_convolution(in_channels, reduced, 1), *_build_convolution(reduced, outputs, kernel))
+    reduce, convolve = (
+        _build_convolution(in_channels, reduced, 1, norm),
+        _build_convolution(reduced, outputs, kernel, norm),
+    )
+    return nn.Sequential(*reduce, *convolve)
 
 
-def _build_first(stem: Literal["full", "separable"], channels: int) -> nn.Sequential:
+def _build_first(stem: Literal["full", "separable"], channels: int, norm: Norm) -> nn.Sequential:
     if stem == "full":
-        return _build_convolution(3, channels, kernel=7, stride=2)
+        return _build_convolution(3, channels, 7, norm, stride=2)
     # 8 filters for each colour, as in the first layer of TF-slim's Inception-V2, and no ReLU between: one layer of depth.
     apart = nn.Conv2d(3, 24, kernel_size=7, stride=2, padding=3, groups=3, bias=False)
-    return nn.Sequential(apart, *_build_convolution(24, channels, 1))
+    return nn.Sequential(apart, *_build_convolution(24, channels, 1, norm))
 
 
 def _build_halving() -> nn.MaxPool2d:
@@ -216,9 +227,12 @@ def _build_halving() -> nn.MaxPool2d:
     return nn.MaxPool2d(3, stride=2, ceil_mode=True)
 
 
-def _build_response_norm() -> nn.LocalResponseNorm:
+def _build_response_norm(config: GoogLeNetConfig) -> nn.Module:
+    if config.norm == "batch":
+        return nn.Identity()
+    pixels = 255 * sum(config.std) / len(config.std)
     # torch takes the mean of the squares, Krizhevsky their sum.
-    return nn.LocalResponseNorm(_NEIGHBOURS, alpha=_NEIGHBOURS * _SHARE * _PIXELS**2, beta=_POWER, k=_CONSTANT)
+    return nn.LocalResponseNorm(_NEIGHBOURS, alpha=_NEIGHBOURS * _SHARE * pixels**2, beta=_POWER, k=_CONSTANT)
 
 
 def _initialize(module: nn.Module) -> None:
