@@ -24,18 +24,18 @@ class LayerCost(NamedTuple):
 def count_parameters(network: Student | Mixture | ExternalTeacher) -> dict[str, int | None]:
     """Trained numbers of the base network, of what lies on top of it, and of both; None where they are not known.
 
-    The base of a mixture is its gate and its experts' bases.
+    The base of a mixture is its gater and its experts' bases.
     """
     if isinstance(network, ExternalTeacher):
         return {"base": None, "top": None, "total": network.model.count_parameters()}
-    bases = [network.gate, *(e.base for e in network.experts)] if isinstance(network, Mixture) else [network.base]
+    bases = [network.gater, *(e.base for e in network.experts)] if isinstance(network, Mixture) else [network.base]
     total, base = _count_all([network]), _count_all(bases)
     return {"base": base, "top": total - base, "total": total}
 
 
 @torch.no_grad()
 def count_active_parameters(network: Student | Mixture | ExternalTeacher) -> int | None:
-    """Trained numbers of the modules that run for one image: of a mixture, the gate and the chosen experts.
+    """Trained numbers of the modules that run for one image: of a mixture, the gater and the chosen experts.
 
     None where there is no torch module to look into.
     """
@@ -60,7 +60,7 @@ def count_active_parameters(network: Student | Mixture | ExternalTeacher) -> int
 def count_multiply_adds(network: Student | Mixture | ExternalTeacher) -> int | None:
     """Multiply-adds of convolutions and matrix products for one image, as torch's counter finds them.
 
-    Of a mixture these are the gate's and the chosen experts'. None where there is no torch module to look into.
+    Of a mixture these are the gater's and the chosen experts'. None where there is no torch module to look into.
     """
     image = torch.zeros(1, 3, network.image_size, network.image_size, device=network.device)
     if isinstance(network, ExternalTeacher):

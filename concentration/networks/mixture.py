@@ -1,4 +1,4 @@
-"""A hard mixture of experts with decoders of their own: the gate sends an image to one expert, which answers for all classes.
+"""A hard mixture of experts with decoders of their own: the gater sends an image to one expert, which answers for all classes.
 
 With ONE shared decoder a mixture is a `Student` whose base network is a `RoutedBase`.
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from concentration.errors import ConfigError, DataError
-from concentration.networks.gate import Gate, GateConfig, run_chosen
+from concentration.networks.gater import Gater, GaterConfig, run_chosen
 from concentration.networks.student import NetworkConfig, Student, check_fit, load_tensors
 from concentration.schema import Config, parse_config, parse_json
 from concentration.targets import load_metadata, replacing, sort_metadata_of_file
@@ -26,13 +26,13 @@ HEADER = "mixture"
 class MixtureNetworkConfig(Config):
     """Everything that fixes the architecture; experts may differ from each other."""
 
-    gate: GateConfig
+    gater: GaterConfig
     experts: tuple[NetworkConfig, ...]
 
     @pydantic.model_validator(mode="after")
     def _check_experts(self):
-        if len(self.experts) != self.gate.num_experts:
-            raise ValueError(f"{len(self.experts)} experts for a gate that chooses from {self.gate.num_experts}")
+        if len(self.experts) != self.gater.num_experts:
+            raise ValueError(f"{len(self.experts)} experts for a gater that chooses from {self.gater.num_experts}")
         forms = {(expert.image_size, tuple(expert.verticals.items())) for expert in self.experts}
         if len(forms) > 1:
             raise ValueError("the experts differ in image size or classes; train them on the same data")
@@ -42,7 +42,7 @@ class MixtureNetworkConfig(Config):
 class Mixture(nn.Module):
     """`mixture(images)` gives logits (B, C) float32 of images (B, 3, H, W), uint8 or float in [0, 1].
 
-    Only the gate and the chosen experts run; an expert sees its images of the batch together. With two experts the logits are
+    Only the gater and the chosen experts run; an expert sees its images of the batch together. With two experts the logits are
     the weighted mean of theirs. It is not trained: its parts are.
 
     Source: Gross, Ranzato and Szlam 2017 (the abstract).
@@ -51,7 +51,7 @@ class Mixture(nn.Module):
     def __init__(self, config: MixtureNetworkConfig):
         super().__init__()
         self.config = config
-        self.gate = Gate(config.gate)
+        self.gater = Gater(config.gater)
         self.experts = nn.ModuleList(Student(expert) for expert in config.experts)
 
     @property
@@ -67,12 +67,12 @@ class Mixture(nn.Module):
         return self.experts[0].device
 
     def forward(self, images: Tensor) -> Tensor:
-        return run_chosen(self.gate(images), list(self.experts), images)
+        return run_chosen(self.gater(images), list(self.experts), images)
 
     def answer(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (B, C) and the gate's features (B, T): experts have features of their own, and these are every image's."""
-        features_BT = self.gate.compute_features(images)
-        return run_chosen(self.gate.choose(features_BT), list(self.experts), images).float(), features_BT
+        """Logits (B, C) and the gater's features (B, T): experts have features of their own, and these are every image's."""
+        features_BT = self.gater.compute_features(images)
+        return run_chosen(self.gater.choose(features_BT), list(self.experts), images).float(), features_BT
 
     @property
     def classifier_weights(self) -> list[str]:

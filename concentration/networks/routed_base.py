@@ -1,4 +1,4 @@
-"""The base network of a mixture with one shared decoder: a gate, and experts whose features have one form.
+"""The base network of a mixture with one shared decoder: a gater, and experts whose features have one form.
 
 Shapes: B batch, D features of an expert.
 """
@@ -10,16 +10,16 @@ from torch import Tensor, nn
 
 from concentration.networks.bases import BaseConfig, build_base
 from concentration.networks.bases.base_network import BaseNetwork, BaseNetworkConfig, PerChannel, PerChannelPositive
-from concentration.networks.gate import Gate, GateConfig, Trunk, TrunkConfig, run_chosen
+from concentration.networks.gater import Gater, GaterConfig, Trunk, TrunkConfig, run_chosen
 
 
 class RoutedConfig(BaseNetworkConfig):
-    """A gate and as many experts as it chooses from, all of one architecture. The verb `mixture` alone makes it."""
+    """A gater and as many experts as it chooses from, all of one architecture. The verb `mixture` alone makes it."""
 
     kind: Literal["routed"] = "routed"
-    gate: GateConfig
+    gater: GaterConfig
     expert: TrunkConfig
-    #: Images come in [0, 1]: gate and experts each normalise them as they were trained.
+    #: Images come in [0, 1]: gater and experts each normalise them as they were trained.
     mean: PerChannel = (0.0, 0.0, 0.0)
     std: PerChannelPositive = (1.0, 1.0, 1.0)
 
@@ -31,7 +31,7 @@ ServedBaseConfig = Annotated[BaseConfig | RoutedConfig, pydantic.Field(discrimin
 class RoutedBase(BaseNetwork):
     """The chosen experts' features, (B, D): what a shared decoder decodes, so that they lie in one space.
 
-    Gate and experts are trained before and stay as they are, bit by bit: nothing of them takes a gradient, and their batch
+    Gater and experts are trained before and stay as they are, bit by bit: nothing of them takes a gradient, and their batch
     statistics do not move.
 
     Source: Gross, Ranzato and Szlam 2017 (the abstract): "a single decoding layer for all the experts, allowing a unified
@@ -40,14 +40,14 @@ class RoutedBase(BaseNetwork):
 
     def __init__(self, config: RoutedConfig):
         super().__init__()
-        self.gate = Gate(config.gate)
-        self.experts = nn.ModuleList(Trunk(config.expert) for _ in range(config.gate.num_experts))
+        self.gater = Gater(config.gater)
+        self.experts = nn.ModuleList(Trunk(config.expert) for _ in range(config.gater.num_experts))
         self.num_features = self.experts[0].num_features
         self.mean, self.std = config.mean, config.std
         self.requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor:
-        return run_chosen(self.gate(images), list(self.experts), images)
+        return run_chosen(self.gater(images), list(self.experts), images)
 
     def train(self, mode: bool = True) -> Self:
         """Always as in evaluation, whatever `mode`."""

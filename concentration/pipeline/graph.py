@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 import pydantic
@@ -15,36 +14,33 @@ from concentration.networks.external import ExternalConfig
 from concentration.networks.pace import PaceConfig
 from concentration.networks.student import LossKind
 from concentration.networks.top_layers import TopConfig
+from concentration.pipeline.compare import COMPARED, GENERALIST, CompareConfig, build_compare_jobs
 from concentration.pipeline.jobs import DONE_FILE, Job, Resources
 from concentration.pipeline.local import LocalConfig
+from concentration.pipeline.parts import (
+    NetworkParts,
+    TrainedRun,
+    build_evaluate_job,
+    build_student_job,
+    get_parts,
+    get_resources,
+    get_shared,
+)
 from concentration.pipeline.slurm import SlurmConfig
-from concentration.schema import Config, suggest
+from concentration.schema import suggest
 from concentration.serving.export_folder import EXPORTS
-from concentration.stages.evaluate import EVALUATIONS, SPECIALISTS, EvaluateConfig
+from concentration.stages.evaluate import SPECIALISTS
 from concentration.stages.export import ExportConfig
 from concentration.stages.prepare import SHARDS, DataOverrides, PrepareConfig, load_prepared
 from concentration.stages.report import REPORT, ReportConfig
 from concentration.stages.run_directory import RunDirectory, StageConfig
-from concentration.stages.student import STUDENTS, HardTargetsConfig, Outside, StudentConfig, TargetsChoice
+from concentration.stages.student import HardTargetsConfig, Outside, TargetsChoice
 from concentration.stages.targets import TARGETS, TargetsConfig
 from concentration.stages.teacher import TEACHERS, ExternalTeacherConfig, TeacherConfig
 from concentration.stages.teacher_gate import GateConfig
 from concentration.taxonomy import Taxonomy
-from concentration.training.configs import LoggerConfig, TrainerConfig
+from concentration.training.configs import TrainerConfig
 from concentration.training.optimizers import OptimizerConfig
-
-GENERALIST = "generalist"
-
-
-class NetworkParts(Config):
-    """A network and how it is trained, for the networks of a run beside the student."""
-
-    loss: LossKind = "sigmoid"
-    base: BaseConfig
-    top: TopConfig
-    pace: PaceConfig
-    optimizer: OptimizerConfig
-    trainer: TrainerConfig
 
 
 class TeacherParts(NetworkParts):
@@ -53,7 +49,7 @@ class TeacherParts(NetworkParts):
     external: dict[str, ExternalConfig] = pydantic.Field(default_factory=dict)
 
 
-class RunConfig(StageConfig):
+class RunConfig(TrainedRun):
     """The whole pipeline. The keys at the top are the student's; `teacher` and `generalist` have their own.
 
     name: of the student; several students may share teachers and targets.
@@ -62,6 +58,7 @@ class RunConfig(StageConfig):
     num_processes: of `prepare`, and jobs at a time on this machine; None is one per core.
     plan: prints what every stage would read, write and take, and runs none.
     dry_run: prints the graph and the commands, and runs none.
+    compare: other systems to train on the same data and to evaluate beside the student; `experiment=compare` has them.
     gate: of the teachers; with `stop` targets wait for the generalist, which they are compared with.
     """
 
@@ -69,7 +66,6 @@ class RunConfig(StageConfig):
         "launcher", "num_processes", "plan", "dry_run"
     }  # fmt: skip
 
-    seed: int = 0
     name: str = "student"
     data: DataConfig
     loss: LossKind = "sigmoid"
@@ -83,8 +79,8 @@ class RunConfig(StageConfig):
     trainer: TrainerConfig
     teacher: TeacherParts
     generalist: NetworkParts
-    logger: LoggerConfig = LoggerConfig()
     gate: GateConfig = GateConfig()
+    compare: CompareConfig | None = None
     samples_per_shard: pydantic.PositiveInt = 4000
     launcher: Annotated[LocalConfig | SlurmConfig, pydantic.Field(discriminator="kind")] = LocalConfig()
     num_processes: pydantic.PositiveInt | None = None
@@ -100,7 +96,8 @@ class RunConfig(StageConfig):
 
     @pydantic.model_validator(mode="after")
     def _check_name(self):
-        if self.name in (GENERALIST, SPECIALISTS):
+        taken = {GENERALIST, SPECIALISTS, *(COMPARED if self.compare is not None else ())}
+        if self.name in taken:
             raise ValueError(f"name={self.name} is taken by the run's own {self.name}; give the student another name")
         return self
 
@@ -116,7 +113,7 @@ class RunConfig(StageConfig):
 def build_prepare_job(config: RunConfig) -> Job:
     """The first job: only after it are the verticals known."""
     stage = PrepareConfig(
-        **_shared(config),
+        **get_shared(config),
         data=config.data,
         samples_per_shard=config.samples_per_shard,
         num_processes=config.num_processes,
@@ -139,26 +136,30 @@ def build_jobs(config: RunConfig, taxonomy: Taxonomy) -> list[Job]:
     teachers.sort(key=lambda job: -taxonomy.vertical_sizes[job.task])
     is_soft = config.targets.kind == "soft"
     targets = [_targets_job(config, v, number) for number, v in enumerate(taxonomy.verticals)] if is_soft else []
-    generalist = _student_job(config, GENERALIST, config.generalist, HardTargetsConfig(), after=())
+    generalist = build_student_job(config, GENERALIST, config.generalist, HardTargetsConfig(), after=())
     after = tuple(job.name for job in {"labels": [], "soft": targets, "online": teachers}[config.targets.kind])
     parts = NetworkParts(**{name: getattr(config, name) for name in NetworkParts.model_fields})
-    student = _student_job(config, config.name, parts, config.targets, after, tail=config.tail, outside=config.outside)
+    student = build_student_job(
+        config, config.name, parts, config.targets, after, tail=config.tail, outside=config.outside
+    )
+    accelerator = config.trainer.accelerator
     evaluations = [
-        _evaluate_job(config, GENERALIST, (generalist.name,)),
-        _evaluate_job(config, SPECIALISTS, tuple(job.name for job in teachers)),
-        _evaluate_job(config, config.name, (student.name,)),
+        build_evaluate_job(config, GENERALIST, accelerator, (generalist.name,)),
+        build_evaluate_job(config, SPECIALISTS, accelerator, tuple(job.name for job in teachers)),
+        build_evaluate_job(config, config.name, accelerator, (student.name,)),
     ]
     exports = [_export_job(config)] if config.export else []
+    others = [] if config.compare is None else build_compare_jobs(config, config.compare)
     report = Job(
         "report",
         "report",
-        ReportConfig(**_shared(config), name=config.name),
+        ReportConfig(**get_shared(config), name=config.name),
         config.workdir / REPORT,
-        tuple(job.name for job in evaluations),
+        tuple(job.name for job in [*evaluations, *others] if job.verb == "evaluate"),
         "drawing the report",
         proof="index.html",
     )
-    return [generalist, *teachers, *targets, student, *evaluations, *exports, report]
+    return [generalist, *teachers, *targets, student, *evaluations, *others, *exports, report]
 
 
 def build_graph(config: RunConfig, taxonomy: Taxonomy) -> list[Job]:
@@ -205,12 +206,14 @@ def find_due(jobs: Sequence[Job]) -> set[str]:
 def _teacher_job(config: RunConfig, taxonomy: Taxonomy, number: int) -> Job:
     vertical, num_classes = taxonomy.verticals[number], taxonomy.vertical_sizes[number]
     if vertical in config.teacher.external:
-        stage = ExternalTeacherConfig(**_shared(config), vertical=vertical, external=config.teacher.external[vertical])
+        stage = ExternalTeacherConfig(
+            **get_shared(config), vertical=vertical, external=config.teacher.external[vertical]
+        )
         summary, resources = f"taking over a model for {num_classes} classes", Resources()
     else:
-        parts = _parts(config.teacher)
-        stage = TeacherConfig(**_shared(config), **parts, seed=config.seed, logger=config.logger, vertical=vertical)
-        summary, resources = f"training the specialist of {num_classes} classes", _resources(config.teacher.trainer)
+        parts = get_parts(config.teacher)
+        stage = TeacherConfig(**get_shared(config), **parts, seed=config.seed, logger=config.logger, vertical=vertical)
+        summary, resources = f"training the specialist of {num_classes} classes", get_resources(config.teacher.trainer)
     directory = config.workdir / TEACHERS / vertical
     return Job(f"teacher {vertical}", "teacher", stage, directory, (), summary, resources, number)
 
@@ -218,7 +221,7 @@ def _teacher_job(config: RunConfig, taxonomy: Taxonomy, number: int) -> Job:
 def _targets_job(config: RunConfig, vertical: str, number: int) -> Job:
     accelerator = config.teacher.trainer.accelerator
     stage = TargetsConfig(
-        **_shared(config), vertical=vertical, targets=config.targets, accelerator=accelerator, gate=config.gate
+        **get_shared(config), vertical=vertical, targets=config.targets, accelerator=accelerator, gate=config.gate
     )
     directory = config.workdir / TARGETS / config.targets.name / vertical
     summary = f"storing the teacher's top {config.targets.top_k} classes for every image"
@@ -228,53 +231,8 @@ def _targets_job(config: RunConfig, vertical: str, number: int) -> Job:
     return Job(f"targets {vertical}", "targets", stage, directory, after, summary, Resources(accelerator), number)
 
 
-def _student_job(
-    config: RunConfig, name: str, parts: NetworkParts, targets: TargetsChoice, after: tuple[str, ...], **options
-) -> Job:
-    stage = StudentConfig(
-        **_shared(config),
-        **_parts(parts),
-        seed=config.seed,
-        logger=config.logger,
-        name=name,
-        targets=targets,
-        **options,
-    )
-    learns = {"labels": "the labels", "soft": "the teachers' soft targets", "online": "what the teachers say meanwhile"}
-    summary = f"training one network over all verticals on {learns[targets.kind]}"
-    directory = config.workdir / STUDENTS / name
-    return Job(f"student {name}", "student", stage, directory, after, summary, _resources(parts.trainer))
-
-
 def _export_job(config: RunConfig) -> Job:
-    stage = ExportConfig(**_shared(config), name=config.name)
+    stage = ExportConfig(**get_shared(config), name=config.name)
     directory = config.workdir / EXPORTS / config.name
     after = (f"evaluate {config.name}",)
     return Job(f"export {config.name}", "export", stage, directory, after, "writing the folder that predicts")
-
-
-def _evaluate_job(config: RunConfig, name: str, after: tuple[str, ...]) -> Job:
-    stage = EvaluateConfig(**_shared(config), name=name, accelerator=config.trainer.accelerator)
-    return Job(
-        f"evaluate {name}",
-        "evaluate",
-        stage,
-        config.workdir / EVALUATIONS / name,
-        after,
-        "measuring on the test images",
-        Resources(config.trainer.accelerator),
-    )
-
-
-def _shared(config: RunConfig) -> dict[str, Path | bool | str]:
-    return {"workdir": config.workdir, "overwrite": "changed" if config.overwrite else False}
-
-
-def _parts(parts: NetworkParts) -> dict[str, Config]:
-    return {name: getattr(parts, name) for name in NetworkParts.model_fields}
-
-
-def _resources(trainer: TrainerConfig) -> Resources:
-    if trainer.devices == "auto" or trainer.num_nodes == "auto":  # as many as are started: a run starts one
-        return Resources(trainer.accelerator)
-    return Resources(trainer.accelerator, trainer.num_nodes, trainer.devices)

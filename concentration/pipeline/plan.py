@@ -14,6 +14,8 @@ from concentration.pipeline.planned_data import NUM_PROBED, PlannedData, look_at
 from concentration.pipeline.probe import NUM_TIMED, NUM_WARM_UP, Speed, find_obstacle, measure_speed
 from concentration.processes import count_cores
 from concentration.stages.evaluate import SPECIALISTS, EvaluateConfig
+from concentration.stages.expert import ExpertConfig
+from concentration.stages.expert import describe_step as describe_expert_step
 from concentration.stages.prepare import PrepareConfig
 from concentration.stages.student import StudentConfig
 from concentration.stages.student import describe_step as describe_student_step
@@ -102,6 +104,10 @@ class _Planner:
             taxonomy = data.taxonomy.restrict(config.vertical)
             num_samples, shape = data.num_routed[config.vertical], describe_teacher_step(config, taxonomy)
             key = "teacher"  # the first is that of the largest vertical, and stands for all
+        elif isinstance(config, ExpertConfig):
+            taxonomy, num_experts = data.taxonomy, self._config.compare.features.num_groups
+            num_samples, shape = data.num_samples["train"] // num_experts, describe_expert_step(config, taxonomy)
+            key = "expert"
         else:
             assert isinstance(config, StudentConfig)
             taxonomy, num_samples = data.taxonomy, data.num_samples["train"]

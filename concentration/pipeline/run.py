@@ -7,9 +7,9 @@ import sys
 from rich.console import Console
 from rich.table import Table
 
+from concentration.pipeline.compare import COMPARED, GENERALIST
 from concentration.pipeline.dry_run import print_dry_run, print_submitted
 from concentration.pipeline.graph import (
-    GENERALIST,
     RunConfig,
     build_graph,
     build_jobs,
@@ -85,7 +85,7 @@ def _print_result(config: RunConfig) -> None:
     table = Table(title=f"{config.workdir}: test images", title_justify="left")
     for column in ("", "mpvap", "top-1", "parameters", "networks"):
         table.add_column(column, justify="left" if not column else "right")
-    for name in (GENERALIST, config.name, SPECIALISTS):
+    for name in (GENERALIST, config.name, *(COMPARED if config.compare else ()), SPECIALISTS):
         result = json.loads((config.workdir / EVALUATIONS / f"{name}.json").read_text())
         top1 = "-" if result["top1"] is None else f"{100 * result['top1']:.1f} %"
         total = result["num_parameters"]["total"]

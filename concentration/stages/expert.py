@@ -21,6 +21,7 @@ from concentration.stages.plan import count_most_labels, print_training_plan
 from concentration.stages.prepare import SHARDS, load_prepared
 from concentration.stages.run_directory import RunDirectory
 from concentration.stages.train_network import NetworkStageConfig, Task, identify_base_checkpoint, train_network
+from concentration.taxonomy import Taxonomy
 from concentration.training.memory import StepShape
 
 TEACHERS = "teachers"
@@ -88,7 +89,7 @@ def train_expert(config: ExpertConfig) -> None:
     if config.number >= num_groups:
         raise ConfigError(f"group={config.group}: the grouping has the groups 0 to {num_groups - 1}; give one of them")
     if config.plan:
-        shape = StepShape(count_most_labels(taxonomy) if config.smear else 1)
+        shape = describe_step(config, taxonomy)
         print_training_plan(config, f"expert {name}", taxonomy, prepared.image_size, shape)
         return
     distributed.start("nccl" if config.trainer.accelerator == "gpu" else "gloo", config.trainer.timeout_seconds)
@@ -99,6 +100,11 @@ def train_expert(config: ExpertConfig) -> None:
         if is_due:
             split = load_split(config.workdir / SHARDS, "train", taxonomy)
             train_network(config, directory, _describe_task(config, split), prepared)
+
+
+def describe_step(config: ExpertConfig, taxonomy: Taxonomy) -> StepShape:
+    """What a step's memory depends on beside the network."""
+    return StepShape(count_most_labels(taxonomy) if config.smear else 1)
 
 
 def _describe_task(config: ExpertConfig, split: Split) -> Task:

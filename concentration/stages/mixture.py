@@ -1,4 +1,4 @@
-"""`concentrate mixture`: a gate and the experts of a grouping become one network that is served.
+"""`concentrate mixture`: a gater and the experts of a grouping become one network that is served.
 
 The gater is the grouping's nearest centroid, or a router that learns it. Every expert keeps its own decoder, or ONE decoder is
 trained over the features of all (Gross, Ranzato and Szlam 2017; what their abstract leaves open is decided in docs/mixture.md).
@@ -19,9 +19,9 @@ from concentration.data.order import SequentialOrder
 from concentration.data.sample_targets import LabelTargets
 from concentration.errors import ConfigError, DataError
 from concentration.grouping.sample_groups import CentroidRouter
-from concentration.metrics.gate_quality import GateQuality, measure_gate
+from concentration.metrics.gater_quality import GaterQuality, measure_gater
 from concentration.networks.cost import without_pretrained
-from concentration.networks.gate import CentroidGaterConfig, GateConfig, RouterGaterConfig, TrunkConfig
+from concentration.networks.gater import CentroidRuleConfig, GaterConfig, RouterRuleConfig, TrunkConfig
 from concentration.networks.mixture import Mixture, MixtureNetworkConfig, load_mixture
 from concentration.networks.pace import PaceConfig
 from concentration.networks.routed_base import RoutedConfig
@@ -38,8 +38,8 @@ from concentration.stages.sample_stream import SampleStream
 from concentration.stages.student import STUDENTS
 from concentration.stages.train_network import (
     NETWORK_FILE,
-    NetworkStageConfig,
     Task,
+    TrainingStageConfig,
     load_network,
     train_built_network,
 )
@@ -49,8 +49,8 @@ from concentration.training.configs import LoggerConfig, TrainerConfig
 from concentration.training.optimizers import OptimizerConfig
 from concentration.training.router import RouterTrainingConfig, fit_router
 
-#: In the run directory: gate and experts with their own decoders; and how good the gate is on the validation samples.
-ASSEMBLED_FILE, GATE_FILE = "assembled.safetensors", "gate.json"
+#: In the run directory: gater and experts with their own decoders; and how good the gater is on the validation samples.
+ASSEMBLED_FILE, GATER_FILE = "assembled.safetensors", "gater.json"
 
 
 class RouterConfig(RouterTrainingConfig):
@@ -91,7 +91,7 @@ class MixtureConfig(StageConfig):
     seed: int = 0
     name: str = "mixture"
     grouping: str = "features"
-    gater: Annotated[CentroidGaterConfig | RouterConfig, pydantic.Field(discriminator="kind")]
+    gater: Annotated[CentroidRuleConfig | RouterConfig, pydantic.Field(discriminator="kind")]
     decoder: Annotated[OwnDecoderConfig | SharedDecoderConfig, pydantic.Field(discriminator="kind")]
     top_experts: Literal[1, 2] = 1
     data: DataOverrides = DataOverrides()
@@ -152,7 +152,7 @@ def _identify_experts(config: MixtureConfig, num_experts: int) -> str:
 def _assemble(
     config: MixtureConfig, router: CentroidRouter, taxonomy: Taxonomy, prepared: PreparedData, directory: RunDirectory
 ) -> None:
-    """Puts gate and experts together, trains the router if there is to be one, and measures the gate."""
+    """Puts gater and experts together, trains the router if there is to be one, and measures the gater."""
     teachers = config.workdir / TEACHERS
     numbers = range(router.num_groups)
     experts = [load_network(teachers / name_expert(config.grouping, number), taxonomy) for number in numbers]
@@ -161,20 +161,20 @@ def _assemble(
         name_expert(config.grouping, n): experts[n].image_size for n in numbers
     }
     if len(set(sizes.values())) > 1:
-        raise ConfigError(f"image sizes differ: {sizes}; train gate and experts with one data.image_size")
+        raise ConfigError(f"image sizes differ: {sizes}; train gater and experts with one data.image_size")
     torch.manual_seed(config.seed)
     built = Mixture(_describe(config, router, network, experts))
-    built.gate.trunk.take(network.base, network.top)
+    built.gater.trunk.take(network.base, network.top)
     for expert, trained in zip(built.experts, experts, strict=True):
         expert.load_state_dict(trained.state_dict())
     built = built.eval().to(distributed.choose_device(config.accelerator))
     if isinstance(config.gater, RouterConfig):
         _train_router(config, config.gater, built, taxonomy, prepared, directory)
     else:
-        built.gate.take_centroids(router)
+        built.gater.take_centroids(router)
     if any((config.workdir / SHARDS).glob("val-*.index")):
-        quality = _measure_gate(config, built, taxonomy, directory)
-        write_atomically(directory.path / GATE_FILE, asdict(quality))
+        quality = _measure_gater(config, built, taxonomy, directory)
+        write_atomically(directory.path / GATER_FILE, asdict(quality))
         print(f"{directory.path}: {_describe_quality(quality)}")
     built.save(directory.path / ASSEMBLED_FILE, {"taxonomy": taxonomy.fingerprint})
 
@@ -207,14 +207,14 @@ def _describe(
         top=form.top if router.layer == "top1" else None,
     )
     is_router = isinstance(config.gater, RouterConfig)
-    gate = GateConfig(
+    gater = GaterConfig(
         trunk=trunk,
-        gater=RouterGaterConfig(hidden=config.gater.hidden) if is_router else CentroidGaterConfig(),
+        rule=RouterRuleConfig(hidden=config.gater.hidden) if is_router else CentroidRuleConfig(),
         num_experts=router.num_groups,
         normalise=router.normalise,
         top_experts=config.top_experts,
     )
-    return MixtureNetworkConfig(gate=gate, experts=tuple(without_pretrained(expert.config) for expert in experts))
+    return MixtureNetworkConfig(gater=gater, experts=tuple(without_pretrained(expert.config) for expert in experts))
 
 
 def _train_router(
@@ -229,33 +229,33 @@ def _train_router(
     group_N = load_sample_groups(config.workdir, config.grouping, split)
     total = training.max_epochs * int((group_N >= 0).sum())
     with Progress(f"router of {config.name}", total, "images", directory.path) as progress:
-        fit_router(built.gate, split, group_N, prepared.view, training, config.seed, config.num_workers, progress)
+        fit_router(built.gater, split, group_N, prepared.view, training, config.seed, config.num_workers, progress)
 
 
 @torch.inference_mode()
-def _measure_gate(config: MixtureConfig, built: Mixture, taxonomy: Taxonomy, directory: RunDirectory) -> GateQuality:
+def _measure_gater(config: MixtureConfig, built: Mixture, taxonomy: Taxonomy, directory: RunDirectory) -> GaterQuality:
     """On the validation samples, each of which all experts see."""
     split = load_split(config.workdir / SHARDS, "val", taxonomy)
     group_N = load_sample_groups(config.workdir, config.grouping, split)
     targets = LabelTargets(split, smear=True)
     stream = SampleStream(built, config.batch_size, config.num_workers)
     chosen, seen, losses = [], [], []
-    with Progress(f"gate of {config.name}", len(split), "images", directory.path) as progress:
+    with Progress(f"gater of {config.name}", len(split), "images", directory.path) as progress:
         for batch in stream.read(split, SequentialOrder(np.arange(len(split)))):
             wanted = targets.lookup(batch.ordinal_B).to(built.device)
-            chosen.append(built.gate(batch.images).expert_BR[:, 0].cpu().numpy())
+            chosen.append(built.gater(batch.images).expert_BR[:, 0].cpu().numpy())
             of_experts = [sigmoid_cross_entropy([expert(batch.images)], wanted) for expert in built.experts]
             losses.append(torch.stack(of_experts, dim=1).cpu().numpy())
             seen.append(batch.ordinal_B)
             progress.advance(batch.global_count)
-    return measure_gate(np.concatenate(chosen), group_N[np.concatenate(seen)], np.concatenate(losses))
+    return measure_gater(np.concatenate(chosen), group_N[np.concatenate(seen)], np.concatenate(losses))
 
 
-def _describe_quality(quality: GateQuality) -> str:
+def _describe_quality(quality: GaterQuality) -> str:
     num_experts = len(quality.load)
     return (
         f"of {num_experts} experts {quality.effective_experts:.1f} are used in effect, the busiest sees "
-        f"{quality.largest_load:.2f} times its even share; the gate sends {quality.agreement:.1%} of the validation images to "
+        f"{quality.largest_load:.2f} times its even share; the gater sends {quality.agreement:.1%} of the validation images to "
         f"their own group, {quality.best_expert:.1%} to the expert of the lowest loss (chance {1 / num_experts:.1%})"
     )
 
@@ -286,20 +286,16 @@ def _train_decoder(
     )
     verticals = dict(zip(taxonomy.verticals, taxonomy.vertical_sizes, strict=True))
     expert = TrunkConfig(base=base, image_size=image_size, num_verticals=len(verticals))
-    routed = RoutedConfig(gate=assembled.config.gate, expert=expert)
+    routed = RoutedConfig(gater=assembled.config.gater, expert=expert)
     parts = {"top": decoder.top, "pace": decoder.pace, "image_size": image_size, "verticals": verticals}
     torch.manual_seed(config.seed)
     student = Student(NetworkConfig(base=routed, **parts))
-    student.base.gate.load_state_dict(assembled.gate.state_dict())
+    student.base.gater.load_state_dict(assembled.gater.state_dict())
     for trunk, trained in zip(student.base.experts, assembled.experts, strict=True):
         trunk.take(trained.base, trained.top)
-    training = NetworkStageConfig(
+    training = TrainingStageConfig(
         workdir=config.workdir,
         seed=config.seed,
-        data=config.data,
-        base=base,
-        top=decoder.top,
-        pace=decoder.pace,
         optimizer=decoder.optimizer,
         trainer=decoder.trainer,
         logger=config.logger,

@@ -29,6 +29,7 @@ from concentration.stages.report_headline import (
     subject_of,
 )
 from concentration.stages.report_targets import build_targets_part
+from concentration.stages.report_tradeoff import build_tradeoff_part
 from concentration.stages.report_values import (
     DASH,
     as_mapping,
@@ -106,6 +107,7 @@ def build_report_page(inputs: ReportInputs) -> str:
         crops=build_crops_part(evaluations),
         bars=_build_bars(evaluations, colors, verticals, sizes),
         pvap_table=_build_pvap_table(evaluations, verticals, sizes),
+        tradeoff=build_tradeoff_part(evaluations, colors),
         student_charts=report_curves.draw_student_charts(runs, colors),
         teacher_charts=report_curves.draw_teacher_charts(runs, colors),
         run_rows=report_curves.summarise_runs(runs),

@@ -1,4 +1,4 @@
-"""Trains a gate's router to send images where their groups are.
+"""Trains a gater's router to send images where their groups are.
 
 Shapes: B batch, E experts, N samples of the split.
 """
@@ -13,7 +13,7 @@ from concentration.data.loader import SampleReader, StepBatches, build_loader
 from concentration.data.order import WindowOrder
 from concentration.data.sample_targets import LabelTargets
 from concentration.data.views import ViewConfig
-from concentration.networks.gate import Gate
+from concentration.networks.gater import Gater
 from concentration.progress import Progress
 from concentration.schema import Config
 
@@ -27,7 +27,7 @@ class RouterTrainingConfig(Config):
 
 
 def fit_router(
-    gate: Gate,
+    gater: Gater,
     split: Split,
     group_N: np.ndarray,
     views: ViewConfig,
@@ -36,7 +36,7 @@ def fit_router(
     num_workers: int,
     progress: Progress,
 ) -> None:
-    """Trains `gate.router` in place, on the gate's device.
+    """Trains `gater.router` in place, on the gater's device.
 
     Args:
         group_N: the group of every sample; those below 0 take no part.
@@ -46,16 +46,16 @@ def fit_router(
         Preempted: a signal asked to stop; nothing of it is kept, and the next run begins anew.
     """
     order = WindowOrder(split.by_shard(np.flatnonzero(group_N >= 0)), seed, window_shards=16)
-    reader = SampleReader(split, LabelTargets(split, smear=False), gate.config.trunk.image_size, views, seed)
+    reader = SampleReader(split, LabelTargets(split, smear=False), gater.config.trunk.image_size, views, seed)
     batches = StepBatches(reader, order, min(config.batch_size, len(order)), 1, rank=0, world_size=1)
-    device = gate.trunk.mean.device
-    gate.trunk.requires_grad_(False)
-    optimizer = torch.optim.AdamW(gate.router.parameters(), lr=config.lr)
+    device = gater.trunk.mean.device
+    gater.trunk.requires_grad_(False)
+    optimizer = torch.optim.AdamW(gater.router.parameters(), lr=config.lr)
     for batch in build_loader(batches, range(config.max_epochs * batches.steps_per_epoch), num_workers):
         with torch.no_grad():
-            features_BD = gate.compute_features(batch.images.to(device))
+            features_BD = gater.compute_features(batch.images.to(device))
         group_B = torch.from_numpy(group_N[batch.ordinal_B.numpy()]).long().to(device)
-        loss_B = cross_entropy(gate.router(features_BD), group_B, reduction="none")
+        loss_B = cross_entropy(gater.router(features_BD), group_B, reduction="none")
         loss = (loss_B * batch.weight_B.to(device)).sum() / batch.global_count
         optimizer.zero_grad()
         loss.backward()

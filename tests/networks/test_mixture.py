@@ -1,4 +1,4 @@
-"""Gate and mixture: an image's answer is that of its expert alone, whatever else is in the batch, and only that is run."""
+"""Gater and mixture: an image's answer is that of its expert alone, whatever else is in the batch, and only that is run."""
 
 import functools
 
@@ -12,6 +12,7 @@ from concentration.networks.cost import count_active_parameters, count_multiply_
 from concentration.networks.mixture import Mixture, MixtureNetworkConfig, load_mixture
 from concentration.networks.student import NetworkConfig, Student, load_student
 from concentration.schema import parse_config
+from concentration.stages.export_programs import trace_program
 from concentration.targets import SoftTargets
 
 NUM_EXPERTS, D = 3, 64
@@ -28,10 +29,10 @@ EXPERT = {
 TRUNK = {"base": BASE, "image_size": 8, "num_verticals": 2}
 
 
-def describe_gate(gater="centroid", top_experts=1, trunk=TRUNK, normalise=False) -> dict:
+def describe_gater(rule="centroid", top_experts=1, trunk=TRUNK, normalise=False) -> dict:
     return {
         "trunk": trunk,
-        "gater": {"kind": gater},
+        "rule": {"kind": rule},
         "num_experts": NUM_EXPERTS,
         "normalise": normalise,
         "top_experts": top_experts,
@@ -47,15 +48,15 @@ def randomise(network: torch.nn.Module, seed: int) -> None:
             tensor.copy_(values.abs() + 0.5 if "var" in name else values)
 
 
-def build(**gate) -> Mixture:
-    config = parse_config(MixtureNetworkConfig, {"gate": describe_gate(**gate), "experts": [EXPERT] * NUM_EXPERTS})
+def build(**gater) -> Mixture:
+    config = parse_config(MixtureNetworkConfig, {"gater": describe_gater(**gater), "experts": [EXPERT] * NUM_EXPERTS})
     mixture = Mixture(config)
     randomise(mixture, 0)
     return mixture.eval()
 
 
-def build_shared(**gate) -> Student:
-    routed = {"kind": "routed", "gate": describe_gate(**gate), "expert": TRUNK}
+def build_shared(**gater) -> Student:
+    routed = {"kind": "routed", "gater": describe_gater(**gater), "expert": TRUNK}
     student = Student(parse_config(NetworkConfig, {**EXPERT, "base": routed}))
     randomise(student, 1)
     return student
@@ -66,13 +67,13 @@ def images() -> torch.Tensor:
     return torch.randint(0, 256, (40, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("gater", ["centroid", "router"])
+@pytest.mark.parametrize("rule", ["centroid", "router"])
 @torch.inference_mode()
-def test_an_image_gets_the_answer_of_its_expert_whatever_else_is_in_the_batch(gater, images):
-    mixture = build(gater=gater)
-    if gater == "router":  # biases at which no expert gets all
-        mixture.gate.router[-1].bias -= mixture.gate.router(mixture.gate.compute_features(images)).mean(0)
-    choice = mixture.gate(images)
+def test_an_image_gets_the_answer_of_its_expert_whatever_else_is_in_the_batch(rule, images):
+    mixture = build(rule=rule)
+    if rule == "router":  # biases at which no expert gets all
+        mixture.gater.router[-1].bias -= mixture.gater.router(mixture.gater.compute_features(images)).mean(0)
+    choice = mixture.gater(images)
     assert len(set(choice.expert_BR.flatten().tolist())) > 1
     logits_BC = mixture(images)
     for row, expert in enumerate(choice.expert_BR[:, 0].tolist()):
@@ -84,10 +85,10 @@ def test_an_image_gets_the_answer_of_its_expert_whatever_else_is_in_the_batch(ga
 @torch.inference_mode()
 def test_two_experts_are_the_two_nearest_and_count_the_same(images):
     mixture = build(top_experts=2)
-    feature_BD = mixture.gate.trunk(images)
-    distance_BE = torch.cdist(feature_BD.double(), mixture.gate.centroid_ED.double()).square() + mixture.gate.price_E
+    feature_BD = mixture.gater.trunk(images)
+    distance_BE = torch.cdist(feature_BD.double(), mixture.gater.centroid_ED.double()).square() + mixture.gater.price_E
     nearest_B2 = distance_BE.argsort(1)[:, :2]
-    assert torch.equal(mixture.gate(images).expert_BR, nearest_B2)
+    assert torch.equal(mixture.gater(images).expert_BR, nearest_B2)
     for row, pair in enumerate(nearest_B2.tolist()):
         expected = sum(mixture.experts[expert](images[row : row + 1])[0] for expert in pair) / 2
         assert_close(mixture(images)[row], expected)
@@ -95,9 +96,9 @@ def test_two_experts_are_the_two_nearest_and_count_the_same(images):
 
 @torch.inference_mode()
 def test_a_router_weighs_two_experts_by_their_probabilities(images):
-    mixture = build(gater="router", top_experts=2)
-    choice = mixture.gate(images)
-    probability_BE = mixture.gate.router(mixture.gate.compute_features(images)).softmax(1)
+    mixture = build(rule="router", top_experts=2)
+    choice = mixture.gater(images)
+    probability_BE = mixture.gater.router(mixture.gater.compute_features(images)).softmax(1)
     assert_close(choice.weight_BR.sum(1), torch.ones(len(images)))
     ratio_B = choice.weight_BR[:, 0] / choice.weight_BR[:, 1]
     expected_B2 = probability_BE.gather(1, choice.expert_BR)
@@ -115,26 +116,26 @@ def test_the_gate_of_centroids_chooses_as_the_grouping_did(layer, normalise, ima
     centroids = Centroids(torch.randn(NUM_EXPERTS, num_features, generator=generator), torch.tensor([0.1, 0, -0.1]))
     router = CentroidRouter(centroids, layer, normalise, "hash")
     mixture = build(trunk={**TRUNK, "top": EXPERT["top"] if layer == "top1" else None}, normalise=normalise)
-    mixture.gate.trunk.take(student.base, student.top)
-    mixture.gate.take_centroids(router)
+    mixture.gater.trunk.take(student.base, student.top)
+    mixture.gater.take_centroids(router)
     expected_B = router.route(student.compute_features(images, layer))
-    assert torch.equal(mixture.gate(images).expert_BR[:, 0], expected_B)
+    assert torch.equal(mixture.gater(images).expert_BR[:, 0], expected_B)
 
 
 CONVOLUTION, EXPERT_TOP = 8 * 8 * 4 * 27, D * 6 + 6 * 10 + 5 * 3 + 5 * 2
-GATE = CONVOLUTION + NUM_EXPERTS * D
+GATER = CONVOLUTION + NUM_EXPERTS * D
 
 
 @pytest.mark.parametrize("rank", [1, 2])
 def test_one_image_costs_the_gate_and_the_experts_that_see_it(rank):
     mixture = build(top_experts=rank)
-    assert count_multiply_adds(mixture) == GATE + rank * (CONVOLUTION + EXPERT_TOP)
+    assert count_multiply_adds(mixture) == GATER + rank * (CONVOLUTION + EXPERT_TOP)
     of_expert = count_parameters(mixture.experts[0])["total"]
-    of_gate = sum(parameter.numel() for parameter in mixture.gate.parameters())
-    assert count_parameters(mixture)["total"] == of_gate + NUM_EXPERTS * of_expert
-    assert count_active_parameters(mixture) == of_gate + rank * of_expert
+    of_gater = sum(parameter.numel() for parameter in mixture.gater.parameters())
+    assert count_parameters(mixture)["total"] == of_gater + NUM_EXPERTS * of_expert
+    assert count_active_parameters(mixture) == of_gater + rank * of_expert
     shared = build_shared(top_experts=rank)
-    assert count_multiply_adds(shared) == GATE + rank * CONVOLUTION + EXPERT_TOP
+    assert count_multiply_adds(shared) == GATER + rank * CONVOLUTION + EXPERT_TOP
     assert count_active_parameters(shared) == count_parameters(shared)["total"] - (NUM_EXPERTS - rank) * (108 + 8)
 
 
@@ -147,7 +148,7 @@ def test_of_a_student_all_parameters_are_active():
 def test_a_shared_decoder_sees_the_features_of_the_chosen_expert(images):
     student = build_shared().eval()
     base = student.base
-    expert_B = base.gate(images / 255).expert_BR[:, 0].tolist()
+    expert_B = base.gater(images / 255).expert_BR[:, 0].tolist()
     features = [base.experts[expert](images[row : row + 1])[0] for row, expert in enumerate(expert_B)]
     assert_close(base(images / 255), torch.stack(features))
     assert_close(student(images), torch.cat(student.pace(student.top(torch.stack(features))), dim=1))
@@ -168,7 +169,7 @@ def test_training_a_shared_decoder_leaves_gate_and_experts_as_they_are_bit_by_bi
 
 @torch.inference_mode()
 def test_a_saved_mixture_is_the_same(tmp_path, images):
-    mixture = build(gater="router", top_experts=2)
+    mixture = build(rule="router", top_experts=2)
     mixture.save(tmp_path / "model.safetensors", {"taxonomy": "x"})
     assert torch.equal(load_mixture(tmp_path / "model.safetensors")(images), mixture(images))
     shared = build_shared().eval()
@@ -180,3 +181,14 @@ def test_a_saved_mixture_is_the_same(tmp_path, images):
     (tmp_path / "cut.safetensors").write_bytes(content[:-4])
     with pytest.raises(DataError, match="damaged"):
         load_mixture(tmp_path / "cut.safetensors")
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+@pytest.mark.parametrize("form", [build, build_shared])
+@torch.inference_mode()
+def test_an_exported_mixture_answers_as_it_does(form, rank, images):
+    network = form(top_experts=rank).eval()
+    program = trace_program(network, 8)
+    for batch in (images, images[:3]):
+        for found, expected in zip(program.module()(batch), network.answer(batch), strict=True):
+            assert_close(found, expected)

@@ -11,7 +11,7 @@ import torch
 from concentration.networks.augmented import augment
 from concentration.networks.auxiliary_heads import HeadConfig, HeadsConfig
 from concentration.networks.bases import SmallBaseConfig
-from concentration.networks.gate import CentroidGaterConfig, GateConfig, RouterGaterConfig, TrunkConfig
+from concentration.networks.gater import CentroidRuleConfig, GaterConfig, RouterRuleConfig, TrunkConfig
 from concentration.networks.mixture import Mixture, MixtureNetworkConfig
 from concentration.networks.pace import PaceConfig
 from concentration.networks.routed_base import RoutedConfig
@@ -30,14 +30,14 @@ def describe(**changes) -> NetworkConfig:
     return NetworkConfig(**values | changes)
 
 
-def build_gate(gater, top_experts: int) -> GateConfig:
+def build_gater(rule, top_experts: int) -> GaterConfig:
     trunk = TrunkConfig(base=BASE, image_size=SIZE, num_verticals=2)
-    return GateConfig(trunk=trunk, gater=gater, num_experts=3, normalise=True, top_experts=top_experts)
+    return GaterConfig(trunk=trunk, rule=rule, num_experts=3, normalise=True, top_experts=top_experts)
 
 
 def build_routed() -> Student:
     expert = TrunkConfig(base=BASE, image_size=SIZE, num_verticals=2)
-    return Student(describe(base=RoutedConfig(gate=build_gate(CentroidGaterConfig(), 1), expert=expert)))
+    return Student(describe(base=RoutedConfig(gater=build_gater(CentroidRuleConfig(), 1), expert=expert)))
 
 
 def build_augmented() -> Student:
@@ -59,7 +59,7 @@ NETWORKS = {
     ),
     "grown by auxiliary heads": build_augmented,
     "mixture": lambda: Mixture(
-        MixtureNetworkConfig(gate=build_gate(RouterGaterConfig(), 2), experts=tuple(describe() for _ in range(3)))
+        MixtureNetworkConfig(gater=build_gater(RouterRuleConfig(), 2), experts=tuple(describe() for _ in range(3)))
     ),
     "mixture with one decoder": build_routed,
 }

@@ -1,4 +1,4 @@
-"""`teacher group=ID` and `mixture`: experts of groups of samples, put behind a gate, evaluated as any student."""
+"""`teacher group=ID` and `mixture`: experts of groups of samples, put behind a gater, evaluated as any student."""
 
 from pathlib import Path
 
@@ -70,7 +70,7 @@ def test_the_mixture_holds_the_generalists_base_and_the_experts_as_they_were_tra
     generalist = load_weights(workdir / "students/generalist")
     for name, values in generalist.items():
         if name.startswith("base."):
-            np.testing.assert_array_equal(mixture[f"gate.trunk.{name}"], values)
+            np.testing.assert_array_equal(mixture[f"gater.trunk.{name}"], values)
     for number in range(NUM_EXPERTS):
         for name, values in load_weights(workdir / f"teachers/features-{number}").items():
             np.testing.assert_array_equal(mixture[f"experts.{number}.{name}"], values)
@@ -104,18 +104,18 @@ def test_a_mixture_is_evaluated_as_any_student_with_the_cost_of_one_expert(workd
     assert set(found["precision_at_k"]) == set(found["recall_at_k"]) == {"1", "3", "5", "10"}
     assert found["labels_per_sample"] > 1
     assert found["num_active_parameters"] < found["num_parameters"]["total"]
-    gate = load_json(workdir / f"students/{name}/gate.json")
-    assert sum(gate["load"]) == pytest.approx(1)
-    assert gate["num_samples"] == 40
-    assert gate["loss_best"] <= gate["loss_chosen"]
+    gater = load_json(workdir / f"students/{name}/gater.json")
+    assert sum(gater["load"]) == pytest.approx(1)
+    assert gater["num_samples"] == 40
+    assert gater["loss_best"] <= gater["loss_chosen"]
 
 
 def test_the_nearest_centroid_agrees_with_the_groups_and_the_router_mostly(workdir):
     group_N = load_sample_groups(workdir, "features", load(workdir, "val"))
-    gate = load_json(workdir / "students/mixture/gate.json")
-    assert gate["agreement"] == 1
-    assert gate["load"] == pytest.approx((np.bincount(group_N, minlength=NUM_EXPERTS) / len(group_N)).tolist())
-    assert load_json(workdir / "students/shared/gate.json")["agreement"] > 0.5
+    gater = load_json(workdir / "students/mixture/gater.json")
+    assert gater["agreement"] == 1
+    assert gater["load"] == pytest.approx((np.bincount(group_N, minlength=NUM_EXPERTS) / len(group_N)).tolist())
+    assert load_json(workdir / "students/shared/gater.json")["agreement"] > 0.5
 
 
 def test_again_it_does_nothing_and_another_config_is_refused(workdir):

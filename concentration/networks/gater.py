@@ -1,6 +1,7 @@
-"""Which expert sees an image: features of a network that was trained before, and the gater, which ranks the experts by them.
+"""The gater: features of a network that was trained before, and the rule that ranks the experts by them.
 
-Shapes: B batch, D features, E experts, R experts that see an image (1 or 2), P (image, expert) pairs.
+Shapes: B batch, D features, E experts, R experts that see an image (1 or 2), E all
+experts, N numbers of an answer, P (image, expert) pairs.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,13 +18,13 @@ from concentration.networks.top_layers import TopConfig, TopLayers
 from concentration.schema import Config
 
 
-class CentroidGaterConfig(Config):
+class CentroidRuleConfig(Config):
     """The expert of the nearest centroid: the rule that made the groups."""
 
     kind: Literal["centroid"] = "centroid"
 
 
-class RouterGaterConfig(Config):
+class RouterRuleConfig(Config):
     """A small network that has learned the groups.
 
     hidden: units of its one hidden layer; None is without one.
@@ -33,11 +34,11 @@ class RouterGaterConfig(Config):
     hidden: pydantic.PositiveInt | None = 64
 
 
-GaterConfig = Annotated[CentroidGaterConfig | RouterGaterConfig, pydantic.Field(discriminator="kind")]
+RuleConfig = Annotated[CentroidRuleConfig | RouterRuleConfig, pydantic.Field(discriminator="kind")]
 
 
 class TrunkConfig(Config):
-    """The part of a trained network that gives the gater its features.
+    """The part of a trained network that gives a gater its features.
 
     top: with the top-1 layer, that network's top layers; None where features are the base network's.
     """
@@ -48,15 +49,15 @@ class TrunkConfig(Config):
     top: TopConfig | None = None
 
 
-class GateConfig(Config):
-    """Everything that fixes the gate's architecture.
+class GaterConfig(Config):
+    """Everything that fixes the gater's architecture.
 
     normalise: features are brought to length 1 first.
     top_experts: R, how many experts see an image.
     """
 
     trunk: TrunkConfig
-    gater: GaterConfig
+    rule: RuleConfig
     num_experts: pydantic.PositiveInt
     normalise: bool
     top_experts: Literal[1, 2] = 1
@@ -75,8 +76,8 @@ class Choice(NamedTuple):
     weight_BR: Tensor
 
 
-class Gate(nn.Module):
-    """`gate(images)` chooses the experts. It is never trained with them: experts are trained on fixed groups.
+class Gater(nn.Module):
+    """`gater(images)` chooses the experts. It is never trained with them: experts are trained on fixed groups.
 
     Images are (B, 3, H, W), uint8 or float in [0, 1]. With two experts, a router's probabilities weigh them; nearest
     centroids count the same.
@@ -84,16 +85,16 @@ class Gate(nn.Module):
     Source: Gross, Ranzato and Szlam 2017 (the abstract): each data point is assigned to a single expert.
     """
 
-    def __init__(self, config: GateConfig):
+    def __init__(self, config: GaterConfig):
         super().__init__()
         self.config = config
         self.trunk = Trunk(config.trunk)
         num_features = self.trunk.num_features
-        if config.gater.kind == "centroid":
+        if config.rule.kind == "centroid":
             self.register_buffer("centroid_ED", torch.zeros(config.num_experts, num_features))
             self.register_buffer("price_E", torch.zeros(config.num_experts))
         else:
-            self.router = _build_router(num_features, config.gater.hidden, config.num_experts)
+            self.router = _build_router(num_features, config.rule.hidden, config.num_experts)
 
     def forward(self, images: Tensor) -> Choice:
         return self.choose(self.compute_features(images))
@@ -105,7 +106,7 @@ class Gate(nn.Module):
     def choose(self, features_BD: Tensor) -> Choice:
         """The choice by the features of `compute_features`."""
         rank = self.config.top_experts
-        if self.config.gater.kind == "router":
+        if self.config.rule.kind == "router":
             best = self.router(features_BD).topk(rank, dim=1)
             return Choice(best.indices, best.values.softmax(dim=1))
         # NOTE: a product of matrices, which counts among the multiply-adds, unlike `torch.cdist`.
@@ -157,13 +158,13 @@ def run_chosen(choice: Choice, experts: Sequence[Callable[[Tensor], Tensor]], im
     An expert that no image of the batch is sent to is not run. In an exported program, which has no such choice, all experts see
     all images, and those count that were chosen.
     """
-    weight_BR = choice.weight_BR
+    expert_BR, weight_BR = choice
     if torch.compiler.is_exporting():
-        weight_BE = weight_BR.new_zeros(images.shape[0], len(experts)).scatter_add(1, choice.expert_BR, weight_BR)
+        weight_BE = weight_BR.new_zeros(images.shape[0], len(experts)).scatter_add(1, expert_BR, weight_BR)
         return sum(weight_BE[:, number, None] * expert(images) for number, expert in enumerate(experts))
     answer_BN: Tensor | None = None
-    for number in torch.unique(choice.expert_BR).tolist():
-        row_P, rank_P = (choice.expert_BR == number).nonzero(as_tuple=True)
+    for number in torch.unique(expert_BR).tolist():
+        row_P, rank_P = (expert_BR == number).nonzero(as_tuple=True)
         answer_PN = experts[number](images[row_P])
         if answer_BN is None:
             answer_BN = answer_PN.new_zeros(len(images), answer_PN.shape[1])

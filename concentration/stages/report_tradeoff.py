@@ -1,0 +1,158 @@
+"""The report's comparison of quality with cost: which systems are worth their multiply-adds or parameters, and which are not."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from markupsafe import Markup
+
+from concentration.stages.report_charts import Axis, spread_labels
+from concentration.stages.report_headline import METRICS
+from concentration.stages.report_values import as_mapping, as_number, format_percent, format_short, format_tick
+
+#: What is compared, each with a plot of its own.
+QUALITIES = ("mpvap", "top1", "map_at_50")
+COSTS = {"multiply_adds": "multiply-adds an image", "active": "parameters that an image uses"}
+#: With fewer systems there is nothing to choose from.
+MIN_SYSTEMS = 4
+
+_HEIGHT_PX, _LABEL_PX = 250, 14
+
+
+@dataclass(frozen=True)
+class System:
+    """What is known of one evaluated system; `num_parameters` are all that it holds, `costs` those of one image."""
+
+    name: str
+    color: str
+    qualities: Mapping[str, float | None]
+    costs: Mapping[str, float | None]
+    num_parameters: float | None
+
+
+def build_tradeoff_part(evaluations: Mapping[str, Mapping], colors: Mapping[str, str]) -> dict[str, Any]:
+    """Plots and rows of the comparison; empty where too few systems are known with their cost."""
+    systems = [_read_system(name, evaluation, colors[name]) for name, evaluation in evaluations.items()]
+    systems = [system for system in systems if system.costs["multiply_adds"] and system.qualities["mpvap"] is not None]
+    if len(systems) < MIN_SYSTEMS:
+        return {}
+    fronts = {quality: find_front(systems, quality, "multiply_adds") for quality in QUALITIES}
+    rows = [
+        {
+            "name": system.name,
+            "qualities": [
+                {"text": format_percent(system.qualities[quality]), "is_on_front": system.name in fronts[quality]}
+                for quality in QUALITIES
+            ],
+            "costs": [format_short(system.costs[cost]) for cost in COSTS],
+            "num_parameters": format_short(system.num_parameters),
+        }
+        for system in sorted(systems, key=lambda system: system.costs["multiply_adds"])
+    ]
+    plots = Markup("").join(_draw_plot(systems, quality, cost) for cost in COSTS for quality in QUALITIES)
+    columns = [*(METRICS[quality] for quality in QUALITIES), *COSTS.values(), "parameters in all"]
+    return {"plots": plots, "rows": rows, "columns": columns}
+
+
+def find_front(systems: Sequence[System], quality: str, cost: str) -> list[str]:
+    """The names of the systems that none is better than at the same cost or less, by rising cost (the Pareto front)."""
+    known = [s for s in systems if s.qualities[quality] is not None and s.costs[cost] is not None]
+    front: list[str] = []
+    best = -math.inf
+    for system in sorted(known, key=lambda system: (system.costs[cost], -system.qualities[quality])):
+        if system.qualities[quality] > best:
+            best = system.qualities[quality]
+            front.append(system.name)
+    return front
+
+
+def _read_system(name: str, evaluation: Mapping, color: str) -> System:
+    total = as_number(as_mapping(evaluation.get("num_parameters")).get("total"))
+    active = as_number(evaluation.get("num_active_parameters"))
+    costs = {"multiply_adds": as_number(evaluation.get("multiply_adds")), "active": total if active is None else active}
+    return System(name, color, {quality: as_number(evaluation.get(quality)) for quality in QUALITIES}, costs, total)
+
+
+def _draw_plot(systems: Sequence[System], quality: str, cost: str) -> Markup:
+    """Points with their names at the right, and the front as a line of steps."""
+    known = [s for s in systems if s.qualities[quality] is not None and s.costs[cost]]
+    if not known:
+        return Markup("")
+    x_axis = _widen([s.costs[cost] for s in known], "log")
+    y_axis = _widen([s.qualities[quality] for s in known], "linear")
+    places = {s.name: _place(s, quality, cost, x_axis, y_axis) for s in known}
+    front = [places[name] for name in find_front(known, quality, cost)]
+    return Markup(
+        '<figure class="chart chart-line_end"><figcaption><b>{title}</b> <span class="note">over {cost}</span></figcaption>'
+        '<div class="plot" role="img" aria-label="{summary}" style="height:{height}px">{ticks}'
+        '<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" aria-hidden="true">{grid}'
+        '<path class="front" d="{steps}"/>{points}</svg>{names}</div></figure>'
+    ).format(
+        title=METRICS[quality],
+        cost=COSTS[cost],
+        summary=f"{METRICS[quality]} over {COSTS[cost]}: " + "; ".join(_say(s, quality, cost) for s in known),
+        height=_HEIGHT_PX,
+        ticks=_draw_ticks(x_axis, y_axis),
+        grid=_draw_grid(x_axis, y_axis),
+        steps=_draw_steps(front),
+        points=Markup("").join(
+            Markup('<path class="dot" style="--c:{}" d="M{:.0f} {:.0f}h0"><title>{}</title></path>').format(
+                s.color, *places[s.name], _say(s, quality, cost)
+            )
+            for s in known
+        ),
+        names=_draw_names(known, places),
+    )
+
+
+def _say(system: System, quality: str, cost: str) -> str:
+    return f"{system.name}, {format_percent(system.qualities[quality])} at {format_short(system.costs[cost])}"
+
+
+def _widen(values: Sequence[float], scale: str) -> Axis:
+    """An axis on which no point lies at the edge."""
+    low, high = min(values), max(values)
+    if scale == "log":
+        factor = max((high / low) ** 0.06, 1.05)
+        return Axis(low / factor, high * factor, "log")
+    pad = max(0.08 * (high - low), 0.005)
+    return Axis(max(0.0, low - pad), min(1.0, high + pad))
+
+
+def _place(system: System, quality: str, cost: str, x_axis: Axis, y_axis: Axis) -> tuple[float, float]:
+    """Across and down, from 0 to 1000."""
+    across, up = x_axis.position(system.costs[cost]), y_axis.position(system.qualities[quality])
+    return 1000 * float(across), 1000 * (1 - float(up))
+
+
+def _draw_steps(front: Sequence[tuple[float, float]]) -> str:
+    """What can be had at a cost: level from each point of the front to the next, and on to the edge."""
+    path = f"M{front[0][0]:.0f} {front[0][1]:.0f}"
+    for across, down in front[1:]:
+        path += f"H{across:.0f}V{down:.0f}"
+    return path + "H1000"
+
+
+def _draw_ticks(x_axis: Axis, y_axis: Axis) -> Markup:
+    down = [(100 * (1 - float(y_axis.position(v))), f"{100 * v:g}%") for v in y_axis.ticks(5)]
+    across = [(100 * float(x_axis.position(v)), format_tick(v)) for v in x_axis.ticks(4)]
+    labels = [Markup('<span class="y" style="top:{:.1f}%">{}</span>').format(*label) for label in down]
+    labels += [Markup('<span class="x" style="left:{:.1f}%">{}</span>').format(*label) for label in across]
+    return Markup("").join(labels)
+
+
+def _draw_grid(x_axis: Axis, y_axis: Axis) -> Markup:
+    lines = [f"M0 {1000 * (1 - float(y_axis.position(v))):.0f}H1000" for v in y_axis.ticks(5)]
+    lines += [f"M{1000 * float(x_axis.position(v)):.0f} 0V1000" for v in x_axis.ticks(4)]
+    return Markup('<path class="grid" d="{}"/>').format("".join(lines))
+
+
+def _draw_names(systems: Sequence[System], places: Mapping[str, tuple[float, float]]) -> Markup:
+    """At the right edge, each at the height of its point where there is room."""
+    wanted = [_HEIGHT_PX * places[s.name][1] / 1000 for s in systems]
+    placed = spread_labels(wanted, _LABEL_PX, _HEIGHT_PX)
+    return Markup("").join(
+        Markup('<span class="end" style="top:{:.1f}px;color:{}"><bdi>{}</bdi></span>').format(top, s.color, s.name)
+        for s, top in zip(systems, placed, strict=True)
+    )
