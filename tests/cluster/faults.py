@@ -53,7 +53,8 @@ class Fault:
 
 def preempt(victim: Victim) -> None:
     """Partition priority: SIGTERM to the steps, and SIGKILL after the grace time."""
-    victim.slurm.run("srun", f"--partition={URGENT}", "--nodes=2", "--exclusive", "true", timeout_seconds=120)
+    urgent = victim.slurm.submit(f"--partition={URGENT}", "--nodes=2", "--exclusive", "--wrap=true")
+    victim.slurm.wait_for_end(urgent)
 
 
 def send(*names: str) -> Callable[[Victim], None]:
@@ -97,9 +98,11 @@ def lose_node(victim: Victim) -> None:
     """A machine loses power, SLURM notes it by itself, and the machine comes back."""
     node = victim.node
     victim.slurm.lose_node(node)
-    victim.slurm.wait_until(lambda: "down" in victim.slurm.node_state(node), f"{node} is down", 90)
-    victim.slurm.start_node(node)
-    victim.slurm.wait_until(lambda: victim.slurm.node_state(node) in ("idle", "mixed", "allocated"), f"{node} is back")
+    try:
+        victim.slurm.wait_until(lambda: "DOWN" in victim.slurm.node_state(node), f"{node} is down", 120)
+    finally:
+        victim.slurm.start_node(node)
+    victim.slurm.wait_until(lambda: "DOWN" not in victim.slurm.node_state(node), f"{node} is back")
 
 
 def kill_and_cut_checkpoint(victim: Victim) -> None:

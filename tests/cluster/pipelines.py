@@ -32,8 +32,11 @@ class Pipeline:
         self._environment = dict(environment)
         self._command = ("run", "data=shards", f"data.path={shards}", f"workdir={workdir}", *NETWORKS, *options)
 
+    def start(self, *options: str) -> Running:
+        return Running((*self._command, *options), self.workdir.parent, self._environment)
+
     def run(self, *options: str, code: int = 0) -> Finished:
-        finished = Running((*self._command, *options), self.workdir.parent, self._environment).wait(400)
+        finished = self.start(*options).wait(400)
         assert finished.code == code, f"{finished.code}:\n{finished.out}\n{finished.err}"
         assert "Traceback" not in finished.err
         return finished

@@ -1,4 +1,4 @@
-"""Whole pipelines on a real SLURM, disturbed at random until enough has happened; then compared with undisturbed ones.
+"""Whole pipelines on a real SLURM, two at a time, disturbed at random until enough has happened; then compared with others.
 
 python tests/cluster/random_faults.py --faults 50 --seed 0     # docs/faults.md, in half an hour to an hour on two cores
 """
@@ -26,9 +26,11 @@ NUM_EPOCHS = 12
 OPTIONS = (f"trainer.max_epochs={NUM_EPOCHS}", f"teacher.trainer.max_epochs={NUM_EPOCHS}", "trainer.checkpoint_every_seconds=0",
            "teacher.trainer.checkpoint_every_seconds=0", "trainer.timeout_seconds=30")  # fmt: skip
 #: Seconds that a job is left alone after its first step, or its start, before something happens to it.
-LEFT_ALONE_TRAINING, LEFT_ALONE_STARTING = (0.5, 8.0), (0.5, 20.0)
+LEFT_ALONE_TRAINING, LEFT_ALONE_STARTING = (0.2, 3.0), (0.5, 20.0)
 #: Faults of one job of a pipeline, where it trains a network and where not: so that it gets to its end.
-MOST_OF_TRAINING, MOST_OF_OTHERS = 5, 2
+MOST_OF_TRAINING, MOST_OF_OTHERS = 6, 2
+#: Pipelines at a time.
+NUM_PIPELINES = 2
 #: After so long without a consequence, a job is said to have gone on.
 WITHOUT_CONSEQUENCE_SECONDS = 60
 
@@ -56,9 +58,9 @@ class DisturbedPipeline:
         self.num_ranks = 1 + (number % 2 == 0)
         self.records, self.expected_records = folder / "records", folder / "expected-records"
         options = (*OPTIONS, f"seed={number}")
-        twin = Pipeline(folder / "expected", shards, recording(self.expected_records), options)
-        twin.run(f"trainer.devices={self.num_ranks}")
-        self.expected = twin.workdir
+        self.expected = folder / "expected"
+        twin = Pipeline(self.expected, shards, recording(self.expected_records), options)
+        self._twin = twin.start(f"trainer.devices={self.num_ranks}")
         environment = {**slurm.environment, "MASTER_ADDR": "127.0.0.1", **recording(self.records)}
         self.pipeline = Pipeline(
             folder / "work", shards, environment, (*options, f"trainer.num_nodes={self.num_ranks}")
@@ -71,6 +73,7 @@ class DisturbedPipeline:
     def submit(self) -> None:
         self.pipeline.run(*ON_SLURM)
         self.num_submissions += 1
+        assert self.num_submissions < 100, self.pipeline.log()
 
     def find_victim(self, running: set[str]) -> tuple[str, str] | None:
         """A job whose time has come, with its number. Of every start, a third are disturbed before the first step."""
@@ -101,6 +104,8 @@ class DisturbedPipeline:
         return sorted(found)
 
     def check(self) -> None:
+        finished = self._twin.wait(1200)
+        assert finished.code == 0, finished.err
         assert_same_results(self.pipeline.workdir, self.expected)
         for run in (each.replace("/", "-") for each in TRAINED):
             taken, wanted = (load_taken(folder, run) for folder in (self.records, self.expected_records))
@@ -119,27 +124,32 @@ def job_of(run: str) -> str:
 
 
 def disturb(slurm: SlurmCluster, shards: Path, folder: Path, num_faults: int, seed: int) -> list[Injected]:
-    """Runs pipelines one after the other, until so many faults were injected and all have finished as their twins."""
-    rng, rows = random.Random(seed), []
-    for number in itertools.count():
-        if len(rows) >= num_faults:
-            return rows
-        disturbed = DisturbedPipeline(slurm, shards, folder / str(number), number, rng)
-        while not disturbed.pipeline.is_finished():
-            disturbed.submit()
-            while queued := slurm.run("squeue", "--noheader", "--array", "--format=%i|%T").split():
-                states = dict(line.split("|") for line in queued)
-                for waiting in (each for each, state in states.items() if state == "PENDING"):
-                    slurm.start_soon(waiting)
-                note_outcomes(slurm, rows)
-                victim = disturbed.find_victim({each for each, state in states.items() if state == "RUNNING"})
-                if victim and len(rows) < num_faults:
-                    rows.append(inject(slurm, disturbed, *victim, rng))
-                time.sleep(0.3)
+    """Runs pipelines, until so many faults were injected and all have finished as their twins."""
+    rng, rows, numbers = random.Random(seed), [], itertools.count()
+    while len(rows) < num_faults:
+        some = [
+            DisturbedPipeline(slurm, shards, folder / str(number), number, rng)
+            for number in itertools.islice(numbers, NUM_PIPELINES)
+        ]
+        while going_on := [one for one in some if not one.pipeline.is_finished()]:
+            queued = slurm.run("squeue", "--noheader", "--array", "--format=%i|%T").split()
+            states = dict(line.split("|") for line in queued)
+            for number in (each for each, state in states.items() if state == "PENDING"):
+                slurm.start_soon(number)
             note_outcomes(slurm, rows)
-            assert disturbed.num_submissions < 100, disturbed.pipeline.log()
-        disturbed.check()
-        print(f"pipeline {number}: as its twin, {len(rows)} faults so far", flush=True)
+            running = {each for each, state in states.items() if state == "RUNNING"}
+            for one in going_on:
+                if states.keys().isdisjoint(one.pipeline.ids().values()):
+                    one.submit()
+                elif len(rows) < num_faults and (victim := one.find_victim(running)):
+                    rows.append(inject(slurm, one, *victim, rng))
+                    break  # what runs now is to be asked again
+            time.sleep(0.3)
+        note_outcomes(slurm, rows)
+        for one in some:
+            one.check()
+            print(f"pipeline {one.number}: as its twin, {len(rows)} faults so far", flush=True)
+    return rows
 
 
 def inject(slurm: SlurmCluster, disturbed: DisturbedPipeline, name: str, number: str, rng: random.Random) -> Injected:
@@ -151,10 +161,10 @@ def inject(slurm: SlurmCluster, disturbed: DisturbedPipeline, name: str, number:
     directory = disturbed.pipeline.workdir / (run or "").replace("-", "/", 1)
     try:
         fault.inject(Victim(slurm, number, directory, rng))
-    except AssertionError as error:  # the job has ended meanwhile
-        row.outcome = "had ended before"
+    except AssertionError as error:
+        row.outcome = "had ended before" if slurm.state(number) in ENDED else ""
         print(error, file=sys.stderr)
-    print(f"{name} at step {step}: {fault.name}", flush=True)
+    print(f"{disturbed.number}, {name} at step {step}: {fault.name}", flush=True)
     return row
 
 
@@ -196,7 +206,7 @@ def describe(rows: list[Injected], seed: int, minutes: float) -> str:
         "# Faults",
         "",
         f"{len(rows)} faults, drawn with seed {seed}, were done to the running jobs of {len(pipelines)} pipelines of",
-        "`concentrate run launcher=slurm`, one after the other, on a real SLURM of two nodes (on one machine). Each pipeline",
+        "`concentrate run launcher=slurm`, two at a time, on a real SLURM of two nodes (on one machine). Each pipeline",
         "ended as its undisturbed twin on this machine: the four networks and all stored targets are the same byte for byte,",
         "the evaluations say the same, and every step of every training took the same samples, each sample once an epoch.",
         "",

@@ -154,9 +154,13 @@ class SlurmCluster:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(process.number, signal.SIGKILL)
 
-    def node_state(self, node: str) -> str:
-        """`idle`, `mixed`, `allocated`, `draining`, `drained`, `down`; a star means that it does not answer."""
-        return self.run("sinfo", "--noheader", f"--nodes={node}", f"--partition={URGENT}", "--format=%T").strip()
+    def node_state(self, node: str) -> set[str]:
+        """What `scontrol` says of a node: IDLE, MIXED, ALLOCATED or DOWN, and DRAIN, COMPLETING, NOT_RESPONDING beside it.
+
+        NOTE: `sinfo` shows one of them alone, and of a node that is down and had jobs not that it is down.
+        """
+        [state] = re.findall(r"State=(\S+)", self.run("scontrol", "--oneliner", "show", "node", node))
+        return set(state.split("+"))
 
     def nodes_of(self, job: str) -> list[str]:
         described = self.describe(job)["NodeList"]
