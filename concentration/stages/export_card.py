@@ -12,6 +12,7 @@ from concentration.serving.calibration import CALIBRATION_FILE
 from concentration.serving.export_folder import EXPORTS, NEIGHBOURS_FOLDER, load_export
 from concentration.stages.export_standalone import REQUIREMENTS
 from concentration.stages.prepare import SHARDS
+from concentration.stages.report_values import as_mapping
 from concentration.stages.run_directory import RunDirectory
 from concentration.stages.student import STUDENTS
 
@@ -26,6 +27,7 @@ def build_card(name: str, workdir: Path, evaluation: Mapping[str, Any]) -> str:
     measures = parse_json((path / MEASURES_FILE).read_bytes(), MEASURES_FILE)
     shards = RunDirectory(workdir / SHARDS)
     calibration = path / CALIBRATION_FILE
+    training = RunDirectory(workdir / STUDENTS / name).load_config()
     return _load_template().render(
         name=name,
         version=concentration.__version__,
@@ -34,7 +36,8 @@ def build_card(name: str, workdir: Path, evaluation: Mapping[str, Any]) -> str:
         image_size=export.preprocessing.image_size,
         source=shards.load_config()["data"]["kind"],
         splits=shards.load_done("concentrate prepare", splits=dict)["splits"],
-        training=_describe_training(RunDirectory(workdir / STUDENTS / name).load_config()),
+        learned=_describe_learning(training),
+        training=_describe_training(training),
         e=evaluation,
         m=measures,
         calibration=parse_json(calibration.read_bytes(), CALIBRATION_FILE) if calibration.exists() else None,
@@ -60,6 +63,12 @@ def _load_template() -> jinja2.Template:
         "cell": lambda text: str(text).replace("|", "\\|"),
     }
     return environment.get_template("model_card.md.jinja")
+
+
+def _describe_learning(training: Mapping[str, Any]) -> str:
+    kind = as_mapping(training.get("targets")).get("kind")
+    taught = "concentrated from a specialist for each vertical"
+    return {"labels": "trained on labels", "soft": taught, "online": taught}.get(kind, "made of trained networks")
 
 
 def _describe_training(training: Mapping[str, Any]) -> dict[str, str]:

@@ -3,6 +3,7 @@
 Shapes: B batch, C all classes, T features before the classifiers.
 """
 
+import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -106,7 +107,7 @@ class SampledImages:
         """Images that could be decoded, and the direct labels of each."""
         for images, ordinals in self._read(self.ordinals):
             yield images, [self._split.labels(int(ordinal)) for ordinal in ordinals]
-            progress.advance(min(_READ_TOGETHER, len(self.ordinals)))
+            progress.advance(len(ordinals))
 
     def encoded(self) -> list[ImageInMemory]:
         """Images as they lie in the shards."""
@@ -190,7 +191,11 @@ def describe_confusions(confusions: Confusions, taxonomy: Taxonomy) -> dict:
 
 
 def describe_machine() -> str:
-    """The processor by its name, where the system tells it."""
+    """The processor, its cores, and how busy it is: speeds mean little on a machine that others use."""
+    return f"{_name_processor()}, {count_cores()} cores, load {os.getloadavg()[0]:.1f}"
+
+
+def _name_processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

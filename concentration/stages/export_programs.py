@@ -93,9 +93,12 @@ def _multiply_int8(product: onnx.NodeProto, name: str) -> list[onnx.NodeProto]:
     assert {attributes.get(key, 1.0) for key in ("alpha", "beta")} == {1.0}, f"{product.name}: scaled"
     inputs, bias, output = product.input[0], product.input[2:], product.output[0]
     result = f"{output}.product" if bias else output
+    transposed = f"{name}.transposed"  # the model may know a shape of `name`
     nodes = [
-        helper.make_node("DequantizeLinear", [f"{name}.int8", f"{name}.scale"], [name], f"{name}.dequantise", axis=1),
-        helper.make_node("MatMul", [inputs, name], [result], f"{name}.multiply"),
+        helper.make_node(
+            "DequantizeLinear", [f"{name}.int8", f"{name}.scale"], [transposed], f"{name}.dequantise", axis=1
+        ),
+        helper.make_node("MatMul", [inputs, transposed], [result], f"{name}.multiply"),
     ]
     return [*nodes, helper.make_node("Add", [result, bias[0]], [output], f"{name}.add")] if bias else nodes
 
