@@ -3,6 +3,7 @@
 The processes are forked from a server that has imported torch already, so one starts in milliseconds and can be killed.
 """
 
+import contextlib
 import importlib
 import io
 import itertools
@@ -108,6 +109,26 @@ def concentrate(*arguments: str | Path, directory: Path, code: int = 0, plant: P
     finished = Running([str(a) for a in arguments], directory, environment, plant).wait()
     assert finished.code == code, f"exit code {finished.code} of {arguments}:\n{finished.out}\n{finished.err}"
     return finished
+
+
+def concentrate_here(verb: str, *overrides: str | Path) -> str:
+    """Runs `concentrate VERB OVERRIDES` in this process, which saves the imports of another; its errors are raised.
+
+    Returns: what it printed.
+    """
+    import hydra
+
+    from concentration.config import VERBS, check_config, find_config_directory
+
+    printed = io.StringIO()
+    with (
+        hydra.initialize_config_dir(str(find_config_directory()), version_base="1.3"),
+        contextlib.redirect_stdout(printed),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
+        config = check_config(verb, hydra.compose(verb, [str(override) for override in overrides]))
+        VERBS[verb].load()[0](config)
+    return printed.getvalue()
 
 
 def run_command(*command: str | Path, directory: Path, code: int = 0, **environment: str | None) -> Finished:
@@ -229,6 +250,14 @@ def write_shards(
         for shard in range(num_shards):
             write_tar(folder / f"{split}-{shard:06d}.tar", samples[shard::num_shards])
     return folder
+
+
+def prepare_shards_here(directory: Path, **options) -> Path:
+    """As `prepare_shards`, in this process."""
+    shards, workdir = write_shards(directory / "given", **options), directory / "work"
+    concentrate_here("prepare", "data=shards", f"data.path={shards}", f"data.image_size={IMAGE_SIZE}",
+                     f"workdir={workdir}", "num_processes=1")  # fmt: skip
+    return workdir
 
 
 def prepare_shards(directory: Path, **options) -> Path:

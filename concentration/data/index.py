@@ -197,7 +197,8 @@ class Split:
         self.shard_bytes = np.array(sizes, dtype=np.int64)
         #: (number of shards + 1,) the first ordinal of every shard, and N.
         self.shard_start = np.cumsum([0, *num_samples])
-        self._digests = digests
+        #: A hash of each shard's index.
+        self.digests: Sequence[str] = digests
         #: (N + 1,) where each sample's labels start in `label_output`.
         self.label_start = np.cumsum(np.concatenate([[0], *counts]), dtype=np.int64)
         positions = np.concatenate(positions)
@@ -275,7 +276,7 @@ class Split:
     @functools.cached_property
     def fingerprint(self) -> str:
         """A hash of every key, label, place and image in order: which data a target or checkpoint was made from."""
-        return hashlib.sha256("\n".join([self.taxonomy.fingerprint, *self._digests]).encode()).hexdigest()[:16]
+        return hashlib.sha256("\n".join([self.taxonomy.fingerprint, *self.digests]).encode()).hexdigest()[:16]
 
 
 def load_split(directory: Path, name: str, taxonomy: Taxonomy) -> Split:

@@ -150,13 +150,14 @@ def _load_students(workdir: Path) -> dict[str, dict]:
     """The targets of each finished student that was trained on some, and how fast it learned from them."""
     students = {}
     for path in sorted((workdir / STUDENTS).glob("*/DONE.json")):
-        config = RunDirectory(path.parent).load_config()
-        if "targets" not in config:  # made from networks that were there: nothing to compare in speed
+        config, done = RunDirectory(path.parent).load_config(), json.loads(path.read_text())
+        targets = done.get("targets") or config.get("targets")  # `add` has them in its record
+        if targets is None:  # made from networks that were there: nothing to compare in speed
             continue
         speed = path.parent / SPEED_FILE
         students[path.parent.name] = {
-            "targets": config["targets"],
-            "num_images": json.loads(path.read_text())["step"] * config["trainer"]["batch_size"],
+            "targets": targets,
+            "num_images": done["step"] * config["trainer"]["batch_size"],
             **(json.loads(speed.read_text()) if speed.exists() else {}),
         }
     return students

@@ -160,6 +160,10 @@ class RunDirectory:
         """The config that the stage was begun with."""
         return self._load_begun()["config"]
 
+    def load_upstream(self) -> dict[str, str]:
+        """What the stage was begun with beside its config."""
+        return self._load_begun()["identity"]["upstream"]
+
     def _refuse(self, earlier: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         before, after = flatten(earlier), flatten(now)
         changed = [key for key in sorted(before | after) if before.get(key) != after.get(key)]

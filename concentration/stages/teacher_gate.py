@@ -22,8 +22,8 @@ from concentration.stages.prepare import SHARDS
 from concentration.stages.run_directory import RunDirectory
 from concentration.stages.subject import Subject
 from concentration.stages.teacher import TEACHERS
-from concentration.stages.train_network import load_network
-from concentration.targets import write_atomically
+from concentration.stages.train_network import NETWORK_FILE, load_network
+from concentration.targets import load_metadata, write_atomically
 from concentration.taxonomy import Taxonomy
 from concentration.training.loggers import load_metrics
 
@@ -38,7 +38,7 @@ class GateConfig(Config):
 
     action: `report` says what is wrong with a teacher and goes on, `stop` ends with it, `off` does not look.
     generalist: the network in `students/` that a teacher must not be worse than on its own vertical; no comparison where it is
-        not finished.
+        not finished, or was made for another taxonomy.
     tolerance: by which its AP may lie below.
     min_images: training images that a leaf class has at the median.
     """
@@ -146,10 +146,9 @@ def _measure_constant(split: Split, vertical: str) -> float:
 def _measure_generalist(
     config: GateConfig, workdir: Path, val: Split, vertical: str, teacher: Classifier
 ) -> float | None:
-    path = workdir / "students" / config.generalist
-    if not RunDirectory(path).is_finished:
+    path, taxonomy = workdir / "students" / config.generalist, val.taxonomy
+    if not RunDirectory(path).is_finished or load_metadata(path / NETWORK_FILE).get("taxonomy") != taxonomy.fingerprint:
         return None
-    taxonomy = val.taxonomy
     generalist = load_network(path, taxonomy).to(teacher.device)
     first_column = taxonomy.vertical_slice(vertical).start
     ap_V = measure_vertical(generalist, first_column, taxonomy.restrict(vertical), val)

@@ -3,8 +3,10 @@
 Shapes: C outputs of the network.
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pydantic
@@ -148,12 +150,28 @@ def train_built_network(
     student: Student, config: TrainingStageConfig, directory: RunDirectory, task: Task, prepared: PreparedData
 ) -> None:
     """The same for a network that is there already."""
+    if config.trainer.prior:
+        student.set_prior(torch.from_numpy(task.frequency_C))
+    train_from_here(student, config, directory, task, prepared)
+
+
+def train_from_here(
+    student: Student,
+    config: TrainingStageConfig,
+    directory: RunDirectory,
+    task: Task,
+    prepared: PreparedData,
+    judge: Callable[[Student, int], Mapping[str, Any]] = lambda student, num_steps: {},
+) -> None:
+    """The same for a network whose outputs stay where they are, whatever `config.trainer.prior` says.
+
+    `judge` looks at the trained network, and its number of steps, before the stage counts as finished: what it finds is written
+    into DONE.json, and what it raises leaves the stage begun.
+    """
     # NOTE: here, because Lightning takes seconds to import, and what only reads a network does not need it.
     from concentration.training.checkpoints import CheckpointDirectory
     from concentration.training.fit import fit
 
-    if config.trainer.prior:
-        student.set_prior(torch.from_numpy(task.frequency_C))
     if config.trainer.class_weight == "inverse_sqrt":
         student.class_weight_C = compute_class_weights(task.counts_C)
     data = _build_training_data(config, task, prepared)
@@ -168,7 +186,8 @@ def train_built_network(
         if config.trainer.keep_best and checkpoints.load_best(student):
             student.save(directory.path / BEST_FILE, metadata)
         directory.save_speed(fitted.images_per_second)
-        directory.finish({"step": fitted.num_steps, "checkpoint": hash_file(path)})
+        facts = judge(student, fitted.num_steps)
+        directory.finish({"step": fitted.num_steps, "checkpoint": hash_file(path), **facts})
         checkpoints.clear()
 
 

@@ -40,6 +40,7 @@ STAGE_VERBS: Mapping[str, Verb] = {
         "mixture", "put the experts of a grouping behind a gater: one network, of which each image sees a part"
     ),
     "augment": _stage("augment", "grow a trained network by heads for groups of its classes"),
+    "add": _stage("add", "extend a student by a vertical, by classes, or by a better teacher"),
     "evaluate": _stage("evaluate", "measure a student, a teacher, or all teachers (name=specialists)"),
     "calibrate": _stage("calibrate", "true probabilities over all classes, thresholds, and none of these (on val)"),
     "report": _stage("report", "a page with everything that was measured"),

@@ -9,16 +9,15 @@ import safetensors.numpy
 from real_runs import (
     IMAGE_SIZE,
     TINY,
-    concentrate,
+    concentrate_here,
     draw_image,
     load_json,
-    one_line,
-    prepare_shards,
+    prepare_shards_here,
     taxonomy_of_fruit_and_tools,
     write_tar,
 )
 
-from concentration.errors import DataError
+from concentration.errors import ConfigError, DataError
 from concentration.metrics.calibration import expected_calibration_error, load_scaling, sigmoid
 from concentration.taxonomy import Taxonomy
 
@@ -29,7 +28,7 @@ OTHERS = ("moon", "star", "taxi", "tram")
 def workdir(tmp_path_factory) -> Path:
     """A generalist, two teachers, their calibrations, and a working directory of other classes and one of ours."""
     directory = tmp_path_factory.mktemp("calibrate")
-    workdir = prepare_shards(directory)
+    workdir = prepare_shards_here(directory)
     classes = [{"id": c, "vertical": "sky" if c in OTHERS[:2] else "cars"} for c in OTHERS]
     given = directory / "elsewhere"
     given.mkdir()
@@ -37,15 +36,15 @@ def workdir(tmp_path_factory) -> Path:
     for split in ("train", "test"):
         samples = [(f"{split}{n}", [c], draw_image(c, 900 + n)) for n, c in enumerate((*OTHERS, "saw") * 4)]
         write_tar(given / f"{split}-000000.tar", samples)
-    concentrate("prepare", "data=shards", f"data.path={given}", f"data.image_size={IMAGE_SIZE}", "num_processes=1",
-                f"workdir={directory / 'other'}", directory=directory)  # fmt: skip
+    concentrate_here("prepare", "data=shards", f"data.path={given}", f"data.image_size={IMAGE_SIZE}", "num_processes=1",
+                f"workdir={directory / 'other'}")  # fmt: skip
     common = (f"workdir={workdir}", *TINY)
-    concentrate("student", "name=generalist", "targets=labels", *common, directory=directory)
+    concentrate_here("student", "name=generalist", "targets=labels", *common)
     for vertical in ("fruit", "tools"):
-        concentrate("teacher", f"vertical={vertical}", *common, directory=directory)
-    concentrate("evaluate", "name=generalist", "save_scores=true", f"workdir={workdir}", directory=directory)
-    concentrate("calibrate", "name=generalist", f"outside={directory / 'other'}", "batch_size=25", f"workdir={workdir}",
-                "thresholds.precision=0.6", "thresholds.min_answers=3", directory=directory)  # fmt: skip
+        concentrate_here("teacher", f"vertical={vertical}", *common)
+    concentrate_here("evaluate", "name=generalist", "save_scores=true", f"workdir={workdir}")
+    concentrate_here("calibrate", "name=generalist", f"outside={directory / 'other'}", "batch_size=25", f"workdir={workdir}",
+                "thresholds.precision=0.6", "thresholds.min_answers=3")  # fmt: skip
     return workdir
 
 
@@ -90,7 +89,7 @@ def test_thresholds_and_none_of_these_say_what_they_do(content):
 
 def test_a_teacher_and_the_ensemble_are_calibrated_as_well(workdir):
     for name, num_verticals, *options in (("tools", 1, f"outside={workdir}"), ("specialists", 2)):
-        out = concentrate("calibrate", f"name={name}", f"workdir={workdir}", *options, directory=workdir.parent).out
+        out = concentrate_here("calibrate", f"name={name}", f"workdir={workdir}", *options)
         assert "top-1 over all classes on test" in out
         assert len(load_json(workdir / f"calibrations/{name}.json")["scaling"]) == num_verticals
     fruit = load_json(workdir / "calibrations/tools.json")["none_of_these"]["outside"]
@@ -100,15 +99,19 @@ def test_a_teacher_and_the_ensemble_are_calibrated_as_well(workdir):
 def test_it_is_done_once_shown_in_the_report_and_refuses_what_does_not_fit(workdir, content):
     directory, same = workdir.parent, ("name=generalist", f"workdir={workdir}")
     outside = (f"outside={directory / 'other'}", "thresholds.precision=0.6", "thresholds.min_answers=3")
-    assert "finished already" in concentrate("calibrate", *same, *outside, directory=directory).out
-    message = one_line(concentrate("calibrate", *same, *outside, "form=temperature", directory=directory, code=2))
+    assert "finished already" in concentrate_here("calibrate", *same, *outside)
+    with pytest.raises(ConfigError) as error:
+        concentrate_here("calibrate", *same, *outside, "form=temperature")
+    message = str(error.value)
     assert "form was 'platt', is 'temperature'" in message
     itself = (f"outside={workdir}", "overwrite=true")
-    message = one_line(concentrate("calibrate", *same, *itself, directory=directory, code=2))
+    with pytest.raises(ConfigError) as error:
+        concentrate_here("calibrate", *same, *itself)
+    message = str(error.value)
     assert "all test images there have a class that generalist knows" in message
     with pytest.raises(DataError, match="for the verticals fruit, tools, here fruit"):
         load_scaling(content, Taxonomy.from_json(taxonomy_of_fruit_and_tools()).restrict("fruit"))
-    concentrate("report", *same, directory=directory)
+    concentrate_here("report", *same)
     page = (workdir / "report/index.html").read_text()
     assert '<section id="calibration">' in page
     assert "images of elsewhere" in page

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from real_runs import TINY, Finished, concentrate, load_json, one_line, prepare_shards
+from real_runs import TINY, concentrate_here, load_json, prepare_shards_here
+
+from concentration.errors import ConfigError
 
 VERTICALS = ("fruit", "tools")
 
@@ -15,20 +17,15 @@ VERTICALS = ("fruit", "tools")
 def workdir(tmp_path_factory) -> Path:
     """A generalist, a good teacher of fruit, and one of tools that was trained for a step; evaluated on val."""
     directory = tmp_path_factory.mktemp("gate")
-    workdir = prepare_shards(directory)
+    workdir = prepare_shards_here(directory)
     common = (f"workdir={workdir}", *TINY)
-    concentrate("student", "name=generalist", "targets=labels", *common, directory=directory)
-    concentrate("teacher", "vertical=fruit", *common, "trainer.max_epochs=6", directory=directory)
-    concentrate("teacher", "vertical=tools", *common, "trainer.max_steps=1", directory=directory)
+    concentrate_here("student", "name=generalist", "targets=labels", *common)
+    concentrate_here("teacher", "vertical=fruit", *common, "trainer.max_epochs=6")
+    concentrate_here("teacher", "vertical=tools", *common, "trainer.max_steps=1")
     for vertical in VERTICALS:
-        concentrate("evaluate", f"name={vertical}", "split=val", f"workdir={workdir}", directory=directory)
-    concentrate("evaluate", "name=generalist", "split=val", f"workdir={workdir}", directory=directory)
+        concentrate_here("evaluate", f"name={vertical}", "split=val", f"workdir={workdir}")
+    concentrate_here("evaluate", "name=generalist", "split=val", f"workdir={workdir}")
     return workdir
-
-
-def last_line(finished: Finished) -> str:
-    """The mistake, behind the lines of progress."""
-    return one_line(Finished(finished.code, finished.out, finished.err.splitlines()[-1]))
 
 
 def evaluation(workdir: Path, name: str) -> dict:
@@ -37,19 +34,21 @@ def evaluation(workdir: Path, name: str) -> dict:
 
 def test_a_teacher_that_is_not_fit_stops_the_targets_in_one_line(workdir):
     arguments = ("targets", "vertical=tools", "gate.action=stop", "gate.min_images=20", f"workdir={workdir}")
-    message = last_line(concentrate(*arguments, directory=workdir.parent, code=2))
+    with pytest.raises(ConfigError) as error:
+        concentrate_here(*arguments)
+    message = str(error.value)
     assert message.startswith("teacher of tools: ")
     assert "it is worse than generalist: AP " in message
     assert message.endswith("train it longer or on more images, or go on with gate.action=report")
     assert not list((workdir / "targets/default/tools").glob("*.safetensors"))
-    message = last_line(
-        concentrate(*arguments[:3], "gate.min_images=5000", arguments[-1], directory=workdir.parent, code=2)
-    )
+    with pytest.raises(ConfigError) as error:
+        concentrate_here(*arguments[:3], "gate.min_images=5000", arguments[-1])
+    message = str(error.value)
     assert "training images at the median, expected 5000 (gate.min_images)" in message
 
 
 def test_what_it_measures_is_what_evaluate_measures(workdir):
-    out = concentrate("targets", f"workdir={workdir}", directory=workdir.parent).out
+    out = concentrate_here("targets", f"workdir={workdir}")
     assert "NOTE: teacher of tools: " in out
     assert "NOTE: teacher of fruit" not in out
     for vertical in VERTICALS:
@@ -67,24 +66,24 @@ def test_a_loss_that_rose_answers_that_are_constant_and_no_validation_are_told(w
     shutil.rmtree(copy / "students/generalist")
     lines = [json.dumps({"step": step, "seconds": 1, "train/loss": loss}) for step, loss in enumerate((2.0, 1.0, 9.0))]
     (copy / "teachers/fruit/metrics.jsonl").write_text("\n".join(lines))
-    out = concentrate("targets", f"workdir={copy}", directory=tmp_path).out
+    out = concentrate_here("targets", f"workdir={copy}")
     assert "NOTE: teacher of fruit: it diverged: its loss rose from 2 to 9" in out
     assert "worse than" not in out, "there is nothing to compare it with"
     assert load_json(copy / "gates/tools.json")["generalist_ap"] is None
     shutil.rmtree(copy / "targets")
     shutil.rmtree(copy / "gates")
-    out = concentrate("targets", f"workdir={copy}", "gate.action=off", directory=tmp_path).out
+    out = concentrate_here("targets", f"workdir={copy}", "gate.action=off")
     assert "NOTE" not in out
     assert not (copy / "gates").exists()
 
 
 def test_the_report_has_gates_agreement_and_two_students_class_by_class(workdir):
-    directory, common = workdir.parent, (f"workdir={workdir}", *TINY)
-    concentrate("targets", f"workdir={workdir}", directory=directory)
-    concentrate("student", *common, directory=directory)
+    common = (f"workdir={workdir}", *TINY)
+    concentrate_here("targets", f"workdir={workdir}")
+    concentrate_here("student", *common)
     for name in ("generalist", "specialists", "student"):
-        concentrate("evaluate", f"name={name}", f"workdir={workdir}", directory=directory)
-    concentrate("report", f"workdir={workdir}", "compare=[generalist,student]", directory=directory)
+        concentrate_here("evaluate", f"name={name}", f"workdir={workdir}")
+    concentrate_here("report", f"workdir={workdir}", "compare=[generalist,student]")
     page = (workdir / "report/index.html").read_text()
     assert '<section id="teachers">' in page
     assert '<section id="comparison">' in page
@@ -99,7 +98,7 @@ def test_the_report_has_gates_agreement_and_two_students_class_by_class(workdir)
     total = np.sum([[v["num_samples"], v["only_second_right"] - v["only_first_right"]]
                     for v in agreement["by_vertical"].values()], axis=0)  # fmt: skip
     assert total[1] / total[0] == pytest.approx(student["top1_in_vertical"] - specialists["top1_in_vertical"])
-    message = one_line(
-        concentrate("report", f"workdir={workdir}", "compare=[old,student]", directory=directory, code=2)
-    )
+    with pytest.raises(ConfigError) as error:
+        concentrate_here("report", f"workdir={workdir}", "compare=[old,student]")
+    message = str(error.value)
     assert "no evaluation of old on test (there: generalist, specialists, student)" in message

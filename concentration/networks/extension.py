@@ -1,0 +1,108 @@
+"""A trained network with room for more: new verticals get blocks and classifiers of their own, old verticals more classes.
+
+Classes are only ever appended: to a vertical behind those it has, and new verticals behind the others. So every parameter of the
+old network is the beginning of the new one's along its first axis, but pace by class, in which verticals lie one after the other.
+
+Shapes: C all classes of the new network.
+"""
+
+import itertools
+from collections.abc import Iterator, Mapping
+from types import EllipsisType
+
+import torch
+from torch import Tensor, nn
+
+from concentration.errors import ConfigError
+from concentration.networks.student import Student
+
+
+def extend_student(old: Student, verticals: Mapping[str, int], frequency_C: Tensor, seed: int) -> Student:
+    """A network that says of the old classes what `old` says, and of the new ones how often they are.
+
+    Args:
+        old: trained.
+        verticals: sizes of all verticals, the old ones first and none smaller than it was.
+        frequency_C: how often each class of the new network is present, where its new outputs start.
+        seed: of the new blocks.
+
+    Raises:
+        ConfigError: a vertical is gone or smaller, or stands elsewhere; or classes exclude each other in the network's loss, so
+            that old ones cannot stay as they are.
+    """
+    _check(old, verticals)
+    torch.manual_seed(seed)
+    new = Student(old.config.model_copy(update={"verticals": dict(verticals)}))
+    new.set_prior(frequency_C)
+    with torch.no_grad():
+        for classify, was in zip(new.top.classifiers, old.top.classifiers, strict=False):
+            # A class that says nothing leaves the norm of its vertical, and so what the others say, as it was.
+            classify.weight.zero_()
+            if was.out_features < classify.out_features and new.config.pace.kind != "none":
+                classify.bias.zero_()
+        own = new.state_dict()
+        for name, tensor in old.state_dict().items():
+            own[name][_place(name, tensor, old, new)] = tensor
+    return new
+
+
+def hold_old_parameters(old: Student, new: Student) -> None:
+    """Lets training change only what `old` has not, in a network that `extend_student` made: the gradients of the rest are 0.
+
+    A vertical that has got classes is the exception: its norm is over old and new logits.
+
+    Raises:
+        ConfigError: batch statistics of the top layers, which old and new share.
+    """
+    if new.config.top.norm == "batch":
+        raise ConfigError(
+            "trainable=new with top.norm=batch: the old blocks' running statistics would move; give trainable=all"
+        )
+    for module in new.base.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
+            module.train = lambda mode=True, module=module: (
+                module
+            )  # its statistics stay, whoever says `student.train()`
+    was = dict(old.named_parameters())
+    for name, parameter in new.named_parameters():
+        if name in was:
+            is_new = torch.ones_like(parameter)
+            is_new[_place(name, was[name], old, new)] = 0
+            parameter.register_hook(lambda gradient, is_new=is_new: gradient * is_new.to(gradient.device))
+
+
+def _place(name: str, tensor: Tensor, old: Student, new: Student) -> Tensor | slice | EllipsisType:
+    """Where a parameter of the old network lies in the new one's."""
+    if tensor.dim() == 0:
+        return ...
+    part, _, own_name = name.partition(".")
+    if part == "pace" and (new.pace.is_per_class("offset" if own_name == "offset" else "gamma")):
+        return torch.tensor(list(_find_outputs(old.config.verticals, new.config.verticals)))
+    return slice(len(tensor))
+
+
+def _find_outputs(before: Mapping[str, int], now: Mapping[str, int]) -> Iterator[int]:
+    """The outputs of the old classes in the new network."""
+    starts = dict(zip(now, itertools.accumulate(now.values(), initial=0), strict=False))
+    for vertical, size in before.items():
+        yield from range(starts[vertical], starts[vertical] + size)
+
+
+def _check(old: Student, verticals: Mapping[str, int]) -> None:
+    before = old.config.verticals
+    if list(verticals)[: len(before)] != list(before):
+        raise ConfigError(
+            f"the network has the verticals {', '.join(before)}, and is to have {', '.join(verticals)}: verticals may only be "
+            "added behind the others; train it anew"
+        )
+    for vertical, size in before.items():
+        if verticals[vertical] < size:
+            raise ConfigError(
+                f"the network has {size} classes in {vertical}, and is to have {verticals[vertical]}: classes may only be added"
+            )
+    if old.config.loss == "softmax":
+        raise ConfigError(
+            "a network with loss=softmax cannot be extended: classes exclude each other, so new ones change the old; "
+            "train it anew"
+        )

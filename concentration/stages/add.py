@@ -1,0 +1,306 @@
+"""`concentrate add vertical=NAME`: a student with a vertical, or classes, or a better teacher more than the one in service.
+
+The teacher of what is new is trained, its targets are made, the student gets a block and a classifier for it, and it alone is
+concentrated, with stored targets of the old data replayed. What old verticals lost is measured before the stage counts as done.
+
+Shapes: C all classes.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pydantic
+import torch
+
+from concentration import distributed
+from concentration.data.index import Split, load_split
+from concentration.data.order import permutation
+from concentration.data.sample_targets import StoredTargets
+from concentration.errors import ConfigError
+from concentration.metrics.average_precision import mean_average_precision
+from concentration.networks.bases import BaseConfig
+from concentration.networks.classifier import Classifier
+from concentration.networks.extension import extend_student, hold_old_parameters
+from concentration.networks.pace import PaceConfig
+from concentration.networks.student import Student, load_student
+from concentration.networks.top_layers import TopConfig
+from concentration.schema import Config, hash_values, parse_config
+from concentration.stages.carried_targets import carry_targets, count_earlier_shards, find_earlier_taxonomy
+from concentration.stages.prepare import SHARDS, DataOverrides, load_prepared
+from concentration.stages.run_directory import RunDirectory, hash_file
+from concentration.stages.student import STUDENTS
+from concentration.stages.targets import TARGETS, SoftTargetsConfig, TargetsConfig, targets
+from concentration.stages.teacher import TEACHERS, TeacherConfig, teacher
+from concentration.stages.teacher_gate import GateConfig, measure_vertical
+from concentration.stages.train_network import NETWORK_FILE, Task, TrainingStageConfig, train_from_here
+from concentration.targets import load_metadata
+from concentration.taxonomy import Taxonomy
+from concentration.training.configs import TrainerConfig
+from concentration.training.optimizers import OptimizerConfig
+
+
+class NewTeacherConfig(Config):
+    """A new vertical's teacher and how it is trained."""
+
+    base: BaseConfig
+    top: TopConfig
+    pace: PaceConfig
+    optimizer: OptimizerConfig
+    trainer: TrainerConfig
+
+
+class AddConfig(TrainingStageConfig):
+    """Writes `students/NAME/` and `targets/NAME/`.
+
+    vertical: what is new: a vertical that the student lacks, or one that has got classes or another teacher; or several. A
+        finished teacher that fits is taken as it is, and else one is trained (`teacher`).
+    student: the one in service, trained on stored targets or made by `add`.
+    name: of the new student.
+    replay: old images for each new one.
+    trainable: `all`, or `new`: only what the old student has not, so that old verticals stay exactly what they were.
+    tolerance: by which the AP of an old vertical may fall on val; more is an error, and the stage is not finished.
+    """
+
+    runtime_fields = TrainingStageConfig.runtime_fields | {"tolerance", "gate"}
+
+    data: DataOverrides = DataOverrides()
+    vertical: str | tuple[str, ...]
+    student: str = "student"
+    name: str = "next"
+    replay: pydantic.NonNegativeFloat = 1.0
+    trainable: Literal["all", "new"] = "all"
+    tolerance: float = pydantic.Field(default=0.01, ge=0, lt=1)
+    gate: GateConfig = GateConfig()
+    teacher: NewTeacherConfig
+
+    @property
+    def verticals(self) -> tuple[str, ...]:
+        return (self.vertical,) if isinstance(self.vertical, str) else self.vertical
+
+    @pydantic.model_validator(mode="after")
+    def _check_names(self):
+        if self.name in (self.student, "specialists"):
+            raise ValueError(f"name={self.name} is taken; the new student needs a name of its own")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _check_trainable(self):
+        reasons = {
+            "optimizer.weight_decay": getattr(self.optimizer, "weight_decay", 0.0),
+            "trainer.update_in_backward": self.trainer.update_in_backward,
+            "trainer.shard_head": self.trainer.shard_head,
+        }
+        for key, value in reasons.items():
+            if self.trainable == "new" and value:
+                raise ValueError(
+                    f"trainable=new with {key}={value}: it would move what is to stay; set one of them back"
+                )
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _check_image_size(self):
+        if self.data.image_size is not None:
+            raise ValueError(f"data.image_size={self.data.image_size}: the student's own is kept; leave it out")
+        return self
+
+
+@dataclass(frozen=True)
+class _Served:
+    """The student in service.
+
+    Attributes:
+        network: in eval mode.
+        taxonomy: of its outputs.
+        targets: that it was trained on.
+        epochs: how often it has seen its data, or would have if it had been trained on all of them at once.
+    """
+
+    network: Student
+    taxonomy: Taxonomy
+    targets: SoftTargetsConfig
+    epochs: float
+
+
+def add(config: AddConfig) -> None:
+    """Runs the stage.
+
+    Raises:
+        ConfigError: the student was not trained on stored targets; `vertical` is not all that is new; a teacher is not fit; or an
+            old vertical lost more than the tolerance.
+        DataError: what was prepared is not what the student was trained on and something behind it.
+    """
+    accelerator = config.trainer.accelerator
+    distributed.start("nccl" if accelerator == "gpu" else "gloo", config.trainer.timeout_seconds)
+    _, taxonomy, fingerprint = load_prepared(config.workdir, DataOverrides())
+    split = load_split(config.workdir / SHARDS, "train", taxonomy)
+    served = _load_served(config, split)
+    _check_verticals(config, served, taxonomy)
+    sets = distributed.from_rank_zero(lambda: _make_targets(config, served, split))
+    directory = RunDirectory(config.workdir / STUDENTS / config.name)
+    upstream = {"data": fingerprint, "student": hash_file(_file_of(config)), "targets": hash_values(sets)}
+    with directory.begin(config, upstream) as is_due:
+        if is_due:
+            _train(config, directory, served, split)
+
+
+def _train(config: AddConfig, directory: RunDirectory, served: _Served, split: Split) -> None:
+    taxonomy = split.taxonomy
+    size = served.network.image_size
+    prepared, _, _ = load_prepared(config.workdir, DataOverrides(image_size=size, view=config.data.view))
+    counts_C = split.count_smeared()
+    frequency_C = counts_C / len(split)
+    sizes = dict(zip(taxonomy.verticals, taxonomy.vertical_sizes, strict=True))
+    student = extend_student(served.network, sizes, torch.from_numpy(frequency_C), config.seed)
+    if config.trainable == "new":
+        hold_old_parameters(served.network, student)
+    task = Task(
+        title=f"add {'+'.join(config.verticals)}",
+        taxonomy=taxonomy,
+        split=split,
+        ordinals=choose_samples(split, config.verticals, config.replay, config.seed),
+        targets=StoredTargets(config.workdir / TARGETS / config.name, split),
+        counts_C=counts_C,
+        frequency_C=frequency_C,
+    )
+
+    def judge(trained: Student, num_steps: int) -> Mapping[str, Any]:
+        before, after = measure_old_verticals(config, served.network, trained, served.taxonomy, taxonomy)
+        _check_tolerance(config, before, after)
+        num_images = min(num_steps * config.trainer.batch_size, round(config.trainer.max_epochs * len(task.ordinals)))
+        facts = {"num_images": num_images, "num_images_of_retraining": round(served.epochs * len(split))}
+        _print(config, before, after, facts)
+        targets_config = served.targets.model_copy(update={"name": config.name}).model_dump()
+        return {"targets": targets_config, "epochs": served.epochs, "ap_before": before, "ap_after": after, **facts}
+
+    train_from_here(student, config, directory, task, prepared, judge)
+
+
+def choose_samples(split: Split, verticals: tuple[str, ...], replay: float, seed: int) -> np.ndarray:
+    """Ordinals, rising: all samples with a label in these verticals, and `replay` times as many of the others, drawn evenly."""
+    new = np.unique(np.concatenate([split.routed(vertical) for vertical in verticals]))
+    others = np.setdiff1d(np.arange(len(split)), new)
+    drawn = others[permutation(len(others), seed)[: round(replay * len(new))]]
+    return np.sort(np.concatenate([new, drawn]))
+
+
+def measure_old_verticals(
+    config: AddConfig, old: Classifier, new: Classifier, earlier: Taxonomy, taxonomy: Taxonomy
+) -> tuple[dict[str, float], dict[str, float]]:
+    """AP on val of the old verticals' old classes, by the old and by the new student; those without a sample left out.
+
+    Raises:
+        ConfigError: there is no validation image to measure with.
+    """
+    shards = config.workdir / SHARDS
+    if not any(shards.glob("val-*.index")):
+        raise ConfigError(
+            f"{shards}: no validation images, so what old verticals lose cannot be measured; prepare some"
+        )
+    val = load_split(shards, "val", taxonomy)
+    before, after = {}, {}
+    for vertical in earlier.verticals:
+        own = earlier.restrict(vertical)
+        has_old_class = val.label_output < taxonomy.vertical_slice(vertical).start + own.num_classes
+        if not (has_old_class & (val.label_output >= taxonomy.vertical_slice(vertical).start)).any():
+            continue
+        for found, network, whole in ((before, old, earlier), (after, new.eval(), taxonomy)):
+            ap_V = measure_vertical(network, whole.vertical_slice(vertical).start, own, val)
+            found[vertical] = mean_average_precision(ap_V)
+    return before, after
+
+
+def _file_of(config: AddConfig) -> Path:
+    return config.workdir / STUDENTS / config.student / NETWORK_FILE
+
+
+def _load_served(config: AddConfig, split: Split) -> _Served:
+    directory = RunDirectory(config.workdir / STUDENTS / config.student)
+    done = directory.load_done(f"concentrate student name={config.student}", step=int)
+    begun = directory.load_config()
+    known = done.get("targets") or begun.get("targets") or {}
+    if known.get("kind") != "soft":
+        raise ConfigError(
+            f"student={config.student}: was not trained on stored targets, and its old data cannot be replayed; give one that was"
+        )
+    file = _file_of(config)
+    network = load_student(file)
+    where, made_for = str(file), load_metadata(file).get("taxonomy", "")
+    earlier = find_earlier_taxonomy(split.taxonomy, network.num_outputs, made_for, where)
+    own = parse_config(SoftTargetsConfig, known)
+    num_shards = count_earlier_shards(split, earlier.fingerprint, directory.load_upstream()["data"], where)
+    epochs = done.get("epochs") or done["step"] * begun["trainer"]["batch_size"] / int(split.shard_start[num_shards])
+    return _Served(network, earlier, own, epochs)
+
+
+def _check_verticals(config: AddConfig, served: _Served, taxonomy: Taxonomy) -> None:
+    """Raises: ConfigError where a vertical is not there, or one that has come or grown is not given."""
+    for vertical in config.verticals:
+        taxonomy.vertical_slice(vertical)  # refuses what is not there
+    sizes = served.network.config.verticals
+    changed = [v for v, size in zip(taxonomy.verticals, taxonomy.vertical_sizes, strict=True) if sizes.get(v) != size]
+    forgotten = [vertical for vertical in changed if vertical not in config.verticals]
+    if forgotten:
+        raise ConfigError(
+            f"vertical={','.join(config.verticals)}: {', '.join(forgotten)} came or got classes since {config.student} was "
+            f"trained, too; give all: vertical=[{','.join(dict.fromkeys([*config.verticals, *forgotten]))}]"
+        )
+
+
+def _make_targets(config: AddConfig, served: _Served, split: Split) -> dict[str, str]:
+    """The new teachers and their targets, and the old ones' targets for what they have not seen. Returns the sets' hashes."""
+    taxonomy, hashes = split.taxonomy, {}
+    own = served.targets.model_copy(update={"name": config.name})
+    shared = {"workdir": config.workdir, "accelerator": config.trainer.accelerator, "targets": own}
+    for vertical in taxonomy.verticals:
+        is_new = vertical in config.verticals
+        destination = config.workdir / TARGETS / own.name / vertical
+        if is_new:
+            _make_teacher(config, taxonomy, vertical)
+        elif not RunDirectory(destination).is_finished:
+            source = config.workdir / TARGETS / served.targets.name / vertical
+            carry_targets(source, destination, config.workdir, split, served.taxonomy)
+        gate = config.gate if is_new else GateConfig(action="off")
+        targets(TargetsConfig(**shared, vertical=vertical, gate=gate, overwrite="changed" if is_new else False))
+        hashes[vertical] = RunDirectory(destination).load_done("concentrate targets", targets=str)["targets"]
+    return hashes
+
+
+def _make_teacher(config: AddConfig, taxonomy: Taxonomy, vertical: str) -> None:
+    """Trains a teacher where none is finished that answers for all classes of the vertical."""
+    directory = RunDirectory(config.workdir / TEACHERS / vertical)
+    restricted = taxonomy.restrict(vertical)
+    file = directory.path / NETWORK_FILE
+    is_ours = directory.is_finished and file.exists()
+    if is_ours and load_metadata(file).get("taxonomy") == restricted.fingerprint:
+        return
+    if directory.is_finished and not is_ours:
+        return  # taken over from elsewhere: `targets` refuses it where it answers for other classes
+    parts = {name: getattr(config.teacher, name) for name in NewTeacherConfig.model_fields}
+    values = {"workdir": config.workdir, "overwrite": "changed", "seed": config.seed, "logger": config.logger}
+    teacher(TeacherConfig(**values, vertical=vertical, **parts))
+
+
+def _check_tolerance(config: AddConfig, before: Mapping[str, float], after: Mapping[str, float]) -> None:
+    lost = {vertical: before[vertical] - after[vertical] for vertical in before}
+    worst = [f"{v} from {before[v]:.3f} to {after[v]:.3f}" for v in before if lost[v] > config.tolerance]
+    if worst:
+        raise ConfigError(
+            f"{config.workdir / STUDENTS / config.name}: the AP of old verticals fell on val: {'; '.join(worst)}; more than "
+            f"tolerance={config.tolerance:g}: give more replay than {config.replay:g}, a lower optimizer.lr or trainable=new "
+            "with overwrite=true, or another tolerance"
+        )
+
+
+def _print(
+    config: AddConfig, before: Mapping[str, float], after: Mapping[str, float], facts: Mapping[str, int]
+) -> None:
+    for vertical in before:
+        print(f"add: {vertical}: AP on val {before[vertical]:.3f} before, {after[vertical]:.3f} after")
+    share = facts["num_images"] / max(1, facts["num_images_of_retraining"])
+    print(
+        f"add: {facts['num_images']} images were learned from, {share:.0%} of the {facts['num_images_of_retraining']} that "
+        f"training {config.name} anew would take"
+    )

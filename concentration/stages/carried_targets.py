@@ -1,0 +1,88 @@
+"""Stored targets that go on holding after data came: old shards and the places of classes inside verticals never change."""
+
+import contextlib
+import hashlib
+import os
+import shutil
+from pathlib import Path
+
+from concentration.data.index import Split
+from concentration.errors import ConfigError, DataError
+from concentration.schema import parse_json
+from concentration.stages.run_directory import RunDirectory
+from concentration.stages.teacher import TEACHERS
+from concentration.taxonomy import Taxonomy
+
+
+def find_earlier_taxonomy(taxonomy: Taxonomy, num_classes: int, fingerprint: str, where: str) -> Taxonomy:
+    """The first classes of a taxonomy, which something was made for.
+
+    Raises:
+        DataError: these are others.
+    """
+    with contextlib.suppress(DataError):  # what is no taxonomy is none that something was made for
+        earlier = Taxonomy(taxonomy.classes[:num_classes])
+        if earlier.fingerprint == fingerprint:
+            return earlier
+    raise DataError(
+        f"{where}: made for {num_classes} classes that are not the first of taxonomy.json; classes may only be appended: restore "
+        "them, or train it again"
+    )
+
+
+def count_earlier_shards(split: Split, taxonomy: str, data: str, where: str) -> int:
+    """How many of the first shards had these fingerprints, of their taxonomy and of the whole split.
+
+    Raises:
+        DataError: none had.
+    """
+    hasher = hashlib.sha256(taxonomy.encode())
+    for number, digest in enumerate(split.digests, start=1):
+        hasher.update(f"\n{digest}".encode())
+        if hasher.copy().hexdigest()[:16] == data:
+            return number
+    raise DataError(
+        f"{where}: made from other shards than the first of these; shards may only be appended: make it again"
+    )
+
+
+def carry_targets(source: Path, destination: Path, workdir: Path, split: Split, earlier: Taxonomy) -> None:
+    """Puts a vertical's stored targets where those of more data are to be made, which then makes only what is missing.
+
+    Args:
+        source, destination: of two sets, the directories of one vertical.
+        workdir: where its teacher is.
+        split: all samples that there are now.
+        earlier: the taxonomy when the targets were made.
+
+    Raises:
+        ConfigError: the targets are not finished, or their teacher is another now.
+        DataError: they were made from other data than the first shards.
+    """
+    vertical = source.name
+    done = RunDirectory(source).load_done(f"concentrate targets vertical={vertical}", teacher=str)
+    teacher = RunDirectory(workdir / TEACHERS / vertical).load_done(f"concentrate teacher vertical={vertical}")
+    if teacher["checkpoint"] != done["teacher"]:
+        raise ConfigError(
+            f"{workdir / TEACHERS / vertical}: another teacher than made {source}; add this vertical, too: "
+            f"vertical=[...,{vertical}]"
+        )
+    manifest = parse_json((source / "manifest.json").read_bytes(), str(source / "manifest.json"))
+    if manifest["taxonomy"] != earlier.fingerprint:
+        raise DataError(f"{source}: made for another taxonomy than the student was; make them again")
+    num_shards = count_earlier_shards(split, manifest["taxonomy"], manifest["data"], str(source))
+    destination.mkdir(parents=True, exist_ok=True)
+    for name in split.index_names[:num_shards]:
+        file = f"{name}.safetensors"
+        if (source / file).exists() and not (destination / file).exists():
+            _link(source / file, destination / file)
+
+
+def _link(source: Path, destination: Path) -> None:
+    """A second name for a file that is never changed in place, or a copy where the file system has none."""
+    try:
+        os.link(source, destination)
+    except OSError:
+        temporary = destination.with_name(f".{destination.name}.{os.getpid()}.tmp")
+        shutil.copyfile(source, temporary)
+        os.replace(temporary, destination)

@@ -1,0 +1,148 @@
+"""`concentrate add`: a vertical comes, the old ones stay, and only what is new is made."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from real_runs import (
+    TINY,
+    TINY_TRAINER,
+    concentrate_here,
+    draw_image,
+    load_json,
+    load_weights,
+    prepare_shards_here,
+    taxonomy_of_fruit_and_tools,
+    write_tar,
+)
+
+from concentration.data.index import load_split
+from concentration.errors import ConfigError, DataError
+from concentration.stages.add import choose_samples
+from concentration.taxonomy import Taxonomy
+
+SKY = ("moon", "star", "comet")
+TINY_ADD = (
+    *TINY_TRAINER, "teacher.base.channels=[4,8]", "teacher.base.norm=group", "teacher.top.top1=12", "teacher.top.top2=8",
+    "teacher.top.norm=layer", "teacher.trainer.num_workers=0", "teacher.trainer.batch_size=16", "teacher.trainer.max_epochs=4",
+)  # fmt: skip
+
+
+def grow(directory: Path) -> None:
+    """Tars of a new vertical, some of whose images are labelled with an old class, too; and their classes behind the others."""
+    given = directory / "given"
+    taxonomy = taxonomy_of_fruit_and_tools()
+    taxonomy["classes"] += [{"id": c, "vertical": "sky"} for c in SKY]
+    (given / "taxonomy.json").write_text(json.dumps(taxonomy))
+    for split, count, number in (("train", 48, 4), ("val", 18, 1), ("test", 18, 1)):
+        labels = [[SKY[n % 3], "saw"] if n % 8 == 7 else [SKY[n % 3]] for n in range(count)]
+        samples = [(f"sky-{split}{n}", of, draw_image(of[0], 3000 + n)) for n, of in enumerate(labels)]
+        write_tar(given / f"{split}-{number:06d}.tar", samples)
+    concentrate_here("prepare", "data=shards", f"data.path={given}", "data.image_size=16", f"workdir={directory / 'work'}",
+                "num_processes=1", "append=true")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory) -> Path:
+    """A student of fruit and tools in service, and the images of a third vertical that have just come."""
+    directory = tmp_path_factory.mktemp("add")
+    workdir = prepare_shards_here(directory)
+    common = (f"workdir={workdir}", *TINY)
+    for vertical in ("fruit", "tools"):
+        concentrate_here("teacher", f"vertical={vertical}", *common)
+    concentrate_here("targets", f"workdir={workdir}", "targets.top_k=5")
+    concentrate_here("student", "targets.top_k=5", *common)
+    grow(directory)
+    return workdir
+
+
+def test_a_vertical_comes_and_the_old_ones_stay(workdir):
+    arguments = ("add", "vertical=sky", f"workdir={workdir}", "trainable=new", "tolerance=0.0001", *TINY_ADD)
+    out = concentrate_here(*arguments)
+    assert "that training next anew would take" in out
+    done = load_json(workdir / "students/next/DONE.json")
+    assert done["ap_before"].keys() == {"fruit", "tools"}
+    assert done["ap_after"] == pytest.approx(done["ap_before"], abs=1e-4)
+    # 48 images of sky and as many old ones, twice; the whole would be 248 twice.
+    assert (done["num_images"], done["num_images_of_retraining"]) == (192, pytest.approx(2 * 248, rel=0.05))
+    before, after = load_weights(workdir / "students/student"), load_weights(workdir / "students/next")
+    for name, array in before.items():
+        np.testing.assert_array_equal(after[name][: len(array)] if array.ndim else after[name], array, err_msg=name)
+    assert len(after["top.top2.weight"]) == 3 * 8
+    assert "top.classifiers.2.weight" in after
+    for vertical in ("fruit", "tools"):
+        for file in (workdir / "targets/default" / vertical).glob("*.safetensors"):
+            assert file.samefile(workdir / "targets/next" / vertical / file.name), "old targets are not made again"
+    assert not (workdir / "targets/next/fruit/train-000004.safetensors").exists(), "no new image is a fruit"
+    assert (workdir / "targets/next/tools/train-000004.safetensors").exists(), "some are labelled with a tool"
+    assert "finished already" in concentrate_here(*arguments)
+    concentrate_here("evaluate", "name=next", f"workdir={workdir}")
+    assert load_json(workdir / "evaluations/next.json")["pvap"].keys() == {"fruit", "tools", "sky"}
+
+
+def test_what_old_verticals_lose_is_an_error_that_a_larger_tolerance_lifts(workdir):
+    arguments = ("add", "vertical=sky", f"workdir={workdir}", "name=hasty", "replay=0", "optimizer.lr=3", *TINY_ADD)
+    with pytest.raises(ConfigError) as error:
+        concentrate_here(*arguments)
+    message = str(error.value)
+    assert "the AP of old verticals fell on val: " in message
+    assert "give more replay than 0, a lower optimizer.lr or trainable=new" in message
+    assert not (workdir / "students/hasty/DONE.json").exists()
+    concentrate_here(*arguments, "tolerance=0.99")
+    done = load_json(workdir / "students/hasty/DONE.json")
+    assert min(done["ap_after"][v] - done["ap_before"][v] for v in ("fruit", "tools")) < -0.01
+
+
+def test_a_student_on_labels_and_names_that_are_taken_are_refused(workdir):
+    common = (f"workdir={workdir}", *TINY)
+    with pytest.raises(ConfigError) as error:
+        concentrate_here("add", "vertical=sky", "name=student", f"workdir={workdir}")
+    message = str(error.value)
+    assert "name=student is taken" in message
+    with pytest.raises(DataError, match="no vertical 'sea'; valid: fruit, tools, sky"):
+        concentrate_here("add", "vertical=sea", f"workdir={workdir}")
+    concentrate_here("student", "name=generalist", "targets=labels", *common, "trainer.max_steps=1")
+    with pytest.raises(ConfigError) as error:
+        concentrate_here("add", "vertical=sky", "student=generalist", f"workdir={workdir}")
+    message = str(error.value)
+    assert "was not trained on stored targets" in message
+
+
+def test_all_new_samples_and_as_many_old_ones_as_asked_are_seen(workdir):
+    taxonomy = Taxonomy.load(workdir / "shards/taxonomy.json")
+    split = load_split(workdir / "shards", "train", taxonomy)
+    new = set(split.routed("sky").tolist())
+    for replay in (0.0, 0.5, 2.0, 99.0):
+        chosen = choose_samples(split, ("sky",), replay, seed=1)
+        assert new <= set(chosen.tolist())
+        assert len(chosen) == min(len(split), len(new) + round(replay * len(new)))
+        assert (np.diff(chosen) > 0).all()
+
+
+def test_an_extended_student_is_extended_again_by_classes_that_come_to_an_old_vertical(workdir):
+    """The last test here: it changes the data."""
+    directory, same = workdir.parent, (f"workdir={workdir}", *TINY_ADD)
+    if not (workdir / "students/next/DONE.json").exists():
+        concentrate_here("add", "vertical=sky", *same, "tolerance=0.99")
+    given = directory / "given"
+    taxonomy = json.loads((given / "taxonomy.json").read_text())
+    taxonomy["classes"].append({"id": "melon", "vertical": "fruit", "parents": ["fruit"]})
+    (given / "taxonomy.json").write_text(json.dumps(taxonomy))
+    for split, number in (("train", 5), ("val", 2)):
+        samples = [(f"melon-{split}{n}", ["melon"], draw_image("melon", 5000 + n)) for n in range(20)]
+        write_tar(given / f"{split}-{number:06d}.tar", samples)
+    concentrate_here("prepare", "data=shards", f"data.path={given}", "data.image_size=16", f"workdir={workdir}",
+                "num_processes=1", "append=true")  # fmt: skip
+    later = ("add", "student=next", "name=later", "tolerance=0.99", *same)
+    with pytest.raises(ConfigError) as error:
+        concentrate_here(*later, "vertical=tools")
+    message = str(error.value)
+    assert "fruit came or got classes since next was trained, too; give all: vertical=[tools,fruit]" in message
+    concentrate_here(*later, "vertical=fruit")
+    done = load_json(workdir / "students/later/DONE.json")
+    assert done["ap_before"].keys() == {"fruit", "tools", "sky"}
+    assert done["epochs"] == pytest.approx(2.0, rel=0.05), "of the first student's training"
+    concentrate_here("evaluate", "name=later", "split=val", f"workdir={workdir}")
+    weights = load_weights(workdir / "students/later")
+    assert len(weights["top.classifiers.0.weight"]) == 7
