@@ -49,21 +49,13 @@ def extend_student(old: Student, verticals: Mapping[str, int], frequency_C: Tens
 def hold_old_parameters(old: Student, new: Student) -> None:
     """Lets training change only what `old` has not, in a network that `extend_student` made: the gradients of the rest are 0.
 
-    A vertical that has got classes is the exception: its norm is over old and new logits.
-
-    Raises:
-        ConfigError: batch statistics of the top layers, which old and new share.
+    A vertical that has got classes is the exception: its norm is over old and new logits. Batch norms use the statistics that
+    they have, also in training; a new block's are 0 and 1, and its scale and shift are trained.
     """
-    if new.config.top.norm == "batch":
-        raise ConfigError(
-            "trainable=new with top.norm=batch: the old blocks' running statistics would move; give trainable=all"
-        )
-    for module in new.base.modules():
+    for module in new.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.eval()
-            module.train = lambda mode=True, module=module: (
-                module
-            )  # its statistics stay, whoever says `student.train()`
+            module.train = lambda mode=True, module=module: module  # whoever says `student.train()`
     was = dict(old.named_parameters())
     for name, parameter in new.named_parameters():
         if name in was:
