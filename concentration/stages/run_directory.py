@@ -166,8 +166,11 @@ class RunDirectory:
 
     def _refuse(self, earlier: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         before, after = flatten(earlier), flatten(now)
-        changed = [key for key in sorted(before | after) if before.get(key) != after.get(key)]
-        shown = "; ".join(f"{key} was {before.get(key)!r}, is {after.get(key)!r}" for key in changed[:5])
+        told = {
+            key: [repr(each[key]) if key in each else "not there" for each in (before, after)] for key in before | after
+        }
+        changed = {key: (was, now) for key, (was, now) in sorted(told.items()) if was != now}
+        shown = "; ".join(f"{key} was {was}, is {now}" for key, (was, now) in list(changed.items())[:5])
         raise ConfigError(
             f"{self.path}: begun with another configuration: {shown}; "
             "give it another name or workdir, restore the values, or replace it with overwrite=true"
