@@ -20,7 +20,7 @@ from concentration.targets import write_atomically
 from concentration.taxonomy import Taxonomy
 
 _FILE = "appending.json"
-_SHARD_FILE = re.compile(r"(train|val|test)-(\d+)\.(tar|index|hashes|skipped)")
+_SHARD_FILE = re.compile(r"(train|val|test)-(\d+)\.(tar|pack|index|hashes|skipped)")
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Before:
     def look(cls, path: Path, taxonomy: Taxonomy) -> "Before":
         """Of a finished folder of shards."""
         numbers: dict[str, int] = dict.fromkeys(SPLITS, 0)
-        for file in [*path.glob("*.tar"), *path.glob("*.index")]:  # given shards lie elsewhere
+        for file in [*path.glob("*.tar"), *path.glob("*.pack"), *path.glob("*.index")]:  # given shards lie elsewhere
             split, number = _parse_name(file)
             numbers[split] = max(numbers[split], number + 1)
         return cls(taxonomy.num_classes, numbers)

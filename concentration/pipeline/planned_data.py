@@ -8,6 +8,7 @@ import numpy as np
 
 from concentration.data.index import load_split
 from concentration.data.loader import SampleReader
+from concentration.data.packs import PACK_SUFFIX
 from concentration.data.sample_targets import LabelTargets
 from concentration.data.sources import build_source
 from concentration.data.sources.webdataset_shards import ShardsConfig
@@ -76,13 +77,15 @@ def _look_at_shards(config: RunConfig) -> PlannedData:
         places = np.linspace(0, len(split) - 1, min(NUM_PROBED, len(split)), dtype=int)
         seconds = _time_decoding([reader.read_encoded(int(o)) for o in places], prepared.view, prepared.image_size)
     is_given = isinstance(config.data, ShardsConfig)
-    tars = [path for name in facts for path in (config.workdir / SHARDS).glob(f"{name}-*.tar")]
+    shards = [
+        p for name in facts for p in (config.workdir / SHARDS).glob(f"{name}-*") if p.suffix in (".tar", PACK_SUFFIX)
+    ]
     return PlannedData(
         taxonomy,
         prepared.image_size,
         {name: facts.get(name, {"samples": 0})["samples"] for name in SPLITS},
         facts["train"]["by_vertical"],
-        0 if is_given else sum(path.stat().st_size for path in tars),
+        0 if is_given else sum(path.stat().st_size for path in shards),
         None,
         seconds,
     )
@@ -101,14 +104,16 @@ def _look_at_source(config: RunConfig) -> PlannedData:
     probed = [items[place] for place in np.linspace(0, len(items) - 1, min(NUM_PROBED, len(items)), dtype=int)]
     contents = [source.read(item)[1] for item in probed]
     write_seconds = (time.perf_counter() - start) / len(contents)
-    # A sample is two members, each a header and its content in whole blocks: the image, and less than a block of labels.
-    image_blocks = np.mean([-(-len(content) // _TAR_BLOCK) for content in contents])
+    # In a tar, a sample is two members, each a header and its content in whole blocks: the image, and a block of labels.
+    image_bytes = [len(content) for content in contents]
+    if not source.is_compact:
+        image_bytes = [_TAR_BLOCK * (3 - (-size // _TAR_BLOCK)) for size in image_bytes]
     return PlannedData(
         taxonomy,
         config.data.image_size,
         dict(Counter(splits)),
         {vertical: routed[vertical] for vertical in taxonomy.verticals},
-        round(len(items) * _TAR_BLOCK * (3 + image_blocks)),
+        round(len(items) * np.mean(image_bytes)),
         write_seconds,
         _time_decoding(contents, config.data.view, config.data.image_size),
     )

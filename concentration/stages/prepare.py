@@ -14,11 +14,13 @@ from concentration.data.image_hashes import hash_shard
 from concentration.data.index import ShardIndex, Split, check_keys, index_shard, load_split
 from concentration.data.near_duplicates import MaxDistance
 from concentration.data.order import permutation
+from concentration.data.packs import PACK_SUFFIX, write_pack
 from concentration.data.shard_cache import save_access
 from concentration.data.shards import write_shard
 from concentration.data.sources import DataConfig, build_source
 from concentration.data.sources.glyph_scenes import GlyphScenesConfig
 from concentration.data.sources.glyphs import GlyphsConfig
+from concentration.data.sources.glyphs_100k.source import Glyphs100kConfig
 from concentration.data.sources.source import Item, Source
 from concentration.data.sources.webdataset_shards import (
     ShardsConfig,
@@ -82,7 +84,8 @@ class PrepareConfig(StageConfig):
     @property
     def near_duplicates(self) -> MaxDistance | None:
         """Those of glyphs are known: a character of another typeface."""
-        return None if isinstance(self.data, GlyphsConfig | GlyphScenesConfig) else self.data.near_duplicates
+        is_drawn = isinstance(self.data, GlyphsConfig | Glyphs100kConfig | GlyphScenesConfig)
+        return None if is_drawn else self.data.near_duplicates
 
 
 def prepare(config: PrepareConfig) -> None:
@@ -279,12 +282,13 @@ def _write_shards(
     before: Before | None,
 ) -> None:
     listing = (f"{s} {item.key} {item.labels}" for s, items in items_of.items() for item in items)
+    source.fetch()
     begin_listing(path, taxonomy, listing, before)
     tasks, sizes, is_hashed = [], {}, config.near_duplicates is not None
     for split, items in items_of.items():
         first = 0 if before is None else before.next_shard[split]
         for number, chunk in enumerate(_balance(items, config.samples_per_shard), first):
-            shard = path / f"{split}-{number:06d}.tar"
+            shard = path / f"{split}-{number:06d}{PACK_SUFFIX if source.is_compact else '.tar'}"
             tasks.append(functools.partial(_write_and_index, shard, chunk, source, taxonomy, is_hashed))
             sizes[shard] = len(chunk)
     with Progress("prepare", sum(sizes.values()), "images", path) as progress:
@@ -311,17 +315,20 @@ def _balance(items: Sequence[Item], samples_per_shard: int) -> list[list[Item]]:
 
 
 def _write_and_index(shard: Path, items: Sequence[Item], source: Source, taxonomy: Taxonomy, is_hashed: bool) -> None:
-    """Writes the tar, its index, and then the list of what is missing in it, which says that the other two are whole."""
+    """Writes the shard, its index, and then the list of what is missing in it, which says that the other two are whole."""
     marker, index = shard.with_suffix(".skipped"), shard.with_suffix(".index")
     if marker.exists() and _is_whole(
         index, num_expected=len(items) - len(marker.read_text(encoding="utf-8").splitlines())
     ):
         return
-    skipped = write_shard(shard, items, source)
-    if len(skipped) < len(items):
-        index_shard(shard, taxonomy, shard.name).save(index)
+    if source.is_compact:
+        skipped = write_pack(shard, items, source, taxonomy)
     else:
-        index.unlink(missing_ok=True)
+        skipped = write_shard(shard, items, source)
+        if len(skipped) < len(items):
+            index_shard(shard, taxonomy, shard.name).save(index)
+        else:
+            index.unlink(missing_ok=True)
     write_atomically(marker, "".join(f"{' '.join(line.splitlines())}\n" for line in skipped))
     if is_hashed and index.exists():
         hash_shard(index, cache=None)

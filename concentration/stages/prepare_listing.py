@@ -25,7 +25,7 @@ def begin_listing(path: Path, taxonomy: Taxonomy, listing: Iterable[str], before
         digest.update(os.fsencode(f"{line}\n"))
     kept = path / _LISTING
     is_other = kept.exists() and kept.read_bytes() != digest.hexdigest().encode()
-    for pattern in ("*.skipped", "*.hashes", "*.index", "*.tar") if is_other else ():
+    for pattern in ("*.skipped", "*.hashes", "*.index", "*.tar", "*.pack") if is_other else ():
         for stale in path.glob(pattern):
             if before is None or not before.holds(stale):
                 stale.unlink()

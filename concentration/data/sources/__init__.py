@@ -7,17 +7,27 @@ import pydantic
 from concentration.data.sources.csv_table import CsvConfig, CsvSource
 from concentration.data.sources.glyph_scenes import GlyphScenesConfig, GlyphScenesSource
 from concentration.data.sources.glyphs import GlyphsConfig, GlyphSource
+from concentration.data.sources.glyphs_100k.source import Glyphs100kConfig, Glyphs100kSource
 from concentration.data.sources.image_folder import ImageFolderConfig, ImageFolderSource
 from concentration.data.sources.inaturalist import INaturalistConfig, INaturalistSource
 from concentration.data.sources.open_images import OpenImagesConfig, OpenImagesSource
 from concentration.data.sources.source import Source
 from concentration.data.sources.webdataset_shards import ShardsConfig
 
-ImagesConfig = GlyphsConfig | GlyphScenesConfig | ImageFolderConfig | CsvConfig | OpenImagesConfig | INaturalistConfig
+ImagesConfig = (
+    GlyphsConfig
+    | Glyphs100kConfig
+    | GlyphScenesConfig
+    | ImageFolderConfig
+    | CsvConfig
+    | OpenImagesConfig
+    | INaturalistConfig
+)
 DataConfig = Annotated[ImagesConfig | ShardsConfig, pydantic.Field(discriminator="kind")]
 
 _SOURCES = {
     GlyphsConfig: GlyphSource,
+    Glyphs100kConfig: Glyphs100kSource,
     GlyphScenesConfig: GlyphScenesSource,
     ImageFolderConfig: ImageFolderSource,
     CsvConfig: CsvSource,

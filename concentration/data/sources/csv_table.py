@@ -14,7 +14,7 @@ from concentration.data.sources.image_files import (
     key_of_path,
     read_image_file,
 )
-from concentration.data.sources.source import Item
+from concentration.data.sources.source import Item, LocalSource
 from concentration.data.sources.tables import find_column, read_table
 from concentration.data.splits import SPLIT_OF_NAME, Split
 from concentration.data.views import IMAGE_EXTENSIONS
@@ -47,7 +47,7 @@ class CsvConfig(ImageFilesConfig):
     split_column: str | None = None
 
 
-class CsvSource:
+class CsvSource(LocalSource):
     """Implements `Source` over the rows of a table; images are not looked at before they are read.
 
     Raises:

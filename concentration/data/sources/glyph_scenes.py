@@ -15,7 +15,7 @@ from pydantic import Field
 
 from concentration.data.order import permutation, uniforms
 from concentration.data.sources.glyphs import FACES, GlyphsConfig, GlyphSource, encode_png
-from concentration.data.sources.source import Item
+from concentration.data.sources.source import Item, LocalSource
 from concentration.data.splits import SPLITS, Split, SplitConfig
 from concentration.data.views import ViewConfig
 from concentration.schema import Config
@@ -71,7 +71,7 @@ class GlyphScenesConfig(Config):
         return self
 
 
-class GlyphScenesSource:
+class GlyphScenesSource(LocalSource):
     """Draws images of several characters. An image depends on the config and its number, and on nothing else.
 
     Raises:

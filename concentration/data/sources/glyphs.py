@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 from pydantic import Field
 
-from concentration.data.sources.source import Item
+from concentration.data.sources.source import Item, LocalSource
 from concentration.data.splits import SPLITS, Split, SplitConfig
 from concentration.data.views import ViewConfig
 from concentration.errors import ConfigError, DataError
@@ -97,7 +97,7 @@ class Character:
         return f"U+{self.codepoint:04X}"
 
 
-class GlyphSource:
+class GlyphSource(LocalSource):
     """Draws characters. A drawing depends on the seed, the character, the face and its number, and on nothing else.
 
     Raises:

@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 import pydantic
 
 from concentration.data.sources.image_files import ImageFilesConfig, classes_of_paths, key_of_path, read_image_file
-from concentration.data.sources.source import Item
+from concentration.data.sources.source import Item, LocalSource
 from concentration.data.splits import SPLIT_OF_NAME, Split
 from concentration.data.views import IMAGE_EXTENSIONS
 from concentration.errors import ConfigError, DataError
@@ -44,7 +44,7 @@ class ImageFolderConfig(ImageFilesConfig):
         return self
 
 
-class ImageFolderSource:
+class ImageFolderSource(LocalSource):
     """Implements `Source` over a tree of folders.
 
     Raises:

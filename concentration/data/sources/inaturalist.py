@@ -18,7 +18,7 @@ from concentration.data.sources.image_files import (
     merge_small_verticals,
     read_image_file,
 )
-from concentration.data.sources.source import Item
+from concentration.data.sources.source import Item, LocalSource
 from concentration.data.splits import Split
 from concentration.data.views import IMAGE_EXTENSIONS
 from concentration.errors import ConfigError, DataError
@@ -61,7 +61,7 @@ class INaturalistConfig(ImageFilesConfig):
         return self
 
 
-class INaturalistSource:
+class INaturalistSource(LocalSource):
     """Implements `Source` over the annotated images.
 
     The classes are the species, called by their names, and the inner classes of `ranks`; they do not depend on the images.

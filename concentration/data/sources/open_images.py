@@ -12,7 +12,7 @@ from typing import ClassVar, Literal
 
 from concentration.data.sources.image_files import OTHER, ImageFilesConfig, merge_small_verticals, read_image_file
 from concentration.data.sources.open_images_hierarchy import Hierarchy, load_hierarchy
-from concentration.data.sources.source import Item
+from concentration.data.sources.source import Item, LocalSource
 from concentration.data.sources.tables import find_column, read_table
 from concentration.data.splits import SPLIT_OF_NAME
 from concentration.data.views import Share
@@ -52,7 +52,7 @@ class OpenImagesConfig(ImageFilesConfig):
     images: str = "image_ids_and_rotation.csv"
 
 
-class OpenImagesSource:
+class OpenImagesSource(LocalSource):
     """Implements `Source` over the images that are there and have a label.
 
     A label whose descendant the image has, too, is left out: smearing restores it. Parents come from the tree's subcategories

@@ -31,9 +31,11 @@ class Source(Protocol):
 
     Attributes:
         split: how the splits that the source has not are cut off its training samples.
+        is_compact: whether its images are so small, some hundred bytes, that they are written in packs instead of tars.
     """
 
     split: SplitConfig
+    is_compact: bool
 
     def build_taxonomy(self) -> Taxonomy:
         """The classes of this source."""
@@ -44,8 +46,23 @@ class Source(Protocol):
     def list_notes(self) -> list[str]:
         """A sentence on each thing that the listing left out or decided for the user."""
 
+    def fetch(self) -> None:
+        """Brings what `read` needs and is not on this machine; called once, before anything is read.
+
+        Raises: DataError where it cannot be had.
+        """
+
     def read(self, item: Item) -> tuple[str, bytes]:
         """The file extension ("png", "jpg", "webp") and the encoded image of one sample.
 
         Raises: DataError where the image cannot be had.
         """
+
+
+class LocalSource:
+    """The two answers of sources whose images lie on this machine, or are drawn from what is installed."""
+
+    is_compact = False
+
+    def fetch(self) -> None:
+        """There is nothing to fetch."""
