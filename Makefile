@@ -1,5 +1,6 @@
 # make demo    the whole pipeline on drawn characters, a few minutes on two cores
 # make test    the default tests
+# make config  docs/config.md: every key of every verb
 # make costs   docs/costs.md: parameters and multiply-adds of the papers' tables
 # make bench   tests/benchmarks: tables, and runs/bench/NAME.json
 VENV   ?= .venv
@@ -10,7 +11,7 @@ export OMP_NUM_THREADS ?= 1
 # Two processes run the tests, each whole files in their order: the longest are not left for the end.
 SPREAD  = -n 2 --dist loadgroup --no-loadscope-reorder
 
-.PHONY: demo test test-long bench costs lint clean
+.PHONY: demo test test-long bench config costs lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/concentrate run workdir=runs/demo
@@ -30,6 +31,9 @@ bench: $(VENV)/installed
 	$(BIN)/python tests/benchmarks/student.py
 	$(BIN)/python tests/benchmarks/metrics.py
 	$(BIN)/python tests/benchmarks/sharded_head.py
+
+config: $(VENV)/installed
+	$(BIN)/python docs/config_keys.py
 
 costs: $(VENV)/installed
 	$(BIN)/python docs/costs.py

@@ -1,0 +1,140 @@
+"""Writes docs/config.md: every key of every verb's config, from the config classes. `make config`, or: python docs/config_keys.py"""
+
+import inspect
+import re
+import types
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+import pydantic
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from concentration.config import VERBS
+from concentration.schema import Config
+
+PAGE = Path(__file__).with_name("config.md")
+
+HEAD = """# Every key
+
+Written by `make config` from the config classes; `tests/test_config_keys.py` holds it to them. A key inside another is written with
+a dot: `optimizer.lr=0.1`. A key that holds one of several classes is chosen by name, `optimizer=adamw`, which takes the file
+`conf/optimizer/adamw.yaml`; its own keys follow from its `kind`. The defaults here are the classes'; a file in `conf/` may give
+others, and `concentrate VERB --help` shows what holds. Keys of a network or a trainer that a verb has several of have a prefix there:
+`teacher.trainer.max_epochs` and `trainer.max_epochs` of `run`.
+"""
+
+
+def write_page() -> str:
+    """The whole page: a section for each verb, then one for each class that a key holds."""
+    sections, classes = [], {}
+    for verb, entry in VERBS.items():
+        _, config = entry.load()
+        sections.append(write_section(f"`concentrate {verb}`", config, entry.summary))
+        classes.update(dict.fromkeys(find_classes(config)))
+        classes.pop(config, None)
+    sections.append("# What keys hold\n")
+    sections += [write_section(f"`{config.__name__}`", config, None) for config in sorted(classes, key=anchor_of)]
+    return "\n".join([HEAD, *sections])
+
+
+def find_classes(config: type[Config]) -> Iterator[type[Config]]:
+    """The config classes that a class holds, at any depth."""
+    for field in config.model_fields.values():
+        for inner in list_classes(field.annotation):
+            yield inner
+            yield from find_classes(inner)
+
+
+def list_classes(annotation: Any) -> list[type[Config]]:
+    if isinstance(annotation, type) and issubclass(annotation, Config):
+        return [annotation]
+    return [found for inner in get_args(annotation) for found in list_classes(inner)]
+
+
+def write_section(title: str, config: type[Config], summary: str | None) -> str:
+    text, meanings = read_docstring(config)
+    lines = [f"## {title}", "", summary[0].upper() + summary[1:] + "." if summary else text, ""]
+    lines += ["| key | values | default | |", "|---|---|---|---|"]
+    for name, field in config.model_fields.items():
+        cells = [f"`{name}`", describe_values(field), describe_default(field), meanings.get(name, "")]
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join([*lines, ""])
+
+
+def read_docstring(config: type[Config]) -> tuple[str, dict[str, str]]:
+    """Its text, and what its lines `name: ...` say of fields; those of the classes above it included."""
+    text, meanings = "", {}
+    for parent in reversed([c for c in config.__mro__ if issubclass(c, Config) and c is not Config]):
+        document = inspect.cleandoc(parent.__dict__.get("__doc__") or "")
+        entries = re.split(r"\n(?=[a-z_0-9]+(?:, [a-z_0-9]+)*: )", "\n" + document)
+        text = " ".join(entries[0].split())
+        for entry in entries[1:]:
+            names, _, meaning = entry.partition(": ")
+            own, _, rest = meaning.partition("\n\n")
+            text = " ".join([text, *rest.split()]).strip()
+            meanings |= {name.strip(): " ".join(own.split()) for name in names.split(",")}
+    return text, meanings
+
+
+def describe_values(field: FieldInfo) -> str:
+    words = list(dict.fromkeys(_describe_type(field.annotation, field.metadata)))
+    return " or ".join(words)
+
+
+def _describe_type(annotation: Any, metadata: list[Any] = ()) -> Iterator[str]:
+    origin = get_origin(annotation)
+    if origin is typing.Annotated:
+        inner, *more = get_args(annotation)
+        yield from _describe_type(inner, more)
+    elif origin in (Union, types.UnionType):
+        for inner in get_args(annotation):
+            yield from _describe_type(inner)
+    elif origin is Literal:
+        yield from (f"`{_write(value)}`" for value in get_args(annotation))
+    elif annotation is types.NoneType:
+        yield "`null`"
+    elif isinstance(annotation, type) and issubclass(annotation, Config):
+        yield f"[{annotation.__name__}](#{anchor_of(annotation)})"
+    elif origin is not None:
+        inner = [" or ".join(_describe_type(each)) for each in get_args(annotation) if each is not Ellipsis]
+        yield f"{'a mapping to ' + inner[-1] if len(inner) == 2 and origin is dict else 'a list of ' + inner[0]}"
+    else:
+        bounds = [_describe_bound(bound) for bound in metadata]
+        yield " ".join([annotation.__name__.lower(), *(bound for bound in bounds if bound)])
+
+
+def _describe_bound(bound: Any) -> str:
+    signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+    parts = [f"{sign} {getattr(bound, name)}" for name, sign in signs.items() if getattr(bound, name, None) is not None]
+    return ", ".join(parts)
+
+
+def describe_default(field: FieldInfo) -> str:
+    if field.default_factory is not None:
+        return f"`{_write(field.default_factory())}`"
+    if field.default is PydanticUndefined:
+        return "given by `conf/`"
+    if isinstance(field.default, pydantic.BaseModel):
+        return f"`{getattr(field.default, 'kind', type(field.default).__name__)}`"
+    return f"`{_write(field.default)}`"
+
+
+def _write(value: Any) -> str:
+    """As it is written on the command line."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, list | tuple):
+        return "[" + ",".join(map(_write, value)) + "]"
+    return str(value)
+
+
+def anchor_of(config: type[Config]) -> str:
+    return config.__name__.lower()
+
+
+if __name__ == "__main__":
+    PAGE.write_text(write_page())
+    print(PAGE)
