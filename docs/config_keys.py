@@ -1,4 +1,4 @@
-"""Writes docs/config.md: every key of every verb's config, from the config classes. `make config`, or: python docs/config_keys.py"""
+"""Writes docs/config.md, every key of every verb, from the config classes. `make config`, or: python docs/config_keys.py"""
 
 import inspect
 import re
@@ -19,11 +19,11 @@ PAGE = Path(__file__).with_name("config.md")
 
 HEAD = """# Every key
 
-Written by `make config` from the config classes; `tests/test_config_keys.py` holds it to them. A key inside another is written with
-a dot: `optimizer.lr=0.1`. A key that holds one of several classes is chosen by name, `optimizer=adamw`, which takes the file
+Written by `make config` from the config classes; `tests/test_config_keys.py` holds it to them. A key inside another is written
+with a dot: `optimizer.lr=0.1`. A key that holds one of several classes is chosen by name, `optimizer=adamw`, which takes the file
 `conf/optimizer/adamw.yaml`; its own keys follow from its `kind`. The defaults here are the classes'; a file in `conf/` may give
-others, and `concentrate VERB --help` shows what holds. Keys of a network or a trainer that a verb has several of have a prefix there:
-`teacher.trainer.max_epochs` and `trainer.max_epochs` of `run`.
+others, and `concentrate VERB --help` shows what holds. Where a verb has several networks, theirs have a prefix:
+`teacher.trainer.max_epochs` of `run` is the teachers', `trainer.max_epochs` the student's.
 """
 
 
