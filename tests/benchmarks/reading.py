@@ -1,10 +1,11 @@
 """Reading and decoding through our loader, against `webdataset`'s own reader and against decoding from memory.
 
-    python tests/benchmarks/reading.py
+    python tests/benchmarks/reading.py [--decoding]
 
 All sides give shuffled batches of uint8 images and labels, from the same shards, which lie in the page cache.
 """
 
+import argparse
 import functools
 import io
 import tempfile
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 import webdataset
 from data import draw_photograph, encode_jpeg, write_split
-from measure import Comparison, publish, take_best, time_in_turns
+from measure import Comparison, cpu_seconds, publish, take_best, time_in_turns
 from PIL import Image
 
 from concentration.data.index import Split
@@ -48,6 +49,9 @@ ORDINARY = Workload("100 KB", (500, 375), 90, 3.2, image_size=224, num_samples=1
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--decoding", action="store_true", help="only our loader beside decoding alone: a minute")
+    arguments = parser.parse_args()
     torch.set_num_threads(1)
     comparisons: list[Comparison] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -59,9 +63,12 @@ def main() -> None:
             split = write_split(Path(folder, str(number)), images, workload.num_samples, num_shards=8)
             mean_kb = np.mean([len(image) for image in images]) / 1000
             what = f"{mean_kb:.1f} KB JPEG"
-            comparisons += compare_reading(split, what)
-            comparisons += compare_loading(split, workload, what)
-    comparisons += compare_large_images()
+            if not arguments.decoding:
+                comparisons += compare_reading(split, what)
+                comparisons += compare_loading(split, workload, what)
+            comparisons.append(compare_with_decoding(split, workload, what))
+    if not arguments.decoding:
+        comparisons += compare_large_images()
     publish("reading", "Reading and decoding, one thread a process", comparisons)
 
 
@@ -85,10 +92,6 @@ def compare_loading(split: Split, workload: Workload, what: str) -> list[Compari
                 time_batches, load_with_webdataset_and_our_views, split, workload, num_workers
             ),
         }
-        if num_workers == 0:
-            sides["decoding alone, from memory"] = functools.partial(
-                decode_from_memory, read_encoded_in_order(split), workload
-            )
         seconds = take_best(sides, num_turns=5)
         title = f"{what} to {workload.image_size}, {processes}"
         comparisons += [
@@ -97,6 +100,19 @@ def compare_loading(split: Split, workload: Workload, what: str) -> list[Compari
             if name != "ours"
         ]
     return comparisons
+
+
+def compare_with_decoding(split: Split, workload: Workload, what: str) -> Comparison:
+    """Batches beside decoding the same images from memory, batch by batch in turns, in seconds of the processor."""
+    contents, batches = read_encoded_in_order(split), build_batches(split, workload)
+    ours, alone = [], []
+    for number in range(len(split) // workload.batch_size):
+        of_batch = contents[number * workload.batch_size :][: workload.batch_size]
+        alone.append(cpu_seconds(lambda of_batch=of_batch: decode_from_memory(of_batch, workload)))
+        ours.append(cpu_seconds(lambda number=number: batches[number]))
+    rates = [workload.batch_size / float(np.median(seconds)) for seconds in (ours, alone)]
+    title = f"{what} to {workload.image_size}, one process, processor's time"
+    return Comparison(title, "samples/s", *rates, "decoding alone, from memory")
 
 
 def compare_large_images() -> list[Comparison]:
@@ -123,9 +139,13 @@ def read_with_webdataset(split: Split) -> None:
 
 
 def load_with_ours(split: Split, workload: Workload, num_workers: int) -> Iterable:
-    reader = SampleReader(split, LabelTargets(split, smear=False), workload.image_size, views=None, seed=0)
-    batches = StepBatches(reader, build_order(split), workload.batch_size, accumulate=1, rank=0, world_size=1)
+    batches = build_batches(split, workload)
     return build_loader(batches, range(batches.steps_per_epoch), num_workers)
+
+
+def build_batches(split: Split, workload: Workload) -> StepBatches:
+    reader = SampleReader(split, LabelTargets(split, smear=False), workload.image_size, views=None, seed=0)
+    return StepBatches(reader, build_order(split), workload.batch_size, accumulate=1, rank=0, world_size=1)
 
 
 def load_with_webdataset(split: Split, workload: Workload, num_workers: int) -> Iterable:
@@ -179,12 +199,9 @@ def read_encoded_in_order(split: Split) -> list[bytes]:
     return [reader.read_encoded(int(ordinal)) for ordinal in order.take(0, np.arange(len(order)))]
 
 
-def decode_from_memory(contents: Sequence[bytes], workload: Workload) -> float:
-    """Seconds a sample."""
-    started = time.perf_counter()
+def decode_from_memory(contents: Sequence[bytes], workload: Workload) -> None:
     for content in contents:
         decode_view(content, CENTRE, 0, workload.image_size)
-    return (time.perf_counter() - started) / len(contents)
 
 
 def time_batches(load: Callable[..., Iterable], *arguments) -> float:
