@@ -12,23 +12,31 @@ import sys
 from pathlib import Path
 
 PREEMPTED, MISTAKE = 75, 2
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 def forward(number: int, frame) -> None:
     """The processes agree at the end of a step, save, and exit with 75; how long that may take is the cluster's to say."""
     children = [int(child) for task in Path("/proc/self/task").glob("*/children") for child in task.read_text().split()]
-    if not children:  # torch is imported, or other machines are waited for: nothing has begun
+    if not children:  # still waiting for the other machines: nothing has begun
         sys.exit(PREEMPTED)
     for child in children:
         os.kill(child, number)
 
 
+def leave(number, frame) -> None:
+    """While torch is imported, where an exception may be swallowed."""
+    os._exit(PREEMPTED)
+
+
 if __name__ == "__main__":
-    for handled in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(handled, forward)
+    for handled in SIGNALS:
+        signal.signal(handled, leave)
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main
 
+    for handled in SIGNALS:
+        signal.signal(handled, forward)
     try:
         # Without these three, whose handlers torchrun would replace.
         main(["--signals-to-handle=SIGHUP,SIGQUIT", *sys.argv[1:]])

@@ -84,21 +84,6 @@ def test_two_machines_of_which_one_is_stopped_save_and_both_end_with_75_and_go_o
     assert load_json(run_path / "DONE.json")["step"] == 520
 
 
-@pytest.mark.long
-def test_a_machine_that_comes_later_takes_part_and_the_global_batches_stay(workdir):
-    """torchrun --nnodes=1:2 ends the processes when a machine comes, which save, and starts one on each."""
-    head = f"localhost:{find_free_port()}"
-    options = ("trainer.devices=auto", "trainer.num_nodes=auto", "trainer.max_epochs=300", "optimizer.lr=0.01")
-    first = start_student(workdir, "elastic", *options, GPUS="1", NODES="1:2", HEAD=head)
-    run_path = workdir / "students/elastic"
-    wait_for(lambda: has_trained(run_path), first)
-    second = start_student(workdir, "elastic", *options, GPUS="1", NODES="1:2", HEAD=head)
-    ends = [machine.communicate(timeout=400) for machine in (first, second)]
-    assert [first.returncode, second.returncode] == [0, 0], ends
-    assert load_json(run_path / "DONE.json")["step"] == 3900
-    assert "which is saved" in ends[0][1]
-
-
 @pytest.mark.parametrize("when", ["torch is imported", "another machine is waited for"])
 def test_a_signal_while(workdir, when):
     port = find_free_port()
