@@ -9,7 +9,7 @@ BIN     = $(VENV)/bin
 # The CPU is shared: one thread for each process, and several processes.
 export OMP_NUM_THREADS ?= 1
 # Two processes run the tests, each whole files in their order: the longest are not left for the end.
-SPREAD  = -n 2 --dist loadgroup --no-loadscope-reorder
+SPREAD  = -n 2 --no-loadscope-reorder
 
 .PHONY: demo test test-long bench config costs lint clean
 

@@ -51,12 +51,20 @@ CLASSES = (
 )
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With `--dist loadgroup`, one process runs all tests of a file: what these share is made once."""
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log):
+    """With `-n`, one process runs all tests of a file, or of tests/cluster: what these share is made once.
+
+    NOTE: `--dist loadgroup` of pytest-xdist 3.8 groups nothing under pytest 9.2, which does not let it rename tests.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            path = nodeid.partition("::")[0]
+            return "tests/cluster" if "tests/cluster/" in path else path
+
+    return ByFile(config, log)
 
 
 class Sample(NamedTuple):

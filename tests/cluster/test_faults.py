@@ -16,7 +16,7 @@ from cluster.pipelines import (
 )
 from real_runs import load_taken, wait_for_hold
 
-pytestmark = [pytest.mark.cluster, pytest.mark.xdist_group("cluster"), pytest.mark.long]
+pytestmark = [pytest.mark.cluster, pytest.mark.long]
 
 NUM_EPOCHS = 2
 #: A checkpoint after every step; and a rank that waits for one that hangs gives up soon.

@@ -7,7 +7,7 @@ from cluster.pipelines import copy_stages
 from cluster.slurm_cluster import REPOSITORY, SlurmCluster
 from real_runs import TINY, Finished, Running, concentrate, load_json
 
-pytestmark = [pytest.mark.cluster, pytest.mark.xdist_group("cluster")]
+pytestmark = pytest.mark.cluster
 
 #: `vertical=fruit` and `vertical=tools`, trained to the end as in `concentrate run`.
 TEACHERS = ("teacher", "-m", "vertical=fruit,tools", *TINY)

@@ -5,7 +5,7 @@ import re
 import pytest
 from cluster.pipelines import ON_SLURM, Pipeline, assert_same_results, copy_stages, submitted
 
-pytestmark = [pytest.mark.cluster, pytest.mark.xdist_group("cluster")]
+pytestmark = pytest.mark.cluster
 
 ALL_JOBS = {"prepare", "teacher fruit, teacher tools", "targets fruit, targets tools", "student generalist",
             "student student", "evaluate generalist", "evaluate specialists", "evaluate student", "report"}  # fmt: skip

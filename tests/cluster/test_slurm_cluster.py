@@ -3,7 +3,7 @@
 import pytest
 from cluster.slurm_cluster import NODES, PREEMPTIBLE, URGENT
 
-pytestmark = [pytest.mark.cluster, pytest.mark.xdist_group("cluster")]
+pytestmark = pytest.mark.cluster
 
 
 def test_a_step_runs_on_two_nodes(slurm):

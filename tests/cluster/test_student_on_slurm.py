@@ -7,7 +7,7 @@ from cluster.pipelines import assert_each_sample_once, copy_stages, recording
 from cluster.slurm_cluster import PREEMPTIBLE, REPOSITORY, URGENT, SlurmCluster
 from real_runs import RECORD, TINY, load_json, load_taken, start_ranks, wait_for_hold
 
-pytestmark = [pytest.mark.cluster, pytest.mark.xdist_group("cluster")]
+pytestmark = pytest.mark.cluster
 
 STUDENT = REPOSITORY / "launch" / "slurm" / "student.sh"
 #: 26 steps, with a validation after the 13th.
