@@ -6,7 +6,9 @@ The fixtures give functions where a test needs several of a thing, or of its own
 import io
 import itertools
 import json
+import multiprocessing.forkserver
 import os
+import sys
 import tarfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -65,6 +67,16 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log):
             return "tests/cluster" if "tests/cluster/" in path else path
 
     return ByFile(config, log)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Starts the server that processes are forked from, where tests start some.
+
+    NOTE: a process has one, with what it was first started with. One that a test's own `prepare` started would lack Lightning,
+    and every training of the whole session would import that for seconds.
+    """
+    if "real_runs" in sys.modules:
+        multiprocessing.forkserver.ensure_running()
 
 
 class Sample(NamedTuple):

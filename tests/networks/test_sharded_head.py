@@ -7,13 +7,13 @@ Shapes: B a rank's samples, G all ranks', C all classes, M verticals, K kept cla
 
 import dataclasses
 import datetime
-import multiprocessing
 import os
 import socket
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import real_runs  # noqa: F401  its processes, and these, are forked from one that has imported torch already
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
@@ -31,8 +31,6 @@ from concentration.targets import SoftTargets
 
 NUM_STEPS = 3
 HEAD = ("top.classifiers.", "pace.")
-# The processes are forked from one that has imported torch already.
-multiprocessing.set_forkserver_preload(["concentration.networks.student"])
 
 
 class Case(NamedTuple):
