@@ -120,7 +120,18 @@ def test_a_full_page_is_well_formed_and_shows_every_part():
     page = _Page(build_report_page(_full_inputs()))
     anchors = {attributes.get("id") for tag, attributes in page.tags if tag == "section"}
     assert anchors == {
-        *("results", "verticals", "training", "pace", "gallery", "classes", "data", "definitions", "configuration"),
+        *(
+            "results",
+            "verticals",
+            "training",
+            "pace",
+            "teachers",
+            "gallery",
+            "classes",
+            "data",
+            "definitions",
+            "configuration",
+        ),
         "reproduce",
     }
     linked = {attributes["href"] for tag, attributes in page.tags if tag == "a"}
