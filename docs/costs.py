@@ -55,8 +55,9 @@ class Row(NamedTuple):
 
 
 def list_experiments() -> list[str]:
+    """Those that are a table or figure of the paper's: their multirun is its rows."""
     paths = (find_config_directory() / "experiment").glob("*.yaml")
-    return sorted(path.stem for path in paths if path.stem not in VERTICALS)
+    return sorted(path.stem for path in paths if path.stem.startswith(("table", "fig")))
 
 
 def find_sizes(experiment: str) -> tuple[str, list[str]]:
