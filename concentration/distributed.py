@@ -20,10 +20,11 @@ T = TypeVar("T")
 _FIRST_PORT, _NUM_PORTS = 20_000, 20_000
 
 
-def start(backend: str, timeout_seconds: float = 600) -> None:
+def start(accelerator: str, timeout_seconds: float = 600) -> None:
     """Joins the other processes when this one was started by torchrun or srun; does nothing otherwise, or the second time.
 
-    Where one of them is dead or hangs, the others wait for `timeout_seconds` and raise an error.
+    They speak by NCCL for `accelerator` "gpu", by gloo for "cpu". Where one of them is dead or hangs, the others wait for
+    `timeout_seconds` and raise an error.
     """
     if is_distributed():
         return
@@ -32,6 +33,7 @@ def start(backend: str, timeout_seconds: float = 600) -> None:
         if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) == 1:
             return
         os.environ.update(translate_slurm(os.environ))
+    backend = "nccl" if accelerator == "gpu" else "gloo"
     dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_seconds))
 
 

@@ -132,8 +132,7 @@ def add(config: AddConfig) -> None:
             old vertical lost more than the tolerance.
         DataError: what was prepared is not what the student was trained on and something behind it.
     """
-    accelerator = config.trainer.accelerator
-    distributed.start("nccl" if accelerator == "gpu" else "gloo", config.trainer.timeout_seconds)
+    distributed.start(config.trainer.accelerator, config.trainer.timeout_seconds)
     _, taxonomy, fingerprint = load_prepared(config.workdir, DataOverrides())
     split = load_split(config.workdir / SHARDS, "train", taxonomy)
     served = _load_served(config, split)

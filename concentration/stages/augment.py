@@ -83,7 +83,7 @@ def augment(config: AugmentConfig) -> None:
     Raises:
         ConfigError, DataError, DivergedError, Preempted.
     """
-    distributed.start("nccl" if config.trainer.accelerator == "gpu" else "gloo", config.trainer.timeout_seconds)
+    distributed.start(config.trainer.accelerator, config.trainer.timeout_seconds)
     _, taxonomy, fingerprint = load_prepared(config.workdir, DataOverrides())
     old_path = config.workdir / STUDENTS / config.network
     upstream = {"data": fingerprint, "network": RunDirectory(old_path).load_done("concentrate student")["checkpoint"]}

@@ -92,7 +92,7 @@ def train_expert(config: ExpertConfig) -> None:
         shape = describe_step(config, taxonomy)
         print_training_plan(config, f"expert {name}", taxonomy, prepared.image_size, shape)
         return
-    distributed.start("nccl" if config.trainer.accelerator == "gpu" else "gloo", config.trainer.timeout_seconds)
+    distributed.start(config.trainer.accelerator, config.trainer.timeout_seconds)
     directory = RunDirectory(config.workdir / TEACHERS / name)
     groups = identify_sample_groups(config.workdir, config.grouping)
     upstream = {"data": fingerprint, "grouping": groups, **identify_base_checkpoint(config)}

@@ -64,7 +64,7 @@ def group(config: GroupConfig) -> None:
         ConfigError: the network is not there, or not one of ours; more groups are asked for than can be.
         DataError: the network was made for another taxonomy.
     """
-    distributed.start("nccl" if config.accelerator == "gpu" else "gloo", config.timeout_seconds)
+    distributed.start(config.accelerator, config.timeout_seconds)
     _, taxonomy, fingerprint = load_prepared(config.workdir, DataOverrides())
     made_from = _identify(config)
     with config.directory.begin(config, {"data": fingerprint, **made_from}) as is_due:

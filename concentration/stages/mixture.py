@@ -116,8 +116,7 @@ def mixture(config: MixtureConfig) -> None:
         DivergedError, Preempted: as `training.fit.fit`.
     """
     if isinstance(config.decoder, SharedDecoderConfig):
-        trainer = config.decoder.trainer
-        distributed.start("nccl" if trainer.accelerator == "gpu" else "gloo", trainer.timeout_seconds)
+        distributed.start(config.decoder.trainer.accelerator, config.decoder.trainer.timeout_seconds)
     prepared, taxonomy, fingerprint = load_prepared(config.workdir, config.data)
     router = load_router(config.workdir, config.grouping)
     directory = RunDirectory(config.workdir / STUDENTS / config.name)

@@ -110,7 +110,7 @@ def student(config: StudentConfig) -> None:
     if config.plan:
         _print_plan(config)
         return
-    distributed.start("nccl" if config.trainer.accelerator == "gpu" else "gloo", config.trainer.timeout_seconds)
+    distributed.start(config.trainer.accelerator, config.trainer.timeout_seconds)
     prepared, taxonomy, fingerprint = load_prepared(config.workdir, config.data)
     directory = RunDirectory(config.workdir / STUDENTS / config.name)
     upstream = {"data": fingerprint, **identify_base_checkpoint(config)}

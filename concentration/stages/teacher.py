@@ -126,7 +126,7 @@ def _train(config: TeacherConfig) -> None:
     if config.plan:
         _print_plan(config)
         return
-    distributed.start("nccl" if config.trainer.accelerator == "gpu" else "gloo", config.trainer.timeout_seconds)
+    distributed.start(config.trainer.accelerator, config.trainer.timeout_seconds)
     prepared, taxonomy, fingerprint = load_prepared(config.workdir, config.data)
     outputs = taxonomy.vertical_slice(config.vertical)
     directory = RunDirectory(config.workdir / TEACHERS / config.vertical)
