@@ -42,6 +42,7 @@ from concentration.stages.export_measures import (
     measure_quality,
     measure_speed,
     measure_throughput,
+    read_images,
 )
 from concentration.stages.export_programs import (
     quantise_classifiers,
@@ -58,8 +59,6 @@ from concentration.stages.student import STUDENTS
 from concentration.stages.train_network import load_network
 from concentration.targets import write_atomically
 from concentration.taxonomy import Taxonomy
-
-_READ_TOGETHER = 128
 
 
 class ExportConfig(StageConfig):
@@ -182,13 +181,9 @@ def _write_neighbours(config: ExportConfig, taxonomy: Taxonomy, predictor: Predi
     reader = SampleReader(split, LabelTargets(split, smear=False), predictor.image_size, views=None, seed=0)
     features, labels = [], []
     with Progress("export: neighbours", len(ordinals), "images", path) as progress:
-        for start in range(0, len(ordinals), _READ_TOGETHER):
-            part = slice(start, start + _READ_TOGETHER)
-            samples = reader.read(ordinals[part], epoch=0)
-            is_decoded = ~samples.skipped_B.numpy()
-            features.append(predictor(np.ascontiguousarray(samples.images.numpy()[is_decoded]))[1])
-            labels += [taxonomy.class_of_output(output).name for output in outputs[part][is_decoded]]
-            progress.advance(len(is_decoded))
+        for images, places in read_images(reader, ordinals, progress):
+            features.append(predictor(images)[1])
+            labels += [taxonomy.class_of_output(output).name for output in outputs[places]]
     NeighbourIndex.build(np.concatenate(features), labels).save(path / NEIGHBOURS_FOLDER)
     return len(labels)
 

@@ -17,6 +17,7 @@ from concentration.data.index import Split
 from concentration.data.loader import SampleReader
 from concentration.data.sample_targets import LabelTargets
 from concentration.errors import DataError
+from concentration.metrics.calibration import sigmoid
 from concentration.metrics.confusions import Confusions
 from concentration.metrics.evaluation import Evaluator
 from concentration.networks.classifier import Exportable
@@ -78,7 +79,7 @@ def check_agreement(network: Exportable, predictor: Predictor, images: np.ndarra
     found = Agreement(
         len(both),
         float(np.abs(logits_BC - expected_BC).max()),
-        float(np.abs(_sigmoid(logits_BC) - _sigmoid(expected_BC)).max()),
+        float(np.abs(sigmoid(logits_BC.astype(np.float64)) - sigmoid(expected_BC.astype(np.float64))).max()),
         float(np.abs(features_BT - expected_BT).max()),
     )
     if not found.logit <= TOLERANCE * scale:
@@ -100,26 +101,29 @@ class SampledImages:
 
     def read_first(self) -> np.ndarray:
         """A few decoded images (B, 3, H, W)."""
-        images, _ = next(self._read(self.ordinals[:_NUM_CHECKED]))
-        return images
+        return next(read_images(self._reader, self.ordinals[:_NUM_CHECKED]))[0]
 
     def batches(self, progress: Progress) -> Iterator[tuple[np.ndarray, list[list[int]]]]:
         """Images that could be decoded, and the direct labels of each."""
-        for images, ordinals in self._read(self.ordinals):
-            yield images, [self._split.labels(int(ordinal)) for ordinal in ordinals]
-            progress.advance(len(ordinals))
+        for images, places in read_images(self._reader, self.ordinals, progress):
+            yield images, [self._split.labels(int(ordinal)) for ordinal in self.ordinals[places]]
 
     def encoded(self) -> list[ImageInMemory]:
         """Images as they lie in the shards."""
         ordinals = self.ordinals[:_MOST_TIMED_IMAGES]
         return [ImageInMemory(str(ordinal), self._reader.read_encoded(int(ordinal))) for ordinal in ordinals]
 
-    def _read(self, ordinals: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        for start in range(0, len(ordinals), _READ_TOGETHER):
-            part = ordinals[start : start + _READ_TOGETHER]
-            samples = self._reader.read(part, epoch=0)
-            is_decoded = ~samples.skipped_B.numpy()
-            yield np.ascontiguousarray(samples.images.numpy()[is_decoded]), part[is_decoded]
+
+def read_images(
+    reader: SampleReader, ordinals: np.ndarray, progress: Progress | None = None
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Images (B, 3, H, W) that could be decoded, as programs take them, and their (B,) places in `ordinals`, some at a time."""
+    for start in range(0, len(ordinals), _READ_TOGETHER):
+        samples = reader.read(ordinals[start : start + _READ_TOGETHER], epoch=0)
+        is_decoded = ~samples.skipped_B.numpy()
+        yield np.ascontiguousarray(samples.images.numpy()[is_decoded]), start + np.flatnonzero(is_decoded)
+        if progress is not None:
+            progress.advance(len(is_decoded))
 
 
 def measure_quality(
@@ -231,7 +235,3 @@ def _time_call(
         milliseconds.append(1000 * (time.perf_counter() - started))
     median, p90 = (float(np.percentile(milliseconds, share)) for share in (50, 90))
     return Speed(program, device, len(images), median, p90, 1000 * len(images) / median)
-
-
-def _sigmoid(logits: np.ndarray) -> np.ndarray:
-    return 1 / (1 + np.exp(-logits.astype(np.float64)))
