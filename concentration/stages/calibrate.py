@@ -31,10 +31,9 @@ from concentration.metrics.calibration import (
 )
 from concentration.progress import Progress
 from concentration.schema import Config
-from concentration.stages.evaluate import SubjectConfig, find_checkpoint, load_subject
+from concentration.stages.evaluate import SubjectConfig, find_checkpoint, is_model_of_all, load_subject
 from concentration.stages.prepare import SHARDS, DataOverrides, load_prepared
 from concentration.stages.run_directory import RunDirectory
-from concentration.stages.student import STUDENTS
 from concentration.stages.subject import Subject
 from concentration.targets import write_atomically
 from concentration.taxonomy import Taxonomy
@@ -127,8 +126,8 @@ def _find_outside(config: CalibrateConfig, taxonomy: Taxonomy) -> _Outside | Non
     """Raises: ConfigError where all samples have a class of the network's."""
     if config.outside is None:
         return None
-    is_teacher = config.name in taxonomy.verticals and not (config.workdir / STUDENTS / config.name).is_dir()
-    known = (taxonomy.restrict(config.name) if is_teacher else taxonomy).position
+    is_of_all = is_model_of_all(config.workdir, config.name)
+    known = (taxonomy if is_of_all else taxonomy.restrict(config.name)).position
     _, theirs, _ = load_prepared(config.outside, DataOverrides())
     split = load_split(config.outside / SHARDS, "test", theirs)
     is_known_C = np.array([theirs.class_of_output(output).id in known for output in range(theirs.num_classes)])
@@ -156,6 +155,7 @@ def _describe(config: CalibrateConfig, taxonomy: Taxonomy, answers: Mapping[str,
     scalings = {name: fit_scaling(answers["val"], *method) if method else nothing for name, method in METHODS.items()}
     scaling = scalings[f"{config.scope} {config.form}"]
     before, after = (winners(answers["test"], each) for each in (nothing, scaling))
+    on_val = winners(answers["val"], scaling)
     lines = zip(taxonomy.verticals, scaling.slope_M.tolist(), scaling.shift_M.tolist(), strict=True)
     return {
         "scope": config.scope,
@@ -169,8 +169,8 @@ def _describe(config: CalibrateConfig, taxonomy: Taxonomy, answers: Mapping[str,
         },
         "before": _measure(before, taxonomy),
         "after": _measure(after, taxonomy),
-        "thresholds": _find_thresholds(config.thresholds, winners(answers["val"], scaling), after, taxonomy),
-        "none_of_these": _find_rejection(config.thresholds, answers, scaling, taxonomy),
+        "thresholds": _find_thresholds(config.thresholds, on_val, after, taxonomy),
+        "none_of_these": _find_rejection(config.thresholds, answers, scaling, on_val, after, taxonomy),
     }
 
 
@@ -238,11 +238,15 @@ def _describe_kept(found: Winners, own_N: np.ndarray, kept_N: np.ndarray) -> dic
 
 
 def _find_rejection(
-    config: ThresholdsConfig, answers: Mapping[str, Answers], scaling: Scaling, taxonomy: Taxonomy
+    config: ThresholdsConfig,
+    answers: Mapping[str, Answers],
+    scaling: Scaling,
+    val: Winners,
+    test: Winners,
+    taxonomy: Taxonomy,
 ) -> dict[str, Any]:
     """The threshold of "none of these", what it rejects of the taxonomy's own images, and of others."""
-    inside_N = winners(answers["test"], scaling).probability_N
-    val_N = winners(answers["val"], scaling).probability_N
+    inside_N, val_N = test.probability_N, val.probability_N
     threshold = find_rejection_threshold(val_N, config.false_rejection_rate)
 
     def reject(known_N: np.ndarray, foreign_N: np.ndarray) -> dict[str, float | int]:

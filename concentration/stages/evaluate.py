@@ -209,7 +209,7 @@ def load_subject(config: SubjectConfig, taxonomy: Taxonomy, split: Split, checkp
     """
     first_output, ordinals = 0, np.flatnonzero(np.diff(split.label_start))
     for name in config.names:
-        if _is_model_of_all(config.workdir, name):
+        if is_model_of_all(config.workdir, name):
             continue
         if len(config.names) > 1:
             raise ConfigError(
@@ -224,7 +224,7 @@ def load_subject(config: SubjectConfig, taxonomy: Taxonomy, split: Split, checkp
     return Subject(models, checkpoint, taxonomy, first_output, split, ordinals)
 
 
-def _is_model_of_all(workdir: Path, name: str) -> bool:
+def is_model_of_all(workdir: Path, name: str) -> bool:
     """Whether it answers for the whole taxonomy; else it is a vertical's teacher."""
     return name == SPECIALISTS or (workdir / STUDENTS / name).is_dir()
 
@@ -232,7 +232,7 @@ def _is_model_of_all(workdir: Path, name: str) -> bool:
 def _load_model(workdir: Path, name: str, taxonomy: Taxonomy) -> list[Classifier]:
     if name == SPECIALISTS:
         return load_teachers(workdir, taxonomy)
-    kind = STUDENTS if _is_model_of_all(workdir, name) else TEACHERS
+    kind = STUDENTS if is_model_of_all(workdir, name) else TEACHERS
     return [load_network(workdir / kind / name, taxonomy)]
 
 
