@@ -10,7 +10,7 @@ import numpy as np
 from concentration.errors import DataError
 from concentration.taxonomy import Taxonomy
 
-#: Of a class about which nothing is known.
+#: Of a class about which nothing is known, and of a sample whose image cannot be decoded.
 NO_GROUP = -1
 
 

@@ -16,13 +16,11 @@ import torch
 from torch import Tensor
 
 from concentration.errors import DataError
+from concentration.grouping.class_groups import NO_GROUP
 from concentration.grouping.kmeans import Centroids
 from concentration.targets import load_arrays, load_metadata, sort_metadata, write_atomically
 
 CENTROIDS_FILE = "centroids.safetensors"
-
-#: The group of a sample whose image cannot be decoded.
-NO_GROUP = -1
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """The gater: features of a network that was trained before, and the rule that ranks the experts by them.
 
-Shapes: B batch, D features, E experts, R experts that see an image (1 or 2), E all
-experts, N numbers of an answer, P (image, expert) pairs.
+Shapes: B batch, D features, E all experts, R experts that see an image (1 or 2), N numbers of an answer, P (image, expert) pairs.
 """
 
 from collections.abc import Callable, Sequence

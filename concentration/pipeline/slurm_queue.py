@@ -28,10 +28,6 @@ class QueuedJob(NamedTuple):
     def is_running(self) -> bool:
         return self.state in _RUNNING
 
-    @property
-    def is_active(self) -> bool:
-        return self.is_waiting or self.is_running
-
 
 def load_queue(user: str) -> Mapping[str, QueuedJob]:
     """The jobs of a user by id, every task of an array by its own; those that ended lately are still among them.

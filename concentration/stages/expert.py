@@ -104,7 +104,7 @@ def train_expert(config: ExpertConfig) -> None:
 
 def describe_step(config: ExpertConfig, taxonomy: Taxonomy) -> StepShape:
     """What a step's memory depends on beside the network."""
-    return StepShape(count_most_labels(taxonomy) if config.smear else 1)
+    return StepShape(count_most_labels(taxonomy, config.smear))
 
 
 def _describe_task(config: ExpertConfig, split: Split) -> Task:

@@ -18,11 +18,10 @@ from concentration import distributed
 from concentration.data.index import Split
 from concentration.data.order import SequentialOrder, WindowOrder
 from concentration.errors import ConfigError
-from concentration.grouping.class_groups import ClassGroups, vote
+from concentration.grouping.class_groups import NO_GROUP, ClassGroups, vote
 from concentration.grouping.kmeans import StreamedKMeans, fit_kmeans
 from concentration.grouping.sample_groups import (
     CENTROIDS_FILE,
-    NO_GROUP,
     CentroidRouter,
     count_by_group,
     load_group_ids,

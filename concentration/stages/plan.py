@@ -51,9 +51,9 @@ def print_training_plan(
         console.print(line)
 
 
-def count_most_labels(taxonomy: Taxonomy) -> int:
-    """The most outputs that the label of one class is smeared to."""
-    return 1 + max(len(ancestors) for ancestors in taxonomy.ancestors)
+def count_most_labels(taxonomy: Taxonomy, smear: bool) -> int:
+    """The most outputs that the label of one class stands for: itself, and where it is smeared its ancestors."""
+    return 1 + (max(len(ancestors) for ancestors in taxonomy.ancestors) if smear else 0)
 
 
 def _tabulate_layers(title: str, taxonomy: Taxonomy, layers: Sequence[LayerCost]) -> Table:

@@ -68,7 +68,7 @@ class PredictConfig(ServingConfig):
     """Answers about images, on the terminal or in a file.
 
     paths: files, folders and WebDataset shards; on the command line they stand alone, without `paths=`.
-    by_vertical: names the `best` of of every vertical, not in all.
+    by_vertical: names the `best` of every vertical, not in all.
     format: a table to read, JSON lines, or CSV with a class a row.
     output: a file instead of the terminal.
     num_threads: images are decoded and answered by so many at once; null is one per core.

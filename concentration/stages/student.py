@@ -140,7 +140,7 @@ def student(config: StudentConfig) -> None:
 def describe_step(config: StudentConfig, taxonomy: Taxonomy) -> StepShape:
     """What a step's memory depends on beside the network."""
     if config.targets.kind == "labels":
-        listed = count_most_labels(taxonomy) if config.smear is not False else 1
+        listed = count_most_labels(taxonomy, config.smear is not False)
     else:
         listed = min(config.targets.top_k, max(taxonomy.vertical_sizes))
     return StepShape(listed, has_background=config.tail == "spread", has_weight=config.outside_weight != 1)

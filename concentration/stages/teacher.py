@@ -152,7 +152,7 @@ def _train(config: TeacherConfig) -> None:
 
 def describe_step(config: TeacherConfig, restricted: Taxonomy) -> StepShape:
     """What a step's memory depends on beside the network; `restricted` is the taxonomy of the teacher's vertical."""
-    return StepShape(count_most_labels(restricted) if config.smear else 1)
+    return StepShape(count_most_labels(restricted, config.smear))
 
 
 def _print_plan(config: TeacherConfig) -> None:

@@ -12,8 +12,8 @@ from concentration.data.index import load_split
 from concentration.data.loader import SampleReader
 from concentration.data.order import SequentialOrder
 from concentration.data.sample_targets import LabelTargets
-from concentration.grouping.class_groups import ClassGroups
-from concentration.grouping.sample_groups import NO_GROUP, CentroidRouter
+from concentration.grouping.class_groups import NO_GROUP, ClassGroups
+from concentration.grouping.sample_groups import CentroidRouter
 from concentration.grouping.spectral import Similarity, cluster_classes
 from concentration.networks.student import load_student
 from concentration.stages.groupings import load_grouping, load_router, load_sample_groups
