@@ -50,7 +50,7 @@ def test_a_run_is_planned_before_and_after_its_data_are_prepared(tmp_path):
     assert [cells[0] for cells in after.values()] == [cells[0] for cells in before.values()]
 
     refused = one_line(plan(workdir, *DATA, "data.seed=1", code=2))
-    assert "seed" in refused
+    assert "begun with another configuration: data.seed was 0, is 1" in refused
     assert rows(plan(workdir, *DATA, "data.seed=1", "overwrite=true").out)["student student"][0] == "768"
 
 
