@@ -9,15 +9,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pydantic
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from concentration.errors import ConfigError, DataError
 from concentration.networks.gater import Gater, GaterConfig, run_chosen
-from concentration.networks.student import NetworkConfig, Student, check_fit, load_tensors
+from concentration.networks.student import NetworkConfig, Student, check_fit, load_tensors, save_tensors
 from concentration.schema import Config, parse_config, parse_json
-from concentration.targets import load_metadata, replacing, sort_metadata_of_file
+from concentration.targets import load_metadata
 
 #: Where a mixture's description stands in the header of its file.
 HEADER = "mixture"
@@ -81,11 +80,7 @@ class Mixture(nn.Module):
 
     def save(self, path: Path, metadata: Mapping[str, str]) -> None:
         """Writes weights and architecture as one safetensors file, whole or not at all."""
-        header = {HEADER: self.config.model_dump_json(), **metadata}
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        with replacing(path) as temporary:
-            safetensors.torch.save_file(tensors, temporary, header)
-            sort_metadata_of_file(temporary)
+        save_tensors(path, self.state_dict(), {HEADER: self.config.model_dump_json(), **metadata})
 
 
 def load_mixture(path: Path) -> Mixture:

@@ -236,10 +236,7 @@ class Student(nn.Module):
         assert self.sharding is None, "a part of a network is no network"
         header = {"network": self.config.without_auxiliaries().model_dump_json(), **metadata}
         served = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("auxiliaries.")}
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in served.items()}
-        with replacing(path) as temporary:
-            safetensors.torch.save_file(tensors, temporary, header)
-            sort_metadata_of_file(temporary)
+        save_tensors(path, served, header)
 
     def load_base(self, path: Path) -> None:
         """Takes the base network's weights from another network's file.
@@ -343,6 +340,14 @@ def check_fit(build: Callable[[], nn.Module], tensors: Mapping[str, Tensor], pat
             raise DataError(
                 f"{path}: weights do not fit its architecture: {name!r} is {have}, expected {want}; train it again"
             )
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> None:
+    """Writes a network file, whole or not at all."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with replacing(path) as temporary:
+        safetensors.torch.save_file(tensors, temporary, dict(header))
+        sort_metadata_of_file(temporary)
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:

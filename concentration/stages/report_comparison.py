@@ -78,15 +78,13 @@ def build_comparison_part(
         "verticals": [
             _describe_vertical(v, first, second, counts.get(v, {}), as_mapping(flips.get(v))) for v in verticals
         ],
-        "tables": [
-            (title, [_show_class(row) for row in chosen])
-            for title, chosen in (
-                ("Lost most", [row for row in known if row["gain"] < -LEVEL][:NUM_CLASSES_SHOWN]),
-                ("Gained most", [row for row in known[::-1] if row["gain"] > LEVEL][:NUM_CLASSES_SHOWN]),
-                ("New or gone", [r for r in rows if (r["first"] is None) != (r["second"] is None)][:NUM_CLASSES_SHOWN]),
-            )
-            if chosen
-        ],
+        "tables": _build_tables(
+            {
+                "Lost most": [row for row in known if row["gain"] < -LEVEL],
+                "Gained most": [row for row in known[::-1] if row["gain"] > LEVEL],
+                "New or gone": [row for row in rows if (row["first"] is None) != (row["second"] is None)],
+            }
+        ),
         "all": [_show_class(row) for row in known],
     }
 
@@ -120,14 +118,12 @@ def build_teachers_part(
             _describe_teacher(v, as_mapping(gates.get(v)), as_mapping(flips.get(v)), counts.get(v, {}))
             for v in verticals
         ],
-        "tables": [
-            (title, [_show_class(row) for row in chosen])
-            for title, chosen in (
-                ("Loses to its teacher", [row for row in known if row["gain"] < -LEVEL][:NUM_CLASSES_SHOWN]),
-                ("Beats its teacher", [row for row in known[::-1] if row["gain"] > LEVEL][:NUM_CLASSES_SHOWN]),
-            )
-            if chosen
-        ],
+        "tables": _build_tables(
+            {
+                "Loses to its teacher": [row for row in known if row["gain"] < -LEVEL],
+                "Beats its teacher": [row for row in known[::-1] if row["gain"] > LEVEL],
+            }
+        ),
     }
 
 
@@ -165,6 +161,11 @@ def _describe_teacher(vertical: str, gate: Mapping, flips: Mapping, counts: Mapp
     cells += [format_count(as_number(flips.get(key))) for key in ("only_second_right", "only_first_right")]
     cells += [format_count(counts.get(kind)) for kind in ("gained", "lost")]
     return {"name": vertical, "cells": cells, "is_fit": not gate.get("problems")}
+
+
+def _build_tables(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[tuple[str, list[dict[str, Any]]]]:
+    """By title the first classes, where there are some."""
+    return [(title, [_show_class(row) for row in own[:NUM_CLASSES_SHOWN]]) for title, own in rows.items() if own]
 
 
 def _show_class(row: Mapping[str, Any]) -> dict[str, Any]:
