@@ -22,6 +22,7 @@ Shapes: B this rank's samples, G all ranks' samples, T all top-2 outputs, t thos
 C all classes, P the parts that a rank holds (`head_plan.Part`).
 """
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -58,16 +59,17 @@ class ShardedHead:
 
     Args:
         vertical_sizes: of all verticals.
-        num_generic, num_individual: top-2 outputs that all verticals see, and that each sees alone.
+        num_generic: top-2 outputs that all verticals see.
+        individual_sizes: that each sees alone.
     """
 
-    def __init__(self, vertical_sizes: Sequence[int], num_generic: int, num_individual: int):
+    def __init__(self, vertical_sizes: Sequence[int], num_generic: int, individual_sizes: Sequence[int]):
         self.vertical_sizes = list(vertical_sizes)
         self.rank, self.world_size = distributed.rank(), distributed.world_size()
         self.plan = plan_shards(vertical_sizes, self.world_size)
         self.parts = self.plan[self.rank]
         self.sent: Counter[str] = Counter()
-        self._columns = [list_columns(parts, num_generic, num_individual) for parts in self.plan]
+        self._columns = [list_columns(parts, num_generic, individual_sizes) for parts in self.plan]
         holders = [
             tuple(rank for rank, parts in enumerate(self.plan) if any(part.vertical == vertical for part in parts))
             for vertical in range(len(vertical_sizes))
@@ -227,12 +229,11 @@ class ShardedHead:
         return ClassRange(start, size, sum_over_shards, block_samples)
 
 
-def list_columns(parts: Sequence[Part], num_generic: int, num_individual: int) -> list[slice]:
+def list_columns(parts: Sequence[Part], num_generic: int, individual_sizes: Sequence[int]) -> list[slice]:
     """The top-2 outputs that these parts' classifiers see."""
-    bounds = [(0, num_generic)] if num_generic else []
-    starts = [num_generic + part.vertical * num_individual for part in parts]
-    bounds += [(start, start + num_individual) for start in starts] if num_individual else []
-    return [slice(*pair) for pair in bounds]
+    bounds = list(itertools.pairwise(itertools.accumulate(individual_sizes, initial=num_generic)))
+    seen = [(0, num_generic), *(bounds[part.vertical] for part in parts)]
+    return [slice(start, stop) for start, stop in seen if stop > start]
 
 
 def all_reduce_bytes(num_bytes: int, world_size: int) -> int:

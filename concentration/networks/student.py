@@ -33,7 +33,10 @@ LossKind = Literal["sigmoid", "softmax"]
 
 
 class NetworkConfig(Config):
-    """Everything that fixes the architecture: a checkpoint carries it, so that it can be loaded without a run's config."""
+    """Everything that fixes the architecture: a checkpoint carries it, so that it can be loaded without a run's config.
+
+    num_blocks: SC blocks of verticals that were merged from several; every other vertical has one.
+    """
 
     loss: LossKind = "sigmoid"
     base: ServedBaseConfig
@@ -41,7 +44,15 @@ class NetworkConfig(Config):
     pace: PaceConfig
     image_size: pydantic.PositiveInt
     verticals: dict[str, pydantic.PositiveInt]
+    num_blocks: dict[str, pydantic.PositiveInt] = pydantic.Field(default_factory=dict)
     augmentations: tuple[HeadsConfig, ...] = ()
+
+    @pydantic.model_validator(mode="after")
+    def _check_blocks(self):
+        unknown = sorted(self.num_blocks.keys() - self.verticals.keys())
+        if unknown:
+            raise ValueError(f"num_blocks of {', '.join(unknown)}, which are no verticals")
+        return self
 
     @pydantic.model_validator(mode="after")
     def _check_augmentations(self):
@@ -58,6 +69,10 @@ class NetworkConfig(Config):
         if self.loss == "softmax" and sum(self.verticals.values()) == 1:
             raise ValueError("loss=softmax with one class, whose probability is always 1; give loss=sigmoid")
         return self
+
+    def list_num_blocks(self) -> list[int]:
+        """SC blocks of every vertical."""
+        return [self.num_blocks.get(vertical, 1) for vertical in self.verticals]
 
     def without_auxiliaries(self) -> Self:
         """The same network as it is served."""
@@ -84,7 +99,7 @@ class Student(nn.Module):
         self.config = config
         vertical_sizes = list(config.verticals.values())
         self.base = build_served_base(config.base, config.image_size)
-        self.top = TopLayers(self.base.num_features, vertical_sizes, config.top)
+        self.top = TopLayers(self.base.num_features, vertical_sizes, config.top, config.list_num_blocks())
         self.pace = Pace(vertical_sizes, config.pace)
         self.auxiliaries = nn.ModuleList(AuxiliaryClassifier(tap, vertical_sizes) for tap in self.base.taps)
         self.augmentations = nn.ModuleList(self._build_heads(heads) for heads in config.augmentations)
@@ -179,7 +194,9 @@ class Student(nn.Module):
 
         Raises: ConfigError where there are fewer classes than ranks.
         """
-        self.sharding = ShardedHead(list(self.config.verticals.values()), self.top.num_generic, self.top.num_individual)
+        self.sharding = ShardedHead(
+            list(self.config.verticals.values()), self.top.num_generic, self.top.individual_sizes
+        )
         self.top.keep(self.sharding.parts)
         self.pace.keep(self.sharding.parts, self.sharding.ranges)
 
@@ -187,7 +204,11 @@ class Student(nn.Module):
         """Makes room for the whole head again; its values are to be loaded."""
         self.sharding = None
         sizes = list(self.config.verticals.values())
-        self.top.classifiers = nn.ModuleList(nn.utils.skip_init(nn.Linear, self.top.num_seen, size) for size in sizes)
+        self.top.individual_sizes = [self.top.block_size * blocks for blocks in self.config.list_num_blocks()]
+        seen = self.top.seen_sizes
+        self.top.classifiers = nn.ModuleList(
+            nn.utils.skip_init(nn.Linear, *pair) for pair in zip(seen, sizes, strict=True)
+        )
         self.pace = Pace(sizes, self.config.pace)
 
     def gamma_by_vertical(self) -> Tensor:

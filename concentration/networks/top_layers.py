@@ -78,38 +78,50 @@ class Layers(NamedTuple):
 class TopLayers(nn.Module):
     """From base features (B, D) to one tensor of raw logits (B, V) per vertical.
 
+    Args:
+        num_blocks: SC blocks of each vertical, 1 as a rule; one that was merged from several has theirs.
+
     Source: Gao et al., section 3.2 and Figure 3. Activations are ReLUs.
     """
 
-    def __init__(self, num_features: int, vertical_sizes: Sequence[int], config: TopConfig):
+    def __init__(
+        self,
+        num_features: int,
+        vertical_sizes: Sequence[int],
+        config: TopConfig,
+        num_blocks: Sequence[int] | None = None,
+    ):
         super().__init__()
+        num_blocks = [1] * len(vertical_sizes) if num_blocks is None else num_blocks
         self.num_generic = num_features if config.kind == "linear" else _num_generic(config)
-        self.num_individual = 0 if config.kind == "linear" else config.top2 - self.num_generic
+        self.block_size = 0 if config.kind == "linear" else config.top2 - self.num_generic
+        #: Of each vertical whose classifier is here, the top-2 outputs that it sees alone.
+        self.individual_sizes = [self.block_size * blocks for blocks in num_blocks]
         self.has_hidden = config.kind != "linear"
         if self.has_hidden:
-            self._build_hidden(num_features, len(vertical_sizes), config)
+            self._build_hidden(num_features, sum(num_blocks), config)
         # One parameter per vertical: slicing one flat weight under autograd costs a full-size gradient per slice.
-        self.classifiers = nn.ModuleList(nn.Linear(self.num_seen, size) for size in vertical_sizes)
+        self.classifiers = nn.ModuleList(map(nn.Linear, self.seen_sizes, vertical_sizes))
         self._initialise()
 
     @property
-    def num_seen(self) -> int:
+    def seen_sizes(self) -> list[int]:
         """The top-2 outputs that each classifier sees."""
-        return self.num_generic + self.num_individual
+        return [self.num_generic + size for size in self.individual_sizes]
 
-    def _build_hidden(self, num_features: int, num_verticals: int, config: TopConfig) -> None:
-        self.top1_blocks = num_verticals if config.kind == "sc_sc" else 1
-        num_top2 = self.num_generic + num_verticals * self.num_individual
+    def _build_hidden(self, num_features: int, num_blocks: int, config: TopConfig) -> None:
+        self.top1_blocks = num_blocks if config.kind == "sc_sc" else 1
+        num_top2 = self.num_generic + num_blocks * self.block_size
         self.top1 = nn.Linear(num_features, self.top1_blocks * config.top1)
         self.top1_norm = _build_norm(config.norm, [config.top1] * self.top1_blocks)
         if config.kind == "sc_sc":
-            self.top2 = BlockLinear(num_verticals, config.top1, config.top2)
+            self.top2 = BlockLinear(num_blocks, config.top1, config.top2)
         else:
             # All verticals' top-2 layers share their input, so they are ONE product: 7 times faster than a loop over M.
             self.top2 = nn.Linear(config.top1, num_top2)
         generic_block = [self.num_generic] if self.num_generic else []
         self.top2_norm = _build_norm(
-            config.norm, generic_block + [self.num_individual] * (num_verticals if self.num_individual else 0)
+            config.norm, generic_block + [self.block_size] * (num_blocks if self.block_size else 0)
         )
 
     def forward(self, features_BD: Tensor) -> list[Tensor]:
@@ -143,14 +155,15 @@ class TopLayers(nn.Module):
     def split_top2(self, top2: Tensor) -> list[Tensor]:
         """What each classifier sees, (B, s2), of the generic part and the blocks of the classifiers that are here."""
         generic_BX, individual = top2[:, : self.num_generic], top2[:, self.num_generic :]
-        if not self.num_individual:
+        if not self.block_size:
             return [generic_BX] * len(self.classifiers)
-        blocks = individual.split(self.num_individual, dim=1)
+        blocks = individual.split(self.individual_sizes, dim=1)
         return [torch.cat([generic_BX, block], dim=1) for block in blocks] if self.num_generic else list(blocks)
 
     @torch.no_grad()
     def keep(self, parts: Sequence[Part]) -> None:
         """Drops all rows of the classifiers but these parts'; a classifier is then a part's."""
+        self.individual_sizes = [self.individual_sizes[part.vertical] for part in parts]
         kept = []
         for part in parts:
             classify, rows = self.classifiers[part.vertical], slice(part.start, part.stop)

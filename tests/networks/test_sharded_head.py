@@ -285,8 +285,10 @@ def count_bytes(rank: int, world_size: int, directory: Path) -> None:
 
 
 def test_columns_are_the_generic_part_and_the_verticals_blocks():
-    assert list_columns([Part(1, 0, 3), Part(3, 2, 4)], 2, 5) == [slice(0, 2), slice(7, 12), slice(17, 22)]
-    assert list_columns([Part(1, 0, 3)], 6, 0) == [slice(0, 6)]
+    parts = [Part(1, 0, 3), Part(3, 2, 4)]
+    assert list_columns(parts, 2, [5] * 4) == [slice(0, 2), slice(7, 12), slice(17, 22)]
+    assert list_columns(parts, 0, [5, 10, 5, 5]) == [slice(5, 15), slice(20, 25)], "merged of two"
+    assert list_columns([Part(1, 0, 3)], 6, [0, 0]) == [slice(0, 6)]
 
 
 def test_a_ring_all_reduce_sends_nearly_twice_the_bytes():

@@ -210,7 +210,7 @@ def test_a_verticals_logits_depend_on_its_own_top_2_block_alone(features_BD, opt
             assert [bool(block.sum()) for block in top1_blocks] == [other == v for other in range(3)]
         else:
             rows = top.top2.weight.grad.abs().sum(1)
-            shared, individual = rows[: top.num_generic], rows[top.num_generic :].split(top.num_individual)
+            shared, individual = rows[: top.num_generic], rows[top.num_generic :].split(top.block_size)
             assert bool(shared.sum()) == (options["kind"] == "fc_sc_generic")
             blocks = [block.sum() for block in individual]
         assert [bool(block) for block in blocks] == [other == v for other in range(3)]
