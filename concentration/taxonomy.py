@@ -3,6 +3,7 @@
 Shapes: C all classes, M verticals, V classes of one vertical.
 """
 
+import dataclasses
 import difflib
 import functools
 import hashlib
@@ -163,6 +164,37 @@ class Taxonomy:
         own_parents = [tuple(parent for parent in c.parents if parent in ids) for c in inside]
         classes = [TaxonomyClass(c.id, c.name, p, c.vertical) for c, p in zip(inside, own_parents, strict=True)]
         return Taxonomy(classes, f"{self._where} [{vertical}]")
+
+    def without(self, verticals: Sequence[str]) -> "Taxonomy":
+        """The classes of the other verticals in the same order; a parent that is gone is left out.
+
+        Raises:
+            DataError: one of them is not there, or none would be left.
+        """
+        for vertical in verticals:
+            self.vertical_number(vertical)
+        kept = [c for c in self.classes if c.vertical not in verticals]
+        if not kept:
+            raise DataError(f"{self._where}: no vertical would be left without {', '.join(verticals)}; keep one")
+        ids = {c.id for c in kept}
+        own_parents = [tuple(parent for parent in c.parents if parent in ids) for c in kept]
+        classes = [TaxonomyClass(c.id, c.name, p, c.vertical) for c, p in zip(kept, own_parents, strict=True)]
+        return Taxonomy(classes, f"{self._where} without {', '.join(verticals)}")
+
+    def merged(self, verticals: Sequence[str], into: str) -> "Taxonomy":
+        """The same classes in the same order, those of all these verticals in one vertical of the name `into`.
+
+        Parents that lay in another of them lie inside the vertical then, and their classes are smeared to them, too.
+
+        Raises:
+            DataError: one of them is not there, or another vertical has the name.
+        """
+        for vertical in verticals:
+            self.vertical_number(vertical)
+        if into in self.verticals and into not in verticals:
+            raise DataError(f"{self._where}: there is a vertical {into!r} already; merge it, too, or give another name")
+        classes = [dataclasses.replace(c, vertical=into) if c.vertical in verticals else c for c in self.classes]
+        return Taxonomy(classes, f"{self._where} with {into}")
 
     @functools.cached_property
     def fingerprint(self) -> str:

@@ -21,7 +21,8 @@ GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.n
 #: What a config leaves for the user to give.
 MANDATORY = {"vertical=fruit", "data.path=there", "base.name=resnet18", "external.path=there", "external.classes=there",
              "external.output=softmax_logits", "external.name=resnet18", "external.function=mine:build",
-             "external.checkpoint=there", "external.image_size=32"}  # fmt: skip
+             "external.checkpoint=there", "external.image_size=32", "destination=there",
+             "verticals=[fruit,tools]", "into=things"}  # fmt: skip
 
 
 def options_of(group: str) -> list[str]:

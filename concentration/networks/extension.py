@@ -30,7 +30,7 @@ def extend_student(old: Student, verticals: Mapping[str, int], frequency_C: Tens
         ConfigError: a vertical is gone or smaller, or stands elsewhere; or classes exclude each other in the network's loss, so
             that old ones cannot stay as they are.
     """
-    _check(old, verticals)
+    check_extension(old, verticals)
     torch.manual_seed(seed)
     new = Student(old.config.model_copy(update={"verticals": dict(verticals)}))
     new.set_prior(frequency_C)
@@ -64,6 +64,30 @@ def hold_old_parameters(old: Student, new: Student) -> None:
             parameter.register_hook(lambda gradient, is_new=is_new: gradient * is_new.to(gradient.device))
 
 
+def check_extension(old: Student, verticals: Mapping[str, int]) -> None:
+    """Raises: ConfigError as `extend_student`, before anything is made for it."""
+    before = old.config.verticals
+    if list(verticals)[: len(before)] != list(before):
+        raise ConfigError(
+            f"the network has the verticals {', '.join(before)}, and is to have {', '.join(verticals)}: verticals may only be "
+            "added behind the others; train it anew"
+        )
+    for vertical, size in before.items():
+        if verticals[vertical] < size:
+            raise ConfigError(
+                f"the network has {size} classes in {vertical}, and is to have {verticals[vertical]}: classes may only be added"
+            )
+    if old.augmentations:
+        raise ConfigError(
+            "a network that was grown by auxiliary heads cannot be extended; take the one it was grown from"
+        )
+    if old.config.loss == "softmax" and dict(verticals) != before:
+        raise ConfigError(
+            "a network with loss=softmax cannot be extended: its classes exclude each other, so new ones change the old; "
+            "train one anew, with loss=sigmoid if more are to come"
+        )
+
+
 def _place(name: str, tensor: Tensor, old: Student, new: Student) -> Tensor | slice | EllipsisType:
     """Where a parameter of the old network lies in the new one's."""
     if tensor.dim() == 0:
@@ -79,22 +103,3 @@ def _find_outputs(before: Mapping[str, int], now: Mapping[str, int]) -> Iterator
     starts = dict(zip(now, itertools.accumulate(now.values(), initial=0), strict=False))
     for vertical, size in before.items():
         yield from range(starts[vertical], starts[vertical] + size)
-
-
-def _check(old: Student, verticals: Mapping[str, int]) -> None:
-    before = old.config.verticals
-    if list(verticals)[: len(before)] != list(before):
-        raise ConfigError(
-            f"the network has the verticals {', '.join(before)}, and is to have {', '.join(verticals)}: verticals may only be "
-            "added behind the others; train it anew"
-        )
-    for vertical, size in before.items():
-        if verticals[vertical] < size:
-            raise ConfigError(
-                f"the network has {size} classes in {vertical}, and is to have {verticals[vertical]}: classes may only be added"
-            )
-    if old.config.loss == "softmax":
-        raise ConfigError(
-            "a network with loss=softmax cannot be extended: classes exclude each other, so new ones change the old; "
-            "train it anew"
-        )

@@ -6,9 +6,8 @@ concentrated, with stored targets of the old data replayed. What old verticals l
 Shapes: C all classes.
 """
 
+import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -18,20 +17,20 @@ import torch
 from concentration import distributed
 from concentration.data.index import Split, load_split
 from concentration.data.order import permutation
-from concentration.data.sample_targets import StoredTargets
 from concentration.errors import ConfigError
 from concentration.metrics.average_precision import mean_average_precision
 from concentration.networks.bases import BaseConfig
 from concentration.networks.classifier import Classifier
-from concentration.networks.extension import extend_student, hold_old_parameters
+from concentration.networks.extension import check_extension, extend_student, hold_old_parameters
 from concentration.networks.pace import PaceConfig
-from concentration.networks.student import Student, load_student
+from concentration.networks.student import Student
 from concentration.networks.top_layers import TopConfig
-from concentration.schema import Config, hash_values, parse_config
-from concentration.stages.carried_targets import carry_targets, count_earlier_shards, find_earlier_taxonomy
+from concentration.schema import Config, hash_values
+from concentration.stages.carried_targets import carry_targets
 from concentration.stages.prepare import SHARDS, DataOverrides, load_prepared
-from concentration.stages.run_directory import RunDirectory, hash_file
-from concentration.stages.student import STUDENTS
+from concentration.stages.run_directory import RunDirectory
+from concentration.stages.served import Served, load_served
+from concentration.stages.student import STUDENTS, LearningConfig, build_targets, count_classes
 from concentration.stages.targets import TARGETS, SoftTargetsConfig, TargetsConfig, targets
 from concentration.stages.teacher import TEACHERS, TeacherConfig, teacher
 from concentration.stages.teacher_gate import GateConfig, measure_vertical
@@ -57,7 +56,8 @@ class AddConfig(TrainingStageConfig):
 
     vertical: what is new: a vertical that the student lacks, or one that has got classes or another teacher; or several. A
         finished teacher that fits is taken as it is, and else one is trained (`teacher`).
-    student: the one in service, trained on stored targets or made by `add`.
+    student: the one in service. One that learned from labels goes on learning from labels, without teacher and targets; for
+        one that learned from teachers in the loop, targets of all images are stored.
     name: of the new student.
     replay: old images for each new one.
     trainable: `all`, or `new`: only what the old student has not, so that old verticals stay exactly what they were.
@@ -107,50 +107,47 @@ class AddConfig(TrainingStageConfig):
         return self
 
 
-@dataclass(frozen=True)
-class _Served:
-    """The student in service.
-
-    Attributes:
-        network: in eval mode.
-        taxonomy: of its outputs.
-        targets: that it was trained on.
-        epochs: how often it has seen its data, or would have if it had been trained on all of them at once.
-    """
-
-    network: Student
-    taxonomy: Taxonomy
-    targets: SoftTargetsConfig
-    epochs: float
-
-
 def add(config: AddConfig) -> None:
     """Runs the stage.
 
     Raises:
-        ConfigError: the student was not trained on stored targets; `vertical` is not all that is new; a teacher is not fit; or an
-            old vertical lost more than the tolerance.
+        ConfigError: the student cannot be extended; `vertical` is not all that is new; a teacher is not fit; or an old vertical
+            lost more than the tolerance.
         DataError: what was prepared is not what the student was trained on and something behind it.
     """
     distributed.start(config.trainer.accelerator, config.trainer.timeout_seconds)
     _, taxonomy, fingerprint = load_prepared(config.workdir, DataOverrides())
     split = load_split(config.workdir / SHARDS, "train", taxonomy)
-    served = _load_served(config, split)
+    served = load_served(config.workdir, config.student, split)
     _check_verticals(config, served, taxonomy)
-    sets = distributed.from_rank_zero(lambda: _make_targets(config, served, split))
+    learning = _choose_learning(config, served)
+    sets = {}
+    if learning.targets.kind == "soft":
+        sets = distributed.from_rank_zero(lambda: _make_targets(config, served, learning.targets, split))
     directory = RunDirectory(config.workdir / STUDENTS / config.name)
-    upstream = {"data": fingerprint, "student": hash_file(_file_of(config)), "targets": hash_values(sets)}
+    upstream = {"data": fingerprint, "student": served.checkpoint, "targets": hash_values(sets)}
     with directory.begin(config, upstream) as is_due:
         if is_due:
-            _train(config, directory, served, split)
+            _train(config, directory, dataclasses.replace(served, learning=learning), split)
 
 
-def _train(config: AddConfig, directory: RunDirectory, served: _Served, split: Split) -> None:
+def _choose_learning(config: AddConfig, served: Served) -> LearningConfig:
+    """How the new student learns: as the old one did, with a set of targets of its own where these are stored."""
+    was = served.learning.targets
+    if was.kind == "labels":
+        return served.learning
+    if was.kind == "online":
+        own = SoftTargetsConfig(name=config.name, top_k=was.top_k)
+    else:
+        own = was.model_copy(update={"name": config.name})
+    return served.learning.model_copy(update={"targets": own})
+
+
+def _train(config: AddConfig, directory: RunDirectory, served: Served, split: Split) -> None:
     taxonomy = split.taxonomy
     size = served.network.image_size
     prepared, _, _ = load_prepared(config.workdir, DataOverrides(image_size=size, view=config.data.view))
-    counts_C = split.count_smeared()
-    frequency_C = counts_C / len(split)
+    counts_C, frequency_C = count_classes(served.learning, split)
     sizes = dict(zip(taxonomy.verticals, taxonomy.vertical_sizes, strict=True))
     student = extend_student(served.network, sizes, torch.from_numpy(frequency_C), config.seed)
     if config.trainable == "new":
@@ -160,7 +157,7 @@ def _train(config: AddConfig, directory: RunDirectory, served: _Served, split: S
         taxonomy=taxonomy,
         split=split,
         ordinals=choose_samples(split, config.verticals, config.replay, config.seed),
-        targets=StoredTargets(config.workdir / TARGETS / config.name, split),
+        targets=build_targets(served.learning, config.workdir, split),
         counts_C=counts_C,
         frequency_C=frequency_C,
     )
@@ -171,8 +168,7 @@ def _train(config: AddConfig, directory: RunDirectory, served: _Served, split: S
         num_images = min(num_steps * config.trainer.batch_size, round(config.trainer.max_epochs * len(task.ordinals)))
         facts = {"num_images": num_images, "num_images_of_retraining": round(served.epochs * len(split))}
         _print(config, before, after, facts)
-        targets_config = served.targets.model_copy(update={"name": config.name}).model_dump()
-        return {"targets": targets_config, "epochs": served.epochs, "ap_before": before, "ap_after": after, **facts}
+        return {**served.describe(), "ap_before": before, "ap_after": after, **facts}
 
     train_from_here(student, config, directory, task, prepared, judge)
 
@@ -211,31 +207,8 @@ def measure_old_verticals(
     return before, after
 
 
-def _file_of(config: AddConfig) -> Path:
-    return config.workdir / STUDENTS / config.student / NETWORK_FILE
-
-
-def _load_served(config: AddConfig, split: Split) -> _Served:
-    directory = RunDirectory(config.workdir / STUDENTS / config.student)
-    done = directory.load_done(f"concentrate student name={config.student}", step=int)
-    begun = directory.load_config()
-    known = done.get("targets") or begun.get("targets") or {}
-    if known.get("kind") != "soft":
-        raise ConfigError(
-            f"student={config.student}: was not trained on stored targets, and its old data cannot be replayed; give one that was"
-        )
-    file = _file_of(config)
-    network = load_student(file)
-    where, made_for = str(file), load_metadata(file).get("taxonomy", "")
-    earlier = find_earlier_taxonomy(split.taxonomy, network.num_outputs, made_for, where)
-    own = parse_config(SoftTargetsConfig, known)
-    num_shards = count_earlier_shards(split, earlier.fingerprint, directory.load_upstream()["data"], where)
-    epochs = done.get("epochs") or done["step"] * begun["trainer"]["batch_size"] / int(split.shard_start[num_shards])
-    return _Served(network, earlier, own, epochs)
-
-
-def _check_verticals(config: AddConfig, served: _Served, taxonomy: Taxonomy) -> None:
-    """Raises: ConfigError where a vertical is not there, or one that has come or grown is not given."""
+def _check_verticals(config: AddConfig, served: Served, taxonomy: Taxonomy) -> None:
+    """Raises: ConfigError where a vertical is not there, one that has come or grown is not given, or nothing can be done."""
     for vertical in config.verticals:
         taxonomy.vertical_slice(vertical)  # refuses what is not there
     sizes = served.network.config.verticals
@@ -246,20 +219,26 @@ def _check_verticals(config: AddConfig, served: _Served, taxonomy: Taxonomy) -> 
             f"vertical={','.join(config.verticals)}: {', '.join(forgotten)} came or got classes since {config.student} was "
             f"trained, too; give all: vertical=[{','.join(dict.fromkeys([*config.verticals, *forgotten]))}]"
         )
+    if not changed and config.trainable == "new":
+        raise ConfigError(
+            f"trainable=new: {config.student} has all classes of {', '.join(config.verticals)}, so nothing would be trained; "
+            "give trainable=all for a better teacher"
+        )
+    check_extension(served.network, dict(zip(taxonomy.verticals, taxonomy.vertical_sizes, strict=True)))
 
 
-def _make_targets(config: AddConfig, served: _Served, split: Split) -> dict[str, str]:
+def _make_targets(config: AddConfig, served: Served, own: SoftTargetsConfig, split: Split) -> dict[str, str]:
     """The new teachers and their targets, and the old ones' targets for what they have not seen. Returns the sets' hashes."""
     taxonomy, hashes = split.taxonomy, {}
-    own = served.targets.model_copy(update={"name": config.name})
+    stored = served.learning.targets
     shared = {"workdir": config.workdir, "accelerator": config.trainer.accelerator, "targets": own}
     for vertical in taxonomy.verticals:
         is_new = vertical in config.verticals
         destination = config.workdir / TARGETS / own.name / vertical
         if is_new:
             _make_teacher(config, taxonomy, vertical)
-        elif not RunDirectory(destination).is_finished:
-            source = config.workdir / TARGETS / served.targets.name / vertical
+        elif stored.kind == "soft" and not RunDirectory(destination).is_finished:
+            source = config.workdir / TARGETS / stored.name / vertical
             carry_targets(source, destination, config.workdir, split, served.taxonomy)
         gate = config.gate if is_new else GateConfig(action="off")
         targets(TargetsConfig(**shared, vertical=vertical, gate=gate, overwrite="changed" if is_new else False))

@@ -75,10 +75,10 @@ def carry_targets(source: Path, destination: Path, workdir: Path, split: Split, 
     for name in split.index_names[:num_shards]:
         file = f"{name}.safetensors"
         if (source / file).exists() and not (destination / file).exists():
-            _link(source / file, destination / file)
+            link_file(source / file, destination / file)
 
 
-def _link(source: Path, destination: Path) -> None:
+def link_file(source: Path, destination: Path) -> None:
     """A second name for a file that is never changed in place, or a copy where the file system has none."""
     try:
         os.link(source, destination)

@@ -351,7 +351,7 @@ def _summarise(config: PrepareConfig, path: Path, taxonomy: Taxonomy) -> dict:
     splits = {name: load_split(path, name, taxonomy) for name in names}
     for split in splits.values():
         check_keys(split)
-    facts = {name: _count(split) for name, split in splits.items()}
+    facts = {name: count_samples(split) for name, split in splits.items()}
     for vertical, count in facts["train"]["by_vertical"].items():
         if count == 0:
             raise DataError(
@@ -380,7 +380,8 @@ def _look_for_near_duplicates(config: PrepareConfig, splits: Mapping[str, Split]
     return report_near_duplicates(splits, config.near_duplicates, advice)
 
 
-def _count(split: Split) -> dict:
+def count_samples(split: Split) -> dict:
+    """What DONE.json says of a split."""
     counts = split.count_labels()
     return {
         "samples": len(split),

@@ -144,6 +144,16 @@ class RunDirectory:
         identity = self._load_begun()["identity"]
         write_atomically(self.path / "DONE.json", {"config": hash_values(identity), **facts})
 
+    def copy_record(self, source: "RunDirectory", upstream: Mapping[str, str], facts: Mapping[str, Any]) -> None:
+        """Marks this directory as the finished stage that `source` is, with these of its upstream results and facts replaced."""
+        begun = source._load_begun()
+        known = begun["identity"]["upstream"]
+        replaced = {name: value for name, value in upstream.items() if name in known}
+        identity = {**begun["identity"], "upstream": {**known, **replaced}}
+        write_atomically(self.path / "config.json", {"identity": identity, "config": begun["config"]})
+        done = source._load("DONE.json")
+        write_atomically(self.path / "DONE.json", {**done, **facts, "config": hash_values(identity)})
+
     def load_done(self, command: str, **facts: type) -> dict[str, Any]:
         """What a finished stage said of itself, at least these facts, of these types.
 

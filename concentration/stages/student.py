@@ -1,5 +1,6 @@
 """`concentrate student`: one network over all verticals, on soft targets or, as the generalist, on labels."""
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
@@ -43,8 +44,8 @@ TargetsChoice = Annotated[
 Outside = Literal["zero", "mask"] | Annotated[float, pydantic.Field(gt=0, lt=1)]
 
 
-class StudentConfig(NetworkStageConfig):
-    """Writes `students/NAME/`.
+class LearningConfig(Config):
+    """What a student is taught.
 
     smear: for labels, true where not given: soft targets carry their teachers' smearing.
     tail: classes of a sample's own verticals that are not among the teachers' top K: `zero` as in the paper, or `spread`, an
@@ -53,7 +54,6 @@ class StudentConfig(NetworkStageConfig):
         number between 0 and 1 is the weight of their loss.
     """
 
-    name: str = "student"
     targets: TargetsChoice
     smear: bool | None = None
     tail: Literal["zero", "spread"] = "zero"
@@ -62,6 +62,12 @@ class StudentConfig(NetworkStageConfig):
     @property
     def outside_weight(self) -> float:
         return {"zero": 1.0, "mask": 0.0}.get(self.outside, self.outside)
+
+
+class StudentConfig(NetworkStageConfig, LearningConfig):
+    """Writes `students/NAME/`."""
+
+    name: str = "student"
 
     @pydantic.model_validator(mode="after")
     def _check_smear(self):
@@ -122,16 +128,15 @@ def student(config: StudentConfig) -> None:
         if not is_due:
             return
         split = load_split(config.workdir / SHARDS, "train", taxonomy)
-        smear = config.smear is not False
-        counts_C = split.count_smeared() if smear else split.count_labels()
+        counts_C, frequency_C = count_classes(config, split)
         task = Task(
             title=f"student {config.name}",
             taxonomy=taxonomy,
             split=split,
             ordinals=range(len(split)),
-            targets=_build_targets(config, split, smear),
+            targets=build_targets(config, config.workdir, split),
             counts_C=counts_C,
-            frequency_C=counts_C / _count_seen(split, config.outside_weight),
+            frequency_C=frequency_C,
             teachers=_load_fitting_teachers(config, taxonomy, prepared) if config.targets.kind == "online" else None,
         )
         train_network(config, directory, task, prepared)
@@ -154,21 +159,26 @@ def _print_plan(config: StudentConfig) -> None:
     print_training_plan(config, f"student {config.name}", taxonomy, prepared.image_size, shape, teachers_bytes)
 
 
-def _build_targets(config: StudentConfig, split: Split, smear: bool) -> SampleTargets:
+def build_targets(config: LearningConfig, workdir: Path, split: Split) -> SampleTargets:
+    """Of every sample; with teachers in the loop its own labels.
+
+    Raises: DataError as `StoredTargets`.
+    """
     targets: SampleTargets
     if config.targets.kind == "soft":
-        targets = StoredTargets(config.workdir / TARGETS / config.targets.name, split, config.tail)
+        targets = StoredTargets(workdir / TARGETS / config.targets.name, split, config.tail)
     else:
-        targets = LabelTargets(split, smear and config.targets.kind == "labels")
+        targets = LabelTargets(split, config.targets.kind == "labels" and config.smear is not False)
     return targets if config.outside_weight == 1 else WeightedOutside(targets, split, config.outside_weight)
 
 
-def _count_seen(split: Split, outside_weight: float) -> np.ndarray:
-    """(C,) the samples whose loss a class is part of, by their weights."""
+def count_classes(config: LearningConfig, split: Split) -> tuple[np.ndarray, np.ndarray]:
+    """(C,) how many samples have each class, and (C,) their share of the samples whose loss the class is part of."""
     taxonomy = split.taxonomy
+    counts_C = split.count_labels() if config.smear is False else split.count_smeared()
     num_routed_M = np.array([len(split.routed(vertical)) for vertical in taxonomy.verticals])
-    num_seen_M = num_routed_M + outside_weight * (len(split) - num_routed_M)
-    return num_seen_M[taxonomy.vertical_of_output]
+    num_seen_M = num_routed_M + config.outside_weight * (len(split) - num_routed_M)
+    return counts_C, counts_C / num_seen_M[taxonomy.vertical_of_output]
 
 
 def _load_fitting_teachers(config: StudentConfig, taxonomy: Taxonomy, prepared: PreparedData) -> RoutedTeachers:

@@ -41,6 +41,8 @@ STAGE_VERBS: Mapping[str, Verb] = {
     ),
     "augment": _stage("augment", "grow a trained network by heads for groups of its classes"),
     "add": _stage("add", "extend a student by a vertical, by classes, or by a better teacher"),
+    "remove": _stage("remove", "cut verticals out of a student, into a new working directory"),
+    "merge": _stage("merge", "make one vertical of several, in a student and a new working directory"),
     "evaluate": _stage("evaluate", "measure a student, a teacher, or all teachers (name=specialists)"),
     "calibrate": _stage("calibrate", "true probabilities over all classes, thresholds, and none of these (on val)"),
     "report": _stage("report", "a page with everything that was measured"),

@@ -1,6 +1,7 @@
 """`concentrate add`: a vertical comes, the old ones stay, and only what is new is made."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -94,19 +95,72 @@ def test_what_old_verticals_lose_is_an_error_that_a_larger_tolerance_lifts(workd
     assert min(done["ap_after"][v] - done["ap_before"][v] for v in ("fruit", "tools")) < -0.01
 
 
-def test_a_student_on_labels_and_names_that_are_taken_are_refused(workdir):
-    common = (f"workdir={workdir}", *TINY)
-    with pytest.raises(ConfigError) as error:
+def test_names_that_are_taken_and_verticals_that_are_none_are_refused(workdir):
+    with pytest.raises(ConfigError, match="name=student is taken"):
         concentrate_here("add", "vertical=sky", "name=student", f"workdir={workdir}")
-    message = str(error.value)
-    assert "name=student is taken" in message
     with pytest.raises(DataError, match="no vertical 'sea'; valid: fruit, tools, sky"):
         concentrate_here("add", "vertical=sea", f"workdir={workdir}")
-    concentrate_here("student", "name=generalist", "targets=labels", *common, "trainer.max_steps=1")
-    with pytest.raises(ConfigError) as error:
-        concentrate_here("add", "vertical=sky", "student=generalist", f"workdir={workdir}")
-    message = str(error.value)
-    assert "was not trained on stored targets" in message
+
+
+def test_a_student_that_learned_from_labels_goes_on_with_labels(earlier):
+    workdir = earlier["labels"]
+    done = _add_sky(workdir, "student=generalist", "name=grown")
+    assert done["learning"]["targets"] == {"kind": "labels"}
+    assert done["learning"]["smear"] is True
+    assert not (workdir / "targets").exists()
+    assert not (workdir / "teachers").exists()
+    again = _add_sky(workdir, "student=grown", "name=more", verticals="tools")
+    assert again["learning"] == done["learning"]
+    assert again["epochs"] == done["epochs"]
+
+
+def test_a_student_of_teachers_in_the_loop_gets_stored_targets_of_all(earlier):
+    workdir = earlier["online"]
+    done = _add_sky(workdir, "student=student", "name=next")
+    kept = {"kind": "soft", "name": "next", "top_k": 4, "views": 0, "codec": "plain"}
+    assert done["learning"]["targets"] == kept
+    assert done["learning"]["outside"] == 0.5, "as it learned"
+    assert {path.name for path in (workdir / "targets/next").iterdir()} == {"fruit", "tools", "sky"}
+
+
+def test_a_softmax_is_refused_before_anything_is_made(earlier):
+    workdir = earlier["labels"]
+    with pytest.raises(ConfigError, match="loss=softmax cannot be extended: its classes exclude each other"):
+        _add_sky(workdir, "student=softmax")
+    assert not (workdir / "teachers").exists()
+
+
+def _add_sky(workdir: Path, *arguments: str, verticals: str = "sky") -> dict:
+    concentrate_here("add", f"vertical={verticals}", f"workdir={workdir}", *TINY_ADD, "tolerance=0.99", *arguments)
+    [name] = [word.removeprefix("name=") for word in arguments if word.startswith("name=")]
+    return load_json(workdir / "students" / name / "DONE.json")
+
+
+@pytest.fixture(scope="module")
+def earlier(tmp_path_factory) -> dict[str, Path]:
+    """By how a student learned: a working directory with one of fruit and tools, and the sky that came."""
+    found, plain = {}, tmp_path_factory.mktemp("add-plain")
+    prepare_shards_here(plain)
+    for kind in ("labels", "online"):
+        directory = plain / kind
+        directory.mkdir()
+        workdir = directory / "work"
+        shutil.copytree(plain / "given", directory / "given")
+        concentrate_here("prepare", "data=shards", f"data.path={directory / 'given'}", "data.image_size=16",
+                         f"workdir={workdir}", "num_processes=1")  # fmt: skip
+        common = (f"workdir={workdir}", *TINY, "trainer.max_epochs=1")
+        if kind == "online":
+            for vertical in ("fruit", "tools"):
+                concentrate_here("teacher", f"vertical={vertical}", *common)
+            concentrate_here("student", "targets=online", "targets.top_k=4", "outside=0.5", *common)
+        else:
+            concentrate_here("student", "name=generalist", "targets=labels", "smear=true", *common)
+            concentrate_here(
+                "student", "name=softmax", "targets=labels", "loss=softmax", *common, "trainer.max_steps=1"
+            )
+        grow(directory)
+        found[kind] = workdir
+    return found
 
 
 def test_all_new_samples_and_as_many_old_ones_as_asked_are_seen(workdir):
@@ -118,6 +172,31 @@ def test_all_new_samples_and_as_many_old_ones_as_asked_are_seen(workdir):
         assert new <= set(chosen.tolist())
         assert len(chosen) == min(len(split), len(new) + round(replay * len(new)))
         assert (np.diff(chosen) > 0).all()
+
+
+def test_a_better_teacher_is_learned_from_and_the_old_verticals_stay(workdir):
+    if not (workdir / "students/next/DONE.json").exists():
+        concentrate_here("add", "vertical=sky", f"workdir={workdir}", *TINY_ADD, "tolerance=0.99")
+    shutil.copytree(workdir, workdir.parent / "better")
+    workdir = workdir.parent / "better"
+    same = (f"workdir={workdir}", "student=next", "vertical=tools", *TINY_ADD)
+    with pytest.raises(ConfigError, match="trainable=new: next has all classes of tools, so nothing would be trained"):
+        concentrate_here("add", *same, "name=held", "trainable=new")
+    before = load_json(workdir / "teachers/tools/DONE.json")["checkpoint"]
+    concentrate_here("teacher", "vertical=tools", f"workdir={workdir}", *TINY, "trainer.max_epochs=6", "overwrite=true")
+    after = load_json(workdir / "teachers/tools/DONE.json")["checkpoint"]
+    assert after != before
+    with pytest.raises(ConfigError, match=r"another teacher than made .*; add this vertical, too"):
+        concentrate_here("add", f"workdir={workdir}", "student=next", "vertical=fruit", "name=wrong", *TINY_ADD)
+    concentrate_here("add", *same, "name=taught", "tolerance=0.99")
+    assert load_json(workdir / "targets/taught/tools/DONE.json")["teacher"] == after
+    assert load_json(workdir / "targets/next/tools/DONE.json")["teacher"] == before, "the old set stays"
+    for vertical in ("fruit", "sky"):
+        for file in (workdir / "targets/next" / vertical).glob("*.safetensors"):
+            assert file.samefile(workdir / "targets/taught" / vertical / file.name)
+    done = load_json(workdir / "students/taught/DONE.json")
+    assert done["ap_before"].keys() == {"fruit", "tools", "sky"}
+    assert done["num_images"] < done["num_images_of_retraining"]
 
 
 def test_an_extended_student_is_extended_again_by_classes_that_come_to_an_old_vertical(workdir):
