@@ -1,6 +1,7 @@
 """Being asked to stop: a signal is only noted, and whoever works looks at the note where stopping loses nothing."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -52,15 +53,28 @@ def leave_marker(why: Preempted) -> None:
 
 
 def requeue_slurm_job() -> None:
-    """Has SLURM start this process's job again, and ends the process; returns where it has been restarted too often."""
+    """Has SLURM start this process's job again, and ends the process; returns where it was cancelled, or restarted too often."""
     restarts, most = int(os.environ.get("SLURM_RESTART_COUNT", 0)), int(os.environ.get("MAX_RESTARTS", 100))
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    job = f"{array}_{task}" if array else os.environ["SLURM_JOB_ID"]
+    if _is_cancelled(job, restarts):
+        print("concentrate: ended by scancel, not requeued; run the same command again", file=sys.stderr)
+        return
     if restarts >= most:
         print(f"concentrate: restarted {restarts} times, not requeued; run the same command again", file=sys.stderr)
         return
-    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
-    subprocess.run(["scontrol", "requeue", f"{array}_{task}" if array else os.environ["SLURM_JOB_ID"]], check=True)
+    subprocess.run(["scontrol", "requeue", job], check=True)
     sys.stderr.flush()
     os._exit(Preempted.exit_code)
+
+
+def _is_cancelled(job: str, restarts: int) -> bool:
+    """Whether a job that was asked to stop was so by scancel, as `launch/slurm/run_step.sh` finds out."""
+    said = subprocess.run(
+        ["scontrol", "--oneliner", "show", "job", job], capture_output=True, text=True, check=False
+    ).stdout
+    is_leaving = " JobState=COMPLETING " in said and f" Restarts={restarts} " in said
+    return is_leaving and not re.search(" (Reason=TimeLimit|PreemptTime=2)", said)
 
 
 def _note(number: int, frame) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from concentration.errors import ConcentrationError, Preempted
-from concentration.pipeline.jobs import LOG, Job
+from concentration.pipeline.jobs import CANCELLED, LOG, Job
 from concentration.pipeline.states import read_tail
 
 LOG_TAIL_LINES = 5
@@ -27,12 +27,12 @@ def describe_failures(jobs: Sequence[Job], failed: Mapping[str, int | None], wai
     for job in jobs:
         if job.name in failed:
             log, code = job.file(LOG), failed[job.name]
-            how = "was killed" if code is None else f"failed (exit code {code})"
+            how = {None: "was killed", CANCELLED: "was cancelled"}.get(code, f"failed (exit code {code})")
             lines.append(f"{job.name} {how}; the end of {log}:")
             lines.extend(f"    {line}" for line in read_tail(log, LOG_TAIL_LINES))
     if waiting:
         lines.append(f"not run because of it: {', '.join(job.name for job in waiting)}")
-    mistakes = {Preempted.exit_code, ConcentrationError.exit_code}
+    mistakes = {Preempted.exit_code, CANCELLED, ConcentrationError.exit_code}
     if set(failed.values()) - mistakes:
         return JobFailed("\n".join(lines), 1)
     is_mistake = ConcentrationError.exit_code in failed.values()

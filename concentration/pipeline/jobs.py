@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Mapping
@@ -22,6 +23,8 @@ from concentration.targets import write_atomically
 JOBS = "jobs"
 #: Of a job's files; the exit code is not there while the job runs, or where it was killed.
 FROZEN, LOG, EXIT_CODE = ".json", ".log", ".exit"
+#: In the file of the exit code: the job was ended by `scancel`, which the job script sees; no verb ends with it.
+CANCELLED = 128 + signal.SIGTERM
 #: The proof of every stage that keeps a `RunDirectory`.
 DONE_FILE = "DONE.json"
 
@@ -85,7 +88,7 @@ class Job:
 
     def command(self) -> list[str]:
         """What runs the frozen job on this machine."""
-        module = ["-m", "concentration.pipeline.jobs", str(self.file(FROZEN))]
+        module = ["-m", "concentration.pipeline", str(self.file(FROZEN))]
         if self.resources.num_processes == 1:
             return [sys.executable, *module]
         torchrun = ["-m", "torch.distributed.run", "--standalone"]
@@ -151,7 +154,3 @@ def _run(frozen: Mapping) -> int:
         traceback.print_exc()
         return 1
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(run_frozen(Path(sys.argv[1])))

@@ -16,9 +16,9 @@ import pydantic
 from concentration import preemption
 from concentration.errors import ConfigError, Preempted
 from concentration.pipeline.failures import describe_failures
-from concentration.pipeline.jobs import FROZEN, JOBS, Job, Resources, load_frozen
+from concentration.pipeline.jobs import CANCELLED, FROZEN, JOBS, Job, Resources, load_frozen
 from concentration.pipeline.records import JobRecords, load_records, record_jobs
-from concentration.pipeline.slurm_queue import QueuedJob, cancel_jobs, load_queue, submit_script
+from concentration.pipeline.slurm_queue import QueuedJob, cancel_jobs, load_queue, load_settled_queue, submit_script
 from concentration.pipeline.states import find_states
 from concentration.schema import Config
 from concentration.targets import write_atomically
@@ -96,7 +96,9 @@ class SlurmLauncher:
             ConfigError: SLURM is not here or refuses; or a job is on its way with another config.
         """
         records = load_records(self._workdir)
-        active, in_vain = find_active(jobs, due, records, load_queue(records.user))
+        submitted_before = [record.slurm_id for record in records.jobs.values() if record.slurm_id]
+        queue = load_settled_queue(records.user, submitted_before)
+        active, in_vain = find_active(jobs, due, records, queue)
         if in_vain:
             cancel_jobs(in_vain)
         ids = {name: (slurm_id, records.jobs[name].submitted) for name, slurm_id in active.items()}
@@ -140,6 +142,7 @@ class SlurmLauncher:
                 f"no longer waiting; the jobs go on: `concentrate status workdir={self._workdir}`, or the same command again"
             ) from None
         failed = {job.name: job.exit_code() for job in jobs if shown[job.name] in ("failed", "preempted")}
+        failed |= {job.name: CANCELLED for job in jobs if shown[job.name] == "cancelled"}
         if failed:
             raise describe_failures(jobs, failed, [job for job in jobs if shown[job.name] == "waiting"])
 
@@ -234,6 +237,7 @@ def build_script(workdir: Path, config: SlurmConfig) -> str:
         folder=shlex.quote(str(workdir.resolve() / JOBS)),
         python=shlex.quote(sys.executable),
         preempted=Preempted.exit_code,
+        cancelled=CANCELLED,
         max_restarts=config.max_restarts,
     )
 
@@ -246,23 +250,38 @@ _SCRIPT = """#!/usr/bin/env bash
 #SBATCH --kill-on-invalid-dep=yes
 #SBATCH --signal=USR1@{signal_seconds}
 #SBATCH --cpus-per-task={cpus_per_task}
-{options}NAME=$1
+{options}TOLD=
+trap TOLD=1 TERM USR1  # before all else: this script outlives the signal that makes the job save
+NAME=$1
 for each in "$@"; do
     [[ $each == "${{SLURM_ARRAY_TASK_ID:-none}}="* ]] && NAME=${{each#*=}}
 done
 JOB={folder}/$NAME
+ID=${{SLURM_ARRAY_JOB_ID:+${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID}}
+ID=${{ID:-$SLURM_JOB_ID}}  # of an array's last task, the job's number is that of the whole array
 exec >>"$JOB.log" 2>&1
-{setup}trap : TERM USR1  # bash outlives the signal that makes the job save
 rm -f "$JOB.exit"
-# Signals are ignored until Python notes them: in its first moments they would end it.
-srun --cpus-per-task={cpus_per_task} --kill-on-bad-exit=1 \\
-    bash -c 'trap "" TERM USR1; exec "$@"' job {python} -m concentration.pipeline.jobs "$JOB.json"
-CODE=$?
+{setup}CODE=143  # as of a process that SIGTERM has ended
+if [[ -z $TOLD ]]; then
+    CODE=0
+    srun --cpus-per-task={cpus_per_task} --kill-on-bad-exit=1 {python} -m concentration.pipeline "$JOB.json" || CODE=$?
+fi
+# The job notes signals, and writes how it ended: one that such a signal has killed was in its first moments.
+if [[ ! -f $JOB.exit && $CODE != 0 && ( -n $TOLD || $CODE == 143 || $CODE == 138 ) ]]; then
+    echo {preempted} >"$JOB.exit"
+fi
 if [[ -f $JOB.exit && $(<"$JOB.exit") == {preempted} ]]; then
     CODE={preempted}
-    if (( ${{SLURM_RESTART_COUNT:-0}} < {max_restarts} )); then
+    SAID=$(scontrol --oneliner show job "$ID")
+    # One that makes room or nears its limit is still RUNNING. Of one that SLURM itself has requeued, the restart is counted.
+    if [[ $SAID == *" JobState=COMPLETING "* && $SAID == *" Restarts=${{SLURM_RESTART_COUNT:-0}} "* &&
+          $SAID != *" Reason=TimeLimit "* && $SAID != *" PreemptTime=2"* ]]; then
+        CODE={cancelled}
+        echo "concentrate: ended by scancel, so it is not requeued; what is done is saved"
+        echo "$CODE" >"$JOB.exit"
+    elif (( ${{SLURM_RESTART_COUNT:-0}} < {max_restarts} )); then
         # Before the script ends, so that what depends on the job goes on waiting.
-        scontrol requeue "$SLURM_JOB_ID" && sleep 60  # until SLURM ends this script: its exit code would count as the job's
+        scontrol requeue "$ID" && sleep 60  # until SLURM ends this script: its exit code would count as the job's
     else
         echo "concentrate: stopped more than {max_restarts} times (launcher.max_restarts); what is done is saved"
     fi

@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+import time
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -12,6 +13,10 @@ _WAITING = {"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT"
 _RUNNING = {"RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING"}
 #: A job that waits for one that failed: SLURM cancels it in its own time.
 _IN_VAIN = "DependencyNeverSatisfied"
+#: On its way out, whatever comes of it: its end, or another start.
+_LEAVING = "COMPLETING"
+#: How long that is waited for, and between two looks.
+_MOST_SECONDS, _POLL_SECONDS = 60.0, 0.5
 
 
 class QueuedJob(NamedTuple):
@@ -38,6 +43,21 @@ def load_queue(user: str) -> Mapping[str, QueuedJob]:
     said = _call(["squeue", f"--user={user}", "--array", "--states=all", "--noheader", "--format=%i|%T|%r"])
     rows = (line.strip().split("|", 2) for line in said.splitlines() if line.strip())
     return {slurm_id: QueuedJob(state, reason) for slurm_id, state, reason in rows}
+
+
+def load_settled_queue(user: str, slurm_ids: Sequence[str]) -> Mapping[str, QueuedJob]:
+    """The queue when none of these jobs is on its way out: only then is it known whether it has ended. After a minute, as it is.
+
+    Raises:
+        ConfigError: SLURM is not here, or does not answer.
+    """
+    deadline = time.monotonic() + _MOST_SECONDS
+    while True:
+        queue = load_queue(user)
+        is_settled = all(queue[slurm_id].state != _LEAVING for slurm_id in slurm_ids if slurm_id in queue)
+        if is_settled or time.monotonic() > deadline:
+            return queue
+        time.sleep(_POLL_SECONDS)
 
 
 def submit_script(command: Sequence[str]) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from concentration.errors import Preempted
-from concentration.pipeline.jobs import EXIT_CODE, JOBS, LOG
+from concentration.pipeline.jobs import CANCELLED, EXIT_CODE, JOBS, LOG
 from concentration.pipeline.records import JobRecord, JobRecords
 from concentration.pipeline.slurm_queue import QueuedJob
 from concentration.progress import load_status
@@ -19,18 +19,22 @@ SILENT_SECONDS = 600.0
 #: A job that SLURM's queue does not know yet.
 _UNSEEN_SECONDS = 5.0
 
-State = Literal["waiting", "running", "preempted", "failed", "done"]
+State = Literal["waiting", "running", "preempted", "cancelled", "failed", "done"]
 
 
 @dataclass(frozen=True)
 class StageState:
-    """`amount`, `rate` and `left` are empty where nothing is known; `why` says what is waited for or what went wrong."""
+    """`amount`, `rate` and `left` are empty where nothing is known; `why` says what is waited for or what went wrong.
+
+    is_in_vain: it waits for a job that has failed, or was cancelled, or itself waits in vain.
+    """
 
     state: State
     amount: str = ""
     rate: str = ""
     left: str = ""
     why: str = ""
+    is_in_vain: bool = False
 
 
 def find_states(workdir: Path, records: JobRecords, queue: Mapping[str, QueuedJob]) -> dict[str, StageState]:
@@ -38,8 +42,8 @@ def find_states(workdir: Path, records: JobRecords, queue: Mapping[str, QueuedJo
     states: dict[str, StageState] = {}
     for name, record in records.jobs.items():
         state = _find_state(workdir, record, queue)
-        if state.state == "waiting" and not state.why:
-            state = replace(state, why=_describe_awaited({n: states[n] for n in record.after if n in states}))
+        if not state.why and state.state in ("waiting", "cancelled"):
+            state = _explain(state, {n: states[n] for n in record.after if n in states})
         states[name] = state
     return states
 
@@ -87,6 +91,10 @@ def _find_state(workdir: Path, record: JobRecord, queue: Mapping[str, QueuedJob]
         return StageState("done", amount)
     if exit_code == Preempted.exit_code:
         return StageState("preempted", amount, why="saved; `concentrate run` continues")
+    is_cancelled = exit_code is None and queued is not None and queued.state == "CANCELLED"
+    has_log = _written_at(workdir / JOBS / f"{record.file_name}{LOG}") > record.submitted
+    if exit_code == CANCELLED or (is_cancelled and has_log):
+        return StageState("cancelled", amount, why="by scancel; what is saved is kept: `concentrate run` continues")
     if exit_code:
         return StageState("failed", amount, why=_find_reason(workdir, record) or f"exit code {exit_code}")
     if latest is not None and latest["state"] == "running" and record.slurm_id is None and _is_alive(latest):
@@ -94,7 +102,7 @@ def _find_state(workdir: Path, record: JobRecord, queue: Mapping[str, QueuedJob]
     if record.slurm_id is None:
         has_begun = latest is not None
     else:
-        has_begun = _written_at(workdir / JOBS / f"{record.file_name}{LOG}") > record.submitted
+        has_begun = has_log
         if not has_begun and queued is None and time.time() - record.submitted < _UNSEEN_SECONDS:
             return StageState("waiting", amount, why="submitted")
     if has_begun:
@@ -104,7 +112,7 @@ def _find_state(workdir: Path, record: JobRecord, queue: Mapping[str, QueuedJob]
             amount,
             why=f"{ended}{_find_reason(workdir, record) or 'ended without a word; run again to continue'}",
         )
-    return StageState("waiting", amount)
+    return StageState("waiting" if record.slurm_id is None else "cancelled", amount)
 
 
 def _describe_running(latest: Mapping[str, Any]) -> StageState:
@@ -122,16 +130,18 @@ def _describe_reason(queued: QueuedJob) -> str:
     return "" if queued.reason in ("Dependency", "None") else queued.reason
 
 
-def _describe_awaited(awaited: Mapping[str, StageState]) -> str:
-    """Those that failed first, then those that wait for one that failed, then those that are on their way."""
-    failed = [name for name, state in awaited.items() if state.state == "failed"]
-    in_vain = [name for name, state in awaited.items() if "failed" in state.why or "in vain" in state.why]
-    coming = [name for name, state in awaited.items() if state.state != "done"]
-    if failed:
-        return f"for {_list(failed)}, which failed"
-    if in_vain:
-        return f"for {_list(in_vain)}, which waits in vain"
-    return f"for {_list(coming)}" if coming else ""
+def _explain(state: StageState, awaited: Mapping[str, StageState]) -> StageState:
+    """With what a job waits for, or why it waits in vain; one that has left the queue for no such reason was cancelled."""
+    failed = [name for name, other in awaited.items() if other.state == "failed"]
+    cancelled = [name for name, other in awaited.items() if other.state == "cancelled"]
+    in_vain = [name for name, other in awaited.items() if other.state == "waiting" and other.is_in_vain]
+    for names, why in ((failed, "failed"), (cancelled, "was cancelled"), (in_vain, "waits in vain")):
+        if names:
+            return replace(state, state="waiting", why=f"for {_list(names)}, which {why}", is_in_vain=True)
+    if state.state == "cancelled":
+        return replace(state, why="before it began; `concentrate run` submits it again")
+    coming = [name for name, other in awaited.items() if other.state != "done"]
+    return replace(state, why=f"for {_list(coming)}" if coming else "")
 
 
 def _list(names: list[str]) -> str:

@@ -36,7 +36,9 @@ def status(config: StatusConfig) -> None:
         try:
             queue = load_queue(records.user)
         except ConfigError as error:
-            note = f"without SLURM's queue, so that waiting and running jobs may be shown as failed: {error}"
+            note = (
+                f"without SLURM's queue, so that waiting and running jobs may be shown as failed or cancelled: {error}"
+            )
     by_directory: dict[Path, StageState] = {}
     begun = sorted({path.parent for path in workdir.rglob(STATUS_FILE)}, key=_age)
     states = find_states(workdir, records, queue)

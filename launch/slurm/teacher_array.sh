@@ -13,6 +13,9 @@
 #SBATCH --time=24:00:00
 #SBATCH --signal=B:USR1@120
 #SBATCH --cpus-per-task=8
+told=
+trap told=USR1 USR1 # before all else; run_step asks for it
+trap told=TERM TERM
 set -euo pipefail
 here=${CONCENTRATION_LAUNCH:-$(dirname "$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=\(\S*\).*/\1/p')")}
 source "$here/environment.sh"

@@ -3,6 +3,12 @@
 #
 #   launch/torchrun/student.sh workdir=runs/eft name=student top=fc_sc
 #   NODES=2 HEAD=node-1:29500 GPUS=8 launch/torchrun/student.sh workdir=/shared/eft trainer.num_nodes=2
+#   NODES=1:4 HEAD=node-1:29500 GPUS=8 launch/torchrun/student.sh workdir=/shared/eft \
+#       trainer.devices=auto trainer.num_nodes=auto
+#
+# With NODES=1:4 a machine that starts the line later joins, and when one is stopped the others go on without it: all save at the
+# end of a step and start anew together, which takes 30 to 60 seconds (PET_RDZV_CONF=last_call_timeout=5 shortens it). Without the
+# first machine, at which they meet, all end with 75.
 #
 # Stopped in the middle, it continues from its last checkpoint when started again, with any number of GPUs. On SIGTERM it saves
 # and exits with 75.

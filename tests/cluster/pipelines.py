@@ -102,6 +102,19 @@ def recording(folder: Path, hold: str = "") -> dict[str, str]:
     return {"PYTHONPATH": path, RECORD: str(folder), HOLD: hold}
 
 
+def terminating_at_first(folder: Path) -> dict[str, str]:
+    """What has every process of a job's first start get SIGTERM before its first line; later ones record as `recording` says."""
+    folder.mkdir()
+    path = recording(folder)["PYTHONPATH"]
+    (folder / "sitecustomize.py").write_text(
+        "import os, runpy, signal\n"
+        "if 'SLURM_PROCID' in os.environ and os.environ.get('SLURM_RESTART_COUNT', '0') == '0':\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        f"runpy.run_path({str(Path(__file__).with_name('recording') / 'sitecustomize.py')!r})\n"
+    )
+    return {"PYTHONPATH": os.pathsep.join((str(folder), path))}
+
+
 def assert_same_results(workdir: Path, expected: Path) -> None:
     """The same networks and targets, byte for byte, and the same evaluations."""
     paths = [Path(run) / "model.safetensors" for run in TRAINED]

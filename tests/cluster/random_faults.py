@@ -241,7 +241,9 @@ def main() -> None:
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder, running_cluster(Path(folder, "slurm")) as slurm:
         rows = disturb(slurm, write_shards(Path(folder, "given")), Path(folder), options.faults, options.seed)
-        options.page.write_text(describe(rows, options.seed, (time.monotonic() - started) / 60))
+        _, mark, kept = options.page.read_text().partition("\n## ") if options.page.exists() else ("", "", "")
+        page = describe(rows, options.seed, (time.monotonic() - started) / 60)
+        options.page.write_text(page + mark + kept)  # what is written by hand stays
 
 
 if __name__ == "__main__":

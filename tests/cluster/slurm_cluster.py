@@ -147,12 +147,17 @@ class SlurmCluster:
         self._daemons[daemon].wait()
 
     def lose_node(self, node: str) -> None:
-        """A node is gone with all that runs on it."""
+        """A node is gone with all that runs on it, in one moment: none sees another die and tells SLURM."""
         self.kill(node)
-        for process in _list_processes():
-            if process.environment.get("SLURMD_NODENAME") == node or str(self.directory / node) in process.directory:
+        lost = [
+            process.number
+            for process in _list_processes()
+            if process.environment.get("SLURMD_NODENAME") == node or str(self.directory / node) in process.directory
+        ]
+        for number in (signal.SIGSTOP, signal.SIGKILL):
+            for process in lost:
                 with contextlib.suppress(ProcessLookupError):
-                    os.kill(process.number, signal.SIGKILL)
+                    os.kill(process, number)
 
     def node_state(self, node: str) -> set[str]:
         """What `scontrol` says of a node: IDLE, MIXED, ALLOCATED or DOWN, and DRAIN, COMPLETING, NOT_RESPONDING beside it.

@@ -3,7 +3,17 @@
 import re
 
 import pytest
-from cluster.pipelines import ON_SLURM, Pipeline, assert_same_results, copy_stages, submitted
+from cluster.pipelines import (
+    ON_SLURM,
+    Pipeline,
+    assert_same_results,
+    copy_stages,
+    recording,
+    submitted,
+    terminating_at_first,
+    wait_for_queue,
+)
+from real_runs import wait_for_hold
 
 pytestmark = pytest.mark.cluster
 
@@ -52,3 +62,56 @@ def test_a_teacher_that_fails_stops_only_what_depends_on_it(slurm, shards, tmp_p
     jobs = {"teacher fruit", "targets fruit", "student student", "evaluate specialists", "evaluate student", "report"}
     assert submitted(again).keys() == jobs
     assert set(pipeline.status().values()) == {"done"}
+
+
+@pytest.mark.long
+def test_a_teacher_that_is_cancelled_is_not_requeued_and_the_command_given_again_submits_what_is_missing(
+    slurm, shards, undisturbed, tmp_path
+):
+    done = ("shards", "students/generalist", "evaluations/generalist")
+    workdir = copy_stages(undisturbed, tmp_path / "work", *done)
+    environment = {**slurm.environment, **recording(tmp_path / "records", "teachers-fruit:8")}
+    pipeline = Pipeline(workdir, shards, environment)
+    pipeline.run(*ON_SLURM)
+    wait_for_hold(tmp_path / "records", "teachers-fruit")
+    teacher = pipeline.ids()["teacher fruit"]
+    slurm.run("scancel", teacher)
+    wait_for_queue(slurm)  # nothing waits for ever
+    described = slurm.describe(teacher)
+    assert (described["JobState"], described["Restarts"]) == ("CANCELLED", "0"), pipeline.log()
+    states = pipeline.status()
+    assert states["teachers/fruit"].startswith("cancelled by scancel")
+    assert states["targets/default/fruit"].startswith("waiting for teacher fruit, which was cancelled")
+    assert states["report"].startswith("waiting for")
+    assert all(states[stage] == "done" for stage in ("teachers/tools", "targets/default/tools"))
+
+    again = pipeline.run(*ON_SLURM, "launcher.wait=true")
+    jobs = {"teacher fruit", "targets fruit", "student student", "evaluate specialists", "evaluate student", "report"}
+    assert submitted(again).keys() == jobs
+    assert set(pipeline.status().values()) == {"done"}
+    assert_same_results(workdir, undisturbed)
+
+
+@pytest.mark.long
+def test_a_job_that_waits_and_is_cancelled_is_shown_and_submitted_again(slurm, shards, undisturbed, tmp_path):
+    trained = ("shards", "teachers", "targets", "students", "evaluations")
+    pipeline = Pipeline(copy_stages(undisturbed, tmp_path / "work", *trained), shards, slurm.environment)
+    pipeline.run(*ON_SLURM, "launcher.options=[--hold]")
+    slurm.run("scancel", pipeline.ids()["report"])
+    assert pipeline.status()["report"].startswith("cancelled before it began")
+    stopped = pipeline.run(*ON_SLURM, "launcher.options=[--hold]")
+    assert submitted(stopped).keys() == {"report"}
+    slurm.run("scancel", pipeline.ids()["report"])
+    assert submitted(pipeline.run(*ON_SLURM, "launcher.wait=true")).keys() == {"report"}
+
+
+@pytest.mark.long
+def test_a_job_that_a_signal_kills_in_its_first_moments_is_requeued(slurm, shards, undisturbed, tmp_path):
+    trained = ("shards", "teachers", "targets", "students", "evaluations")
+    workdir = copy_stages(undisturbed, tmp_path / "work", *trained)
+    pipeline = Pipeline(workdir, shards, {**slurm.environment, **terminating_at_first(tmp_path / "site")})
+    pipeline.run(*ON_SLURM)
+    report = pipeline.ids()["report"]
+    described = slurm.wait_for_end(report)
+    assert (described["JobState"], described["Restarts"]) == ("COMPLETED", "1"), pipeline.log()
+    assert pipeline.is_finished()

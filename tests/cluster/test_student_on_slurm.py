@@ -1,9 +1,10 @@
 """A student of two machines by launch/slurm/student.sh, disturbed in every way that a cluster knows: the same weights."""
 
+import shutil
 from pathlib import Path
 
 import pytest
-from cluster.pipelines import assert_each_sample_once, copy_stages, recording
+from cluster.pipelines import assert_each_sample_once, copy_stages, recording, terminating_at_first
 from cluster.slurm_cluster import PREEMPTIBLE, REPOSITORY, URGENT, SlurmCluster
 from real_runs import RECORD, TINY, load_json, load_taken, start_ranks, wait_for_hold
 
@@ -114,6 +115,34 @@ def test_a_task_that_is_killed_hard_fails_the_job_and_submitted_again_it_ends_wi
     assert not (students.path("killed") / "DONE.json").exists()
     assert list((students.path("killed") / "checkpoints").glob("step-000000020.ckpt"))
     students.assert_finished_as(students.submit("killed"), "killed", alone, restarts=0, may_repeat=True)
+
+
+@pytest.mark.long
+def test_a_student_that_is_cancelled_stays_so_and_submitted_again_it_ends_with_the_same_weights(students, alone):
+    job = students.submit("cancelled", hold=10)
+    students.wait_for_hold("cancelled")
+    students.slurm.run("scancel", job)
+    described = students.slurm.wait_for_end(job)
+    assert (described["JobState"], described["Restarts"]) == ("CANCELLED", "0"), students.log("cancelled")
+    assert "ended by scancel" in students.log("cancelled")
+    students.assert_finished_as(students.submit("cancelled"), "cancelled", alone, restarts=0)
+
+
+@pytest.mark.long
+def test_a_signal_while_the_script_sets_up_has_it_requeued(students, alone, tmp_path):
+    launch = Path(shutil.copytree(STUDENT.parent, tmp_path / "launch"))
+    with open(launch / "environment.sh", "a") as environment:
+        environment.write(f'[ "${{SLURM_RESTART_COUNT:-0}}" = 1 ] || {{ touch {tmp_path}/begun; sleep 5; }}\n')
+    job = students.submit("early", CONCENTRATION_LAUNCH=str(launch))
+    students.slurm.wait_until((tmp_path / "begun").exists, "the setup")
+    students.slurm.run("scancel", "--batch", "--signal=USR1", job)
+    students.assert_finished_as(job, "early", alone, restarts=1)
+
+
+@pytest.mark.long
+def test_a_signal_before_a_rank_can_note_it_has_it_requeued(students, alone, tmp_path):
+    job = students.submit("first", **terminating_at_first(tmp_path / "site"))
+    students.assert_finished_as(job, "first", alone, restarts=1)
 
 
 @pytest.mark.long

@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from slurm_words import CANCELLED, OUT_OF_TIME, REQUEUED, RUNNING
 
 LAUNCH = Path(__file__).parents[2] / "launch/slurm"
 PREEMPTED = 'echo saved >"$CONCENTRATION_PREEMPTED"; exit 1'  # srun gives the highest code of all tasks
@@ -13,8 +14,9 @@ PREEMPTED = 'echo saved >"$CONCENTRATION_PREEMPTED"; exit 1'  # srun gives the h
 
 @pytest.fixture
 def stand_ins(tmp_path) -> Path:
-    """`srun` runs what the test says; `scontrol` notes what it is asked for; and a job does not wait for its end."""
-    for name, body in (("srun", 'eval "$SRUN"'), ("scontrol", f"echo $@ >>{tmp_path}/said"), ("sleep", ":")):
+    """`srun` and `scontrol show` do as the test says; `scontrol requeue` is noted; and a job does not wait for its end."""
+    scontrol = f'if [ $1 = requeue ]; then echo "$@" >>{tmp_path}/said; else echo "$SAYS"; fi'
+    for name, body in (("srun", 'eval "$SRUN"'), ("scontrol", scontrol), ("sleep", ":")):
         (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
         (tmp_path / name).chmod(0o755)
     return tmp_path
@@ -26,6 +28,7 @@ def run_job(folder: Path, srun: str, script: str = "student.sh", *arguments: str
         "SLURM_JOB_ID": "9",
         "CONCENTRATION_LAUNCH": str(LAUNCH),
         "SRUN": srun,
+        "SAYS": RUNNING,
     }
     return subprocess.run(
         ["bash", LAUNCH / script, *arguments], cwd=folder, env={**values, **environment}, text=True, capture_output=True,
@@ -42,6 +45,8 @@ def run_job(folder: Path, srun: str, script: str = "student.sh", *arguments: str
         pytest.param(PREEMPTED, "3", 75, False, id="preempted-too-often"),
         pytest.param("exit 2", "0", 2, False, id="mistake"),
         pytest.param("exit 137", "0", 137, False, id="killed"),
+        pytest.param("exit 143", "0", 75, True, id="SIGTERM-before-signals-are-noted"),
+        pytest.param("exit 138", "0", 75, True, id="SIGUSR1-before-signals-are-noted"),
     ],
 )
 def test_what_was_saved_is_requeued_as_often_as_environment_sh_allows(stand_ins, srun, restarts, code, is_requeued):
@@ -54,6 +59,34 @@ def test_what_was_saved_is_requeued_as_often_as_environment_sh_allows(stand_ins,
     assert done.returncode == code, done.stderr
     said = (stand_ins / "said").read_text() if (stand_ins / "said").exists() else ""
     assert said == ("requeue 9\n" if is_requeued else "")
+
+
+@pytest.mark.parametrize(
+    ("says", "restarts", "code", "is_requeued"),
+    [
+        pytest.param(CANCELLED, "0", 143, False, id="cancelled"),
+        pytest.param(CANCELLED, "1", 75, True, id="requeued-by-slurm"),
+        pytest.param(OUT_OF_TIME, "0", 75, True, id="out-of-time"),
+        pytest.param(REQUEUED, "0", 75, True, id="requeued-by-slurm"),
+    ],
+)
+def test_a_job_that_scancel_ends_is_not_requeued(stand_ins, says, restarts, code, is_requeued):
+    done = run_job(stand_ins, PREEMPTED, SAYS=says, SLURM_RESTART_COUNT=restarts)
+    assert done.returncode == code
+    assert (stand_ins / "said").exists() == is_requeued
+    assert not list(stand_ins.glob(".preempted*"))
+    assert ("ended by scancel" in done.stderr) != is_requeued
+
+
+@pytest.mark.parametrize("name", ["USR1", "TERM"])
+def test_a_signal_while_the_environment_is_set_up_has_it_requeued_before_anything_runs(stand_ins, name):
+    launch = Path(shutil.copytree(LAUNCH, stand_ins / "launch"))
+    with open(launch / "environment.sh", "a") as environment:
+        environment.write(f"kill -{name} $$\n")
+    done = run_job(stand_ins, f"touch {stand_ins}/ran", CONCENTRATION_LAUNCH=str(launch))
+    assert done.returncode == 75, done.stderr
+    assert (stand_ins / "said").read_text() == "requeue 9\n"
+    assert not (stand_ins / "ran").exists()
 
 
 def test_a_task_of_the_array_trains_the_vertical_of_its_number(stand_ins):

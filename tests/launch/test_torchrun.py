@@ -9,9 +9,12 @@ import time
 from pathlib import Path
 
 import pytest
-from real_runs import TINY, load_json, prepare_shards
+from cluster.pipelines import assert_each_sample_once, recording
+from real_runs import TINY, concentrate, load_json, load_taken, prepare_shards
 
 LAUNCH = Path(__file__).parents[2] / "launch/torchrun"
+#: Long enough for a machine to join and leave.
+NUM_EPOCHS = 150
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +85,44 @@ def test_two_machines_of_which_one_is_stopped_save_and_both_end_with_75_and_go_o
         ends = [machine.communicate(timeout=200) for machine in machines]
         assert [machine.returncode for machine in machines] == [75 if turn == "stopped" else 0] * 2, ends
     assert load_json(run_path / "DONE.json")["step"] == 520
+
+
+@pytest.mark.long
+def test_a_machine_joins_a_student_that_runs_and_leaves_it_again_and_every_step_has_its_samples(workdir):
+    """`NODES=1:2`: the first trains alone, then both, then the first alone; no sample is lost and none comes twice."""
+    options = ("trainer.devices=auto", "trainer.num_nodes=auto", f"trainer.max_epochs={NUM_EPOCHS}")
+    records, expected = workdir / "records", workdir / "expected"
+    settings = {
+        "GPUS": "1", "NODES": "1:2", "HEAD": f"localhost:{find_free_port()}", "PET_RDZV_CONF": "last_call_timeout=2",
+        **recording(records, "students-elastic:30"),
+    }  # fmt: skip
+    first = start_student(workdir, "elastic", *options, **settings)
+    try:
+        wait_for((records / "held-students-elastic-0").exists, first, seconds=300)
+        assert count_starts(records) == 1
+        second = start_student(workdir, "elastic", *options, **settings)  # for which the first leaves its step 30
+        wait_for(lambda: count_starts(records) == 3, first, second, seconds=300)
+        second.send_signal(signal.SIGTERM)
+        _, err = second.communicate(timeout=120)
+        assert second.returncode == 75, err
+        assert not (workdir / "students/elastic/DONE.json").exists()
+        _, err = first.communicate(timeout=400)
+        assert first.returncode == 0, err
+    finally:
+        first.terminate()
+    assert count_starts(records) == 4
+    concentrate("student", f"workdir={workdir}", "name=alone", "targets=labels", *TINY, options[-1], directory=workdir,
+                **recording(expected))  # fmt: skip
+    taken, wanted = load_taken(records, "students-elastic"), load_taken(expected, "students-alone")
+    assert len(taken[29]) == 1
+    assert max(map(len, taken.values())) == 2, "steps of two machines"
+    assert len(taken[len(taken) - 1]) == 1
+    assert_each_sample_once(taken, wanted, NUM_EPOCHS, may_repeat=False)
+
+
+def count_starts(records: Path) -> int:
+    """Of processes that came to a step."""
+    return len([path for path in records.glob("students-elastic-*") if path.read_text()])
 
 
 @pytest.mark.parametrize("when", ["torch is imported", "another machine is waited for"])

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 from real_runs import IMAGE_SIZE, TINY_NETWORK, Finished, concentrate, one_line, write_shards
+from slurm_words import CANCELLED, OUT_OF_TIME, REQUEUED, RUNNING
 
 from concentration.errors import ConfigError
 from concentration.pipeline.jobs import Job, Resources
 from concentration.pipeline.records import JobRecord, JobRecords
 from concentration.pipeline.slurm import SlurmConfig, build_batches, build_command, build_script, find_active, ids_of
-from concentration.pipeline.slurm_queue import QueuedJob, load_queue
+from concentration.pipeline.slurm_queue import QueuedJob, load_queue, load_settled_queue
 from concentration.stages.evaluate import EvaluateConfig
 
 TEACHERS = ("teacher a", "teacher b", "teacher c")
@@ -122,34 +123,70 @@ def test_the_queue_is_read_and_refusals_are_one_line(tmp_path, monkeypatch):
         load_queue("me")
 
 
-@pytest.mark.parametrize(
-    ("exit_code", "srun_code", "restarts", "expected", "is_requeued"),
-    [
-        pytest.param("0", 0, 0, 0, False, id="finished"),
-        pytest.param("75", 143, 0, 75, True, id="preempted-and-srun-says-another-code"),
-        pytest.param("75", 75, 2, 75, False, id="preempted-too-often"),
-        pytest.param("2", 2, 0, 2, False, id="mistake"),
-        pytest.param(None, 137, 0, 137, False, id="killed"),
-    ],
-)
-def test_the_job_script_requeues_what_was_saved(tmp_path, exit_code, srun_code, restarts, expected, is_requeued):
-    (tmp_path / "jobs").mkdir()
-    (tmp_path / "jobs/teacher-b.exit").write_text("75\n")  # of an earlier start
+def test_a_job_on_its_way_out_is_waited_for_until_it_is_known_what_becomes_of_it(tmp_path, monkeypatch):
+    squeue, answers = tmp_path / "squeue", tmp_path / "answers"
+    answers.write_text("7|COMPLETING|None\n7|CANCELLED|None\n")
+    squeue.write_text(f"#!/bin/sh\nhead -n 1 {answers}; sed -i 1d {answers}\n")
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert load_settled_queue("me", ["7", "8"]) == {"7": QueuedJob("CANCELLED", "None")}
+
+
+def run_script(folder: Path, exit_code: str | None, srun_code: int, restarts: int, says: str, setup: str = ":") -> int:
+    """Runs the job script as the second task of an array, under stand-ins; returns its exit code.
+
+    Args:
+        exit_code: what the job writes of its own end; None where it was killed.
+        says: what `scontrol show job` does; what it is asked to requeue is noted in `said`.
+    """
+    (folder / "jobs").mkdir()
+    (folder / "jobs/teacher-b.exit").write_text("75\n")  # of an earlier start
     writes = f'echo {exit_code} >"${{@: -1:1}}.tmp"; mv "${{@: -1:1}}.tmp" "$(dirname "${{@: -1:1}}")/teacher-b.exit"'
     for name, body in (
-        ("srun", f"{writes if exit_code else ':'}\nexit {srun_code}"),
-        ("scontrol", f"echo $@ >>{tmp_path}/said"),
+        ("srun", f"echo ran\n{writes if exit_code else ':'}\nexit {srun_code}"),
+        ("scontrol", f'if [ $1 = requeue ]; then echo "$@" >>{folder}/said; else echo "{says}"; fi'),
         ("sleep", ":"),
     ):
-        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
-        (tmp_path / name).chmod(0o755)
-    script = build_script(tmp_path, SlurmConfig(max_restarts=2, setup=("echo set up", "export MINE=1")))
-    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "9", "SLURM_ARRAY_TASK_ID": "1",
-                   "SLURM_RESTART_COUNT": str(restarts)}  # fmt: skip
-    done = subprocess.run(["bash", "-c", script, "job.sh", "0=teacher-a", "1=teacher-b"], env=environment, check=False)
-    assert done.returncode == expected
+        (folder / name).write_text(f"#!/bin/bash\n{body}\n")
+        (folder / name).chmod(0o755)
+    script = build_script(folder, SlurmConfig(max_restarts=2, setup=("echo set up", "export MINE=1", setup)))
+    environment = {"PATH": f"{folder}:{os.environ['PATH']}", "SLURM_JOB_ID": "9", "SLURM_ARRAY_JOB_ID": "9",
+                   "SLURM_ARRAY_TASK_ID": "1", "SLURM_RESTART_COUNT": str(restarts)}  # fmt: skip
+    command = ["bash", "-c", script, "job.sh", "0=teacher-a", "1=teacher-b"]
+    return subprocess.run(command, env=environment, check=False).returncode
+
+
+@pytest.mark.parametrize(
+    ("exit_code", "srun_code", "restarts", "says", "expected", "is_requeued"),
+    [
+        pytest.param("0", 0, 0, RUNNING, 0, False, id="finished"),
+        pytest.param("75", 143, 0, RUNNING, 75, True, id="preempted-and-srun-says-another-code"),
+        pytest.param("75", 75, 2, RUNNING, 75, False, id="preempted-too-often"),
+        pytest.param("2", 2, 0, RUNNING, 2, False, id="mistake"),
+        pytest.param(None, 137, 0, RUNNING, 137, False, id="killed"),
+        pytest.param(None, 143, 0, RUNNING, 75, True, id="SIGTERM-before-signals-are-noted"),
+        pytest.param(None, 138, 0, RUNNING, 75, True, id="SIGUSR1-before-signals-are-noted"),
+        pytest.param("75", 75, 0, CANCELLED, 143, False, id="cancelled"),
+        pytest.param(None, 143, 0, CANCELLED, 143, False, id="cancelled-before-signals-are-noted"),
+        pytest.param("75", 75, 0, OUT_OF_TIME, 75, True, id="out-of-time"),
+        pytest.param("75", 75, 0, REQUEUED, 75, True, id="requeued-by-slurm"),
+    ],
+)
+def test_the_job_script_requeues_what_was_saved(tmp_path, exit_code, srun_code, restarts, says, expected, is_requeued):
+    assert run_script(tmp_path, exit_code, srun_code, restarts, says) == expected
+    # The last task of an array has the array's number: it would requeue all the others, too.
+    assert not is_requeued or (tmp_path / "said").read_text() == "requeue 9_1\n"
     assert (tmp_path / "said").exists() == is_requeued
-    assert (tmp_path / "jobs/teacher-b.log").read_text().startswith("set up\n")
+    assert (tmp_path / "jobs/teacher-b.log").read_text().startswith("set up\nran\n")
+    left = tmp_path / "jobs/teacher-b.exit"
+    assert (left.read_text().strip() if left.exists() else None) == {137: None}.get(expected, str(expected))
+
+
+@pytest.mark.parametrize("name", ["USR1", "TERM"])
+def test_a_signal_while_a_job_is_set_up_has_it_requeued_before_anything_runs(tmp_path, name):
+    assert run_script(tmp_path, "0", 0, 0, RUNNING, f"kill -{name} $$") == 75
+    assert (tmp_path / "said").read_text() == "requeue 9_1\n"
+    assert (tmp_path / "jobs/teacher-b.log").read_text() == "set up\n"
 
 
 @pytest.fixture
@@ -180,8 +217,8 @@ def test_a_dry_run_prints_the_graph_and_the_commands_for_slurm(workdir):
 
 def test_a_dry_run_prints_the_commands_of_this_machine(workdir):
     shown = dry_run(workdir, "trainer.devices=2").out
-    assert f"-m concentration.pipeline.jobs {workdir}/jobs/teacher-fruit.json" in shown
-    assert f"--nproc-per-node=2 -m concentration.pipeline.jobs {workdir}/jobs/student-student.json" in shown
+    assert f"-m concentration.pipeline {workdir}/jobs/teacher-fruit.json" in shown
+    assert f"--nproc-per-node=2 -m concentration.pipeline {workdir}/jobs/student-student.json" in shown
 
 
 def test_wrong_values_are_one_line(workdir):

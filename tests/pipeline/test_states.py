@@ -87,6 +87,39 @@ def test_a_job_that_slurm_killed_says_how_it_ended(tmp_path):
     assert (state.state, state.why) == ("failed", "out_of_memory: srun: error: task 0: Out Of Memory")
 
 
+def test_a_job_that_scancel_has_ended_is_cancelled_not_failed(tmp_path):
+    write_status(tmp_path / "students/x", "stopped")
+    write_atomically(tmp_path / "jobs/student-x.log", "student: 20/100\n")
+    state = state_of(tmp_path, {"7": QueuedJob("CANCELLED", "None")}, "7", 1.0)
+    assert (state.state, state.amount) == ("cancelled", "20/100 steps")
+    write_atomically(tmp_path / "jobs/student-x.exit", "143\n")  # the queue forgets, the job script writes it down
+    assert state_of(tmp_path, {}, "7", 1.0) == state
+    assert "by scancel" in state.why
+
+
+def test_a_job_that_left_the_queue_before_it_began_was_cancelled(tmp_path):
+    for queue in ({"7": QueuedJob("CANCELLED", "None")}, {}):
+        state = state_of(tmp_path, queue, "7", 1.0)
+        assert (state.state, state.why) == ("cancelled", "before it began; `concentrate run` submits it again")
+    assert state_of(tmp_path, {}, "7", time.time()).state == "waiting"
+
+
+@pytest.mark.parametrize(("code", "why"), [("2", "failed"), ("143", "was cancelled")])
+def test_what_slurm_has_cancelled_after_another_waits_in_vain(tmp_path, code, why):
+    after = {"a": (), "b": ("a",), "c": ("b",)}
+    records = {
+        name: JobRecord(
+            directory=Path(name), file_name=name, proof="DONE.json", after=names, slurm_id=f"{number}", submitted=1.0
+        )
+        for number, (name, names) in enumerate(after.items())
+    }
+    write_atomically(tmp_path / "jobs/a.exit", f"{code}\n")
+    for queue in ({"1": QueuedJob("CANCELLED", "None"), "2": QueuedJob("PENDING", "DependencyNeverSatisfied")}, {}):
+        states = find_states(tmp_path, JobRecords(user="me", jobs=records), queue)
+        assert [s.state for s in states.values()][1:] == ["waiting", "waiting"]
+        assert [s.why for s in states.values()][1:] == [f"for a, which {why}", "for b, which waits in vain"]
+
+
 def test_what_waits_says_for_what(tmp_path):
     after = {"a": (), "b": ("a",), "c": ("b",)}
     records = {

@@ -1,0 +1,12 @@
+"""`python -m concentration.pipeline JOB.json` runs a frozen job."""
+
+import sys
+from pathlib import Path
+
+from concentration import preemption
+
+if __name__ == "__main__":
+    preemption.note_signals()  # before torch is imported, which takes seconds in which a job may be asked to stop
+    from concentration.pipeline.jobs import run_frozen
+
+    sys.exit(run_frozen(Path(sys.argv[1])))
