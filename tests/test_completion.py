@@ -1,11 +1,14 @@
-"""Completion: what it offers, and that bash puts it on the line."""
+"""Completion: what it offers, and that bash, zsh and fish put it on the line."""
 
 import json
 import os
+import pty
+import select
 import shutil
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -46,30 +49,76 @@ def test_names_and_verticals_of_the_working_directory_are_offered(tmp_path):
     assert complete(f"concentrate teacher {where} vertical=c") == ["vertical=cars"]
 
 
-def test_bash_puts_it_on_the_line(tmp_path):
-    """The script in a real bash, with a command of this name on the path."""
-    bash = shutil.which("bash")
-    if bash is None:
-        pytest.skip("NOT TESTED: no bash here")
+@pytest.fixture
+def environment(tmp_path) -> dict[str, str]:
+    """With a command `concentrate` on the path."""
     command = tmp_path / "concentrate"
     command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m concentration.cli "$@"\n')
     command.chmod(command.stat().st_mode | stat.S_IXUSR)
+    root = str(Path(__file__).parents[1])
+    return {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": root, "HOME": str(tmp_path)}
+
+
+def find_shell(name: str) -> str:
+    shell = shutil.which(name)
+    if shell is None:
+        pytest.skip(f"NOT TESTED: no {name} here")
+    return shell
+
+
+def run_script(command: list[str], environment: dict[str, str]) -> list[str]:
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120).stdout.split()
+
+
+def test_bash_puts_it_on_the_line(environment):
+    """The script in a real bash."""
     ask = 'COMP_LINE="$1"; COMP_POINT=${#1}; _concentrate 2>/dev/null; printf "%s\\n" "${COMPREPLY[@]}"'
-    environment = {
-        **os.environ,
-        "PATH": f"{tmp_path}:{os.environ['PATH']}",
-        "PYTHONPATH": str(Path(__file__).parents[1]),
-    }
 
     def type_in(line: str) -> list[str]:
-        script = f"{get_script('bash')}\n{ask}"
-        done = subprocess.run(
-            [bash, "-c", script, "bash", line], env=environment, capture_output=True, text=True, timeout=120
-        )
-        return done.stdout.split()
+        return run_script([find_shell("bash"), "-c", f"{get_script('bash')}\n{ask}", "bash", line], environment)
 
     assert type_in("concentrate prep") == ["prepare"]
     assert type_in("concentrate student top=sc") == ["sc_sc"], "bash has the part before '=' on the line already"
+
+
+def test_fish_puts_it_on_the_line(environment):
+    """What a real fish offers for a line."""
+
+    def type_in(line: str) -> list[str]:
+        script = f"{get_script('fish')}\ncomplete -C '{line}'"
+        return run_script([find_shell("fish"), "--no-config", "-c", script], environment)
+
+    assert type_in("concentrate prep") == ["prepare"]
+    assert type_in("concentrate student top=sc") == ["top=sc_sc"]
+
+
+def test_zsh_puts_it_on_the_line(environment, tmp_path):
+    """A real zsh on a terminal: its completion works nowhere else."""
+    typed, shell = pty.openpty()
+    zsh = subprocess.Popen(
+        [find_shell("zsh"), "-f", "-i"], stdin=shell, stdout=shell, stderr=shell, env={**environment, "TERM": "dumb"},
+        start_new_session=True,
+    )  # fmt: skip
+    (tmp_path / "completion.zsh").write_text(get_script("zsh"))
+    try:
+        start = f"unsetopt zle_bracketed_paste; autoload -Uz compinit; compinit -u -D; source {tmp_path}/completion.zsh"
+        os.write(typed, f"PS1=; {start}; print LOA''DED\n".encode())
+        read_until(typed, "\nLOADED")
+        for line, whole in (("prep", "prepare"), ("student top=sc", "student top=sc_sc")):
+            os.write(typed, f"concentrate {line}\t".encode())
+            read_until(typed, f"concentrate {whole}")
+            os.write(typed, b"\x15")  # Control-U: an empty line again
+    finally:
+        zsh.kill()
+        zsh.wait()
+
+
+def read_until(terminal: int, text: str, timeout_seconds: float = 60) -> None:
+    shown, deadline = "", time.monotonic() + timeout_seconds
+    while text not in shown.replace("\r", ""):
+        assert time.monotonic() < deadline, f"{text!r} was not shown, but {shown!r}"
+        if select.select([terminal], [], [], 0.1)[0]:
+            shown += os.read(terminal, 4096).decode(errors="replace")
 
 
 def test_another_shell_is_refused():
