@@ -1,4 +1,4 @@
-"""What the README shows works: its library example runs, and its commands compose."""
+"""What the README and the pages in docs/ show works: the library example runs, commands make configs, links lead somewhere."""
 
 import re
 import shlex
@@ -6,12 +6,12 @@ from pathlib import Path
 
 import hydra
 import pytest
-from omegaconf import OmegaConf
 
-from concentration.config import VERBS, find_config_directory
+from concentration.config import VERBS, check_config, find_config_directory
 from concentration.stages.verbs import split_words
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def _commands() -> list[str]:
@@ -32,23 +32,36 @@ def test_the_library_example_runs():
 
 
 def test_the_readme_names_the_two_commands_that_the_makefile_has():
-    makefile = (Path(__file__).parent.parent / "Makefile").read_text()
+    makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"^    make (\S+)", README, re.MULTILINE):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE)
 
 
 @pytest.mark.parametrize("command", _commands())
-def test_a_command_of_the_readme_composes(command):
+def test_a_command_of_the_readme_makes_a_config(command):
     _, verb, *words = shlex.split(command, comments=True)
     overrides = [word.replace("FOLDER", "/images") for word in words if word not in ("-m", "--help")]
-    if VERBS[verb].positional:
-        overrides, _ = split_words(overrides)
+    overrides, given_words = split_words(overrides) if VERBS[verb].positional else (overrides, [])
     if "-m" in words:  # the first job of a multirun stands for all
         overrides = [re.sub(r"=([^\[,]+),.*$", r"=\1", override) for override in overrides]
     with hydra.initialize_config_dir(str(find_config_directory()), version_base="1.3"):
-        composed = hydra.compose(verb, overrides)
-    assert OmegaConf.to_container(composed, resolve=True)
+        assert check_config(verb, hydra.compose(verb, overrides), given_words)
 
 
 def test_the_readme_has_commands_to_compose():
     assert len(_commands()) >= 3
+
+
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda page: page.name
+)
+def test_links_of_a_page_lead_to_files(page):
+    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
+    assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def test_files_that_the_page_of_the_method_names_are_there():
+    text = (ROOT / "docs/methods.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(?:[a-z_]+/)*[a-z_0-9]+\.py`", text)
+    assert len(named) > 10
+    assert [name for name in named if not (ROOT / "concentration" / name.strip("`")).exists()] == []
