@@ -57,6 +57,7 @@ NETWORKS = {
     "softmax over the features": lambda: Student(
         describe(top=TopConfig(kind="linear"), pace=PaceConfig(kind="none"), loss="softmax")
     ),
+    "a vertical that was merged of two": lambda: Student(describe(num_blocks={"b": 2})),
     "grown by auxiliary heads": build_augmented,
     "mixture": lambda: Mixture(
         MixtureNetworkConfig(gater=build_gater(RouterRuleConfig(), 2), experts=tuple(describe() for _ in range(3)))
