@@ -9,7 +9,9 @@ import dataclasses
 import datetime
 import os
 import socket
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import pytest
@@ -45,6 +47,7 @@ class Case(NamedTuple):
     gradients: str = "forward"
     counts: tuple[int, ...] = (3, 4, 2, 5)
     block_elements: int = 1 << 20
+    num_blocks: Mapping[str, int] = MappingProxyType({})
 
 
 FC_FC = {"kind": "fc_fc", "top1": 6, "top2": 5}
@@ -62,6 +65,7 @@ CASES = (
     Case(SC_SC, {"kind": "class", "offset": "vertical"}, gradients="backward", background=True),
     Case(GENERIC, {"kind": "vertical", "offset": "class"}, weight=True, block_elements=56, counts=(11, 9, 17, 3)),
     Case(GENERIC, {"kind": "vertical"}, sizes=(40,), class_weight=True),
+    Case(GENERIC, {"kind": "vertical", "offset": "class"}, num_blocks={"vertical0": 2, "vertical2": 3}),
 )
 
 
@@ -95,7 +99,9 @@ def train(case: Case, world_size: int, rank: int | None) -> dict:
     torch.manual_seed(0)
     verticals = {f"vertical{number}": size for number, size in enumerate(case.sizes)}
     values = {"base": {"kind": "small", "channels": [4], "norm": "group"}, "image_size": 8, "verticals": verticals}
-    student = Student(parse_config(NetworkConfig, {**values, "top": case.top, "pace": case.pace})).double()
+    student = Student(
+        parse_config(NetworkConfig, {**values, "top": case.top, "pace": case.pace, "num_blocks": dict(case.num_blocks)})
+    ).double()
     if case.pace.get("offset", "none") != "none":
         torch.nn.init.normal_(student.pace.offset)
     if case.class_weight:
@@ -247,7 +253,9 @@ def test_one_process_holds_all_and_sends_nothing():
     torch.manual_seed(0)
     verticals = {f"vertical{number}": size for number, size in enumerate(case.sizes)}
     values = {"base": {"kind": "small", "channels": [4]}, "image_size": 8, "verticals": verticals}
-    student = Student(parse_config(NetworkConfig, {**values, "top": case.top, "pace": case.pace}))
+    student = Student(
+        parse_config(NetworkConfig, {**values, "top": case.top, "pace": case.pace, "num_blocks": dict(case.num_blocks)})
+    )
     images, targets, _ = draw_step(case, 0, 4)
     targets = dataclasses.replace(targets, background_BM=None, probability_BK=targets.probability_BK.float())
     expected_B = student(images, targets)
