@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import pytest
-from cluster.pipelines import copy_stages
+from cluster.pipelines import copy_stages, recording
 from cluster.slurm_cluster import REPOSITORY, SlurmCluster
-from real_runs import TINY, Finished, Running, concentrate, load_json
+from real_runs import TINY, Finished, Running, concentrate, load_json, wait_for_hold
 
 pytestmark = pytest.mark.cluster
 
@@ -68,6 +68,26 @@ def test_a_task_of_the_array_that_is_told_to_stop_is_requeued_and_ends_with_the_
     slurm.wait_until(lambda: slurm.start_soon(task)["JobState"] == "RUNNING", "its second start")
     finish(workdir, launcher)
     assert_same_weights(workdir, expected, "teachers/fruit", "teachers/tools")
+
+
+@pytest.mark.long
+def test_a_task_of_the_array_that_is_cancelled_stays_so_and_the_multirun_given_again_finishes(
+    slurm, workdir, undisturbed
+):
+    options = (*TEACHERS, "trainer.checkpoint_every_seconds=600")
+    records = workdir / "records"
+    environment = {**slurm.environment, **recording(records, "teachers-fruit:8")}
+    launcher = Running((*options, f"workdir={workdir}", *SUBMITIT), workdir.parent, environment)
+    wait_for_hold(records, "teachers-fruit")
+    task = next(task for task in tasks_of(workdir) if task.endswith("_0"))
+    slurm.run("scancel", task)
+    finished = launcher.wait(200)
+    assert finished.code == 75, finished.err
+    described = slurm.wait_for_end(task)
+    assert (described["JobState"], described["Restarts"]) == ("CANCELLED", "0")
+    assert not (workdir / "teachers/fruit/DONE.json").exists()
+    finish(workdir, Running((*options, f"workdir={workdir}", *SUBMITIT), workdir.parent, environment))
+    assert_same_weights(workdir, undisturbed, "teachers/fruit", "teachers/tools")
 
 
 @pytest.mark.long

@@ -14,7 +14,7 @@ from real_runs import TINY, concentrate, load_json, load_taken, prepare_shards
 
 LAUNCH = Path(__file__).parents[2] / "launch/torchrun"
 #: Long enough for a machine to join and leave.
-NUM_EPOCHS = 150
+NUM_EPOCHS = 40
 
 
 @pytest.fixture(scope="module")
