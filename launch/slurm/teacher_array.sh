@@ -17,7 +17,7 @@ told=
 trap told=USR1 USR1 # before all else; run_step asks for it
 trap told=TERM TERM
 set -euo pipefail
-here=${CONCENTRATION_LAUNCH:-$(dirname "$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=\(\S*\).*/\1/p')")}
+here=${CONCENTRATION_LAUNCH:-$(dirname "$(scontrol show job "$SLURM_JOB_ID" | sed -n '/^ *Command=/{s/^ *Command=\(\S*\).*/\1/p;q}')")}
 source "$here/environment.sh"
 source "$here/run_step.sh"
 

@@ -104,6 +104,14 @@ def test_a_task_of_the_array_trains_the_vertical_of_its_number(stand_ins):
     assert "no vertical of this number: --array=0-2" in done.stderr
 
 
+def test_the_last_task_of_an_array_finds_the_folder_of_its_script(stand_ins):
+    """Its number is the array's, of which `scontrol show job` tells task by task."""
+    says = f"   Command={LAUNCH}/teacher_array.sh workdir=work\n   WorkDir=/shared\n" * 2
+    array = {"SLURM_ARRAY_JOB_ID": "9", "SLURM_ARRAY_TASK_ID": "1", "VERTICALS": "birds cars"}
+    done = run_job(stand_ins, "echo $@", "teacher_array.sh", SAYS=says, CONCENTRATION_LAUNCH="", **array)
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_task_of_an_array_is_requeued_alone(stand_ins):
     array = {"SLURM_ARRAY_JOB_ID": "9", "SLURM_ARRAY_TASK_ID": "1", "VERTICALS": "birds cars"}
     assert run_job(stand_ins, PREEMPTED, "teacher_array.sh", **array).returncode == 75

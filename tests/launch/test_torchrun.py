@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from cluster.pipelines import assert_each_sample_once, recording
-from real_runs import TINY, concentrate, load_json, load_taken, prepare_shards
+from real_runs import TINY, Running, load_json, load_taken, prepare_shards
 
 LAUNCH = Path(__file__).parents[2] / "launch/torchrun"
 #: Long enough for a machine to join and leave.
@@ -111,8 +111,8 @@ def test_a_machine_joins_a_student_that_runs_and_leaves_it_again_and_every_step_
     finally:
         first.terminate()
     assert count_starts(records) == 4
-    concentrate("student", f"workdir={workdir}", "name=alone", "targets=labels", *TINY, options[-1], directory=workdir,
-                **recording(expected))  # fmt: skip
+    command = ("student", f"workdir={workdir}", "name=alone", "targets=labels", *TINY, options[-1])
+    assert Running(command, workdir, recording(expected)).wait(400).code == 0
     taken, wanted = load_taken(records, "students-elastic"), load_taken(expected, "students-alone")
     assert len(taken[29]) == 1
     assert max(map(len, taken.values())) == 2, "steps of two machines"
