@@ -1,11 +1,12 @@
 """Several runs as one job array, by `concentrate VERB -m` or by the job script, or as processes of this machine."""
 
+import sys
 from pathlib import Path
 
 import pytest
 from cluster.pipelines import copy_stages, recording
 from cluster.slurm_cluster import REPOSITORY, SlurmCluster
-from real_runs import TINY, Finished, Running, concentrate, load_json, wait_for_hold
+from real_runs import TINY, Finished, Running, concentrate, load_json, run_command, wait_for_hold
 
 pytestmark = pytest.mark.cluster
 
@@ -32,6 +33,12 @@ def finish(workdir: Path, launcher: Running) -> Finished:
     finished = launcher.wait(400)  # a machine may have much other work
     assert finished.code == 0, finished.err + "\n".join(p.read_text() for p in (workdir / ".submitit").rglob("*.err"))
     return finished
+
+
+def run_by_joblib(workdir: Path, *arguments: str) -> None:
+    """As a user types it: a process that multiprocessing has forked would wait at its end for joblib's idle processes."""
+    command = (sys.executable, "-m", "concentration.cli", *arguments, f"workdir={workdir}", *JOBLIB)
+    run_command(*command, directory=workdir.parent, PYTHONPATH=str(REPOSITORY))
 
 
 def tasks_of(workdir: Path) -> list[str]:
@@ -95,14 +102,14 @@ def test_all_structures_are_one_array_on_slurm_and_two_at_a_time_here(slurm, wor
     finish(workdir, start(workdir, slurm, *STRUCTURES))
     assert len(tasks_of(workdir)) == len(KINDS)
     here = copy_stages(workdir, tmp_path / "here", "shards")
-    finish(here, Running((*STRUCTURES, f"workdir={here}", *JOBLIB), tmp_path))
+    run_by_joblib(here, *STRUCTURES)
     assert_same_weights(workdir, here, *(f"students/{kind}" for kind in KINDS))
     assert load_json(here / "students/fc_sc_generic/DONE.json")["step"] == 26
 
 
 @pytest.mark.long
 def test_joblib_trains_the_teachers_two_at_a_time(workdir, undisturbed):
-    finish(workdir, Running((*TEACHERS, f"workdir={workdir}", *JOBLIB), workdir.parent))
+    run_by_joblib(workdir, *TEACHERS)
     assert_same_weights(workdir, undisturbed, "teachers/fruit", "teachers/tools")
 
 
