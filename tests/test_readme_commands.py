@@ -80,8 +80,9 @@ def test_own_images_from_a_folder_to_an_export_and_next_months_verticals(root, t
     shutil.rmtree(root / "runs/mine/evaluations")
     type_in("concentrate evaluate name=next workdir=runs/mine")
 
-    for verb in ("evaluate", "export"):
+    for verb in ("evaluate", "export"):  # of a student that nothing was trained for
         type_in(f"concentrate {verb} name=student workdir=runs/without_cars")
+    assert "concentrated from a specialist" in (root / "runs/without_cars/exports/student/README.md").read_text()
     type_in("concentrate predict paths=[images/birds/owl/3.png] workdir=runs/without_cars output=a.csv")
     answered = (root / "a.csv").read_text()
     assert "birds" in answered

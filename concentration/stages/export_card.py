@@ -27,7 +27,10 @@ def build_card(name: str, workdir: Path, evaluation: Mapping[str, Any]) -> str:
     measures = parse_json((path / MEASURES_FILE).read_bytes(), MEASURES_FILE)
     shards = RunDirectory(workdir / SHARDS)
     calibration = path / CALIBRATION_FILE
-    training = RunDirectory(workdir / STUDENTS / name).load_config()
+    student = RunDirectory(workdir / STUDENTS / name)
+    # What `add`, `remove` and `merge` made keeps how the student before it had learned.
+    learning = as_mapping(student.load_done(f"concentrate student name={name}").get("learning"))
+    training = {**student.load_config(), **learning}
     return _load_template().render(
         name=name,
         version=concentration.__version__,
