@@ -1,10 +1,9 @@
 """The index of a shard for a taxonomy with fewer verticals: the images stay where they lie, and some count no longer.
 
-Shapes: C classes of the earlier taxonomy, S samples of the earlier index, R of the new one.
+Shapes: C classes of the earlier taxonomy, L labels of the earlier index, R samples of the new one.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 
@@ -12,27 +11,25 @@ from concentration.data.index import ShardIndex
 from concentration.taxonomy import Taxonomy
 
 
-class RegroupedIndex(NamedTuple):
-    """An index, and which rows of the earlier one its samples were: (R,), rising."""
-
-    index: ShardIndex
-    earlier_row: np.ndarray
-
-
 def map_positions(before: Taxonomy, after: Taxonomy) -> np.ndarray:
     """(C,) int32: where each class stands in the new taxonomy; -1 where it is gone."""
     return np.array([after.position.get(c.id, -1) for c in before.classes], dtype=np.int32)
 
 
-def regroup_index(index: ShardIndex, position_C: np.ndarray) -> RegroupedIndex | None:
+def find_kept_rows(index: ShardIndex, position_C: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(R,) the rows whose samples have a label left, rising, and (R,) how many each has."""
+    sample_L = np.repeat(np.arange(index.num_samples), np.diff(index.label_start))
+    return np.unique(sample_L[position_C[index.label_position] >= 0], return_counts=True)
+
+
+def regroup_index(index: ShardIndex, position_C: np.ndarray) -> ShardIndex | None:
     """The samples that have a label left, with those of their labels; None where none has."""
-    mapped_L = position_C[index.label_position]
-    sample_L = np.repeat(np.arange(index.num_samples), np.diff(index.label_start))[mapped_L >= 0]
-    rows, counts = np.unique(sample_L, return_counts=True)
+    rows, counts = find_kept_rows(index, position_C)
     if not len(rows):
         return None
+    mapped_L = position_C[index.label_position]
     keys: Sequence[bytes] = index.key_bytes.tobytes().split(b"\n")
-    regrouped = ShardIndex(
+    return ShardIndex(
         path=index.path if isinstance(index.path, str) else index.path.resolve(),
         size_bytes=index.size_bytes,
         key_bytes=np.frombuffer(b"\n".join(keys[row] for row in rows), dtype=np.uint8),
@@ -42,4 +39,3 @@ def regroup_index(index: ShardIndex, position_C: np.ndarray) -> RegroupedIndex |
         label_start=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
         label_position=mapped_L[mapped_L >= 0],
     )
-    return RegroupedIndex(regrouped, rows)

@@ -14,7 +14,7 @@ import numpy as np
 import safetensors.numpy
 
 from concentration.data.index import ShardIndex, Split, load_split
-from concentration.data.regrouped_index import map_positions, regroup_index
+from concentration.data.regrouped_index import find_kept_rows, map_positions, regroup_index
 from concentration.data.sample_targets import load_manifest
 from concentration.data.shard_cache import ACCESS_FILE
 from concentration.data.splits import SPLITS
@@ -94,11 +94,12 @@ def carry_stored_targets(source: Path, destination: Path, split: Split, new_spli
         digest, names = hashlib.sha256(), iter(new_split.index_names)
         position_C = map_positions(split.taxonomy, new_split.taxonomy)
         for number, name in enumerate(split.index_names):
-            regrouped = regroup_index(split.shards[number], position_C)
-            file = source / f"{name}.safetensors"
-            new_file = None if regrouped is None else temporary / f"{next(names)}.safetensors"
-            if new_file is not None and file.exists():
-                _carry_file(file, new_file, regrouped.earlier_row, split.shards[number].num_samples)
+            earlier_row, _ = find_kept_rows(split.shards[number], position_C)
+            if not len(earlier_row):
+                continue
+            file, new_file = source / f"{name}.safetensors", temporary / f"{next(names)}.safetensors"
+            if file.exists():
+                _carry_file(file, new_file, earlier_row, split.shards[number].num_samples)
                 digest.update(new_file.read_bytes())
         write_atomically(temporary / "manifest.json", {**manifest, "taxonomy": new_taxonomy, "data": new_data})
         facts = {"targets": digest.hexdigest()[:16], "carried": origin}
@@ -109,7 +110,7 @@ def _regroup_indices(split: Split, after: Taxonomy) -> Mapping[str, ShardIndex]:
     """By name, such as train-000000."""
     position_C = map_positions(split.taxonomy, after)
     found = [regroup_index(index, position_C) for index in split.shards]
-    left = [regrouped.index for regrouped in found if regrouped is not None]
+    left = [index for index in found if index is not None]
     return {f"{split.name}-{number:06d}": index for number, index in enumerate(left)}
 
 

@@ -112,10 +112,9 @@ def regroup(config: RegroupConfig, regrouping: Regrouping) -> None:
             f"name={config.name}: classes or images came since it was trained; `concentrate add` them first, and take what "
             "that made"
         )
-    file = config.workdir / STUDENTS / config.name / NETWORK_FILE
     directory = RunDirectory(config.destination / STUDENTS / config.name)
     new_split = carry_shards(config.workdir, config.destination, regrouping.before, regrouping.after)
-    upstream = {"data": new_split.fingerprint, "student": hash_file(file)}
+    upstream = {"data": new_split.fingerprint, "student": served.checkpoint}
     with directory.begin(config, upstream) as is_due:
         if not is_due:
             return
