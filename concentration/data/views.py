@@ -6,10 +6,11 @@ student that replays it sees the same pixels.
 Shapes: B batch.
 """
 
+import functools
 import io
 import math
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol, get_args
 
 import numpy as np
@@ -124,6 +125,7 @@ class View:
         saturation: a factor; 1 changes nothing.
         light: number of a colour of light (`photometry`); 0 changes nothing.
         interpolation: by which the crop is resized.
+        record: what it was decoded from, kept since each image's view is written down.
     """
 
     left: float
@@ -137,6 +139,7 @@ class View:
     saturation: float = 1.0
     light: int = 0
     interpolation: Interpolation = INTERPOLATION
+    record: bytes | None = field(default=None, compare=False, repr=False)
 
     def encode(self) -> bytes:
         """The record, little-endian.
@@ -145,6 +148,8 @@ class View:
         distortion, and contrast in 1/64 (1 and 7 bits); saturation in 1/64 above 1 (i8); light (u8); interpolation (u8).
         Zeros at the end change nothing.
         """
+        if self.record is not None:
+            return self.record
         if self.distortion is None:
             crop = (self.left, self.top, self.right, self.bottom)
             place = _CROP.pack(*(round(share * _CROP_STEPS) for share in crop))
@@ -157,6 +162,7 @@ class View:
         return place + bytes([flip_brightness, is_distorted_contrast]) + rest
 
     @classmethod
+    @functools.lru_cache(maxsize=1024)  # where nothing is drawn, all images of a size have one view
     def decode(cls, record: bytes) -> "View":
         """Raises: ValueError, one of UNDECODABLE, where it is no record."""
         place, (flip_brightness, is_distorted_contrast) = record[: _CROP.size], record[_CROP.size : -_COLOUR.size]
@@ -171,7 +177,7 @@ class View:
         flip, brightness = divmod(flip_brightness, 128)
         factors = (brightness / _FACTOR_STEPS, contrast / _FACTOR_STEPS)
         colour = (1 + saturation / _FACTOR_STEPS, light, _INTERPOLATIONS[interpolation])
-        return cls(*crop, flip == 1, *factors, distortion, *colour)
+        return cls(*crop, flip == 1, *factors, distortion, *colour, record)
 
     def box(self, size: tuple[int, int]) -> tuple[float, float, float, float]:
         """(left, top, right, bottom) in pixels of an upright image of this width and height."""
@@ -342,7 +348,7 @@ def decode_view(content: bytes, views: Views, row: int, image_size: int) -> tupl
         pixels = pixels[:, ::-1]
     pixels = change_colours(pixels, view.brightness, view.contrast, view.saturation, view.light)
     if pixels.ndim == 2:
-        return np.broadcast_to(pixels, (3, image_size, image_size)), view
+        return pixels[np.newaxis].repeat(3, axis=0), view
     return pixels.transpose(2, 0, 1), view
 
 

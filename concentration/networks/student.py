@@ -31,6 +31,10 @@ from concentration.targets import SoftTargets, load_metadata, replacing, sort_me
 #: `sigmoid`: classes are independent (Gao et al., Equations 1 and 2). `softmax`: they exclude each other, over all verticals.
 LossKind = Literal["sigmoid", "softmax"]
 
+#: Of a batch in a vertical, in the mean over verticals: with so few on a CPU the readable form of the loss is faster than the
+#: fused one (docs/speed.md).
+FEW_LOGITS = 1 << 16
+
 
 class NetworkConfig(Config):
     """Everything that fixes the architecture: a checkpoint carries it, so that it can be loaded without a run's config.
@@ -284,16 +288,21 @@ class Student(nn.Module):
 
     def _compute_head_loss(self, layers: Layers, targets: SoftTargets) -> Tensor:
         """(B, M) of the top layers' classifiers."""
-        if self.config.loss == "softmax" or self.augmentations:
+        is_softmax = self.config.loss == "softmax"
+        if is_softmax or self.augmentations or self._takes_readable_form(layers.top2):
             assert self.sharding is None, "no rank has all classes of a sample's softmax, or of a head's group"
-            is_softmax = self.config.loss == "softmax"
             compute_loss = softmax_cross_entropy_by_vertical if is_softmax else sigmoid_cross_entropy_by_vertical
             return compute_loss(self._compute_logits(layers), targets, self.class_weight_C)
-        # The readable form is sigmoid_cross_entropy_by_vertical(self.compute_logits(images), targets, self.class_weight_C).
         head = self.head_parameters(), targets, self.class_weight_C, self.gradients
         if self.sharding is None:
             return fused_loss_by_vertical(self.top.split_top2(layers.top2), *head)
         return self.sharding.loss_by_vertical(layers.top2, self.top.split_top2, *head)
+
+    def _takes_readable_form(self, top2: Tensor) -> bool:
+        """Where logits are few, the fused form's many small steps for each vertical take longer than their arithmetic."""
+        if self.sharding is not None or self.gradients == "backward" or top2.device.type != "cpu":
+            return False
+        return len(top2) * self.num_outputs <= FEW_LOGITS * len(self.config.verticals)
 
     def _compute_auxiliary_loss(self, auxiliary: AuxiliaryClassifier, maps: Tensor, targets: SoftTargets) -> Tensor:
         """(B, M), not yet weighed. Auxiliary classifiers are never spread over ranks."""

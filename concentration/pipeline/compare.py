@@ -1,7 +1,8 @@
 """`concentrate run experiment=compare`: the neighbouring systems beside the student, on one data set, as jobs of a run.
 
-The generalist of twice the training; a hard mixture of experts, with one and with two experts an image; the generalist grown by
-auxiliary heads for groups of confused classes, and for random groups of the same sizes, the control.
+The generalist of twice the training, as it is and with a wider top-2; a hard mixture of experts, with one and with two
+experts an image; the generalist grown by auxiliary heads for groups of confused classes, and for random groups of the same
+sizes, the control.
 """
 
 from collections.abc import Sequence
@@ -36,10 +37,11 @@ from concentration.training.configs import TrainerConfig
 from concentration.training.optimizers import OptimizerConfig
 
 GENERALIST = "generalist"
-LONG, MIXTURE, MIXTURE_TOP2 = "generalist_long", "mixture", "mixture_top2"
+LONG, WIDE = "generalist_long", "generalist_wide"
+MIXTURE, MIXTURE_TOP2 = "mixture", "mixture_top2"
 AUGMENTED, AUGMENTED_RANDOM = "augmented", "augmented_random"
 #: All systems beside generalist, student and specialists, in the order in which they are shown.
-COMPARED = (LONG, MIXTURE, MIXTURE_TOP2, AUGMENTED, AUGMENTED_RANDOM)
+COMPARED = (LONG, WIDE, MIXTURE, MIXTURE_TOP2, AUGMENTED, AUGMENTED_RANDOM)
 
 
 class ExpertParts(Config):
@@ -64,12 +66,14 @@ class AugmentParts(Config):
 class CompareConfig(Config):
     """What the other systems are made of.
 
-    long_trainer: of the generalist that is trained as long as any other system with all its parts.
+    long_trainer: of the generalists that are trained as long as any other system with all its parts.
+    wide_top: of the one of them that is widened, the control for every system that adds parameters.
     features: how images are shared out among the experts.
     groups: how classes are shared out among the auxiliary heads.
     """
 
     long_trainer: TrainerConfig
+    wide_top: TopConfig
     features: FeatureGroupsConfig
     expert: ExpertParts
     groups: DetectionGroupsConfig
@@ -85,10 +89,13 @@ class ComparedRun(TrainedRun):
 def build_compare_jobs(config: ComparedRun, compare: CompareConfig) -> list[Job]:
     """The trainings of all systems and their evaluations, each after what it needs; the generalist is in the run already."""
     accelerator = config.generalist.trainer.accelerator
-    long_parts = config.generalist.model_copy(update={"trainer": compare.long_trainer})
-    long = build_student_job(config, LONG, long_parts, HardTargetsConfig(), after=())
+    long = config.generalist.model_copy(update={"trainer": compare.long_trainer})
+    wide = long.model_copy(update={"top": compare.wide_top})
     jobs = [
-        long,
+        *(
+            build_student_job(config, name, parts, HardTargetsConfig(), after=())
+            for name, parts in ((LONG, long), (WIDE, wide))
+        ),
         *_build_mixture_jobs(config, compare, accelerator),
         *_build_augment_jobs(config, compare, accelerator),
     ]

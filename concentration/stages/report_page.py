@@ -42,7 +42,7 @@ from concentration.stages.report_values import (
     read_curves,
 )
 
-NUM_COLORS = 8
+NUM_COLORS = 9
 NUM_CLASSES_SHOWN = 12
 NUM_IMAGES_SHOWN = 24
 SMALL_IMAGE_PIXELS = 64

@@ -74,6 +74,27 @@ def test_images_give_logits_and_images_with_targets_their_loss(pace, top):
     assert torch.equal(split, logits_BC)
 
 
+@pytest.mark.parametrize("precision", [None, torch.bfloat16])
+@pytest.mark.parametrize("pace", PACES)
+def test_many_logits_take_the_fused_form_and_give_the_same(pace, precision, monkeypatch):
+    def compute(few_logits: int) -> dict[str, Tensor]:
+        monkeypatch.setattr(concentration.networks.student, "FEW_LOGITS", few_logits)
+        student = build(pace=pace)
+        with torch.autocast("cpu", precision, enabled=precision is not None):
+            loss_B = student(draw_images(), draw_targets())
+        loss_B.mean().backward()
+        return {
+            "loss": loss_B.detach(),
+            **{name: p.grad for name, p in student.named_parameters() if p.grad is not None},
+        }
+
+    few, exactly, many = compute(6 * C), compute(6 * C // len(VERTICALS)), compute(6 * C // len(VERTICALS) - 1)
+    assert all(torch.equal(few[name], value) for name, value in exactly.items())
+    assert any(not torch.equal(few[name], value) for name, value in many.items())  # it is another way to compute it
+    allowed = 1e-5 if precision is None else 0.03
+    assert all((many[name] - value).norm() <= allowed * value.norm() for name, value in few.items())
+
+
 def test_the_loss_reaches_every_parameter():
     student = build()
     student(draw_images(), draw_targets()).mean().backward()
