@@ -32,7 +32,8 @@ HEAD = """# The papers' tables, as they came out here
 
 Written by `python docs/tables.py` from `docs/results/`, which `launch/tables/run.sh TABLE` fills. Percent of the test
 images, mean over the seeds and, where there are several, plus or minus half the range; no checkpoint is chosen by them.
-`the paper` is mpvap on EFT, which is private: orders may be compared, values may not.
+`val` is mpvap on the validation images, by which settings are chosen; `closed` the share of the way from the generalist's mpvap
+to the specialists'. `the paper` is mpvap on EFT, which is private: orders may be compared, values may not.
 """
 
 #: mpvap in the papers, by experiment and row.
@@ -71,7 +72,7 @@ def collect(table: str, workdir: Path, overrides: Sequence[str]) -> dict:
             row = rows.setdefault(name, {"num_parameters": values["num_parameters"]["total"], "seeds": {}})
             row["seeds"][seed.name.removeprefix("seed-")] = {
                 **{quantity: round(values[quantity], 5) for quantity in QUANTITIES},
-                "loss": _read_curve(seed / "students" / name / "metrics.jsonl"),
+                **_read_metrics(seed / "students" / name / "metrics.jsonl"),
             }
     if not rows:
         raise ConfigError(f"{workdir}: no finished row of {table}; run launch/tables/run.sh {table} first")
@@ -86,14 +87,16 @@ def write_page() -> str:
     return "\n".join([HEAD, *map(_write_table, pages)])
 
 
-def _read_curve(path: Path) -> list[list[float]]:
-    """[step, training loss] at even distances: each the mean of the lines since the point before."""
-    if not path.exists():
-        return []
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
+def _read_metrics(path: Path) -> dict:
+    """`val`: the last mpvap; `loss`: [step, training loss] at even distances, each the mean since the point before."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     points = [(line["step"], line["train/loss"]) for line in lines if "train/loss" in line]
     parts = np.array_split(np.array(points).reshape(-1, 2), min(NUM_CURVE_POINTS, len(points)) or 1)
-    return [[int(part[-1, 0]), round(float(part[:, 1].mean()), 4)] for part in parts if len(part)]
+    validations = [line["val/mpvap"] for line in lines if "val/mpvap" in line]
+    return {
+        "loss": [[int(part[-1, 0]), round(float(part[:, 1].mean()), 4)] for part in parts if len(part)],
+        "val": round(validations[-1], 5) if validations else None,
+    }
 
 
 def _write_table(result: Mapping) -> str:
@@ -105,16 +108,31 @@ def _write_table(result: Mapping) -> str:
         "",
         f"`{words}`, commit {result['commit']}, seeds {', '.join(seeds)}.",
         "",
-        "| row | parameters | " + " | ".join(QUANTITIES.values()) + " | last loss | the paper |",
-        "|---" * (len(QUANTITIES) + 4) + "|",
+        "| row | parameters | val | " + " | ".join(QUANTITIES.values()) + " | closed | last loss | the paper |",
+        "|---" * (len(QUANTITIES) + 6) + "|",
     ]
     for name, row in rows.items():
         cells = [name, f"{row['num_parameters']:,}"]
+        validations = [seed["val"] for seed in row["seeds"].values()]
+        cells.append(_write_spread([100 * val for val in validations if val is not None], 1))
         cells += [_write_spread([100 * seed[quantity] for seed in row["seeds"].values()], 1) for quantity in QUANTITIES]
+        cells.append(_write_spread(_close_gap(name, rows), 0))
         cells.append(_write_spread([seed["loss"][-1][1] for seed in row["seeds"].values() if seed["loss"]], 2))
         cells.append(str(PRINTED.get(table, {}).get(name, "")))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _close_gap(name: str, rows: Mapping[str, Mapping]) -> list[float]:
+    """In percent, of each seed whose generalist and specialists are known, too."""
+    if name in REFERENCES or not rows.keys() >= set(REFERENCES):
+        return []
+    low, high = (rows[reference]["seeds"] for reference in REFERENCES)
+    return [
+        100 * (values["mpvap"] - low[seed]["mpvap"]) / (high[seed]["mpvap"] - low[seed]["mpvap"])
+        for seed, values in rows[name]["seeds"].items()
+        if seed in low and seed in high
+    ]
 
 
 def _write_spread(values: Sequence[float], digits: int) -> str:

@@ -44,22 +44,27 @@ def test_finished_rows_of_all_seeds_are_collected_and_written(tmp_path, monkeypa
     for seed, mpvap in ((0, 0.5), (10, 0.7), (9, 0.6)):
         write_run(tmp_path, seed, "fc_fc_d", mpvap, [4.0, 3.0, 2.0, 1.0])
         write_run(tmp_path, seed, "specialists", 0.9, [])
+        if seed:
+            write_run(tmp_path, seed, "generalist", 0.4, [2.0])
     write_run(tmp_path, 0, "not_of_this_table", 0.9, [1.0])
     result = tables.collect("table1", tmp_path, ["trainer.max_epochs=1"])
-    assert list(result["rows"]) == ["fc_fc_d", "specialists"]
+    assert list(result["rows"]) == ["fc_fc_d", "generalist", "specialists"]
     assert list(result["rows"]["fc_fc_d"]["seeds"]) == ["0", "9", "10"]
     assert result["rows"]["fc_fc_d"]["seeds"]["0"]["loss"] == [[20, 4.0], [40, 3.0], [60, 2.0], [80, 1.0]]
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     (tmp_path / "table1.json").write_text(json.dumps(result))
     page = tables.write_page()
-    assert "| fc_fc_d | 1,234,567 | 60.0 ± 10.0 | 50.0 ± 0.0 | 25.0 ± 0.0 | 1.00 ± 0.00 | 31.5 |" in page
-    assert "| specialists | 1,234,567 | 90.0 ± 0.0 | 50.0 ± 0.0 | 25.0 ± 0.0 |  |  |" in page
+    assert (
+        "| fc_fc_d | 1,234,567 | 10.0 ± 0.0 | 60.0 ± 10.0 | 50.0 ± 0.0 | 25.0 ± 0.0 | 50 ± 10 | 1.00 ± 0.00 | 31.5 |"
+        in page
+    )
+    assert "| specialists | 1,234,567 |  | 90.0 ± 0.0 | 50.0 ± 0.0 | 25.0 ± 0.0 |  |  |  |" in page
     assert "`launch/tables/run.sh table1 trainer.max_epochs=1`" in page
 
 
 def test_a_long_curve_is_kept_in_twelve_points(tmp_path):
     write_run(tmp_path, 0, "x", 0.5, list(map(float, range(600, 0, -1))))
-    curve = tables._read_curve(tmp_path / "seed-0/students/x/metrics.jsonl")
+    curve = tables._read_metrics(tmp_path / "seed-0/students/x/metrics.jsonl")["loss"]
     assert len(curve) == tables.NUM_CURVE_POINTS
     assert curve[-1] == [12000, 25.5]
 

@@ -183,22 +183,24 @@ def _compare(config: RegroupConfig, regrouping: Regrouping, old: Student, new: S
     old, new = old.to(device), new.to(device)
     val = load_split(config.destination / SHARDS, "val", regrouping.after)
     before = map_labels(val, regrouping.before, None, str(config.workdir / SHARDS))
-    whole = _evaluate(config, old, before, slice(None))
-    was, now = _evaluate(config, old, val, regrouping.old_output_C), _evaluate(config, new, val, slice(None))
+    whole, was = _evaluate(config, old, (before, slice(None)), (val, regrouping.old_output_C))
+    [now] = _evaluate(config, new, (val, slice(None)))
     facts = {"num_val": len(val), "mpvap_before": was.mpvap, "mpvap_after": now.mpvap}
     facts |= {"top1_before": whole.top1, "top1_after": now.top1, "pvap_before": was.pvap, "pvap_after": now.pvap}
     return {name: _without_nan(value) for name, value in facts.items()}
 
 
-def _evaluate(config: RegroupConfig, network: Classifier, split: Split, columns: slice | np.ndarray) -> Evaluation:
-    """Of these of the network's outputs, which are the classes of the split's taxonomy."""
+def _evaluate(config: RegroupConfig, network: Classifier, *parts: tuple[Split, slice | np.ndarray]) -> list[Evaluation]:
+    """Of each part of the network's outputs, which are the classes of its split's taxonomy; all splits are of the same images."""
+    split = parts[0][0]
     subject = Subject(((network,),), "", split.taxonomy, 0, split, np.arange(len(split)))
-    evaluator = Evaluator(split.taxonomy)
+    evaluators = [Evaluator(split.taxonomy) for split, _ in parts]
     with Progress("compare on val", len(split), "images") as progress:
         for scores_BC, ordinal_B in subject.score_all(config.batch_size, 0, progress):
-            labels = [subject.labels(int(ordinal)) for ordinal in ordinal_B]
-            evaluator.update(scores_BC.float().numpy()[:, columns], labels)
-    return evaluator.compute()
+            for (split, columns), evaluator in zip(parts, evaluators, strict=True):
+                labels = [split.labels(int(ordinal)) for ordinal in ordinal_B]
+                evaluator.update(scores_BC.float().numpy()[:, columns], labels)
+    return [evaluator.compute() for evaluator in evaluators]
 
 
 def _without_nan(value: Any) -> Any:

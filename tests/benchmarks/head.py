@@ -4,7 +4,8 @@ python tests/benchmarks/head.py            some 10 minutes on one CPU core
 
 20 verticals of 500 to 20,000 classes (ten times that for a million), 512 features each, 100 listed classes a sample. Sides
 are timed in turns in one process, in seconds of the processor; peak memory is measured in a process for each side, beyond what
-parameters and inputs take.
+parameters and inputs take. Then small heads, of 12 equal verticals with 64 features each and B=64: there the plain composition
+is faster, and a student takes it (`student.FEW_LOGITS`).
 
 Shapes: B samples, M verticals, S features of a classifier, K listed classes.
 """
@@ -14,7 +15,7 @@ import ctypes
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +34,14 @@ from concentration.training.optimizers import AdagradConfig
 VERTICAL_SIZES = (20_000, 15_500, 12_000, 9_500, 7_500, 6_000, 5_000, 4_000, 3_500, 3_000,
                   2_500, 2_300, 2_000, 1_700, 1_500, 1_200, 900, 800, 600, 500)  # fmt: skip
 WIDTH, NUM_LISTED = 512, 100
+#: All classes of small heads, and the repetitions that make their steps long enough to be timed.
+SMALL_SIZES, SMALL_VERTICALS, SMALL_WIDTH, SMALL_BATCH, SMALL_REPEATS = (
+    (600, 1500, 6000, 12_000, 24_000),
+    12,
+    64,
+    64,
+    20,
+)
 #: Sides that take an optimizer's step, too.
 STEPS = ("plain step", "fused step", "update in backward")
 
@@ -51,24 +60,25 @@ class Head:
     def parameters(self) -> list[nn.Parameter]:
         return [*self.weights, *self.biases, *self.pace.parameters()]
 
+    def split(self) -> tuple[Tensor, ...]:
+        """(B, S) of every vertical."""
+        return self.hidden.split(self.weights[0].shape[1], dim=1)
+
     def plain_loss(self) -> Tensor:
-        hidden = self.hidden.split(WIDTH, dim=1)
-        logits = [linear(*of_vertical) for of_vertical in zip(hidden, self.weights, self.biases, strict=True)]
+        logits = [linear(*of_vertical) for of_vertical in zip(self.split(), self.weights, self.biases, strict=True)]
         return sigmoid_cross_entropy_by_vertical(self.pace(logits), self.targets).sum()
 
     def products_alone(self) -> None:
         """The three matrix products of forward and backward, without which no head can do."""
         with torch.no_grad():
-            for hidden_BS, weight_VS in zip(self.hidden.split(WIDTH, dim=1), self.weights, strict=True):
+            for hidden_BS, weight_VS in zip(self.split(), self.weights, strict=True):
                 logits_BV = hidden_BS @ weight_VS.T
                 _ = logits_BV.T @ hidden_BS, logits_BV @ weight_VS
 
     def fused_loss(self, gradients: str = "forward") -> Tensor:
         verticals = zip(self.weights, self.biases, self.pace.by_vertical(), strict=True)
         parameters = [HeadParameters(weight, bias, *pace) for weight, bias, pace in verticals]
-        return fused_loss_by_vertical(
-            self.hidden.split(WIDTH, dim=1), parameters, self.targets, gradients=gradients
-        ).sum()
+        return fused_loss_by_vertical(self.split(), parameters, self.targets, gradients=gradients).sum()
 
     def drop_gradients(self) -> None:
         for parameter in (*self.parameters, self.hidden):
@@ -79,6 +89,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, nargs="+", default=[64, 256, 1024])
     parser.add_argument("--no-million", action="store_true", help="leave the million classes out")
+    parser.add_argument("--small", action="store_true", help="only the small heads")
     parser.add_argument(
         "--peak", nargs=3, metavar=("SIDE", "BATCH", "TIMES"), help="prints the peak of one side in bytes"
     )
@@ -89,16 +100,18 @@ def main() -> None:
         print(json.dumps(measure_peak(side, int(batch_size), int(times))))
         return
     sides = ["fused", "compiled", "products alone"]
-    comparisons = [row for batch_size in arguments.batch for row in compare(batch_size, 1, sides, "plain")]
-    if not arguments.no_million:
+    batches = () if arguments.small else arguments.batch
+    comparisons = [row for batch_size in batches for row in compare(batch_size, 1, sides, "plain")]
+    if not (arguments.no_million or arguments.small):
         comparisons += compare(64, 10, ["fused step", "update in backward"], "plain step")
+    comparisons += [compare_small(num_classes) for num_classes in SMALL_SIZES]
     title = f"{len(VERTICAL_SIZES)} verticals, {WIDTH} features each, K={NUM_LISTED}; float32, one thread"
     publish("head", title, comparisons)
 
 
 def compare(batch_size: int, times: int, sides: list[str], reference: str) -> list[Comparison]:
     """Time and peak memory of sides beside the reference."""
-    head = build_head(batch_size, times)
+    head = build_head(batch_size, list_sizes(times))
     names = [reference, *sides]
     runs = {name: build_side(name, head) for name in names}
     seconds = take_best({name: lambda run=run: cpu_seconds(run) for name, run in runs.items()}, num_turns=3)
@@ -117,12 +130,29 @@ def compare(batch_size: int, times: int, sides: list[str], reference: str) -> li
     ]
 
 
-def build_head(batch_size: int, times: int) -> Head:
-    sizes = [times * size for size in VERTICAL_SIZES]
+def compare_small(num_classes: int) -> Comparison:
+    head = build_head(SMALL_BATCH, [num_classes // SMALL_VERTICALS] * SMALL_VERTICALS, SMALL_WIDTH)
+    runs = {name: build_side(name, head) for name in ("plain", "fused")}
+
+    def repeat(run: Callable[[], None]) -> Callable[[], None]:
+        return lambda: [run() for _ in range(SMALL_REPEATS)]
+
+    seconds = take_best({name: lambda run=run: cpu_seconds(repeat(run)) for name, run in runs.items()}, num_turns=5)
+    num_logits = SMALL_BATCH * num_classes // SMALL_VERTICALS
+    what = f"small, N={num_classes:,}, {num_logits:,} logits a vertical: fused"
+    to_ms = 1000 / SMALL_REPEATS
+    return Comparison(what, "ms", seconds["fused"] * to_ms, seconds["plain"] * to_ms, "plain")
+
+
+def list_sizes(times: int) -> list[int]:
+    return [times * size for size in VERTICAL_SIZES]
+
+
+def build_head(batch_size: int, sizes: Sequence[int], width: int = WIDTH) -> Head:
     generator = torch.Generator().manual_seed(0)
-    weights = [nn.Parameter(torch.randn(size, WIDTH, generator=generator) * 0.02) for size in sizes]
+    weights = [nn.Parameter(torch.randn(size, width, generator=generator) * 0.02) for size in sizes]
     biases = [nn.Parameter(torch.zeros(size)) for size in sizes]
-    hidden = torch.randn(batch_size, len(sizes) * WIDTH, generator=generator).relu_().requires_grad_()
+    hidden = torch.randn(batch_size, len(sizes) * width, generator=generator).relu_().requires_grad_()
     vertical_B = torch.randint(len(sizes), (batch_size,), generator=generator)
     size_B = torch.tensor(sizes)[vertical_B]
     start_B = torch.tensor([0, *sizes]).cumsum(0)[vertical_B]
@@ -193,10 +223,10 @@ def peak_in_fresh_process(side: str, batch_size: int, times: int) -> int:
 
 def measure_peak(side: str, batch_size: int, times: int) -> int:
     """Bytes of resident memory at the highest, beyond parameters, inputs, optimizer state and what libraries take."""
-    warm = build_head(2, 1)  # loads kernels and threads
+    warm = build_head(2, VERTICAL_SIZES)  # loads kernels and threads
     build_side(side, warm)()
     del warm
-    head = build_head(batch_size, times)
+    head = build_head(batch_size, list_sizes(times))
     run = build_side(side, head)
     ctypes.CDLL(None).malloc_trim(0)  # what the C library has not given back would be missing in the difference
     before = resident_bytes("VmRSS")
