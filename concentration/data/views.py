@@ -162,7 +162,6 @@ class View:
         return place + bytes([flip_brightness, is_distorted_contrast]) + rest
 
     @classmethod
-    @functools.lru_cache(maxsize=1024)  # where nothing is drawn, all images of a size have one view
     def decode(cls, record: bytes) -> "View":
         """Raises: ValueError, one of UNDECODABLE, where it is no record."""
         place, (flip_brightness, is_distorted_contrast) = record[: _CROP.size], record[_CROP.size : -_COLOUR.size]
@@ -185,6 +184,11 @@ class View:
         if self.distortion is not None:
             return CentreView().at(0, size).box(size)
         return self.left * width, self.top * height, self.right * width, self.bottom * height
+
+
+@functools.lru_cache(maxsize=1024)  # where nothing is drawn, all square images have one view
+def _round_view(exact: View) -> View:
+    return View.decode(exact.encode())
 
 
 _CROP, _COLOUR = struct.Struct("<4H"), struct.Struct("<b2B")
@@ -235,7 +239,7 @@ class DrawnViews:
         factors = (self.brightness[row], self.contrast[row])
         colour = (self.saturation[row], int(self.light[row]), _INTERPOLATIONS[self.interpolation[row]])
         exact = View(*crop, bool(self.flip[row]), *factors, distortion, *colour)
-        return View.decode(exact.encode())
+        return _round_view(exact)
 
     def _crop_at(self, row: int, size: tuple[int, int]) -> tuple[float, float, float, float]:
         width, height = size

@@ -103,7 +103,11 @@ class StudentModule(pl.LightningModule):
         torch.nn.utils.clip_grads_with_norm_(self.parameters(), gradient_clip_val, self.gradient_norm())
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        torch.manual_seed(int(random_bits(self._seed, batch_idx, rank()) >> np.uint64(1)))
+        seed = int(random_bits(self._seed, batch_idx, rank()) >> np.uint64(1))
+        if self.device.type == "cpu":
+            torch.default_generator.manual_seed(seed)  # torch's own also seeds GPUs that are not there, for 1 ms
+        else:
+            torch.manual_seed(seed)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         targets = batch.targets if self._teachers is None else self._teachers(batch.images, batch.targets)
