@@ -64,8 +64,10 @@ def collect(table: str, workdir: Path, overrides: Sequence[str]) -> dict:
     Raises: ConfigError where nothing is.
     """
     rows: dict[str, dict] = {}
+    students = list(list_rows(table, overrides))
     seeds = sorted(workdir.glob("seed-*"), key=lambda path: int(path.name.removeprefix("seed-")))
-    for name, seed in itertools.product([*list_rows(table, overrides), *REFERENCES], seeds):
+    seeds = [seed for seed in seeds if any((seed / "evaluations" / f"{name}.json").exists() for name in students)]
+    for name, seed in itertools.product([*students, *REFERENCES], seeds):
         path = seed / "evaluations" / f"{name}.json"
         if path.exists():
             values = json.loads(path.read_text())
