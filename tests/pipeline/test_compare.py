@@ -60,7 +60,7 @@ def test_all_systems_see_the_images_four_times_over_all_their_parts(jobs):
 def test_what_is_to_differ_differs_and_nothing_else(jobs):
     short, long = (jobs[f"student {name}"].config for name in ("generalist", "generalist_long"))
     assert long.model_copy(update={"trainer": short.trainer, "name": "generalist"}) == short
-    assert {**long.trainer.model_dump(), "max_epochs": 2} == short.trainer.model_dump()
+    assert {**long.trainer.model_dump(), "max_epochs": 2, "validate_every_epochs": 1} == short.trainer.model_dump()
     wide = jobs["student generalist_wide"].config
     assert wide.model_copy(update={"top": long.top, "name": "generalist_long"}) == long
     assert wide.top.top2 > long.top.top2
