@@ -16,7 +16,7 @@ def workdir(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("augment")
     workdir = prepare_shards(directory)
     run(workdir, "student", "name=generalist", "targets=labels", *TINY, "base.norm=batch", "top.norm=batch",
-        "trainer.max_epochs=5")  # fmt: skip
+        "trainer.max_epochs=6")  # fmt: skip
     run(workdir, "group", "method=confusion", "method.top_k=3", "method.num_groups=3", "method.split=train")
     run(workdir, "augment", *GROWN)
     for options in (["name=generalist"], ["name=augmented"], ["name=augmented", "head_threshold=0.2"]):
