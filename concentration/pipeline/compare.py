@@ -92,10 +92,8 @@ def build_compare_jobs(config: ComparedRun, compare: CompareConfig) -> list[Job]
     long = config.generalist.model_copy(update={"trainer": compare.long_trainer})
     wide = long.model_copy(update={"top": compare.wide_top})
     jobs = [
-        *(
-            build_student_job(config, name, parts, HardTargetsConfig(), after=())
-            for name, parts in ((LONG, long), (WIDE, wide))
-        ),
+        build_student_job(config, LONG, long, HardTargetsConfig(), after=()),
+        build_student_job(config, WIDE, wide, HardTargetsConfig(), after=()),
         *_build_mixture_jobs(config, compare, accelerator),
         *_build_augment_jobs(config, compare, accelerator),
     ]

@@ -35,13 +35,8 @@ VERTICAL_SIZES = (20_000, 15_500, 12_000, 9_500, 7_500, 6_000, 5_000, 4_000, 3_5
                   2_500, 2_300, 2_000, 1_700, 1_500, 1_200, 900, 800, 600, 500)  # fmt: skip
 WIDTH, NUM_LISTED = 512, 100
 #: All classes of small heads, and the repetitions that make their steps long enough to be timed.
-SMALL_SIZES, SMALL_VERTICALS, SMALL_WIDTH, SMALL_BATCH, SMALL_REPEATS = (
-    (600, 1500, 6000, 12_000, 24_000),
-    12,
-    64,
-    64,
-    20,
-)
+SMALL_SIZES, SMALL_REPEATS = (600, 1500, 6000, 12_000, 24_000), 20
+SMALL_VERTICALS, SMALL_WIDTH, SMALL_BATCH = 12, 64, 64
 #: Sides that take an optimizer's step, too.
 STEPS = ("plain step", "fused step", "update in backward")
 
