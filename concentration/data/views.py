@@ -139,7 +139,7 @@ class View:
     saturation: float = 1.0
     light: int = 0
     interpolation: Interpolation = INTERPOLATION
-    record: bytes | None = field(default=None, compare=False, repr=False)
+    record: bytes | None = field(default=None, init=False, compare=False, repr=False)
 
     def encode(self) -> bytes:
         """The record, little-endian.
@@ -176,7 +176,9 @@ class View:
         flip, brightness = divmod(flip_brightness, 128)
         factors = (brightness / _FACTOR_STEPS, contrast / _FACTOR_STEPS)
         colour = (1 + saturation / _FACTOR_STEPS, light, _INTERPOLATIONS[interpolation])
-        return cls(*crop, flip == 1, *factors, distortion, *colour, record)
+        view = cls(*crop, flip == 1, *factors, distortion, *colour)
+        object.__setattr__(view, "record", record)  # not of __init__, so that a changed copy does not keep it
+        return view
 
     def box(self, size: tuple[int, int]) -> tuple[float, float, float, float]:
         """(left, top, right, bottom) in pixels of an upright image of this width and height."""

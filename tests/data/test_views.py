@@ -410,6 +410,9 @@ def test_the_record_of_a_view_is_little_endian_and_fixed_for_ever():
     view = dataclasses.replace(view, saturation=0.5, light=7, interpolation="cubic")
     assert view.encode() == bytes.fromhex("0040 0080 ffff ffbf a0 50 e0 07 03".replace(" ", ""))
     assert View.decode(view.encode()).encode() == view.encode()
+    assert (
+        dataclasses.replace(View.decode(view.encode()), light=8).encode() == dataclasses.replace(view, light=8).encode()
+    )
     with pytest.raises(UNDECODABLE, match="interpolation 4 of a view, expected at most 3"):
         View.decode(view.encode()[:-1] + b"\4")
 
