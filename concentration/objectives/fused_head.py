@@ -230,6 +230,11 @@ def _accumulate(
 def _add_product(total: Tensor, left: Tensor, right: Tensor, is_first: bool) -> None:
     if left.dtype == total.dtype:
         total.addmm_(left, right, beta=0 if is_first else 1)
+    elif total.device.type == "cuda":  # its products of narrow numbers can write float32 themselves
+        if is_first:
+            torch.mm(left, right, out_dtype=total.dtype, out=total)
+        else:
+            torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
     elif is_first:
         total.copy_(left @ right)
     else:

@@ -4,6 +4,7 @@ A million classes of 512 features are 2 GB of weights; their whole gradient woul
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
@@ -33,25 +34,32 @@ class BackwardUpdates:
         self._length = length
         self._count_steps = count_steps
         self.weights = [classify.weight for classify in student.top.classifiers]
-        verticals = zip(student.config.verticals, self.weights, strict=True)
-        self._optimizers = {vertical: self._attach(weight_VS) for vertical, weight_VS in verticals}
+        self._weight_of = dict(zip(student.config.verticals, self.weights, strict=True))
+        # Built when they are first needed, when the weights lie on the device where they are trained.
+        self._optimizers: dict[str, torch.optim.Optimizer] = {}
+        self._loaded: dict[str, dict] = {}
+        for vertical, weight_VS in self._weight_of.items():
+            weight_VS.register_post_accumulate_grad_hook(partial(self._step, vertical))
 
     def state_dict(self) -> dict[str, dict]:
         """By vertical."""
-        return {vertical: optimizer.state_dict() for vertical, optimizer in self._optimizers.items()}
+        return {vertical: self._optimizer_of(vertical).state_dict() for vertical in self._weight_of}
 
     def load_state_dict(self, state: dict[str, dict]) -> None:
-        for vertical, optimizer in self._optimizers.items():
-            optimizer.load_state_dict(state[vertical])
+        self._optimizers.clear()
+        self._loaded = dict(state)
 
-    def _attach(self, weight_VS: nn.Parameter) -> torch.optim.Optimizer:
-        optimizer = self._config.build([{"params": [weight_VS], "weight_decay": self._config.weight_decay}])
+    def _optimizer_of(self, vertical: str) -> torch.optim.Optimizer:
+        if vertical not in self._optimizers:
+            group = {"params": [self._weight_of[vertical]], "weight_decay": self._config.weight_decay}
+            optimizer = self._optimizers[vertical] = self._config.build([group])
+            if vertical in self._loaded:
+                optimizer.load_state_dict(self._loaded.pop(vertical))
+        return self._optimizers[vertical]
 
-        def step(parameter: nn.Parameter) -> None:
-            factor = compute_lr_factor(self._config, self._count_steps(), self._length)
-            optimizer.param_groups[0]["lr"] = self._config.lr * factor
-            optimizer.step()
-            parameter.grad = None
-
-        weight_VS.register_post_accumulate_grad_hook(step)
-        return optimizer
+    def _step(self, vertical: str, weight_VS: nn.Parameter) -> None:
+        optimizer = self._optimizer_of(vertical)
+        factor = compute_lr_factor(self._config, self._count_steps(), self._length)
+        optimizer.param_groups[0]["lr"] = self._config.lr * factor
+        optimizer.step()
+        weight_VS.grad = None

@@ -2,8 +2,8 @@
 
 Two whole steps (forward, backward, optimizer) run on fake tensors, which have shapes and types and no memory. Every storage
 that comes to life is counted until it is let go, so what a layer keeps for its backward pass, or a loss needs for a moment, is
-known from what the code does and not from a formula. Not seen: what is used inside one operation (a convolution's workspace), and
-what an allocator rounds up or leaves unused between blocks.
+known from what the code does and not from a formula. Not seen: what is used inside one operation (a convolution's workspace; of a
+product's on a GPU a measured number is added), and what an allocator rounds up or leaves unused between blocks.
 """
 
 import weakref
@@ -32,9 +32,12 @@ MOMENTS: tuple[Moment, ...] = get_args(Moment)
 #: In the order in which they are shown.
 Part = Literal[
     "parameters", "buffers", "gradients", "optimizer state", "moving average", "DDP's buckets", "batch", "activations",
-    "temporary",
+    "temporary", "work space of products",
 ]  # fmt: skip
 PARTS: tuple[Part, ...] = get_args(Part)
+
+#: What torch gives cuBLAS for forward and backward pass on a Hopper GPU (seen on an H200); others get less.
+WORK_SPACE_ON_GPU = 65 << 20
 
 
 @dataclass(frozen=True)
@@ -110,12 +113,14 @@ def plan_memory(
         buckets = [torch.empty_like(parameter) for parameter in student.parameters()] if world_size > 1 else []
         ledger.file("DDP's buckets", buckets)
         updates = BackwardUpdates(student, optimizer, RunLength(1, 1)) if trainer.update_in_backward else None
-        is_fused = trainer.accelerator == "cpu"
+        is_fused = trainer.accelerator == "cpu" or (optimizer.fuses_on_gpu and trainer.precision != "16-mixed")
         stepper = build_optimizer(optimizer, student, updates.weights if updates else (), is_fused)
-        for group in stepper.param_groups:  # as torch chooses by the device: all parameters at once on a GPU
+        for group in stepper.param_groups:  # torch's choice on a GPU: all parameters at once
             group["foreach"] = not is_fused
         for _ in range(2):  # the first step has no gradients of the one before, and makes the optimizer's state
             at_peak = _run_step(ledger, student, stepper, updates, trainer, images, targets)
+    for bytes_of in at_peak.values():
+        bytes_of["work space of products"] = WORK_SPACE_ON_GPU if trainer.accelerator == "gpu" else 0
     return MemoryPlan(at_peak, local_batch)
 
 

@@ -66,7 +66,9 @@ class StudentModule(pl.LightningModule):
 
     def configure_optimizers(self):
         left_out = self._updates.weights if self._updates else ()
-        optimizer = build_optimizer(self._optimizer, self.student, left_out)
+        # NOTE: torch's fused steps take a gradient scaler's work over, and then no gradient can be clipped.
+        fused = False if self.trainer.precision == "16-mixed" else None
+        optimizer = build_optimizer(self._optimizer, self.student, left_out, fused)
         schedule = build_schedule(self._optimizer, optimizer, self._length)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

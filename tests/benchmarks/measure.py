@@ -109,7 +109,8 @@ def _short(value: float) -> str:
 
 
 def _git(*arguments: str) -> str:
-    return subprocess.run(["git", *arguments], capture_output=True, text=True, check=True).stdout.strip()
+    """Nothing where there is no repository, as on a machine to which only the files were copied."""
+    return subprocess.run(["git", *arguments], capture_output=True, text=True).stdout.strip()
 
 
 def _describe_machine() -> dict:

@@ -75,7 +75,10 @@ def measure(side: str, batch_size: int) -> dict:
     return {"seconds": min(seconds), "peak_bytes": resident_bytes("VmHWM")}
 
 
-def build_step(num_classes: int, update_in_backward: bool, batch_size: int, is_reference: bool) -> Callable[[], None]:
+def build_step(
+    num_classes: int, update_in_backward: bool, batch_size: int, is_reference: bool, device: str = "cpu"
+) -> Callable[[], None]:
+    """In float32 on a CPU, in bf16 mixed precision on a GPU."""
     torch.manual_seed(0)
     share = num_classes // NUM_VERTICALS
     config = NetworkConfig(
@@ -85,20 +88,22 @@ def build_step(num_classes: int, update_in_backward: bool, batch_size: int, is_r
         image_size=IMAGE_SIZE,
         verticals={str(number): share for number in range(NUM_VERTICALS)},
     )
-    images = torch.randint(256, (batch_size, 3, IMAGE_SIZE, IMAGE_SIZE), dtype=torch.uint8)
+    images = torch.randint(256, (batch_size, 3, IMAGE_SIZE, IMAGE_SIZE), dtype=torch.uint8, device=device)
     if is_reference:
         return build_reference_step(config, images)
-    student = Student(config)
+    student = Student(config).to(device)
     adagrad = AdagradConfig(lr=1e-3)
     updates = BackwardUpdates(student, adagrad, RunLength(1, 1)) if update_in_backward else None
     optimizer = build_optimizer(adagrad, student, updates.weights if updates else ())
     vertical_B1 = torch.randint(NUM_VERTICALS, (batch_size, 1))
     index_BK = vertical_B1 * share + torch.randint(share, (batch_size, NUM_LISTED))
-    targets = SoftTargets(index_BK, torch.rand(batch_size, NUM_LISTED) ** 4)
+    targets = SoftTargets(index_BK, torch.rand(batch_size, NUM_LISTED) ** 4).to(device)
 
     def step() -> None:
         optimizer.zero_grad()
-        student(images, targets).mean().backward()
+        with mixed_precision(images):
+            loss = student(images, targets).mean()
+        loss.backward()
         optimizer.step()
 
     return step
@@ -106,18 +111,24 @@ def build_step(num_classes: int, update_in_backward: bool, batch_size: int, is_r
 
 def build_reference_step(config: NetworkConfig, images: torch.Tensor) -> Callable[[], None]:
     """The base network under one linear layer and softmax cross-entropy, as it is trained on ImageNet."""
-    base = build_base(config.base, config.image_size)
-    classify = nn.Linear(base.num_features, 1000)
+    base = build_base(config.base, config.image_size).to(images.device)
+    classify = nn.Linear(base.num_features, 1000, device=images.device)
     optimizer = torch.optim.Adagrad([*base.parameters(), *classify.parameters()], lr=1e-3)
-    labels_B = torch.randint(1000, (len(images),))
+    labels_B = torch.randint(1000, (len(images),), device=images.device)
 
     def step() -> None:
         optimizer.zero_grad()
-        logits = classify(base(images.float() / 255))
-        nn.functional.cross_entropy(logits, labels_B).backward()
+        with mixed_precision(images):
+            loss = nn.functional.cross_entropy(classify(base(images.float() / 255)), labels_B)
+        loss.backward()
         optimizer.step()
 
     return step
+
+
+def mixed_precision(images: torch.Tensor) -> torch.autocast:
+    """bf16 on a GPU, nothing on a CPU."""
+    return torch.autocast(images.device.type, torch.bfloat16, enabled=images.device.type == "cuda")
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def run_steps(network, optimizer, trainer, shape, num_steps=3, device="cpu") -> 
     updates = (
         BackwardUpdates(student, optimizer, RunLength(num_steps, num_steps)) if trainer.update_in_backward else None
     )
-    is_fused = trainer.accelerator == "cpu"
+    is_fused = trainer.accelerator == "cpu" or (optimizer.fuses_on_gpu and trainer.precision != "16-mixed")
     stepper = build_optimizer(optimizer, student, updates.weights if updates else (), is_fused)
     for group in stepper.param_groups:
         group["foreach"] = not is_fused
@@ -86,7 +86,7 @@ def measure_allocated(network, optimizer, trainer, shape) -> int:
         ({"pace": {"kind": "none"}}, "sgd", {}, {}),
         ({"pace": {"kind": "class", "offset": "class"}}, "sgd", {"batch_size": 256}, {}),
         ({}, "adagrad", {"accumulate": 4, "batch_size": 256}, {}),
-        ({}, "adamw", {"accelerator": "gpu", "clip_norm": 1.0}, {}),  # as on a GPU: all parameters at once
+        ({}, "adagrad", {"accelerator": "gpu", "clip_norm": 1.0}, {}),  # as on a GPU: all parameters at once
         ({}, "adagrad", {"class_weight": "inverse_sqrt"}, {"has_background": True, "has_weight": True}),
         ({}, "adagrad", {"precision": "bf16-mixed"}, {}),
         (LARGE, "adamw", {"update_in_backward": True}, {}),
@@ -97,7 +97,9 @@ def measure_allocated(network, optimizer, trainer, shape) -> int:
 def test_the_plan_is_what_torch_allocates(network, optimizer, trainer, shape):
     options = TrainerConfig(**{"batch_size": 64, **trainer})
     arguments = describe(**network), optimizer_of(optimizer), options, StepShape(100, **shape)
-    assert plan_memory(*arguments).peak_bytes == pytest.approx(measure_allocated(*arguments), rel=0.05)
+    plan = plan_memory(*arguments)
+    of_tensors = plan.peak_bytes - plan.at_peak[plan.moment]["work space of products"]
+    assert of_tensors == pytest.approx(measure_allocated(*arguments), rel=0.05)
 
 
 @pytest.mark.long
