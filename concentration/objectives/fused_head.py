@@ -23,7 +23,7 @@ from torch._compile import _disable_dynamo
 from torch.autograd.function import once_differentiable
 
 from concentration.errors import DataError
-from concentration.objectives import fused_block
+from concentration.objectives import fused_block, grouped_head
 from concentration.objectives.fused_block import Block, ClassRange, HeadParameters, VerticalTargets
 from concentration.targets import SoftTargets
 
@@ -59,6 +59,8 @@ def fused_loss_by_vertical(
             finite.
     """
     _check(hidden, parameters, targets, class_weight_C)
+    if gradients == "forward" and grouped_head.can_group(hidden, parameters):
+        return grouped_head.grouped_loss_by_vertical(hidden, parameters, targets, class_weight_C)
     ranges, start = [], 0
     for vertical in parameters:
         ranges.append(ClassRange(start, len(vertical.weight)))
@@ -163,6 +165,7 @@ def _compute(
     num_rows = classes.block_samples or max(1, min(num_samples, block_elements // len(vertical.weight)))
     found = _allocate(hidden_BS, vertical, needed)
     weight_VS, bias_V = _cast(vertical.weight, types.logits), _cast(vertical.bias, types.logits)
+    again_VS = weight_VS if types.gradients == types.logits else vertical.weight  # one narrow copy of it, not two
     exact = torch.promote_types(hidden_BS.dtype, torch.float32)
     kernels = _choose_kernels(hidden_BS.device, exact)
     loss_B = torch.empty(num_samples, dtype=exact, device=hidden_BS.device)
@@ -173,7 +176,7 @@ def _compute(
             upstream_R = None if upstream_B is None else upstream_B[rows].to(exact)
             block = kernels.compute_block(logits_RV, vertical, targets.rows(rows), classes, upstream_R, any(needed))
             loss_B[rows] = block.loss_R
-            _accumulate(found, rows, block, hidden_BS, vertical.weight, types.gradients)
+            _accumulate(found, rows, block, hidden_BS, again_VS, types.gradients)
     # Sums are made in float32 at least, and handed over in the type of the parameter.
     parameters = (hidden_BS, *vertical)
     return loss_B, _Gradients(*(f if f is None else f.to(p.dtype) for f, p in zip(found, parameters, strict=True)))

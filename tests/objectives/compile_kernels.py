@@ -8,6 +8,7 @@ from triton.compiler import ASTSource
 from triton.runtime import JITFunction
 
 from concentration.objectives import fused_block_triton as kernels
+from concentration.objectives import grouped_kernels
 
 TARGET = GPUTarget("cuda", 90, 32)
 
@@ -30,6 +31,18 @@ def main() -> None:
         listed = [*[number] * 3, index, *[number] * 4, slope, *[number] * 3, "i32", "i32"]
         compile_kernel(kernels._listed, listed, {**form, "BLOCK_K": 128})
         compile_kernel(kernels._scale, [slope, number, "i32"], {"BLOCK": 4096})
+        compile_grouped(form, dense)
+
+
+def compile_grouped(form: dict, dense: dict) -> None:
+    number, index, table, logits = "*fp32", "*i64", "*i32", "*bf16"
+    rows = [logits, *[table] * 3, *[number] * 5, index, *[number] * 6, *["i32"] * 4]
+    constants = {**dense, "EPSILON": 1e-6, "BLOCK": 2048, "BLOCK_K": 128}
+    compile_kernel(grouped_kernels._rows, rows, constants)
+    slopes = [logits, *[table] * 5, *[number] * 12, *["i32"] * 3]
+    compile_kernel(grouped_kernels._slopes, slopes, {**dense, "ROWS": 16, "CLASSES": 128, "TILES": 4})
+    listed = [logits, *[table] * 3, *[number] * 2, index, *[number] * 8, *["i32"] * 5]
+    compile_kernel(grouped_kernels._listed, listed, {**form, "BLOCK_K": 128})
 
 
 def compile_kernel(kernel: JITFunction, types: list[str], constants: dict[str, object]) -> None:

@@ -1,0 +1,289 @@
+"""The fused head for a GPU's matrix units: groups of verticals at a time, so that a step launches few kernels.
+
+What `fused_head` does vertical by vertical is some thirty small kernels for each of them, and a GPU waits for Python. Here the
+verticals of a group share their kernels: three grouped products (torch's `grouped_mm`, in bf16) and the kernels of
+`grouped_kernels`. Logits of a group lie side by side, each vertical's padded to whole 16 bytes, as the products want them.
+
+Shapes: B samples, M verticals of a group, S features of a classifier, V classes of a group, P of its columns with padding,
+K listed classes.
+"""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch._compile import _disable_dynamo  # see fused_head
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import grouped_mm
+
+from concentration.objectives.fused_block import HeadParameters, multiply_weights
+from concentration.targets import SoftTargets
+
+#: In which the products are made: the only type that torch's grouped products have.
+PRODUCT_TYPE = torch.bfloat16
+#: Logits of a group at most.
+GROUP_ELEMENTS = 1 << 25
+#: Columns of a vertical begin at whole multiples of so many.
+ALIGNMENT = 8
+
+
+class Layout(NamedTuple):
+    """Where the classes and columns of a group's verticals are; the last seven are small tables on the device.
+
+    sizes, padded: classes and columns of each vertical.
+    first_class: number of the group's first class among all outputs.
+    class_start_M, column_start_M, size_M: inside the group.
+    column_end_M: for the products.
+    vertical_V: of every class.
+    tile_vertical_T, tile_first_T: of every tile of TILE_CLASSES classes, its vertical and its first class in it.
+    """
+
+    sizes: tuple[int, ...]
+    padded: tuple[int, ...]
+    first_class: int
+    class_start_M: Tensor
+    column_start_M: Tensor
+    size_M: Tensor
+    column_end_M: Tensor
+    vertical_V: Tensor
+    tile_vertical_T: Tensor
+    tile_first_T: Tensor
+
+    @property
+    def num_classes(self) -> int:
+        return sum(self.sizes)
+
+    @property
+    def num_columns(self) -> int:
+        return sum(self.padded)
+
+
+#: Classes of a tile, in which the kernels take the derivatives.
+TILE_CLASSES = 128
+
+
+def can_group(hidden: Sequence[Tensor], parameters: Sequence[HeadParameters]) -> bool:
+    """Whether this is a GPU with such products, under bf16 autocast, and all verticals are of one form and width."""
+    device = hidden[0].device
+    if device.type != "cuda" or type(hidden[0]) is not Tensor or not torch.is_autocast_enabled("cuda"):
+        return False
+    if torch.get_autocast_dtype("cuda") != PRODUCT_TYPE or torch.cuda.get_device_capability(device)[0] < 9:
+        return False
+    widths = {vertical.weight.shape[1] for vertical in parameters}
+    largest = max(len(vertical.weight) for vertical in parameters)
+    return len(widths) == 1 and min(widths) % ALIGNMENT == 0 and largest * len(hidden[0]) <= GROUP_ELEMENTS
+
+
+@_disable_dynamo
+def grouped_loss_by_vertical(
+    hidden: Sequence[Tensor],
+    parameters: Sequence[HeadParameters],
+    targets: SoftTargets,
+    class_weight_C: Tensor | None = None,
+) -> Tensor:
+    """As `fused_head.fused_loss_by_vertical` with gradients="forward"; the arguments have been checked there."""
+    by_kind = itertools.chain.from_iterable(zip(*parameters, strict=True))
+    return _GroupedLoss.apply(targets, class_weight_C, torch.is_grad_enabled(), *hidden, *by_kind)
+
+
+class _Group(NamedTuple):
+    """What the kernels need of a group's verticals: `HeadParameters` side by side, and the targets as the group sees them."""
+
+    layout: Layout
+    bias_V: Tensor
+    gamma: Tensor | None  # (M,) or (V,)
+    offset: Tensor | None  # (M,) or (V,)
+    class_weight_V: Tensor | None
+    background_BM: Tensor | None
+    weight_BM: Tensor | None
+    targets: SoftTargets
+
+    @property
+    def gamma_form(self) -> int:
+        return _form(self.gamma, self.layout)
+
+    @property
+    def offset_form(self) -> int:
+        return _form(self.offset, self.layout)
+
+
+class _Found(NamedTuple):
+    """Gradients of a group for the summed loss: (M, B, S), (P, S), (V,), and as gamma and offset are."""
+
+    hidden_MBS: Tensor
+    weight_PS: Tensor
+    bias_V: Tensor
+    gamma: Tensor | None
+    offset: Tensor | None
+
+
+class _GroupedLoss(torch.autograd.Function):
+    """Of targets, class weights, whether gradients are wanted, then hidden and the four kinds of parameters of every vertical."""
+
+    @staticmethod
+    def forward(ctx, targets, class_weight_C, wants_gradients, *tensors) -> Tensor:
+        num_verticals = len(tensors) // 5
+        hidden, *kinds = (tensors[first : first + num_verticals] for first in range(0, len(tensors), num_verticals))
+        ctx.forms = [None if tensor is None else (tensor.shape, tensor.dtype) for tensor in tensors]
+        ctx.found = []
+        losses = []
+        with torch.autocast(hidden[0].device.type, enabled=False):
+            for verticals, layout in _plan_groups(len(hidden[0]), kinds[0]):
+                here = [kind[verticals] for kind in kinds]
+                group = _build_group(layout, here, targets, class_weight_C, verticals)
+                loss_BM, found = _compute_group(hidden[verticals], here[0], group, wants_gradients)
+                losses.append(loss_BM)
+                ctx.found.append((layout, found))
+        return torch.cat(losses, dim=1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient_BM: Tensor):
+        if ctx.found is None:
+            raise RuntimeError("the fused loss keeps its gradients for one backward pass; compute the loss again")
+        groups, ctx.found = ctx.found, None
+        upstream = gradient_BM[0, 0]
+        is_one_number = (gradient_BM == upstream).all() | gradient_BM.isnan().any()
+        torch._assert_async(is_one_number)
+        by_kind: list[list[Tensor | None]] = [[] for _ in range(5)]
+        for layout, found in groups:
+            _scale(found, upstream)
+            for gradients, of_group in zip(by_kind, _take_apart(layout, found), strict=True):
+                gradients.extend(of_group)
+        gradients = []
+        for gradient, form in zip(itertools.chain.from_iterable(by_kind), ctx.forms, strict=True):
+            gradients.append(None if gradient is None else gradient.view(form[0]).to(form[1]))
+        return None, None, None, *gradients
+
+
+def _plan_groups(num_samples: int, weights: Sequence[Tensor]) -> Iterator[tuple[slice, Layout]]:
+    """Consecutive verticals that together have no more than `GROUP_ELEMENTS` logits."""
+    sizes = [len(weight_VS) for weight_VS in weights]
+    first = first_class = 0
+    while first < len(sizes):
+        last, total = first, 0
+        while last < len(sizes) and (last == first or (total + sizes[last]) * num_samples <= GROUP_ELEMENTS):
+            total += sizes[last]
+            last += 1
+        yield slice(first, last), _lay_out(tuple(sizes[first:last]), first_class, weights[0].device)
+        first, first_class = last, first_class + total
+
+
+@lru_cache(maxsize=64)
+def _lay_out(sizes: tuple[int, ...], first_class: int, device: torch.device) -> Layout:
+    """Kept, so that a step copies nothing to the device."""
+    padded = tuple(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)
+    tiles = [(v, first) for v, size in enumerate(sizes) for first in range(0, size, TILE_CLASSES)]
+    vertical_V = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    tables = [
+        list(itertools.accumulate(sizes, initial=0))[:-1],
+        list(itertools.accumulate(padded, initial=0))[:-1],
+        sizes,
+        list(itertools.accumulate(padded)),
+        vertical_V.tolist(),
+        *zip(*tiles, strict=True),
+    ]
+    return Layout(sizes, padded, first_class, *(torch.tensor(t, dtype=torch.int32, device=device) for t in tables))
+
+
+def _build_group(
+    layout: Layout,
+    kinds: Sequence[Sequence[Tensor | None]],
+    targets: SoftTargets,
+    class_weight_C: Tensor | None,
+    verticals: slice,
+) -> _Group:
+    _, biases, gammas, offsets = kinds
+    classes = slice(layout.first_class, layout.first_class + layout.num_classes)
+    of_samples = (
+        None if t is None else t[:, verticals].float().contiguous() for t in (targets.background_BM, targets.weight_BM)
+    )
+    return _Group(
+        layout,
+        torch.cat(list(biases)).float(),
+        *(_join(pace) for pace in (gammas, offsets)),
+        None if class_weight_C is None else class_weight_C[classes].float().contiguous(),
+        *of_samples,
+        targets,
+    )
+
+
+def _join(pace: Sequence[Tensor | None]) -> Tensor | None:
+    if pace[0] is None:
+        return None
+    joined = torch.cat(list(pace)) if pace[0].ndim else torch.stack(list(pace))
+    return joined.float()
+
+
+def _form(pace: Tensor | None, layout: Layout) -> int:
+    """What the kernels call it: none, a number of each vertical, or of each class."""
+    if pace is None:
+        return 0
+    is_by_class = len(pace) == layout.num_classes and layout.num_classes > len(layout.sizes)
+    return 2 if is_by_class else 1
+
+
+def _compute_group(
+    hidden: Sequence[Tensor], weights: Sequence[Tensor], group: _Group, wants_gradients: bool
+) -> tuple[Tensor, _Found | None]:
+    from concentration.objectives import grouped_kernels as kernels  # Triton comes with torch for CUDA alone
+
+    layout = group.layout
+    hidden_MBS = torch.stack([hidden_BS.to(PRODUCT_TYPE) for hidden_BS in hidden])
+    weight_PS = _join_weights(weights, layout)
+    logits_BP = grouped_mm(hidden_MBS, weight_PS.t(), offs=layout.column_end_M)
+    sums = kernels.sum_rows(logits_BP, group)
+    loss_BM = sums.loss_BM if group.weight_BM is None else sums.loss_BM * group.weight_BM
+    if not wants_gradients:
+        return loss_BM, None
+    weight_BM = multiply_weights(group.weight_BM, like=loss_BM)
+    scale_BM = weight_BM * sums.inverse_norm_BM
+    gamma, offset = None, None  # their gradients
+    if group.gamma_form == 1:
+        gamma = (sums.dot_BM * scale_BM).sum(0)
+        scale_BM = scale_BM * group.gamma
+    if group.offset_form == 1:
+        offset = (sums.sum_BM * weight_BM).sum(0)
+    by_class = kernels.replace_by_slopes(logits_BP, group, sums, weight_BM, scale_BM)
+    scale_MB1 = scale_BM.t().unsqueeze(2)
+    found_MBS = grouped_mm(logits_BP, weight_PS, offs=layout.column_end_M) * scale_MB1
+    del weight_PS  # its memory is the next product's
+    scaled_MBS = (hidden_MBS * scale_MB1).to(PRODUCT_TYPE)
+    found_PS = grouped_mm(logits_BP.t(), scaled_MBS, offs=layout.column_end_M).float()
+    return loss_BM, _Found(
+        found_MBS, found_PS, by_class.bias_V, by_class.gamma_V if gamma is None else gamma,
+        by_class.offset_V if offset is None else offset,
+    )  # fmt: skip
+
+
+def _join_weights(weights: Sequence[Tensor], layout: Layout) -> Tensor:
+    """(P, S) in the type of the products, zeros in padding."""
+    joined_PS = weights[0].new_empty(layout.num_columns, weights[0].shape[1], dtype=PRODUCT_TYPE)
+    parts = list(zip(joined_PS.split(layout.padded), layout.sizes, strict=True))
+    torch._foreach_copy_([part_PS[:size] for part_PS, size in parts], list(weights))
+    if layout.padded != layout.sizes:
+        torch._foreach_zero_([part_PS[size:] for part_PS, size in parts if len(part_PS) > size])
+    return joined_PS
+
+
+def _take_apart(layout: Layout, found: _Found) -> Iterator[Sequence[Tensor | None]]:
+    """By kind, what is each vertical's."""
+    yield found.hidden_MBS.unbind()
+    yield [part[:size] for part, size in zip(found.weight_PS.split(layout.padded), layout.sizes, strict=True)]
+    yield found.bias_V.split(layout.sizes)
+    for pace in (found.gamma, found.offset):
+        if pace is None:
+            yield [None] * len(layout.sizes)
+        else:
+            yield pace.split(layout.sizes) if _form(pace, layout) == 2 else pace.unbind()
+
+
+def _scale(found: _Found, upstream: Tensor) -> None:
+    from concentration.objectives.fused_block_triton import scale_in_place
+
+    for gradient in found:
+        if gradient is not None:
+            scale_in_place(gradient, upstream)
