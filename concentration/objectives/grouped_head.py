@@ -10,7 +10,6 @@ K listed classes.
 
 import itertools
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -20,49 +19,19 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import grouped_mm
 
 from concentration.objectives.fused_block import HeadParameters, multiply_weights
+from concentration.objectives.vertical_groups import (
+    ALIGNMENT,
+    GROUP_ELEMENTS,
+    Group,
+    Layout,
+    build_group,
+    form_of,
+    plan_groups,
+)
 from concentration.targets import SoftTargets
 
 #: In which the products are made: the only type that torch's grouped products have.
 PRODUCT_TYPE = torch.bfloat16
-#: Logits of a group at most.
-GROUP_ELEMENTS = 1 << 25
-#: Columns of a vertical begin at whole multiples of so many.
-ALIGNMENT = 8
-
-
-class Layout(NamedTuple):
-    """Where the classes and columns of a group's verticals are; the last seven are small tables on the device.
-
-    sizes, padded: classes and columns of each vertical.
-    first_class: number of the group's first class among all outputs.
-    class_start_M, column_start_M, size_M: inside the group.
-    column_end_M: for the products.
-    vertical_V: of every class.
-    tile_vertical_T, tile_first_T: of every tile of TILE_CLASSES classes, its vertical and its first class in it.
-    """
-
-    sizes: tuple[int, ...]
-    padded: tuple[int, ...]
-    first_class: int
-    class_start_M: Tensor
-    column_start_M: Tensor
-    size_M: Tensor
-    column_end_M: Tensor
-    vertical_V: Tensor
-    tile_vertical_T: Tensor
-    tile_first_T: Tensor
-
-    @property
-    def num_classes(self) -> int:
-        return sum(self.sizes)
-
-    @property
-    def num_columns(self) -> int:
-        return sum(self.padded)
-
-
-#: Classes of a tile, in which the kernels take the derivatives.
-TILE_CLASSES = 128
 
 
 def can_group(hidden: Sequence[Tensor], parameters: Sequence[HeadParameters]) -> bool:
@@ -89,27 +58,6 @@ def grouped_loss_by_vertical(
     return _GroupedLoss.apply(targets, class_weight_C, torch.is_grad_enabled(), *hidden, *by_kind)
 
 
-class _Group(NamedTuple):
-    """What the kernels need of a group's verticals: `HeadParameters` side by side, and the targets as the group sees them."""
-
-    layout: Layout
-    bias_V: Tensor
-    gamma: Tensor | None  # (M,) or (V,)
-    offset: Tensor | None  # (M,) or (V,)
-    class_weight_V: Tensor | None
-    background_BM: Tensor | None
-    weight_BM: Tensor | None
-    targets: SoftTargets
-
-    @property
-    def gamma_form(self) -> int:
-        return _form(self.gamma, self.layout)
-
-    @property
-    def offset_form(self) -> int:
-        return _form(self.offset, self.layout)
-
-
 class _Found(NamedTuple):
     """Gradients of a group for the summed loss: (M, B, S), (P, S), (V,), and as gamma and offset are."""
 
@@ -131,9 +79,9 @@ class _GroupedLoss(torch.autograd.Function):
         ctx.found = []
         losses = []
         with torch.autocast(hidden[0].device.type, enabled=False):
-            for verticals, layout in _plan_groups(len(hidden[0]), kinds[0]):
+            for verticals, layout in plan_groups(len(hidden[0]), kinds[0]):
                 here = [kind[verticals] for kind in kinds]
-                group = _build_group(layout, here, targets, class_weight_C, verticals)
+                group = build_group(layout, here, targets, class_weight_C, verticals)
                 loss_BM, found = _compute_group(hidden[verticals], here[0], group, wants_gradients)
                 losses.append(loss_BM)
                 ctx.found.append((layout, found))
@@ -159,75 +107,8 @@ class _GroupedLoss(torch.autograd.Function):
         return None, None, None, *gradients
 
 
-def _plan_groups(num_samples: int, weights: Sequence[Tensor]) -> Iterator[tuple[slice, Layout]]:
-    """Consecutive verticals that together have no more than `GROUP_ELEMENTS` logits."""
-    sizes = [len(weight_VS) for weight_VS in weights]
-    first = first_class = 0
-    while first < len(sizes):
-        last, total = first, 0
-        while last < len(sizes) and (last == first or (total + sizes[last]) * num_samples <= GROUP_ELEMENTS):
-            total += sizes[last]
-            last += 1
-        yield slice(first, last), _lay_out(tuple(sizes[first:last]), first_class, weights[0].device)
-        first, first_class = last, first_class + total
-
-
-@lru_cache(maxsize=64)
-def _lay_out(sizes: tuple[int, ...], first_class: int, device: torch.device) -> Layout:
-    """Kept, so that a step copies nothing to the device."""
-    padded = tuple(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)
-    tiles = [(v, first) for v, size in enumerate(sizes) for first in range(0, size, TILE_CLASSES)]
-    vertical_V = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
-    tables = [
-        list(itertools.accumulate(sizes, initial=0))[:-1],
-        list(itertools.accumulate(padded, initial=0))[:-1],
-        sizes,
-        list(itertools.accumulate(padded)),
-        vertical_V.tolist(),
-        *zip(*tiles, strict=True),
-    ]
-    return Layout(sizes, padded, first_class, *(torch.tensor(t, dtype=torch.int32, device=device) for t in tables))
-
-
-def _build_group(
-    layout: Layout,
-    kinds: Sequence[Sequence[Tensor | None]],
-    targets: SoftTargets,
-    class_weight_C: Tensor | None,
-    verticals: slice,
-) -> _Group:
-    _, biases, gammas, offsets = kinds
-    classes = slice(layout.first_class, layout.first_class + layout.num_classes)
-    of_samples = (
-        None if t is None else t[:, verticals].float().contiguous() for t in (targets.background_BM, targets.weight_BM)
-    )
-    return _Group(
-        layout,
-        torch.cat(list(biases)).float(),
-        *(_join(pace) for pace in (gammas, offsets)),
-        None if class_weight_C is None else class_weight_C[classes].float().contiguous(),
-        *of_samples,
-        targets,
-    )
-
-
-def _join(pace: Sequence[Tensor | None]) -> Tensor | None:
-    if pace[0] is None:
-        return None
-    joined = torch.cat(list(pace)) if pace[0].ndim else torch.stack(list(pace))
-    return joined.float()
-
-
-def _form(pace: Tensor | None, layout: Layout) -> int:
-    """What the kernels call it: none, a number of each vertical, or of each class."""
-    if pace is None:
-        return 0
-    is_by_class = len(pace) == layout.num_classes and layout.num_classes > len(layout.sizes)
-    return 2 if is_by_class else 1
-
-
 def _compute_group(
-    hidden: Sequence[Tensor], weights: Sequence[Tensor], group: _Group, wants_gradients: bool
+    hidden: Sequence[Tensor], weights: Sequence[Tensor], group: Group, wants_gradients: bool
 ) -> tuple[Tensor, _Found | None]:
     from concentration.objectives import grouped_kernels as kernels  # Triton comes with torch for CUDA alone
 
@@ -278,7 +159,7 @@ def _take_apart(layout: Layout, found: _Found) -> Iterator[Sequence[Tensor | Non
         if pace is None:
             yield [None] * len(layout.sizes)
         else:
-            yield pace.split(layout.sizes) if _form(pace, layout) == 2 else pace.unbind()
+            yield pace.split(layout.sizes) if form_of(pace, layout) == 2 else pace.unbind()
 
 
 def _scale(found: _Found, upstream: Tensor) -> None:

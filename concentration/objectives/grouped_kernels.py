@@ -6,10 +6,10 @@
 
 Sums over samples for a class are added atomically: equal inputs give equal results only to rounding.
 
-Shapes and symbols: as in `grouped_head` and `fused_block`.
+Shapes and symbols: as in `vertical_groups` and `fused_block`.
 """
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -18,11 +18,9 @@ from torch import Tensor
 
 from concentration.objectives.fused_block import EPSILON
 from concentration.objectives.fused_block_triton import _pace, _softplus
+from concentration.objectives.vertical_groups import TILE_CLASSES, Group
 
-if TYPE_CHECKING:
-    from concentration.objectives.grouped_head import _Group
-
-#: The fastest of those tried on an H200, as is `grouped_head.TILE_CLASSES`.
+#: The fastest of those tried on an H200, as is `vertical_groups.TILE_CLASSES`.
 _ROW_BLOCK, _ROW_WARPS = 2048, 8
 _TILE_ROWS, _TILES, _TILE_WARPS = 16, 4, 4
 
@@ -45,7 +43,7 @@ class ClassSums(NamedTuple):
     offset_V: Tensor | None
 
 
-def sum_rows(logits_BP: Tensor, group: "_Group") -> RowSums:
+def sum_rows(logits_BP: Tensor, group: Group) -> RowSums:
     """`logits_BP` are the products alone: biases are added here."""
     num_samples, num_listed = group.targets.index_BK.shape
     layout = group.layout
@@ -60,12 +58,8 @@ def sum_rows(logits_BP: Tensor, group: "_Group") -> RowSums:
     return RowSums(*found, listed_BK)
 
 
-def replace_by_slopes(
-    logits_BP: Tensor, group: "_Group", sums: RowSums, weight_BM: Tensor, scale_BM: Tensor
-) -> ClassSums:
+def replace_by_slopes(logits_BP: Tensor, group: Group, sums: RowSums, weight_BM: Tensor, scale_BM: Tensor) -> ClassSums:
     """Writes the derivatives by the logits, each without its `scale_BM`, over the logits."""
-    from concentration.objectives.grouped_head import TILE_CLASSES
-
     layout = group.layout
     num_samples, num_listed = group.targets.index_BK.shape
     bias_V = torch.zeros_like(group.bias_V)
@@ -92,21 +86,21 @@ def replace_by_slopes(
     return ClassSums(bias_V, gamma_V, offset_V)
 
 
-def _pace_of(group: "_Group") -> tuple[Tensor, ...]:
+def _pace_of(group: Group) -> tuple[Tensor, ...]:
     """Bias, gamma, offset and class weights; the bias stands where there is nothing, a pointer that is never followed."""
     bias_V = group.bias_V
     return bias_V, *(bias_V if t is None else t for t in (group.gamma, group.offset, group.class_weight_V))
 
 
-def _background_of(group: "_Group") -> Tensor:
+def _background_of(group: Group) -> Tensor:
     return group.bias_V if group.background_BM is None else group.background_BM
 
 
-def _listed_of(group: "_Group") -> tuple[Tensor, Tensor]:
+def _listed_of(group: Group) -> tuple[Tensor, Tensor]:
     return group.targets.index_BK.contiguous(), group.targets.probability_BK.float().contiguous()
 
 
-def _form_of(group: "_Group") -> dict[str, int | bool]:
+def _form_of(group: Group) -> dict[str, int | bool]:
     return {
         "GAMMA": group.gamma_form,
         "OFFSET": group.offset_form,

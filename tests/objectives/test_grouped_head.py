@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from concentration.objectives import grouped_head
+from concentration.objectives import grouped_head, vertical_groups
 from concentration.objectives.fused_block import HeadParameters
 from concentration.objectives.fused_head import fused_loss_by_vertical
 from concentration.objectives.grouped_head import grouped_loss_by_vertical
@@ -91,7 +91,7 @@ def test_groups_are_their_verticals_one_by_one(exact, gamma, offset, options):
 def test_any_division_into_groups_gives_the_same(exact, monkeypatch, at_most):
     drawn = draw(0, 1, options=True)
     expected_loss, expected = run(grouped_loss_by_vertical, drawn)
-    monkeypatch.setattr(grouped_head, "GROUP_ELEMENTS", at_most)
+    monkeypatch.setattr(vertical_groups, "GROUP_ELEMENTS", at_most)
     loss, found = run(grouped_loss_by_vertical, drawn)
     torch.testing.assert_close(loss, expected_loss)
     for gradient, of_reference in zip(found, expected, strict=True):
