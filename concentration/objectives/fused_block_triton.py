@@ -228,6 +228,16 @@ def _slopes(
 
 
 @triton.jit
+def _sum_same(index, index_ptr, probability_ptr, num_listed):
+    """Of every place, what its class has in all: one may be listed twice, and every place of it writes the same sum."""
+    together = tl.zeros(index.shape, tl.float32)
+    for other in range(num_listed):
+        is_same = index == tl.load(index_ptr + other)
+        together += tl.where(is_same, tl.load(probability_ptr + other), 0.0)
+    return together
+
+
+@triton.jit
 def _listed(
     inverse_norm_ptr, gamma_ptr, class_weight_ptr, index_ptr, probability_ptr, listed_ptr, weight_ptr, scale_ptr,
     slope_ptr, gamma_sum_ptr, offset_sum_ptr, bias_ptr, stride, num_listed,
@@ -239,11 +249,7 @@ def _listed(
     index = tl.load(index_ptr + first + place, mask=place < num_listed, other=0)
     z = tl.load(probability_ptr + first + place, mask=place < num_listed, other=0.0)
     mask = z != 0.0
-    # A class may be listed twice: every place of it writes the same sum.
-    together = tl.zeros([BLOCK_K], tl.float32)
-    for other in range(num_listed):
-        is_same = index == tl.load(index_ptr + first + other)
-        together += tl.where(is_same, tl.load(probability_ptr + first + other), 0.0)
+    together = _sum_same(index, index_ptr + first, probability_ptr + first, num_listed)
     gamma = tl.full([BLOCK_K], 1.0, tl.float32)
     if HAS_CLASS_WEIGHT:
         class_weight = tl.load(class_weight_ptr + index, mask=mask, other=0.0)

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from concentration.objectives.fused_block import EPSILON
-from concentration.objectives.fused_block_triton import _pace, _softplus
+from concentration.objectives.fused_block_triton import _pace, _softplus, _sum_same
 from concentration.objectives.vertical_groups import TILE_CLASSES, Group
 
 #: The fastest of those tried on an H200, as is `vertical_groups.TILE_CLASSES`.
@@ -110,6 +110,12 @@ def _form_of(group: Group) -> dict[str, int | bool]:
 
 
 @triton.jit
+def _load_logits(x_ptr, bias_ptr, column, mask):
+    x = tl.load(x_ptr + column, mask=mask, other=0.0).to(tl.float32)
+    return x + tl.load(bias_ptr + column, mask=mask, other=0.0)
+
+
+@triton.jit
 def _rows(
     x_ptr, class_start_ptr, column_start_ptr, size_ptr, bias_ptr, gamma_ptr, offset_ptr, class_weight_ptr, background_ptr,
     index_ptr, probability_ptr, inverse_norm_ptr, loss_ptr, dot_ptr, sum_ptr, listed_ptr, stride, num_listed, num_verticals,
@@ -135,8 +141,7 @@ def _rows(
         for first in range(0, size, BLOCK):
             column = first + tl.arange(0, BLOCK)
             mask = column < size
-            x = tl.load(x_ptr + column, mask=mask, other=0.0).to(tl.float32)
-            x += tl.load(bias_ptr + column, mask=mask, other=0.0)
+            x = _load_logits(x_ptr, bias_ptr, column, mask)
             square += x * x
         inverse_norm = 1.0 / tl.sqrt(tl.sum(square) + size * EPSILON)
     loss = tl.zeros([BLOCK], tl.float32)
@@ -145,8 +150,7 @@ def _rows(
     for first in range(0, size, BLOCK):
         column = first + tl.arange(0, BLOCK)
         mask = column < size
-        x = tl.load(x_ptr + column, mask=mask, other=0.0).to(tl.float32)
-        x += tl.load(bias_ptr + column, mask=mask, other=0.0)
+        x = _load_logits(x_ptr, bias_ptr, column, mask)
         y, gamma = _pace(x, inverse_norm, column, mask, gamma_ptr, offset_ptr, GAMMA, OFFSET)
         weight = tl.where(mask, 1.0, 0.0)
         if HAS_CLASS_WEIGHT:
@@ -160,8 +164,7 @@ def _rows(
     index = tl.load(index_ptr + first_listed + place, mask=place < num_listed, other=-1) - (first_class + class_start)
     is_here = (index >= 0) & (index < size)
     z = tl.load(probability_ptr + first_listed + place, mask=is_here, other=0.0)
-    x = tl.load(x_ptr + index, mask=is_here, other=0.0).to(tl.float32)
-    x += tl.load(bias_ptr + index, mask=is_here, other=0.0)
+    x = _load_logits(x_ptr, bias_ptr, index, is_here)
     y, gamma = _pace(x, inverse_norm, index, is_here, gamma_ptr, offset_ptr, GAMMA, OFFSET)
     if HAS_CLASS_WEIGHT:
         z *= tl.load(class_weight_ptr + index, mask=is_here, other=0.0)
@@ -237,11 +240,7 @@ def _listed(
     mask = (index >= 0) & (index < num_classes) & (z != 0.0)
     vertical = tl.load(vertical_ptr + index, mask=mask, other=0)
     place_of_row = row * num_verticals + vertical
-    # A class may be listed twice: every place of it writes the same sum.
-    together = tl.zeros([BLOCK_K], tl.float32)
-    for other in range(num_listed):
-        is_same = listed_index == tl.load(index_ptr + first + other)
-        together += tl.where(is_same, tl.load(probability_ptr + first + other), 0.0)
+    together = _sum_same(listed_index, index_ptr + first, probability_ptr + first, num_listed)
     gamma = tl.full([BLOCK_K], 1.0, tl.float32)
     if HAS_CLASS_WEIGHT:
         class_weight = tl.load(class_weight_ptr + index, mask=mask, other=0.0)

@@ -47,7 +47,7 @@ class BackwardUpdates:
 
     def load_state_dict(self, state: dict[str, dict]) -> None:
         self._optimizers.clear()
-        self._loaded = dict(state)
+        self._loaded = {vertical: state[vertical] for vertical in self._weight_of}
 
     def _optimizer_of(self, vertical: str) -> torch.optim.Optimizer:
         if vertical not in self._optimizers:

@@ -16,8 +16,8 @@ import statistics
 from collections.abc import Callable
 
 import torch
-from head import VERTICAL_SIZES, WIDTH, Head, build_head, list_sizes, step_in_backward
-from measure import Comparison, publish
+from head import VERTICAL_SIZES, WIDTH, Head, build_head, join_step, list_sizes
+from measure import Comparison, mixed_precision, publish
 from student import build_step
 from triton.testing import do_bench
 
@@ -141,7 +141,7 @@ def move(head: Head) -> Head:
 
 def in_bf16(head: Head, compute_loss: Callable[[], torch.Tensor]) -> Callable[[], None]:
     def run() -> None:
-        with torch.autocast("cuda", torch.bfloat16):
+        with mixed_precision(head.hidden.device):
             loss = compute_loss()
         loss.backward()
         head.drop_gradients()
@@ -154,19 +154,7 @@ def build_adamw_step(name: str, head: Head) -> Callable[[], None]:
     in_backward = name == "update in backward"
     early = [config.build([{"params": [weight_VS]}]) for weight_VS in head.weights] if in_backward else []
     late = [*head.biases, *head.pace.parameters()] if in_backward else head.parameters
-    rest = config.build([{"params": late}])
-
-    def run() -> None:
-        hooks = [step_in_backward(optimizer) for optimizer in early]
-        with torch.autocast("cuda", torch.bfloat16):
-            loss = head.plain_loss() if name == "plain step" else head.fused_loss("backward" if early else "forward")
-        loss.backward()
-        rest.step()
-        head.drop_gradients()
-        for hook in hooks:
-            hook.remove()
-
-    return run
+    return join_step(name, head, early, config.build([{"params": late}]))
 
 
 def capture(run: Callable[[], None]) -> Callable[[], None]:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from measure import Comparison, cpu_seconds, publish, resident_bytes, take_best
+from measure import Comparison, cpu_seconds, mixed_precision, publish, resident_bytes, take_best
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.utils.hooks import RemovableHandle
@@ -187,9 +187,18 @@ def build_step(name: str, head: Head) -> Callable[[], None]:
         early = [build_adagrad([weight]) for weight in head.weights]
         rest = build_adagrad([*head.biases, *head.pace.parameters()])
 
+    return join_step(name, head, early, rest)
+
+
+def join_step(
+    name: str, head: Head, early: list[torch.optim.Optimizer], rest: torch.optim.Optimizer
+) -> Callable[[], None]:
+    """Forward, backward and step; `early` are stepped inside the backward pass, and there are none but for its side."""
+
     def run() -> None:
         hooks = [step_in_backward(optimizer) for optimizer in early]
-        loss = head.plain_loss() if name == "plain step" else head.fused_loss("backward" if early else "forward")
+        with mixed_precision(head.hidden.device):
+            loss = head.plain_loss() if name == "plain step" else head.fused_loss("backward" if early else "forward")
         loss.backward()
         rest.step()
         head.drop_gradients()

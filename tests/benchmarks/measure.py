@@ -16,6 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -64,6 +65,11 @@ def cpu_seconds(call: Callable[[], object]) -> float:
     started = time.process_time()
     call()
     return time.process_time() - started
+
+
+def mixed_precision(device: torch.device) -> torch.autocast:
+    """bf16 on a GPU, nothing on a CPU."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
 def resident_bytes(which: Literal["VmRSS", "VmHWM"]) -> int:

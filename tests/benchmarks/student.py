@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable
 
 import torch
-from measure import Comparison, cpu_seconds, publish, resident_bytes
+from measure import Comparison, cpu_seconds, mixed_precision, publish, resident_bytes
 from torch import nn
 
 from concentration.networks.bases import build_base
@@ -101,7 +101,7 @@ def build_step(
 
     def step() -> None:
         optimizer.zero_grad()
-        with mixed_precision(images):
+        with mixed_precision(images.device):
             loss = student(images, targets).mean()
         loss.backward()
         optimizer.step()
@@ -118,17 +118,12 @@ def build_reference_step(config: NetworkConfig, images: torch.Tensor) -> Callabl
 
     def step() -> None:
         optimizer.zero_grad()
-        with mixed_precision(images):
+        with mixed_precision(images.device):
             loss = nn.functional.cross_entropy(classify(base(images.float() / 255)), labels_B)
         loss.backward()
         optimizer.step()
 
     return step
-
-
-def mixed_precision(images: torch.Tensor) -> torch.autocast:
-    """bf16 on a GPU, nothing on a CPU."""
-    return torch.autocast(images.device.type, torch.bfloat16, enabled=images.device.type == "cuda")
 
 
 if __name__ == "__main__":
