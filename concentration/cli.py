@@ -1,5 +1,6 @@
 """`concentrate VERB [overrides]`: the command line. Hydra composes, the config is checked, one stage runs."""
 
+import multiprocessing
 import os
 import signal
 import sys
@@ -131,6 +132,10 @@ class _Job:
 
     def __call__(self, composed: Any) -> int:
         preemption.note_signals()  # in a process of joblib's, or of submitit's with its own handlers
+        if (
+            multiprocessing.get_start_method(allow_none=True) == "loky"
+        ):  # joblib's, unknown to processes that a run starts
+            multiprocessing.set_start_method("forkserver", force=True)
         if self._stopped:  # the jobs that come after it in this process are not begun
             return Preempted.exit_code
         exit_code = run_verb(self._verb, composed, self._words)

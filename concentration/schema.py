@@ -16,11 +16,13 @@ class Config(pydantic.BaseModel):
     """A frozen set of options in which an unknown key is an error.
 
     `runtime_fields` of a subclass name the options that change where or how fast something is computed, not what:
-    they are no part of the config's identity, so a run may be resumed with others.
+    they are no part of the config's identity, so a run may be resumed with others. `later_fields` were added when runs had been
+    made: while they have their default, they are no part of it either, so those runs are still known.
     """
 
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     runtime_fields: ClassVar[frozenset[str]] = frozenset()
+    later_fields: ClassVar[frozenset[str]] = frozenset()
 
     @classmethod
     def choose(cls, values: Mapping[str, Any]) -> "type[Config]":
@@ -29,7 +31,9 @@ class Config(pydantic.BaseModel):
 
     def identity(self) -> dict[str, Any]:
         """What decides the result, as plain JSON values."""
-        values = self.model_dump(mode="json", exclude=set(self.runtime_fields))
+        defaults = type(self).model_fields
+        unused = {name for name in self.later_fields if getattr(self, name) == defaults[name].default}
+        values = self.model_dump(mode="json", exclude=self.runtime_fields | unused)
         for name in values:
             inner = getattr(self, name)
             if isinstance(inner, Config):

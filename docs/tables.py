@@ -1,6 +1,7 @@
 """The papers' tables as they came out here: results of finished runs as JSON, and JSON as a page.
 
-python docs/tables.py collect TABLE WORKDIR [KEY=VALUE ...]     WORKDIR/seed-*/ -> docs/results/TABLE.json, then the page
+python docs/tables.py collect TABLE WORKDIR [KEY=VALUE ...]     WORKDIR/seed-*/ -> docs/results/TABLE.json, then the page;
+                                                                with data=NAME docs/results/TABLE-NAME.json
 python docs/tables.py                                           docs/results/*.json -> docs/tables.md
 """
 
@@ -17,6 +18,7 @@ import yaml
 
 from concentration.config import check_config, find_config_directory
 from concentration.errors import ConfigError
+from concentration.pipeline.graph import RunConfig
 
 DOCS = Path(__file__).parent
 RESULTS, PAGE = DOCS / "results", DOCS / "tables.md"
@@ -48,14 +50,20 @@ PRINTED = {
 
 def list_rows(table: str, overrides: Sequence[str] = ()) -> Iterator[str]:
     """The names of the students in the table's multirun."""
-    content = yaml.safe_load((find_config_directory() / "experiment" / f"{table}.yaml").read_text())
+    return (config.name for config in list_runs(table, overrides))
+
+
+def list_runs(table: str, overrides: Sequence[str] = ()) -> Iterator[RunConfig]:
+    """The runs of the table's multirun; `glyphs_gpu,table4` is table4 at the sizes of glyphs_gpu."""
+    path = find_config_directory() / "experiment" / f"{table.rpartition(',')[2]}.yaml"
+    content = yaml.safe_load(path.read_text())
     sweep = {key: str(values).split(",") for key, values in content["hydra"]["sweeper"]["params"].items()}
     sweep |= {key: values.split(",") for key, _, values in (o.partition("=") for o in overrides) if key in sweep}
     others = [override for override in overrides if override.partition("=")[0] not in sweep]
     with hydra.initialize_config_dir(str(find_config_directory()), version_base="1.3"):
         for values in itertools.product(*sweep.values()):
             chosen = [f"{key}={value}" for key, value in zip(sweep, values, strict=True)]
-            yield check_config("run", hydra.compose("run", [f"experiment={table}", *others, *chosen])).name
+            yield check_config("run", hydra.compose("run", [f"experiment=[{table}]", *others, *chosen]))
 
 
 def collect(table: str, workdir: Path, overrides: Sequence[str]) -> dict:
@@ -89,6 +97,11 @@ def write_page() -> str:
     return "\n".join([HEAD, *map(_write_table, pages)])
 
 
+def _name_result(result: Mapping) -> str:
+    data = [override.removeprefix("data=") for override in result["overrides"] if override.startswith("data=")]
+    return "-".join([result["table"].rpartition(",")[2], *data])
+
+
 def _read_metrics(path: Path) -> dict:
     """`val`: the last mpvap; `loss`: [step, training loss] at even distances, each the mean since the point before."""
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
@@ -106,7 +119,7 @@ def _write_table(result: Mapping) -> str:
     seeds = sorted({seed for row in rows.values() for seed in row["seeds"]}, key=int)
     words = " ".join(["launch/tables/run.sh", table, *result["overrides"]])
     lines = [
-        f"## {table}",
+        f"## {_name_result(result)}",
         "",
         f"`{words}`, commit {result['commit']}, seeds {', '.join(seeds)}.",
         "",
@@ -120,7 +133,7 @@ def _write_table(result: Mapping) -> str:
         cells += [_write_spread([100 * seed[quantity] for seed in row["seeds"].values()], 1) for quantity in QUANTITIES]
         cells.append(_write_spread(_close_gap(name, rows), 0))
         cells.append(_write_spread([seed["loss"][-1][1] for seed in row["seeds"].values() if seed["loss"]], 2))
-        cells.append(str(PRINTED.get(table, {}).get(name, "")))
+        cells.append(str(PRINTED.get(table.rpartition(",")[2], {}).get(name, "")))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -148,5 +161,5 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["collect"]:
         found = collect(sys.argv[2], Path(sys.argv[3]), sys.argv[4:])
         RESULTS.mkdir(exist_ok=True)
-        (RESULTS / f"{found['table']}.json").write_text(json.dumps(found, indent=1) + "\n")
+        (RESULTS / f"{_name_result(found)}.json").write_text(json.dumps(found, indent=1) + "\n")
     PAGE.write_text(write_page(), encoding="utf-8")

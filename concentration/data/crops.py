@@ -81,7 +81,8 @@ class CropReader:
                 skipped_B[row] = True
         views = torch.zeros(len(ordinals), VIEW_BYTES, dtype=torch.uint8)
         targets = self._targets.lookup(ordinals, epoch)
-        return ReadSamples(torch.from_numpy(images_BN).flatten(0, 1), targets, torch.from_numpy(skipped_B), views)
+        images, skipped_B = torch.from_numpy(images_BN).flatten(0, 1), torch.from_numpy(skipped_B)
+        return ReadSamples(images, targets, skipped_B, views, views[:, :0])
 
     def read_encoded(self, ordinal: int) -> bytes:
         """The image's bytes as they lie in the shard."""

@@ -22,6 +22,8 @@ _FIRST_PURPOSE = 110
 
 #: Of a distortion in a view's record.
 DISTORTION_BYTES = 8
+#: Of the random bytes that belong to a record: `draw_bytes`.
+ERASE_BYTES = 4
 
 
 class DistortionConfig(Config):
@@ -64,7 +66,7 @@ class Distortion:
 
     def encode(self) -> bytes:
         """Eight bytes: the first six amounts with 128 for none, then two of 4 bits each in two bytes, stroke with 8 for none."""
-        wide = (128 + round(getattr(self, name) * steps) for name, steps in _WIDE_STEPS.items())
+        wide = (128 + round(getattr(self, name) * steps) for name, steps in WIDE_STEPS.items())
         stroke, blur = 8 + round(self.stroke * 8), round(self.blur * 8)
         erase, noise = round(self.erase * 32), round(self.noise * 32)
         return struct.pack("8B", *wide, stroke << 4 | blur, erase << 4 | noise)
@@ -72,13 +74,13 @@ class Distortion:
     @classmethod
     def decode(cls, record: bytes) -> "Distortion":
         *wide, stroke_blur, erase_noise = struct.unpack("8B", record)
-        amounts = [(byte - 128) / steps for byte, steps in zip(wide, _WIDE_STEPS.values(), strict=True)]
+        amounts = [(byte - 128) / steps for byte, steps in zip(wide, WIDE_STEPS.values(), strict=True)]
         stroke, blur = (stroke_blur // 16 - 8) / 8, stroke_blur % 16 / 8
         return cls(*amounts, stroke, blur, erase_noise // 16 / 32, erase_noise % 16 / 32)
 
 
-# To the degree; slant and place to a fifth of a pixel of 48; size to a hundredth.
-_WIDE_STEPS = {"rotate": 2, "shear": 256, "scale_x": 100, "scale_y": 100, "shift_x": 256, "shift_y": 256}
+#: To half a degree; slant and place to a fifth of a pixel of 48; size to a hundredth.
+WIDE_STEPS = {"rotate": 2, "shear": 256, "scale_x": 100, "scale_y": 100, "shift_x": 256, "shift_y": 256}
 
 
 @dataclass(frozen=True)
@@ -113,14 +115,19 @@ def distort(image: Image.Image, distortion: Distortion) -> Image.Image:
     if not (distortion.erase or distortion.noise):
         return image
     pixels = np.array(image)
-    # Four bytes say where and in which grey something is erased, the others are noise.
-    random_bytes = np.frombuffer(hashlib.shake_128(distortion.encode()).digest(4 + pixels.size), dtype=np.uint8)
+    random_bytes = np.frombuffer(draw_bytes(distortion.encode(), pixels.size), dtype=np.uint8)
     if distortion.erase:
-        _erase(pixels, distortion.erase, random_bytes[:4])
+        _erase(pixels, distortion.erase, random_bytes[:ERASE_BYTES])
     if distortion.noise:
-        noise = (random_bytes[4:].reshape(pixels.shape) / np.float32(127.5) - 1) * np.float32(255 * distortion.noise)
+        random_pixels = random_bytes[ERASE_BYTES:].reshape(pixels.shape)
+        noise = (random_pixels / np.float32(127.5) - 1) * np.float32(255 * distortion.noise)
         pixels = (pixels + noise).clip(0, 255).astype(np.uint8)
     return Image.fromarray(pixels)
+
+
+def draw_bytes(record: bytes, num_pixels: int) -> bytes:
+    """Of a distortion's record: four bytes say where and in which grey something is erased, the others are each pixel's noise."""
+    return hashlib.shake_128(record).digest(ERASE_BYTES + num_pixels)
 
 
 def _build_matrix(distortion: Distortion, size: int) -> tuple[float, ...]:

@@ -10,7 +10,7 @@ import signal
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from concentration.data.index import Split
 from concentration.data.order import Order
 from concentration.data.prefetch import Prefetch, check_room
 from concentration.data.sample_targets import SampleTargets
-from concentration.data.shard_cache import load_cache
+from concentration.data.shard_cache import ShardCache, load_cache
 from concentration.data.views import UNDECODABLE, CentreView, View, ViewConfig, Views, decode_view, draw_views
 from concentration.distributed import slice_of_rank
 from concentration.errors import ConcentrationError, DataError
@@ -35,12 +35,14 @@ _READ_TOGETHER_BYTES = 2**18
 class Batch(NamedTuple):
     """One rank's share of a micro-batch.
 
-    images: (B, 3, H, W) uint8, black where an image could not be decoded; in memory a pixel's three values lie together.
+    images: (B, 3, H, W) uint8, black where an image could not be decoded; in memory a pixel's three values lie together. (B, 0)
+        from a reader of `resident`, whose views are made where the images are.
     targets: of each sample.
     weight_B: float32, 1; 0 for an undecodable image and for places behind the end of an epoch.
     skipped_B: bool, where an image could not be decoded.
     view_BV: (B, 13) uint8, the views that were seen, as `View.encode` writes them; zeros where skipped.
     ordinal_B: int64, which samples these are.
+    random_BR: uint8, what views that are yet to be made need beside their records, `rendering.draw_random`; else (B, 0).
     global_count: samples with a place in this step's global batch, over all ranks and micro-batches.
     """
 
@@ -50,16 +52,33 @@ class Batch(NamedTuple):
     skipped_B: Tensor
     view_BV: Tensor
     ordinal_B: Tensor
+    random_BR: Tensor
     global_count: int
 
 
 class ReadSamples(NamedTuple):
-    """Images (B, 3, H, W) uint8, targets, and (B,), (B, 13): as in `Batch`."""
+    """Images (B, 3, H, W) uint8, targets, and (B,), (B, 13), (B, R): as in `Batch`."""
 
     images: Tensor
     targets: SoftTargets
     skipped_B: Tensor
     view_BV: Tensor
+    random_BR: Tensor
+
+
+class Reader(Protocol):
+    """Reads samples by ordinal, inside worker processes, too.
+
+    Attributes:
+        split: of the samples.
+        cache: of shards that lie elsewhere; None where all that is read is here.
+    """
+
+    split: Split
+    cache: ShardCache | None
+
+    def read(self, ordinals: np.ndarray, epoch: int) -> ReadSamples:
+        """The samples' images and targets in this epoch."""
 
 
 class SampleReader:
@@ -91,7 +110,7 @@ class SampleReader:
         size = self._image_size
         # As decoders give them: a transposing copy of each image would be the dearest step beside decoding small ones.
         images = np.empty((len(ordinals), size, size, 3), dtype=np.uint8).transpose(0, 3, 1, 2)
-        views = self._choose_views(ordinals, epoch)
+        views = self.choose_views(ordinals, epoch)
         seen: list[View | None] = []
         # NOTE: decoding empties the processor's caches of everything else, so that what comes between two images takes
         # several times as long as it does alone: hence the loop does no more than it must, and files are read in stretches.
@@ -104,10 +123,14 @@ class SampleReader:
         skipped_B = np.array([view is None for view in seen], dtype=bool)
         records = b"".join(bytes(VIEW_BYTES) if view is None else view.encode() for view in seen)
         view_BV = np.frombuffer(bytearray(records), dtype=np.uint8).reshape(len(ordinals), VIEW_BYTES)
-        targets = self._targets.lookup(ordinals, epoch)
-        return ReadSamples(torch.from_numpy(images), targets, torch.from_numpy(skipped_B), torch.from_numpy(view_BV))
+        images, skipped_B, view_BV = map(torch.from_numpy, (images, skipped_B, view_BV))
+        return ReadSamples(images, self.lookup(ordinals, epoch), skipped_B, view_BV, view_BV[:, :0])
 
-    def _choose_views(self, ordinals: np.ndarray, epoch: int) -> Views:
+    def lookup(self, ordinals: np.ndarray, epoch: int) -> SoftTargets:
+        """The samples' targets alone."""
+        return self._targets.lookup(ordinals, epoch)
+
+    def choose_views(self, ordinals: np.ndarray, epoch: int) -> Views:
         """The views that the targets are of, where they are of stored ones; else new ones."""
         if stored := self._targets.views(ordinals, epoch):
             return stored
@@ -190,9 +213,7 @@ class StepBatches(torch.utils.data.Dataset):
     batch has the same shape. World size and number of workers change who reads a sample, never which batch it is in.
     """
 
-    def __init__(
-        self, reader: SampleReader, order: Order, batch_size: int, accumulate: int, rank: int, world_size: int
-    ):
+    def __init__(self, reader: Reader, order: Order, batch_size: int, accumulate: int, rank: int, world_size: int):
         if batch_size < world_size * accumulate:
             raise DataError(
                 f"{len(order)} samples and trainer.batch_size={batch_size} are too few for {world_size} processes with "
@@ -235,6 +256,7 @@ class StepBatches(torch.utils.data.Dataset):
             skipped_B=read.skipped_B,
             view_BV=read.view_BV,
             ordinal_B=torch.from_numpy(ordinals),
+            random_BR=read.random_BR,
             global_count=min(self._batch_size, len(self._order) - first),
         )
 

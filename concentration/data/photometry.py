@@ -13,7 +13,7 @@ import numpy as np
 from concentration.data.order import uniforms
 
 #: Brightness of red, green and blue, as television has it (ITU-R 601), and Pillow.
-_LUMA = np.array([0.299, 0.587, 0.114])
+LUMA = np.array([0.299, 0.587, 0.114])
 
 # The principal directions of the colours of ImageNet's pixels in [0, 1], as columns, and their standard deviations; of
 # facebook's fb.resnet.torch, since Krizhevsky et al. print none.
@@ -41,17 +41,17 @@ def change_colours(pixels: np.ndarray, brightness: float, contrast: float, satur
         return pixels
     changed = pixels
     if saturation != 1 and pixels.ndim == 3:
-        luma = (pixels @ _LUMA)[..., None]
+        luma = (pixels @ LUMA)[..., None]
         changed = (pixels - luma) * saturation + luma
     mean = changed.mean()
     changed = ((changed - mean) * contrast + mean) * brightness
     if light:
-        changed = (changed if pixels.ndim == 3 else changed[..., None]) + _list_lights()[light]
+        changed = (changed if pixels.ndim == 3 else changed[..., None]) + list_lights()[light]
     return changed.clip(0, 255).astype(np.uint8)
 
 
 @functools.cache
-def _list_lights() -> np.ndarray:
+def list_lights() -> np.ndarray:
     """(NUM_LIGHTS, 3): what each adds to red, green and blue; normally distributed, and the same for ever."""
     numbers = np.arange(NUM_LIGHTS)
     first, second, third, fourth = (1 - uniforms(0, purpose, numbers) for purpose in range(4))  # above 0

@@ -53,7 +53,7 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 
 #: How a crop becomes the network's input: Pillow's filters; those but `nearest` are antialiased, `area` is a mean over boxes.
 Interpolation = Literal["bilinear", "area", "nearest", "cubic"]
-_INTERPOLATIONS: tuple[Interpolation, ...] = get_args(Interpolation)
+INTERPOLATIONS: tuple[Interpolation, ...] = get_args(Interpolation)
 _FILTERS = {
     "bilinear": Image.Resampling.BILINEAR,
     "area": Image.Resampling.BOX,
@@ -152,13 +152,13 @@ class View:
             return self.record
         if self.distortion is None:
             crop = (self.left, self.top, self.right, self.bottom)
-            place = _CROP.pack(*(round(share * _CROP_STEPS) for share in crop))
+            place = _CROP.pack(*(round(share * CROP_STEPS) for share in crop))
         else:
             place = self.distortion.encode()
-        flip_brightness = self.flip << 7 | min(127, round(self.brightness * _FACTOR_STEPS))
-        is_distorted_contrast = (self.distortion is not None) << 7 | min(127, round(self.contrast * _FACTOR_STEPS))
-        saturation = min(127, round(self.saturation * _FACTOR_STEPS) - _FACTOR_STEPS)
-        rest = _COLOUR.pack(saturation, self.light, _INTERPOLATIONS.index(self.interpolation))
+        flip_brightness = self.flip << 7 | min(127, round(self.brightness * FACTOR_STEPS))
+        is_distorted_contrast = (self.distortion is not None) << 7 | min(127, round(self.contrast * FACTOR_STEPS))
+        saturation = min(127, round(self.saturation * FACTOR_STEPS) - FACTOR_STEPS)
+        rest = _COLOUR.pack(saturation, self.light, INTERPOLATIONS.index(self.interpolation))
         return place + bytes([flip_brightness, is_distorted_contrast]) + rest
 
     @classmethod
@@ -166,16 +166,16 @@ class View:
         """Raises: ValueError, one of UNDECODABLE, where it is no record."""
         place, (flip_brightness, is_distorted_contrast) = record[: _CROP.size], record[_CROP.size : -_COLOUR.size]
         saturation, light, interpolation = _COLOUR.unpack(record[-_COLOUR.size :])
-        if interpolation >= len(_INTERPOLATIONS):
-            raise ValueError(f"interpolation {interpolation} of a view, expected at most {len(_INTERPOLATIONS) - 1}")
+        if interpolation >= len(INTERPOLATIONS):
+            raise ValueError(f"interpolation {interpolation} of a view, expected at most {len(INTERPOLATIONS) - 1}")
         is_distorted, contrast = divmod(is_distorted_contrast, 128)
         if is_distorted:
             crop, distortion = (0.0, 0.0, 1.0, 1.0), Distortion.decode(place)
         else:
-            crop, distortion = (steps / _CROP_STEPS for steps in _CROP.unpack(place)), None
+            crop, distortion = (steps / CROP_STEPS for steps in _CROP.unpack(place)), None
         flip, brightness = divmod(flip_brightness, 128)
-        factors = (brightness / _FACTOR_STEPS, contrast / _FACTOR_STEPS)
-        colour = (1 + saturation / _FACTOR_STEPS, light, _INTERPOLATIONS[interpolation])
+        factors = (brightness / FACTOR_STEPS, contrast / FACTOR_STEPS)
+        colour = (1 + saturation / FACTOR_STEPS, light, INTERPOLATIONS[interpolation])
         view = cls(*crop, flip == 1, *factors, distortion, *colour)
         object.__setattr__(view, "record", record)  # not of __init__, so that a changed copy does not keep it
         return view
@@ -195,7 +195,7 @@ def _round_view(exact: View) -> View:
 
 _CROP, _COLOUR = struct.Struct("<4H"), struct.Struct("<b2B")
 assert _CROP.size == DISTORTION_BYTES == VIEW_BYTES - 2 - _COLOUR.size
-_CROP_STEPS, _FACTOR_STEPS = 65_535, 64
+CROP_STEPS, FACTOR_STEPS = 65_535, 64
 
 
 class Views(Protocol):
@@ -239,7 +239,7 @@ class DrawnViews:
         else:
             crop, distortion = (0.0, 0.0, 1.0, 1.0), self.distortions.at(row)
         factors = (self.brightness[row], self.contrast[row])
-        colour = (self.saturation[row], int(self.light[row]), _INTERPOLATIONS[self.interpolation[row]])
+        colour = (self.saturation[row], int(self.light[row]), INTERPOLATIONS[self.interpolation[row]])
         exact = View(*crop, bool(self.flip[row]), *factors, distortion, *colour)
         return _round_view(exact)
 
@@ -252,8 +252,8 @@ class DrawnViews:
             area *= width * height
             aspect = min(max(aspect, area / height**2), width**2 / area)  # neither higher nor wider than the image
         # At least two steps of the record: rounding must not make the crop empty.
-        share_x = max(2 / _CROP_STEPS, min(1, max(1, (area * aspect) ** 0.5) / width))
-        share_y = max(2 / _CROP_STEPS, min(1, max(1, (area / aspect) ** 0.5) / height))
+        share_x = max(2 / CROP_STEPS, min(1, max(1, (area * aspect) ** 0.5) / width))
+        share_y = max(2 / CROP_STEPS, min(1, max(1, (area / aspect) ** 0.5) / height))
         left, top = (1 - share_x) * self.x[row], (1 - share_y) * self.y[row]
         return left, top, left + share_x, top + share_y
 
@@ -302,7 +302,7 @@ def draw_views(config: ViewConfig, seed: int, epoch: int, ordinals: np.ndarray) 
         contrast=1 + config.contrast * (2 * uniform(_CONTRAST) - 1),
         saturation=1 + config.saturation * (2 * uniform(_SATURATION) - 1),
         light=1 + (uniform(_LIGHT) * (NUM_LIGHTS - 1)).astype(int) if config.light else unchanged,
-        interpolation=(uniform(_INTERPOLATION) * len(_INTERPOLATIONS)).astype(int)
+        interpolation=(uniform(_INTERPOLATION) * len(INTERPOLATIONS)).astype(int)
         if config.interpolation == "random"
         else unchanged,
         crop_of=config.crop_of,

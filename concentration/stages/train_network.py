@@ -16,7 +16,9 @@ from concentration import distributed
 from concentration.data.index import Split, load_split
 from concentration.data.loader import SampleReader
 from concentration.data.order import ClassBalancedOrder, Order, WindowOrder
+from concentration.data.resident import ResidentReader, load_resident
 from concentration.data.sample_targets import LabelTargets, SampleTargets
+from concentration.data.view_records import encode_views
 from concentration.errors import ConfigError, DataError
 from concentration.networks.bases import BaseConfig
 from concentration.networks.classifier import Classifier
@@ -174,7 +176,7 @@ def train_from_here(
 
     if config.trainer.class_weight == "inverse_sqrt":
         student.class_weight_C = compute_class_weights(task.counts_C)
-    data = _build_training_data(config, task, prepared)
+    data = _build_training_data(config, task, prepared, directory)
     fitted = fit(
         student, data, config.trainer, config.optimizer, config.logger, directory.path, config.seed, task.title
     )
@@ -236,7 +238,9 @@ def compute_class_weights(counts_C: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(weight_C / weight_C.mean()).float()
 
 
-def _build_training_data(config: TrainingStageConfig, task: Task, prepared: PreparedData) -> TrainingData:
+def _build_training_data(
+    config: TrainingStageConfig, task: Task, prepared: PreparedData, directory: RunDirectory
+) -> TrainingData:
     split = task.split
     size = prepared.image_size
     val_reader, val_ordinals = None, None
@@ -246,14 +250,21 @@ def _build_training_data(config: TrainingStageConfig, task: Task, prepared: Prep
         if len(val_ordinals):
             hard = LabelTargets(val, smear=False, vertical=task.vertical)
             val_reader = SampleReader(val, hard, size, views=None, seed=config.seed)
+    reader = SampleReader(split, task.targets, size, prepared.view, config.seed)
+    resident, resident_reader = None, None
+    if config.trainer.resident:
+        encode_views(reader.choose_views(np.array(task.ordinals[:1]), epoch=0), 1)  # before all are decoded
+        resident = load_resident(split, task.ordinals, size, config.trainer.num_workers, task.title, directory.path)
+        resident_reader = ResidentReader(reader, resident)
     return TrainingData(
         split=split,
         order=_build_order(config, task),
-        reader=SampleReader(split, task.targets, size, prepared.view, config.seed),
+        reader=resident_reader or reader,
         val_reader=val_reader,
         val_ordinals=val_ordinals,
         taxonomy=task.taxonomy,
         teachers=task.teachers,
+        resident=resident,
     )
 
 

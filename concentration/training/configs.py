@@ -25,6 +25,7 @@ class TrainerConfig(Config):
     devices, num_nodes: processes on each machine, and machines; `auto` takes as many as torchrun or srun has started.
     ema_decay: the network that is validated and kept is the moving average of the weights.
     polyak_start: it is the mean of the weights after every step from this share of the run on; before, the newest.
+    resident: training images are decoded once and stay on the device, where their views are made; for small ones, seen whole.
     prior: outputs start at the classes' frequencies.
     keep_best: the network of the best val/mpvap is kept beside the last, as best.safetensors when training ends.
     update_in_backward: each classifier is stepped as soon as its gradient is known, so that the gradients of all never exist at
@@ -39,6 +40,8 @@ class TrainerConfig(Config):
          "log_every_steps", "compile", "validate_every_epochs", "timeout_seconds"}
     )  # fmt: skip
 
+    later_fields: ClassVar[frozenset[str]] = frozenset({"resident"})
+
     accelerator: Literal["cpu", "gpu"] = "cpu"
     devices: pydantic.PositiveInt | Literal["auto"] = 1
     num_nodes: pydantic.PositiveInt | Literal["auto"] = 1
@@ -51,6 +54,7 @@ class TrainerConfig(Config):
     window_shards: pydantic.PositiveInt = 16
     sampling: Literal["natural", "class_balanced"] = "natural"
     class_weight: Literal["none", "inverse_sqrt"] = "none"
+    resident: bool = False
     prior: bool = True
     clip_norm: pydantic.PositiveFloat | None = None
     ema_decay: float | None = pydantic.Field(default=None, gt=0, lt=1)

@@ -80,6 +80,7 @@ def fit(
         seed,
         config.accumulate,
         data.teachers,
+        data.resident,
         config.update_in_backward,
     )
     if config.shard_head:

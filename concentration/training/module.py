@@ -12,6 +12,7 @@ from torch import Tensor
 
 from concentration.data.loader import Batch
 from concentration.data.order import random_bits
+from concentration.data.resident import ResidentImages
 from concentration.distributed import gather_objects, rank, sum_over_ranks
 from concentration.metrics.evaluation import Evaluator
 from concentration.networks.routed_teachers import RoutedTeachers
@@ -33,6 +34,7 @@ class StudentModule(pl.LightningModule):
         seed: of dropout and the like; the step is mixed in, so that a resumed step draws what it would have drawn.
         accumulate: micro-batches a step.
         teachers: give the targets of each batch from its labels; None where its targets are they.
+        resident: images of the training batches; None where they have them.
         update_in_backward: steps each classifier inside the backward pass; see `BackwardUpdates`.
     """
 
@@ -45,6 +47,7 @@ class StudentModule(pl.LightningModule):
         seed: int,
         accumulate: int,
         teachers: RoutedTeachers | None = None,
+        resident: ResidentImages | None = None,
         update_in_backward: bool = False,
     ):
         super().__init__()
@@ -55,6 +58,7 @@ class StudentModule(pl.LightningModule):
         self._seed = seed
         self._accumulate = accumulate
         self._teachers = teachers
+        self._resident = resident
         self._updates = None
         if update_in_backward:
             self._updates = BackwardUpdates(student, optimizer, length, lambda: self.trainer.global_step)
@@ -75,6 +79,8 @@ class StudentModule(pl.LightningModule):
     def on_fit_start(self) -> None:
         if self._teachers is not None:
             self._teachers.to(self.device)
+        if self._resident is not None:
+            self._resident.to(self.device)
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         if self._updates:
@@ -110,6 +116,9 @@ class StudentModule(pl.LightningModule):
             torch.default_generator.manual_seed(seed)  # torch's own also seeds GPUs that are not there, for 1 ms
         else:
             torch.manual_seed(seed)
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        return batch if batch.images.ndim == 4 else batch._replace(images=self._resident.view(batch))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         targets = batch.targets if self._teachers is None else self._teachers(batch.images, batch.targets)

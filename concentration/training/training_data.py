@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from concentration.data.index import Split
-from concentration.data.loader import SampleReader
+from concentration.data.loader import Reader
 from concentration.data.order import Order
+from concentration.data.resident import ResidentImages
 from concentration.networks.routed_teachers import RoutedTeachers
 from concentration.taxonomy import Taxonomy
 
@@ -23,12 +24,14 @@ class TrainingData:
         val_ordinals: which samples of the validation split.
         taxonomy: of the network's outputs.
         teachers: give the targets in every step, from the reader's labels; None where the reader's targets are they.
+        resident: images that the reader leaves out; None where it reads them.
     """
 
     split: Split
     order: Order
-    reader: SampleReader
-    val_reader: SampleReader | None
+    reader: Reader
+    val_reader: Reader | None
     val_ordinals: np.ndarray | None
     taxonomy: Taxonomy
     teachers: RoutedTeachers | None = None
+    resident: ResidentImages | None = None

@@ -77,7 +77,8 @@ def test_a_reader_gives_the_view_of_the_images_own_bytes(split):
     ordinals = np.array([15, 0, 7, 7])
     for views, drawn in ((None, CentreView()), (VIEW, draw_views(VIEW, SEED, 3, ordinals))):
         reader = build_reader(split, views)
-        images, targets, skipped, view_BV = reader.read(ordinals, epoch=3)
+        images, targets, skipped, view_BV, random_BR = reader.read(ordinals, epoch=3)
+        assert random_BR.shape == (4, 0)
         assert images.shape == (4, 3, SIZE, SIZE)
         assert images.dtype == torch.uint8
         assert not skipped.any()

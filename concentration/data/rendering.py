@@ -1,0 +1,186 @@
+"""Views of many square images at once, by torch on any device: what `views.decode_view` makes of each with Pillow, to rounding.
+
+The steps and their order are those of `distortions.distort` and `photometry.change_colours`; all that they do follows from the
+views' records and the random bytes that belong to those.
+
+Shapes: B batch, C channels (1 where all images are grey, else 3), S the side of an image, R random bytes: 4 and C*S*S, or none.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import grid_sample, max_pool2d
+
+from concentration.data.distortions import DISTORTION_BYTES, ERASE_BYTES, WIDE_STEPS, draw_bytes
+from concentration.data.photometry import LUMA, list_lights
+from concentration.data.views import FACTOR_STEPS
+
+#: Boxes that Pillow blurs with, one after the other, and what it reads beyond an edge is the edge.
+_NUM_BOXES = 3
+
+
+class _Amounts(NamedTuple):
+    """What views do, each (B,): see `distortions.Distortion` and `views.View`."""
+
+    rotate: Tensor
+    shear: Tensor
+    scale_x: Tensor
+    scale_y: Tensor
+    shift_x: Tensor
+    shift_y: Tensor
+    stroke: Tensor
+    blur: Tensor
+    erase: Tensor
+    noise: Tensor
+    flip: Tensor
+    brightness: Tensor
+    contrast: Tensor
+    saturation: Tensor
+    light: Tensor
+
+
+def render(pixel_BCSS: Tensor, record_BV: Tensor, random_BR: Tensor) -> Tensor:
+    """The views, (B, 3, S, S) uint8.
+
+    Args:
+        pixel_BCSS: uint8, the images.
+        record_BV: uint8, (B, 13), views that show all of an image: `view_records`.
+        random_BR: uint8, of `draw_random`; (B, 0) where no view erases anything or adds noise.
+    """
+    amounts = _decode(record_BV)
+    view = _move(pixel_BCSS.float(), amounts)
+    view = _change_strokes(view, amounts.stroke)
+    view = _blur(view, amounts.blur)
+    if random_BR.shape[1]:
+        view = _erase(view, amounts.erase, random_BR[:, :ERASE_BYTES])
+        view = _add_noise(view, amounts.noise, random_BR[:, ERASE_BYTES:])
+    view = torch.where(_wide(amounts.flip), view.flip(-1), view)
+    view = _change_colours(view, amounts)
+    return view.to(torch.uint8).expand(-1, 3, -1, -1)
+
+
+def draw_random(record_BV: np.ndarray, num_pixels: int) -> np.ndarray:
+    """(B, 4 + pixels) uint8, the random bytes of each record; zeros where it has no distortion."""
+    none = bytes(ERASE_BYTES + num_pixels)
+    drawn = [
+        draw_bytes(record[:DISTORTION_BYTES], num_pixels) if record[DISTORTION_BYTES + 1] >= 128 else none
+        for record in map(bytes, record_BV)
+    ]
+    return np.frombuffer(bytearray(b"".join(drawn)), dtype=np.uint8).reshape(len(drawn), len(none))
+
+
+def _decode(record_BV: Tensor) -> _Amounts:
+    """As `View.decode` and `Distortion.decode`."""
+    byte_BV = record_BV.float()
+    is_distorted_B = record_BV[:, DISTORTION_BYTES + 1] >= 128
+    steps = torch.tensor(list(WIDE_STEPS.values()), device=record_BV.device)
+    wide_BA = torch.where(is_distorted_B[:, None], (byte_BV[:, : len(steps)] - 128) / steps, 0)
+    stroke_blur_B, erase_noise_B = record_BV[:, len(steps) : DISTORTION_BYTES].unbind(1)
+    stroke_B, blur_B = (stroke_blur_B >> 4).float() - 8, stroke_blur_B & 15
+    narrow = (stroke_B / 8, blur_B / 8, (erase_noise_B >> 4) / 32, (erase_noise_B & 15) / 32)
+    flip_brightness_B, contrast_B, saturation_B, light_B, _ = record_BV[:, DISTORTION_BYTES:].unbind(1)
+    return _Amounts(
+        *wide_BA.unbind(1),
+        *(torch.where(is_distorted_B, amount, 0) for amount in narrow),
+        flip=flip_brightness_B >= 128,
+        brightness=(flip_brightness_B & 127) / FACTOR_STEPS,
+        contrast=(contrast_B & 127) / FACTOR_STEPS,
+        saturation=1 + saturation_B.view(torch.int8) / FACTOR_STEPS,
+        light=light_B.long(),
+    )
+
+
+def _wide(amount_B: Tensor) -> Tensor:
+    """To be multiplied by images, (B, 1, 1, 1)."""
+    return amount_B[:, None, None, None]
+
+
+def _move(view: Tensor, amounts: _Amounts) -> Tensor:
+    """Turned, slanted, stretched and moved: what `distortions._build_matrix` says, bilinear, black outside."""
+    size = view.shape[-1]
+    angle = amounts.rotate.deg2rad()
+    cosine, sine = angle.cos(), angle.sin()
+    shrink_x, shrink_y = (-amounts.scale_x).exp(), (-amounts.scale_y).exp()
+    to_x = torch.stack([shrink_x * (cosine + amounts.shear * sine), shrink_x * (-sine + amounts.shear * cosine)], 1)
+    to_y = torch.stack([shrink_y * sine, shrink_y * cosine], 1)
+    matrix_B22 = torch.stack([to_x, to_y], 1)
+    shift_B2 = torch.stack([amounts.shift_x, amounts.shift_y], 1)
+    # From the middle, half a side being 1.
+    along = (torch.arange(size, device=view.device) + 0.5) * (2 / size) - 1
+    place_PP2 = torch.stack(torch.meshgrid(along, along, indexing="xy"), -1)
+    from_BPP2 = torch.einsum("bij,yxbj->byxi", matrix_B22, place_PP2[:, :, None] - 2 * shift_B2)
+    moved = grid_sample(view, from_BPP2, mode="bilinear", padding_mode="border", align_corners=False)
+    is_inside = ((from_BPP2 >= -1) & (from_BPP2 < 1)).all(-1)
+    return _cut(moved) * is_inside[:, None]
+
+
+def _change_strokes(view: Tensor, stroke_B: Tensor) -> Tensor:
+    """Bolder where positive, lighter where negative."""
+    grown = max_pool2d(view, 3, stride=1, padding=1)
+    shrunk = -max_pool2d(-view, 3, stride=1, padding=1)
+    towards = torch.where(_wide(stroke_B > 0), grown, shrunk)
+    return _cut(torch.lerp(view, towards, _wide(stroke_B.abs())))
+
+
+def _blur(view: Tensor, sigma_B: Tensor) -> Tensor:
+    """Pillow's Gaussian: three boxes with soft ends, whose variances add up to the Gaussian's, along both axes."""
+    size = view.shape[-1]
+    variance = sigma_B.square() / _NUM_BOXES
+    whole = (((12 * variance + 1).sqrt() - 1) / 2 + 1e-6).floor()
+    above = whole + 1
+    part = (2 * whole + 1) * (whole * above - 3 * variance) / (6 * (variance - above.square()))
+    inner = 1 / (2 * (whole + part) + 1)
+    outer = (1 - (2 * whole + 1) * inner) / 2
+    distance = torch.arange(-size, 2 * size, device=view.device) - torch.arange(size, device=view.device)[:, None]
+    distance = distance.abs()  # of a pixel to all, those beyond the edges included
+    inner, outer, whole = (amount[:, None, None] for amount in (inner, outer, whole))
+    box_B = torch.where(distance <= whole, inner, 0) + torch.where(distance == whole + 1, outer, 0)
+    before, inside, after = box_B.split(size, dim=2)
+    box_BSS = inside.clone()
+    box_BSS[:, :, 0] += before.sum(2)
+    box_BSS[:, :, -1] += after.sum(2)
+    blur_B1SS = (box_BSS @ box_BSS @ box_BSS)[:, None]
+    return (blur_B1SS @ view @ blur_B1SS.mT).round()
+
+
+def _erase(view: Tensor, share_B: Tensor, random_B4: Tensor) -> Tensor:
+    """As `distortions._erase`."""
+    size = view.shape[-1]
+    aspect, x, y, grey = random_B4.double().unbind(1)
+    stretch, side = 2 ** (aspect / 255 - 0.5), size * share_B.double().sqrt()
+    width, height = ((side * factor).round().clamp(max=size) for factor in (stretch, 1 / stretch))
+    left, top = ((size - width) * x / 255).round(), ((size - height) * y / 255).round()
+    place = torch.arange(size, device=view.device)
+    is_column = (place >= left[:, None]) & (place < (left + width)[:, None])
+    is_row = (place >= top[:, None]) & (place < (top + height)[:, None])
+    is_erased = (is_row[:, :, None] & is_column[:, None, :])[:, None]
+    return torch.where(is_erased, _wide(grey.float()), view)
+
+
+def _add_noise(view: Tensor, noise_B: Tensor, random_BP: Tensor) -> Tensor:
+    num_channels, *size = view.shape[1:]
+    noise = (random_BP.float() / 127.5 - 1).view(-1, *size, num_channels).permute(0, 3, 1, 2)
+    return _cut(view + noise * _wide(255 * noise_B)).clamp(0, 255)
+
+
+def _change_colours(view: Tensor, amounts: _Amounts) -> Tensor:
+    """As `photometry.change_colours`; (B, 3, S, S) where there is light."""
+    changed = view
+    if view.shape[1] == 3:
+        weights = torch.tensor(LUMA, dtype=view.dtype, device=view.device)
+        luma = torch.einsum("bchw,c->bhw", view, weights)[:, None]
+        changed = (view - luma) * _wide(amounts.saturation) + luma
+    mean = changed.mean((1, 2, 3), keepdim=True)
+    changed = ((changed - mean) * _wide(amounts.contrast) + mean) * _wide(amounts.brightness)
+    lights = torch.tensor(list_lights(), dtype=view.dtype, device=view.device)
+    changed = changed + lights[amounts.light][:, :, None, None]
+    factors = torch.stack([amounts.brightness, amounts.contrast, amounts.saturation])
+    is_changed = (factors != 1).any(0) | (amounts.light != 0)
+    return torch.where(_wide(is_changed), _cut(changed).clamp(0, 255), view)
+
+
+def _cut(view: Tensor) -> Tensor:
+    """To whole levels, downwards as a conversion to 8 bits does; what misses a whole one by float32's rounding is one."""
+    return (view + 1e-3).floor()

@@ -1,0 +1,106 @@
+"""Training images that stay on the device: decoded once, and seen in views that are made there.
+
+For many small images, whose decoding and distorting keeps a processor busier than their training does a GPU. Readers then give
+what a view follows from, and no pixels.
+
+Shapes: N images that are held, B batch, C channels, S the side of an image.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from concentration.data.distortions import DISTORTION_BYTES
+from concentration.data.index import Split
+from concentration.data.loader import Batch, ReadSamples, SampleReader, StepBatches, build_loader
+from concentration.data.order import SequentialOrder
+from concentration.data.rendering import draw_random, render
+from concentration.data.sample_targets import LabelTargets
+from concentration.data.view_records import encode_views
+from concentration.progress import Progress
+
+#: Images that are decoded together.
+_TOGETHER = 1024
+
+
+class ResidentImages:
+    """The largest squares in the middle of images, and which samples they are.
+
+    Attributes:
+        ordinal_N: int64, rising.
+        skipped_N: bool, which could not be decoded.
+        num_pixels: numbers of an image, C*S*S.
+    """
+
+    def __init__(self, ordinal_N: Tensor, pixel_NCSS: Tensor, skipped_N: Tensor):
+        self.ordinal_N = ordinal_N
+        self.skipped_N = skipped_N
+        self.num_pixels = pixel_NCSS[0].numel()
+        self._pixel_NCSS = pixel_NCSS
+        self._ordinal_N = ordinal_N
+
+    def to(self, device: torch.device) -> None:
+        self._pixel_NCSS = self._pixel_NCSS.to(device)
+        self._ordinal_N = self._ordinal_N.to(device)
+
+    def view(self, batch: Batch) -> Tensor:
+        """(B, 3, S, S) uint8, as the batch's views say."""
+        row_B = torch.searchsorted(self._ordinal_N, batch.ordinal_B)
+        return render(self._pixel_NCSS[row_B], batch.view_BV, batch.random_BR)
+
+
+class ResidentReader:
+    """Reads what `reader` reads, but images.
+
+    Args:
+        images: of all samples that are asked for.
+    """
+
+    #: Nothing is fetched any more.
+    cache = None
+
+    def __init__(self, reader: SampleReader, images: ResidentImages):
+        self.split = reader.split
+        self._reader = reader
+        self._ordinal_N = images.ordinal_N.numpy()
+        self._skipped_N = images.skipped_N.numpy()
+        self._num_pixels = images.num_pixels
+
+    def read(self, ordinals: np.ndarray, epoch: int) -> ReadSamples:
+        """Raises: ConfigError, where stored views are crops."""
+        record_BV = encode_views(self._reader.choose_views(ordinals, epoch), len(ordinals))
+        skipped_B = self._skipped_N[np.searchsorted(self._ordinal_N, ordinals)] | ~record_BV.any(axis=1)
+        record_BV = np.where(skipped_B[:, None], 0, record_BV).astype(np.uint8)
+        has_random = record_BV[:, DISTORTION_BYTES - 1].any()  # something is erased, or noise
+        random_BR = draw_random(record_BV, self._num_pixels) if has_random else np.empty((len(ordinals), 0), np.uint8)
+        no_images = torch.empty(len(ordinals), 0, dtype=torch.uint8)
+        targets = self._reader.lookup(ordinals, epoch)
+        record_BV, random_BR, skipped_B = map(torch.from_numpy, (record_BV, random_BR, skipped_B))
+        return ReadSamples(no_images, targets, skipped_B, record_BV, random_BR)
+
+
+def load_resident(
+    split: Split, ordinals: np.ndarray | range, image_size: int, num_workers: int, title: str, directory: Path | None
+) -> ResidentImages:
+    """Decodes these images, rising ordinals, into the machine's memory.
+
+    Raises:
+        DataError: a shard cannot be read or fetched, or has changed since it was indexed.
+        Preempted: a signal asked to stop.
+    """
+    ordinal_N = np.array(ordinals)
+    reader = SampleReader(split, LabelTargets(split, smear=False), image_size, views=None, seed=0)
+    batches = StepBatches(reader, SequentialOrder(ordinal_N), min(_TOGETHER, len(ordinal_N)), 1, 0, 1)
+    images, skipped = [], []
+    with Progress(f"{title}: decoding", len(ordinal_N), "images", directory) as progress:
+        for batch in build_loader(batches, range(batches.steps_per_epoch), num_workers):
+            here = batch.images[: batch.global_count]
+            is_grey = bool((here == here[:, :1]).all())
+            images.append(here[:, :1].clone() if is_grey else here.contiguous())
+            skipped.append(batch.skipped_B[: batch.global_count])
+            progress.advance(batch.global_count)
+    num_channels = max(part.shape[1] for part in images)
+    pixel_NCSS = torch.cat([part.expand(-1, num_channels, -1, -1) for part in images])
+    return ResidentImages(torch.from_numpy(ordinal_N), pixel_NCSS, torch.cat(skipped))
