@@ -27,6 +27,8 @@ RESULTS, PAGE = DOCS / "results", DOCS / "tables.md"
 QUANTITIES = {"mpvap": "mpvap", "mpvap_log_softmax": "after log-softmax", "top1": "top-1"}
 #: Rows that are part of every run, whatever its student.
 REFERENCES = ("generalist", "specialists")
+#: Points of mpvap by which specialists must lead, for a share of their lead to say something.
+LEAST_LEAD = 0.05
 #: Points of a loss curve that are kept.
 NUM_CURVE_POINTS = 12
 
@@ -35,7 +37,8 @@ HEAD = """# The papers' tables, as they came out here
 Written by `python docs/tables.py` from `docs/results/`, which `launch/tables/run.sh TABLE` fills. Percent of the test
 images, mean over the seeds and, where there are several, plus or minus half the range; no checkpoint is chosen by them.
 `val` is mpvap on the validation images, by which settings are chosen; `closed` the share of the way from the generalist's mpvap
-to the specialists'. `the paper` is mpvap on EFT, which is private: orders may be compared, values may not.
+to the specialists', left out where they lead by less than five points. `the paper` is mpvap on EFT, which is private: orders
+may be compared, values may not.
 """
 
 #: mpvap in the papers, by experiment and row.
@@ -146,7 +149,7 @@ def _close_gap(name: str, rows: Mapping[str, Mapping]) -> list[float]:
     return [
         100 * (values["mpvap"] - low[seed]["mpvap"]) / (high[seed]["mpvap"] - low[seed]["mpvap"])
         for seed, values in rows[name]["seeds"].items()
-        if seed in low and seed in high
+        if seed in low and seed in high and high[seed]["mpvap"] - low[seed]["mpvap"] >= LEAST_LEAD
     ]
 
 

@@ -2,7 +2,8 @@
 
 What `fused_head` does vertical by vertical is some thirty small kernels for each of them, and a GPU waits for Python. Here the
 verticals of a group share their kernels: three grouped products (torch's `grouped_mm`, in bf16) and the kernels of
-`grouped_kernels`. Logits of a group lie side by side, each vertical's padded to whole 16 bytes, as the products want them.
+`grouped_kernels`. Logits of a group lie side by side, each vertical's padded to whole 16 bytes, as the products want them; so are
+the features of a classifier.
 
 Shapes: B samples, M verticals of a group, S features of a classifier, V classes of a group, P of its columns with padding,
 K listed classes.
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo  # see fused_head
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import grouped_mm
+from torch.nn.functional import grouped_mm, pad
 
 from concentration.objectives.fused_block import HeadParameters, multiply_weights
 from concentration.objectives.vertical_groups import (
@@ -43,7 +44,7 @@ def can_group(hidden: Sequence[Tensor], parameters: Sequence[HeadParameters]) ->
         return False
     widths = {vertical.weight.shape[1] for vertical in parameters}
     largest = max(len(vertical.weight) for vertical in parameters)
-    return len(widths) == 1 and min(widths) % ALIGNMENT == 0 and largest * len(hidden[0]) <= GROUP_ELEMENTS
+    return len(widths) == 1 and largest * len(hidden[0]) <= GROUP_ELEMENTS
 
 
 @_disable_dynamo
@@ -113,7 +114,10 @@ def _compute_group(
     from concentration.objectives import grouped_kernels as kernels  # Triton comes with torch for CUDA alone
 
     layout = group.layout
+    width = hidden[0].shape[1]
     hidden_MBS = torch.stack([hidden_BS.to(PRODUCT_TYPE) for hidden_BS in hidden])
+    if width % ALIGNMENT:
+        hidden_MBS = pad(hidden_MBS, (0, -width % ALIGNMENT))
     weight_PS = _join_weights(weights, layout)
     logits_BP = grouped_mm(hidden_MBS, weight_PS.t(), offs=layout.column_end_M)
     sums = kernels.sum_rows(logits_BP, group)
@@ -130,10 +134,10 @@ def _compute_group(
         offset = (sums.sum_BM * weight_BM).sum(0)
     by_class = kernels.replace_by_slopes(logits_BP, group, sums, weight_BM, scale_BM)
     scale_MB1 = scale_BM.t().unsqueeze(2)
-    found_MBS = grouped_mm(logits_BP, weight_PS, offs=layout.column_end_M) * scale_MB1
+    found_MBS = grouped_mm(logits_BP, weight_PS, offs=layout.column_end_M)[..., :width] * scale_MB1
     del weight_PS  # its memory is the next product's
     scaled_MBS = (hidden_MBS * scale_MB1).to(PRODUCT_TYPE)
-    found_PS = grouped_mm(logits_BP.t(), scaled_MBS, offs=layout.column_end_M).float()
+    found_PS = grouped_mm(logits_BP.t(), scaled_MBS, offs=layout.column_end_M)[:, :width].float().contiguous()
     return loss_BM, _Found(
         found_MBS, found_PS, by_class.bias_V, by_class.gamma_V if gamma is None else gamma,
         by_class.offset_V if offset is None else offset,
@@ -141,9 +145,12 @@ def _compute_group(
 
 
 def _join_weights(weights: Sequence[Tensor], layout: Layout) -> Tensor:
-    """(P, S) in the type of the products, zeros in padding."""
-    joined_PS = weights[0].new_empty(layout.num_columns, weights[0].shape[1], dtype=PRODUCT_TYPE)
-    parts = list(zip(joined_PS.split(layout.padded), layout.sizes, strict=True))
+    """(P, S, padded to whole 16 bytes, too) in the type of the products, zeros in padding."""
+    width = weights[0].shape[1]
+    joined_PS = weights[0].new_empty(layout.num_columns, width + -width % ALIGNMENT, dtype=PRODUCT_TYPE)
+    if width % ALIGNMENT:
+        joined_PS[:, width:].zero_()
+    parts = list(zip(joined_PS[:, :width].split(layout.padded), layout.sizes, strict=True))
     torch._foreach_copy_([part_PS[:size] for part_PS, size in parts], list(weights))
     if layout.padded != layout.sizes:
         torch._foreach_zero_([part_PS[size:] for part_PS, size in parts if len(part_PS) > size])

@@ -129,12 +129,17 @@ class _Planner:
         local_batch = -(-batch_size // (world_size * trainer.accumulate))
         speed = self._speeds[job.name] = measure_speed(network, config.optimizer, trainer, shape, local_batch)
         num_read = local_batch * trainer.accumulate
-        step_seconds = _overlap(speed.step_seconds, num_read, data.read_seconds, trainer.num_workers)
+        read_seconds = data.read_seconds or 0
+        first_seconds = num_samples * read_seconds / max(1, trainer.num_workers) if trainer.resident else 0
+        step_seconds = _overlap(
+            speed.step_seconds, 0 if trainer.resident else num_read * read_seconds, trainer.num_workers
+        )
         if isinstance(config, StudentConfig) and config.targets.kind == "online":
             step_seconds += num_read * self._mean_teacher_seconds()
         num_val = data.num_samples.get("val", 0) * (num_samples / data.num_samples["train"])
         num_passes = num_steps * batch_size / num_samples / trainer.validate_every_epochs
-        return replace(written, seconds=num_steps * step_seconds + num_passes * num_val * self._ask_seconds(speed))
+        seconds = first_seconds + num_steps * step_seconds + num_passes * num_val * self._ask_seconds(speed)
+        return replace(written, seconds=seconds)
 
     def _plan_targets(self, job: Job, config: TargetsConfig) -> StagePlan:
         vertical, targets = config.vertical, config.targets
@@ -169,10 +174,9 @@ class _Planner:
         return sum(speeds) / max(1, len(speeds))
 
 
-def _overlap(step_seconds: float, num_images: int, read_seconds: float | None, num_workers: int) -> float:
+def _overlap(step_seconds: float, read_seconds: float, num_workers: int) -> float:
     """A step and the reading of its images: one after the other, or the slower of both where workers read ahead."""
-    reading = num_images * (read_seconds or 0)
-    return step_seconds + reading if num_workers == 0 else max(step_seconds, reading / num_workers)
+    return step_seconds + read_seconds if num_workers == 0 else max(step_seconds, read_seconds / num_workers)
 
 
 def schedule(plans: Sequence[StagePlan], num_processes: int) -> float:

@@ -47,7 +47,7 @@ def print_training_plan(
     console = Console(soft_wrap=True, highlight=False)
     console.print(_tabulate_layers(title, taxonomy, layers))
     console.print(_tabulate_memory(config, image_size, memory))
-    for line in _describe_peak(config, memory, teachers_bytes):
+    for line in _describe_peak(config, image_size, memory, teachers_bytes):
         console.print(line)
 
 
@@ -86,12 +86,17 @@ def _tabulate_memory(config: NetworkStageConfig, image_size: int, memory: Memory
     return table
 
 
-def _describe_peak(config: NetworkStageConfig, memory: MemoryPlan, teachers_bytes: int) -> list[str]:
+def _describe_peak(config: NetworkStageConfig, image_size: int, memory: MemoryPlan, teachers_bytes: int) -> list[str]:
     total = memory.peak_bytes + teachers_bytes
     lines = []
     if teachers_bytes:
         lines.append(f"teachers in the loop: {teachers_bytes / MIB:,.1f} MiB of weights beside it")
     lines.append(f"expected peak: {total / MIB:,.1f} MiB of tensors, {_MOMENT_NAMES[memory.moment]}")
+    if config.trainer.resident:
+        lines.append(
+            f"  and the training images, {image_size**2:,} bytes each, or {3 * image_size**2:,} where any has colours (in the "
+            "machine's memory twice while they are decoded)"
+        )
     if config.trainer.accelerator == "cpu":
         lines.append(
             f"  and {_measure_process() / MIB:,.0f} MiB of the process itself (Python and its libraries, measured in this one)"

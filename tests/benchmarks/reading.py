@@ -21,14 +21,23 @@ from data import draw_photograph, encode_jpeg, write_split
 from measure import Comparison, cpu_seconds, publish, take_best, time_in_turns
 from PIL import Image
 
+from concentration.data.distortions import DistortionConfig
 from concentration.data.index import Split
 from concentration.data.loader import SampleReader, StepBatches, build_loader
 from concentration.data.order import WindowOrder
+from concentration.data.resident import ResidentReader, load_resident
 from concentration.data.sample_targets import LabelTargets
-from concentration.data.views import CentreView, decode_view
+from concentration.data.views import CentreView, ViewConfig, decode_view
 
 NUM_IMAGES = 64
 CENTRE = CentreView()
+#: As conf/data/glyphs_100k.yaml has it.
+DISTORTED = ViewConfig(
+    contrast=0.2,
+    distortion=DistortionConfig(
+        rotate=8, shear=0.15, scale=0.15, shift=0.06, stroke=0.5, blur=0.8, erase=0.08, noise=0.1
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -67,6 +76,8 @@ def main() -> None:
                 comparisons += compare_reading(split, what)
                 comparisons += compare_loading(split, workload, what)
             comparisons.append(compare_with_decoding(split, workload, what))
+        if not arguments.decoding:
+            comparisons.append(compare_resident(Path(folder, "drawings")))
     if not arguments.decoding:
         comparisons += compare_large_images()
     publish("reading", "Reading and decoding, one thread a process", comparisons)
@@ -113,6 +124,26 @@ def compare_with_decoding(split: Split, workload: Workload, what: str) -> Compar
     rates = [workload.batch_size / float(np.median(seconds)) for seconds in (ours, alone)]
     title = f"{what} to {workload.image_size}, one process, processor's time"
     return Comparison(title, "samples/s", *rates, "decoding alone, from memory")
+
+
+def compare_resident(folder: Path) -> Comparison:
+    """Batches of distorted grey drawings, beside what `trainer.resident` leaves for a processor to do."""
+    images = []
+    for seed in range(NUM_IMAGES):
+        buffer = io.BytesIO()
+        draw_photograph((48, 48), seed).convert("L").quantize(16).convert("L").save(buffer, "PNG")
+        images.append(buffer.getvalue())
+    split = write_split(folder, images, 2048, num_shards=2)
+    reader = SampleReader(split, LabelTargets(split, smear=False), 48, DISTORTED, seed=0)
+    held = ResidentReader(reader, load_resident(split, range(len(split)), 48, 0, "drawings", None))
+    seconds: dict[str, list[float]] = {"read": [], "held": []}
+    for first in range(0, len(split), 256):
+        ordinals = np.arange(first, first + 256)
+        for name, side in (("read", reader), ("held", held)):
+            seconds[name].append(cpu_seconds(lambda side=side, ordinals=ordinals: side.read(ordinals, 1)))
+    rates = [256 / float(np.median(seconds[name])) for name in ("held", "read")]
+    title = "drawings of 48 pixels, distorted, processor's time"
+    return Comparison(title, "samples/s", *rates, "trainer.resident=false")
 
 
 def compare_large_images() -> list[Comparison]:

@@ -98,6 +98,17 @@ def test_any_division_into_groups_gives_the_same(exact, monkeypatch, at_most):
         torch.testing.assert_close(gradient, of_reference)
 
 
+@pytest.mark.parametrize("width", [1, 7, 19])
+def test_a_width_that_is_padded_gives_the_same(exact, width):
+    drawn = draw(0, 1, options=True, width=width)
+    expected_loss, expected = run(fused_loss_by_vertical, drawn, 0.5)
+    loss, found = run(grouped_loss_by_vertical, drawn, 0.5)
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=1e-4)
+    for gradient, of_reference in zip(found, expected, strict=True):
+        assert gradient.is_contiguous()
+        torch.testing.assert_close(gradient, of_reference, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("sizes", [(8, 16), (1, 1, 1), (2100,)])
 def test_verticals_without_padding_of_one_class_and_alone(exact, sizes):
     drawn = draw(1, 1, options=False, sizes=sizes)
@@ -108,8 +119,9 @@ def test_verticals_without_padding_of_one_class_and_alone(exact, sizes):
         torch.testing.assert_close(gradient, of_reference, rtol=1e-4, atol=1e-5)
 
 
-def test_torchs_own_products_give_the_same_to_rounding_of_bf16():
-    drawn = draw(0, 1, options=True, width=64)
+@pytest.mark.parametrize("width", [64, 19])
+def test_torchs_own_products_give_the_same_to_rounding_of_bf16(width):
+    drawn = draw(0, 1, options=True, width=width)
     expected_loss, expected = run(fused_loss_by_vertical, drawn)
     loss, found = run(grouped_loss_by_vertical, drawn)
     torch.testing.assert_close(loss, expected_loss, rtol=0.02, atol=0.02)
