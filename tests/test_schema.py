@@ -102,6 +102,16 @@ def test_the_identity_of_a_config_leaves_out_its_runtime_fields_at_any_depth() -
     assert RunConfig(worker=WorkerConfig(num_workers=8)).identity() == {"worker": {"seed": 0}}
 
 
+def test_a_field_that_was_added_later_is_part_of_the_identity_once_it_is_used() -> None:
+    class GrownConfig(Config):
+        later_fields: ClassVar[frozenset[str]] = frozenset({"added"})
+        seed: int = 0
+        added: bool = False
+
+    assert GrownConfig().identity() == {"seed": 0}
+    assert GrownConfig(added=True).identity() == {"seed": 0, "added": True}
+
+
 def test_flatten_joins_keys_with_dots() -> None:
     assert flatten({"top": {"top1": 8, "deep": {"x": 1}}, "empty": {}}) == {"top.top1": 8, "top.deep.x": 1, "empty": {}}
 

@@ -19,6 +19,7 @@ from concentration.data.order import SequentialOrder
 from concentration.data.rendering import draw_random, render
 from concentration.data.sample_targets import LabelTargets
 from concentration.data.view_records import encode_views
+from concentration.distributed import rank
 from concentration.progress import Progress
 
 #: Images that are decoded together.
@@ -94,7 +95,7 @@ def load_resident(
     reader = SampleReader(split, LabelTargets(split, smear=False), image_size, views=None, seed=0)
     batches = StepBatches(reader, SequentialOrder(ordinal_N), min(_TOGETHER, len(ordinal_N)), 1, 0, 1)
     images, skipped = [], []
-    with Progress(f"{title}: decoding", len(ordinal_N), "images", directory) as progress:
+    with Progress(f"{title}: decoding", len(ordinal_N), "images", directory, quiet=rank() != 0) as progress:
         for batch in build_loader(batches, range(batches.steps_per_epoch), num_workers):
             here = batch.images[: batch.global_count]
             is_grey = bool((here == here[:, :1]).all())

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from real_runs import TINY, Plant, concentrate, load_lines, load_weights, one_line, prepare_shards
+from real_runs import TINY, Plant, concentrate, load_lines, load_weights, one_line, prepare_shards, start_ranks
 
 DISTORTED = (
     "data.view={crop_area: 1.0, crop_aspect: 1.0, flip: 0.5, contrast: 0.2, "
@@ -38,6 +38,15 @@ def test_a_run_on_resident_images_learns_what_one_that_reads_them_learns(num_wor
     found, expected = load_weights(held), load_weights(read)
     for name in expected:
         np.testing.assert_allclose(found[name], expected[name], rtol=0.05, atol=0.02, err_msg=name)
+
+
+def test_two_processes_learn_what_one_learns(prepared):
+    options = (*OPTIONS, RESIDENT, "trainer.batch_size=15", "trainer.max_steps=10")
+    one = train(prepared, "one", *options)
+    arguments = ("student", "name=two", f"workdir={prepared}", "trainer.devices=2", *options)
+    ranks = start_ranks(arguments, prepared.parent, 2, [{}, {}])
+    assert [rank.wait().code for rank in ranks] == [0, 0]
+    assert losses(prepared / "students" / "two") == pytest.approx(losses(one), rel=1e-4)
 
 
 def test_a_killed_run_is_resumed_to_the_same_weights(prepared):
