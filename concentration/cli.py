@@ -132,9 +132,8 @@ class _Job:
 
     def __call__(self, composed: Any) -> int:
         preemption.note_signals()  # in a process of joblib's, or of submitit's with its own handlers
-        if (
-            multiprocessing.get_start_method(allow_none=True) == "loky"
-        ):  # joblib's, unknown to processes that a run starts
+        # joblib's way of starting is unknown to the processes that a run starts.
+        if multiprocessing.get_start_method(allow_none=True) == "loky":
             multiprocessing.set_start_method("forkserver", force=True)
         if self._stopped:  # the jobs that come after it in this process are not begun
             return Preempted.exit_code

@@ -125,6 +125,11 @@ def distort(image: Image.Image, distortion: Distortion) -> Image.Image:
     return Image.fromarray(pixels)
 
 
+def are_distorted(record_BV):
+    """(B,) bool, of records of views, an array or a tensor: whether they hold a distortion where others have a crop."""
+    return record_BV[:, DISTORTION_BYTES + 1] >= 128
+
+
 def draw_bytes(record: bytes, num_pixels: int) -> bytes:
     """Of a distortion's record: four bytes say where and in which grey something is erased, the others are each pixel's noise."""
     return hashlib.shake_128(record).digest(ERASE_BYTES + num_pixels)

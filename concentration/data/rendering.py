@@ -6,6 +6,7 @@ views' records and the random bytes that belong to those.
 Shapes: B batch, C channels (1 where all images are grey, else 3), S the side of an image, R random bytes: 4 and C*S*S, or none.
 """
 
+import functools
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import grid_sample, max_pool2d
 
-from concentration.data.distortions import DISTORTION_BYTES, ERASE_BYTES, WIDE_STEPS, draw_bytes
+from concentration.data.distortions import DISTORTION_BYTES, ERASE_BYTES, WIDE_STEPS, are_distorted, draw_bytes
 from concentration.data.photometry import LUMA, list_lights
 from concentration.data.views import FACTOR_STEPS
 
@@ -65,8 +66,8 @@ def draw_random(record_BV: np.ndarray, num_pixels: int) -> np.ndarray:
     """(B, 4 + pixels) uint8, the random bytes of each record; zeros where it has no distortion."""
     none = bytes(ERASE_BYTES + num_pixels)
     drawn = [
-        draw_bytes(record[:DISTORTION_BYTES], num_pixels) if record[DISTORTION_BYTES + 1] >= 128 else none
-        for record in map(bytes, record_BV)
+        draw_bytes(bytes(record[:DISTORTION_BYTES]), num_pixels) if is_distorted else none
+        for record, is_distorted in zip(record_BV, are_distorted(record_BV), strict=True)
     ]
     return np.frombuffer(bytearray(b"".join(drawn)), dtype=np.uint8).reshape(len(drawn), len(none))
 
@@ -74,8 +75,8 @@ def draw_random(record_BV: np.ndarray, num_pixels: int) -> np.ndarray:
 def _decode(record_BV: Tensor) -> _Amounts:
     """As `View.decode` and `Distortion.decode`."""
     byte_BV = record_BV.float()
-    is_distorted_B = record_BV[:, DISTORTION_BYTES + 1] >= 128
-    steps = torch.tensor(list(WIDE_STEPS.values()), device=record_BV.device)
+    is_distorted_B = are_distorted(record_BV)
+    steps = _load_constants(record_BV.device).wide_steps
     wide_BA = torch.where(is_distorted_B[:, None], (byte_BV[:, : len(steps)] - 128) / steps, 0)
     stroke_blur_B, erase_noise_B = record_BV[:, len(steps) : DISTORTION_BYTES].unbind(1)
     stroke_B, blur_B = (stroke_blur_B >> 4).float() - 8, stroke_blur_B & 15
@@ -90,6 +91,20 @@ def _decode(record_BV: Tensor) -> _Amounts:
         saturation=1 + saturation_B.view(torch.int8) / FACTOR_STEPS,
         light=light_B.long(),
     )
+
+
+class _Constants(NamedTuple):
+    """`WIDE_STEPS`, `LUMA` and the lights."""
+
+    wide_steps: Tensor
+    luma: Tensor
+    lights: Tensor
+
+
+@functools.cache  # a copy to a GPU in every step would wait for what it has been given
+def _load_constants(device: torch.device) -> _Constants:
+    values = (list(WIDE_STEPS.values()), LUMA, list_lights())
+    return _Constants(*(torch.tensor(value, dtype=torch.float32, device=device) for value in values))
 
 
 def _wide(amount_B: Tensor) -> Tensor:
@@ -166,16 +181,15 @@ def _add_noise(view: Tensor, noise_B: Tensor, random_BP: Tensor) -> Tensor:
 
 
 def _change_colours(view: Tensor, amounts: _Amounts) -> Tensor:
-    """As `photometry.change_colours`; (B, 3, S, S) where there is light."""
+    """As `photometry.change_colours`; (B, 3, S, S)."""
+    constants = _load_constants(view.device)
     changed = view
     if view.shape[1] == 3:
-        weights = torch.tensor(LUMA, dtype=view.dtype, device=view.device)
-        luma = torch.einsum("bchw,c->bhw", view, weights)[:, None]
+        luma = torch.einsum("bchw,c->bhw", view, constants.luma)[:, None]
         changed = (view - luma) * _wide(amounts.saturation) + luma
     mean = changed.mean((1, 2, 3), keepdim=True)
     changed = ((changed - mean) * _wide(amounts.contrast) + mean) * _wide(amounts.brightness)
-    lights = torch.tensor(list_lights(), dtype=view.dtype, device=view.device)
-    changed = changed + lights[amounts.light][:, :, None, None]
+    changed = changed + constants.lights[amounts.light][:, :, None, None]
     factors = torch.stack([amounts.brightness, amounts.contrast, amounts.saturation])
     is_changed = (factors != 1).any(0) | (amounts.light != 0)
     return torch.where(_wide(is_changed), _cut(changed).clamp(0, 255), view)

@@ -40,15 +40,14 @@ class ResidentImages:
         self.skipped_N = skipped_N
         self.num_pixels = pixel_NCSS[0].numel()
         self._pixel_NCSS = pixel_NCSS
-        self._ordinal_N = ordinal_N
 
     def to(self, device: torch.device) -> None:
         self._pixel_NCSS = self._pixel_NCSS.to(device)
-        self._ordinal_N = self._ordinal_N.to(device)
+        self.ordinal_N = self.ordinal_N.to(device)
 
     def view(self, batch: Batch) -> Tensor:
         """(B, 3, S, S) uint8, as the batch's views say."""
-        row_B = torch.searchsorted(self._ordinal_N, batch.ordinal_B)
+        row_B = torch.searchsorted(self.ordinal_N, batch.ordinal_B)
         return render(self._pixel_NCSS[row_B], batch.view_BV, batch.random_BR)
 
 
@@ -65,7 +64,7 @@ class ResidentReader:
     def __init__(self, reader: SampleReader, images: ResidentImages):
         self.split = reader.split
         self._reader = reader
-        self._ordinal_N = images.ordinal_N.numpy()
+        self._ordinal_N = images.ordinal_N.cpu().numpy()
         self._skipped_N = images.skipped_N.numpy()
         self._num_pixels = images.num_pixels
 
@@ -73,7 +72,7 @@ class ResidentReader:
         """Raises: ConfigError, where stored views are crops."""
         record_BV = encode_views(self._reader.choose_views(ordinals, epoch), len(ordinals))
         skipped_B = self._skipped_N[np.searchsorted(self._ordinal_N, ordinals)] | ~record_BV.any(axis=1)
-        record_BV = np.where(skipped_B[:, None], 0, record_BV).astype(np.uint8)
+        record_BV = np.where(skipped_B[:, None], np.uint8(0), record_BV)
         has_random = record_BV[:, DISTORTION_BYTES - 1].any()  # something is erased, or noise
         random_BR = draw_random(record_BV, self._num_pixels) if has_random else np.empty((len(ordinals), 0), np.uint8)
         no_images = torch.empty(len(ordinals), 0, dtype=torch.uint8)

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple, Protocol
 import numpy as np
 import torch
 
-from concentration.data.distortions import DISTORTION_BYTES
+from concentration.data.distortions import are_distorted
 from concentration.data.index import COUNTED_TOGETHER, Split
 from concentration.data.views import INTERPOLATION, StoredViews, describe_decoder
 from concentration.errors import DataError
@@ -241,8 +241,7 @@ def _compare_decoders(directory: Path, manifests: Mapping[str, dict]) -> None:
 def _check_views(path: Path, merged: _ShardTargets, rows: np.ndarray, view_RV: np.ndarray) -> None:
     """Raises: DataError where a crop is empty, or a sample of several verticals was shown to their teachers in other views."""
     left, top, right, bottom = view_RV[:, :8].copy().view("<u2").T
-    is_distorted = view_RV[:, DISTORTION_BYTES + 1] >= 128  # its bytes stand where a crop's would
-    is_crop = view_RV.any(axis=1) & ~is_distorted
+    is_crop = view_RV.any(axis=1) & ~are_distorted(view_RV)
     if (is_crop & ((left >= right) | (top >= bottom))).any():
         raise DataError(f"{path}: damaged (an empty crop); make the targets again")
     differs = (merged.num_filled_R[rows] > 0) & (merged.view_RV[rows] != view_RV).any(axis=1)

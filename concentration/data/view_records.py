@@ -5,7 +5,7 @@ Shapes: B batch.
 
 import numpy as np
 
-from concentration.data.distortions import WIDE_STEPS, DrawnDistortions
+from concentration.data.distortions import WIDE_STEPS, DrawnDistortions, are_distorted
 from concentration.data.views import FACTOR_STEPS, CentreView, DrawnViews, StoredViews
 from concentration.errors import ConfigError
 from concentration.packed_targets import VIEW_BYTES
@@ -23,7 +23,7 @@ def encode_views(views: DrawnViews | StoredViews | CentreView, num_samples: int)
         return np.tile(_CENTRE, (num_samples, 1))
     if isinstance(views, StoredViews):
         record_BV = views.record_BV
-        is_crop_B = (record_BV[:, 9] < 128) & (record_BV[:, :8] != _CENTRE[:8]).any(axis=1) & record_BV.any(axis=1)
+        is_crop_B = ~are_distorted(record_BV) & (record_BV[:, :8] != _CENTRE[:8]).any(axis=1) & record_BV.any(axis=1)
         _check_whole(is_crop_B | record_BV[:, 12].astype(bool), "stored with the targets")
         return record_BV
     _check_whole((views.area != 1) | (views.aspect != 1) | views.interpolation.astype(bool), "drawn by data.view")

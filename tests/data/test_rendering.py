@@ -42,7 +42,7 @@ def draw_pictures(mode: str) -> list[Image.Image]:
     coarse = rng.random((NUM_IMAGES, 5, 5, num_channels))
     pictures = []
     for picture in coarse:
-        image = Image.fromarray((255 * picture.squeeze()).astype(np.uint8), mode=None).resize((SIZE, SIZE))
+        image = Image.fromarray((255 * picture.squeeze()).astype(np.uint8)).resize((SIZE, SIZE))
         pixels = np.asarray(image).copy()
         pixels[8:20, 5:9] = rng.integers(256)
         pictures.append(Image.fromarray(pixels))
