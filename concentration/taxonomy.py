@@ -231,13 +231,17 @@ class Taxonomy:
 _KEYS = ("id", "name", "parents", "vertical")
 
 
+@functools.cache  # a key of the user's own comes in every class
+def _find_near_key(key: str) -> list[str]:
+    return difflib.get_close_matches(key.lower(), _KEYS, n=1, cutoff=0.75)
+
+
 def _parse_class(entry: object, where: str) -> TaxonomyClass:
     if not isinstance(entry, Mapping):
         raise DataError(f"{where}: expected an object with id, name, parents, vertical; found {entry!r}")
     for key in entry:
         # Keys of the user's own are fine; "parent" for "parents" would lose the hierarchy without a word.
-        near = difflib.get_close_matches(key.lower(), _KEYS, n=1, cutoff=0.75)
-        if near and key not in _KEYS:
+        if key not in _KEYS and (near := _find_near_key(key)):
             raise DataError(f"{where}: unknown key {key!r}; did you mean '{near[0]}'?")
     class_id, vertical = entry.get("id"), entry.get("vertical")
     name, parents = entry.get("name", class_id), entry.get("parents", [])

@@ -21,8 +21,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from concentration.errors import DataError
+from concentration.metrics.scores import find_best, pick, place
 from concentration.taxonomy import Taxonomy
 
 Scope = Literal["global", "vertical"]
@@ -78,12 +81,12 @@ class VerticalAnswers:
 
     def update(
         self,
-        scores_BC: np.ndarray,
+        scores_BC: np.ndarray | Tensor,
         label_outputs: Sequence[Sequence[int]],
         ordinal_B: np.ndarray,
         is_outside: bool = False,
     ) -> None:
-        """Adds a batch of logits; samples without a leaf label are left out, unless all are of no class here.
+        """Adds a batch of logits, on any device; samples without a leaf label are left out, unless all are of no class here.
 
         Raises: as `find`.
         """
@@ -91,7 +94,7 @@ class VerticalAnswers:
 
     def find(
         self,
-        scores_BC: np.ndarray,
+        scores_BC: np.ndarray | Tensor,
         label_outputs: Sequence[Sequence[int]],
         ordinal_B: np.ndarray,
         is_outside: bool = False,
@@ -101,26 +104,18 @@ class VerticalAnswers:
         Raises:
             DataError: a score is NaN or +inf.
         """
-        if scores_BC.size and not scores_BC.max() < np.inf:  # the largest of anything with NaN is NaN
+        scores_BC = torch.as_tensor(scores_BC).float()
+        if scores_BC.numel() and not scores_BC.max() < torch.inf:  # the largest of anything with NaN is NaN
             raise DataError(
                 "calibration: a score is NaN or infinite; the network diverged or its checkpoint is damaged"
             )
-        taxonomy, num_rows = self._taxonomy, len(scores_BC)
+        taxonomy = self._taxonomy
         pairs = [(row, label) for row, labels in enumerate(label_outputs) for label in labels]
         row_P, output_P = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
         vertical_P, is_leaf_P = taxonomy.vertical_of_output[output_P], taxonomy.is_leaf[output_P]
-        shape = (num_rows, taxonomy.num_verticals)
-        score_BM, output_BM = np.empty(shape, dtype=np.float32), np.empty(shape, dtype=np.int32)
-        num_best_BM = np.empty(shape, dtype=np.int64)
-        for number, leaves in enumerate(self._leaves):
-            if not len(leaves):  # each of its classes has a child in another vertical
-                score_BM[:, number], output_BM[:, number], num_best_BM[:, number] = -np.inf, 0, 1
-                continue
-            scores_BL = scores_BC[:, leaves]
-            best_B = scores_BL.argmax(axis=1)
-            score_BM[:, number], output_BM[:, number] = scores_BL[np.arange(num_rows), best_B], leaves[best_B]
-            num_best_BM[:, number] = (scores_BL == score_BM[:, number, None]).sum(axis=1)
-        is_best_P = is_leaf_P & (scores_BC[row_P, output_P] == score_BM[row_P, vertical_P])
+        score_BM, output_BM, num_best_BM = self._find_best(scores_BC)
+        shape = score_BM.shape
+        is_best_P = is_leaf_P & (pick(scores_BC, row_P, output_P) == score_BM[row_P, vertical_P])
         num_right_BM = np.zeros(shape, dtype=np.int64)
         np.add.at(num_right_BM, (row_P[is_best_P], vertical_P[is_best_P]), 1)
         is_labelled_BM = np.zeros(shape, dtype=bool)
@@ -128,6 +123,19 @@ class VerticalAnswers:
         is_right_BM = (num_right_BM > 0) & (num_right_BM == num_best_BM)
         answers = Answers(np.asarray(ordinal_B), score_BM, output_BM, is_right_BM, is_labelled_BM)
         return answers if is_outside else answers.take(np.unique(row_P[is_leaf_P]))
+
+    def _find_best(self, scores_BC: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(B, M) the score of each vertical's best leaf, which it is, and how many leaves have that score."""
+        found = []
+        for leaves_L in self._leaves:
+            if not len(leaves_L):  # each of its classes has a child in another vertical
+                nothing_B = np.zeros(len(scores_BC), dtype=np.int64)
+                found.append((np.full(len(scores_BC), -np.inf, dtype=np.float32), nothing_B, nothing_B + 1))
+                continue
+            score_B, best_B, num_best_B = find_best(scores_BC.index_select(1, place(leaves_L, scores_BC)))
+            found.append((score_B, leaves_L[best_B], num_best_B))
+        score_BM, output_BM, num_best_BM = (np.stack(parts, axis=1) for parts in zip(*found, strict=True))
+        return score_BM, output_BM.astype(np.int32), num_best_BM
 
     def compute(self) -> Answers:
         """All samples so far. Raises: DataError where there is none."""

@@ -16,6 +16,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from concentration.errors import DataError
 from concentration.metrics.average_precision import (
@@ -25,6 +26,7 @@ from concentration.metrics.average_precision import (
     mean_average_precision,
 )
 from concentration.metrics.ranking import MeanAveragePrecisionAtK, rank_labels, rank_of_best_label
+from concentration.metrics.scores import place
 from concentration.metrics.streaming_average_precision import take_prefixed
 from concentration.metrics.vertical_samples import KeptSamples, StreamedSamples
 from concentration.taxonomy import Taxonomy
@@ -33,6 +35,7 @@ from concentration.taxonomy import Taxonomy
 WAITING_BYTES = 1 << 30
 #: As many of a vertical are counted together where that allows it; more are not faster, fewer than the least are slow.
 MIN_WAITING_ROWS, MAX_WAITING_ROWS = 256, 4096
+CPU = torch.device("cpu")
 #: k of precision and recall at k.
 CUTOFFS = (1, 3, 5, 10)
 
@@ -91,7 +94,8 @@ class Evaluator:
     In one pass it keeps the scores of a sample for the verticals that the sample is labelled in, as float32: see
     `measure_kept_bytes`. In two, it is shown all samples, `begin_second_pass` is called, and it is shown them again: that takes
     a few numbers for each positive, and the result is the same. Beside them it keeps counts and the 50 best samples of every
-    class. The order of samples does not matter.
+    class. The order of samples does not matter. What costs a look at every score is done where the scores are: on a GPU, of a
+    network there.
 
     Args:
         train_counts_C: (C,) by output, the number of training images of every class, for AP by frequency.
@@ -119,22 +123,22 @@ class Evaluator:
             self._samples = [StreamedSamples(size, rows) for size in taxonomy.vertical_sizes]
         self._best = MeanAveragePrecisionAtK(taxonomy.num_classes, k=50)
         self._counts: Counter[str] = Counter()
-        self._leaves_L = np.flatnonzero(taxonomy.is_leaf)
+        self._leaves_L = torch.from_numpy(np.flatnonzero(taxonomy.is_leaf))
         #: (C,) the number of an output among the leaves, where it is one.
         self._leaf_number_C = np.cumsum(taxonomy.is_leaf) - 1
 
-    def update(self, scores_BC: np.ndarray | torch.Tensor, label_outputs: Sequence[Sequence[int]]) -> None:
+    def update(self, scores_BC: np.ndarray | Tensor, label_outputs: Sequence[Sequence[int]]) -> None:
         """Adds a batch to the pass that has begun.
 
         Args:
-            scores_BC: (B, C) logits by output: a numpy array or a CPU tensor. The specialists as an ensemble put the
-                logits of every teacher side by side. -inf says that a class was not computed for a sample.
+            scores_BC: (B, C) logits by output: a numpy array, or a tensor on any device. The specialists as an ensemble put
+                the logits of every teacher side by side. -inf says that a class was not computed for a sample.
             label_outputs: the direct labels of every sample, as outputs: without their ancestors.
 
         Raises:
             DataError: a score is NaN or +inf, a label is no output, or the shapes do not fit.
         """
-        scores_BC = _as_float32(scores_BC)
+        scores_BC = torch.as_tensor(scores_BC).detach().float()
         _check_batch(scores_BC, label_outputs, self.taxonomy.num_classes)
         if not len(scores_BC):
             return
@@ -147,8 +151,9 @@ class Evaluator:
             start, stop = self.taxonomy.vertical_starts[number], self.taxonomy.vertical_starts[number + 1]
             inside_P = vertical_P == number
             rows, row_in_vertical_P = np.unique(row_P[inside_P], return_inverse=True)
-            scores_NV, column_P = scores_BC[rows, start:stop], output_P[inside_P] - start
-            self._samples[number].add(scores_NV, row_in_vertical_P, column_P, is_direct_P[inside_P])
+            scores_NV = scores_BC[:, start:stop].index_select(0, place(rows, scores_BC))
+            column_P = output_P[inside_P] - start
+            self._samples[number].add(scores_NV.cpu().numpy(), row_in_vertical_P, column_P, is_direct_P[inside_P])
             if not self._is_second_pass:
                 self._count_top1_in_vertical(scores_NV, row_in_vertical_P, column_P, self.taxonomy.is_leaf[start:stop])
 
@@ -177,9 +182,7 @@ class Evaluator:
         """Everything seen, as plain arrays, for another process: see `from_state`."""
         state = {"num_passes": np.array(self.num_passes), "is_second_pass": np.array(self._is_second_pass)}
         state |= {f"counts/{name}": np.array(count) for name, count in self._counts.items()}
-        state["best/score_CK"] = self._best.score_CK.copy()
-        state["best/positive_CK"] = self._best.positive_CK.copy()
-        state["best/num_positives_C"] = self._best.num_positives_C.copy()
+        state |= {f"best/{name}": array for name, array in self._best.state().items()}
         for number, samples in enumerate(self._samples):
             state.update({f"samples/{number}/{name}": array for name, array in samples.state().items()})
         return state
@@ -195,20 +198,25 @@ class Evaluator:
             part, _, name = key.partition("/")
             if part == "counts":
                 evaluator._counts[name] = int(array)
-            elif part == "best":
-                setattr(evaluator._best, name, np.array(array))
+        evaluator._best.load_state(take_prefixed(state, "best/"))
         for number, samples in enumerate(evaluator._samples):
             samples.load_state(take_prefixed(state, f"samples/{number}/"))
         return evaluator
 
-    def compute(self) -> Evaluation:
-        """Raises: DataError where no sample was seen, or the second of two passes did not see what the first saw."""
+    def compute(self, device: torch.device = CPU) -> Evaluation:
+        """Everything that was measured.
+
+        device: where the kept scores of one pass are compared, a vertical after the other.
+
+        Raises:
+            DataError: no sample was seen, or the second of two passes did not see what the first saw.
+        """
         num_samples = self._counts["samples"]
         if not num_samples:
             raise DataError("evaluation: the split has no sample; prepare it, or evaluate another split")
         raw, log_softmax, unsmeared = {}, {}, {}
         for name, samples in zip(self.taxonomy.verticals, self._samples, strict=True):
-            raw[name], log_softmax[name], unsmeared[name] = samples.compute_ap()
+            raw[name], log_softmax[name], unsmeared[name] = samples.compute_ap(device)
         pvap, pvap_log_softmax, pvap_unsmeared = (
             # A vertical with a sample has a class with a positive, so NaN means: without a sample.
             {name: mean for name, ap_V in ap.items() if not np.isnan(mean := mean_average_precision(ap_V))}
@@ -247,11 +255,12 @@ class Evaluator:
             is_direct.extend(output in direct for output in smeared)
         return np.array(rows, dtype=np.int64), np.array(outputs, dtype=np.int64), np.array(is_direct, dtype=bool)
 
-    def _count_top_k(self, scores_BC: np.ndarray, row_P: np.ndarray, output_P: np.ndarray) -> None:
+    def _count_top_k(self, scores_BC: Tensor, row_P: np.ndarray, output_P: np.ndarray) -> None:
         # NOTE: the pairs are smeared, but an ancestor is somebody's parent and so never a leaf.
         leaf_P = self.taxonomy.is_leaf[output_P]
         row_P, leaf_number_P = row_P[leaf_P], self._leaf_number_C[output_P[leaf_P]]
-        rank_P = rank_labels(scores_BC[:, self._leaves_L], row_P, leaf_number_P)
+        self._leaves_L = self._leaves_L.to(scores_BC.device)
+        rank_P = rank_labels(scores_BC.index_select(1, self._leaves_L), row_P, leaf_number_P)
         num_labels_B = np.bincount(row_P, minlength=len(scores_BC))
         num_labels_P = num_labels_B[row_P]
         rank_B = np.full(len(scores_BC), len(self._leaves_L) + 1)
@@ -281,11 +290,12 @@ class Evaluator:
         return {"precision_at_k": precision, "recall_at_k": recall, "labels_per_sample": labels_per_sample}
 
     def _count_top1_in_vertical(
-        self, scores_NV: np.ndarray, row_P: np.ndarray, column_P: np.ndarray, is_leaf_V: np.ndarray
+        self, scores_NV: Tensor, row_P: np.ndarray, column_P: np.ndarray, is_leaf_V: np.ndarray
     ) -> None:
         leaf_P = is_leaf_V[column_P]
         leaf_number_V = np.cumsum(is_leaf_V) - 1
-        rank_N = rank_of_best_label(scores_NV[:, is_leaf_V], row_P[leaf_P], leaf_number_V[column_P[leaf_P]])
+        leaves_L = place(np.flatnonzero(is_leaf_V), scores_NV)
+        rank_N = rank_of_best_label(scores_NV.index_select(1, leaves_L), row_P[leaf_P], leaf_number_V[column_P[leaf_P]])
         rank_N = rank_N[np.unique(row_P[leaf_P])]
         self._counts.update(verticals_with_leaf=rank_N.size, right_in_vertical=int((rank_N <= 1).sum()))
 
@@ -296,20 +306,14 @@ def measure_kept_bytes(vertical_sizes: Sequence[int], num_samples: Sequence[int]
     return sum(kept) + max(kept)  # the parts of one vertical at a time are put together
 
 
-def _as_float32(scores_BC: np.ndarray | torch.Tensor) -> np.ndarray:
-    if isinstance(scores_BC, torch.Tensor):  # numpy has no bfloat16
-        scores_BC = scores_BC.detach().float().numpy()
-    return np.asarray(scores_BC).astype(np.float32, copy=False)
-
-
-def _check_batch(scores_BC: np.ndarray, label_outputs: Sequence[Sequence[int]], num_classes: int) -> None:
+def _check_batch(scores_BC: Tensor, label_outputs: Sequence[Sequence[int]], num_classes: int) -> None:
     if scores_BC.shape != (len(label_outputs), num_classes):
         raise DataError(
-            f"evaluation: scores of the shape {scores_BC.shape} for {len(label_outputs)} samples and a taxonomy of "
+            f"evaluation: scores of the shape {tuple(scores_BC.shape)} for {len(label_outputs)} samples and a taxonomy of "
             f"{num_classes} classes; was the network trained with another taxonomy?"
         )
-    if scores_BC.size and not scores_BC.max() < np.inf:  # the largest of anything with NaN is NaN
-        row, output = (int(indices[0]) for indices in np.nonzero(~(scores_BC < np.inf)))
+    if scores_BC.numel() and not scores_BC.max() < torch.inf:  # the largest of anything with NaN is NaN
+        row, output = (~(scores_BC < torch.inf)).nonzero()[0].tolist()
         raise DataError(
             f"evaluation: the score of sample {row} of the batch for output {output} is {scores_BC[row, output]}; "
             "the network diverged or its checkpoint is damaged"

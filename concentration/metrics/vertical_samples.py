@@ -6,6 +6,8 @@ Shapes: V classes of the vertical, N its samples, P positive (sample, class) pai
 from collections.abc import Mapping
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from concentration.metrics.average_precision import average_precision_of_pairs
 from concentration.metrics.streaming_average_precision import StreamingAveragePrecision, take_prefixed
@@ -47,13 +49,17 @@ class KeptSamples:
     def load_state(self, state: Mapping[str, np.ndarray]) -> None:
         self.add(**state)
 
-    def compute_ap(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Three times (V,) AP: of the scores, of their log-softmax, and of the scores for direct labels only."""
+    def compute_ap(self, device: torch.device) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Three times (V,) AP: of the scores, of their log-softmax, and of the scores for direct labels only.
+
+        device: where it is done.
+        """
         scores_NV, row_P, column_P, is_direct_P = self.state().values()
+        on_device_NV = torch.from_numpy(scores_NV).to(device)
         return (
-            average_precision_of_pairs(scores_NV, row_P, column_P),
-            average_precision_of_pairs(scores_NV, row_P, column_P, offset_B=log_sum_exp(scores_NV)),
-            average_precision_of_pairs(scores_NV, row_P[is_direct_P], column_P[is_direct_P]),
+            average_precision_of_pairs(on_device_NV, row_P, column_P),
+            average_precision_of_pairs(on_device_NV, row_P, column_P, offset_B=log_sum_exp(on_device_NV)),
+            average_precision_of_pairs(on_device_NV, row_P[is_direct_P], column_P[is_direct_P]),
         )
 
 
@@ -96,8 +102,8 @@ class StreamedSamples:
             for kind in ("raw", "log_softmax")
         )
 
-    def compute_ap(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """As `KeptSamples.compute_ap`.
+    def compute_ap(self, device: torch.device) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """As `KeptSamples.compute_ap`, but there is nothing left to do that a device would be faster at.
 
         Raises:
             DataError: the passes have not seen the same.
@@ -112,14 +118,12 @@ class StreamedSamples:
         self._log_softmax.update(scores_NV, row_P, column_P, is_direct_P, offset_B=log_sum_exp(scores_NV))
 
 
-def log_sum_exp(scores_NV: np.ndarray) -> np.ndarray:
+def log_sum_exp(scores_NV: np.ndarray | Tensor) -> np.ndarray:
     """(N,) float64; 0 for a sample that has only -inf, whose log-softmax so stays -inf."""
     total_N = np.zeros(len(scores_NV))
     for first in range(0, len(scores_NV), ROWS_PER_BLOCK):
         # NOTE: rows that lie otherwise would be summed in another order, and a sample's sum would depend on its batch.
-        block_BV = np.ascontiguousarray(scores_NV[first : first + ROWS_PER_BLOCK], dtype=np.float64)
-        peak_B = block_BV.max(axis=1)
-        peak_B[np.isneginf(peak_B)] = 0.0
-        sum_B = np.exp(block_BV - peak_B[:, None]).sum(axis=1)
-        total_N[first : first + ROWS_PER_BLOCK] = np.log(sum_B, out=np.zeros_like(sum_B), where=sum_B > 0) + peak_B
+        block_BV = torch.as_tensor(scores_NV[first : first + ROWS_PER_BLOCK]).double().contiguous()
+        total_N[first : first + ROWS_PER_BLOCK] = block_BV.logsumexp(1).cpu().numpy()
+    total_N[np.isneginf(total_N)] = 0.0
     return total_N

@@ -145,7 +145,7 @@ def _collect(config: CalibrateConfig, subject: Subject, split: str, path: Path, 
     with Progress(f"calibrate {config.name} ({split})", len(subject.ordinals), "images", path) as progress:
         for scores_BC, ordinal_B in subject.score_all(config.batch_size, config.num_workers, progress):
             labels = [() if is_outside else subject.labels(int(ordinal)) for ordinal in ordinal_B]
-            answers.update(scores_BC.float().numpy(), labels, ordinal_B, is_outside)
+            answers.update(scores_BC, labels, ordinal_B, is_outside)
     return answers.compute()
 
 

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 import numpy as np
 import pydantic
 import safetensors.numpy
+from torch import Tensor
 
 from concentration.data.crops import NumCrops
 from concentration.data.index import Split, load_split
@@ -154,7 +155,7 @@ def evaluate(config: EvaluateConfig) -> None:
         counts = {"num_train": train.count_smeared()[outputs], "num_test": split.count_smeared()[outputs]}
         evaluator = Evaluator(subject.taxonomy, counts["num_train"], _choose_num_passes(config, subject))
         ordinals, scores_NC, answers = _score_samples(config, subject, evaluator, directory.path)
-        content = evaluator.compute().to_json()
+        content = evaluator.compute(subject.networks[0].device).to_json()
         content["classes"] = _describe_classes(subject.taxonomy, content.pop("ap_of_class"), counts)
         content |= _describe_cost(config, subject)
         content["num_samples_skipped"] = len(subject.ordinals) - len(ordinals)
@@ -262,7 +263,7 @@ def _score_samples(
             found = finder.find(scores_BC, labels, ordinal_B)
             answered.append(select_leaf_answers(found, position_C, first_vertical))
             if config.save_scores:
-                kept.append(scores_BC)
+                kept.append(scores_BC.float().cpu().numpy())
         if evaluator.num_passes == 2:
             evaluator.begin_second_pass()
             for _ in _run_pass(config, subject, evaluator, progress):
@@ -272,10 +273,10 @@ def _score_samples(
 
 def _run_pass(
     config: EvaluateConfig, subject: Subject, evaluator: Evaluator, progress: Progress
-) -> Iterator[tuple[np.ndarray, list[list[int]], np.ndarray]]:
+) -> Iterator[tuple[Tensor, list[list[int]], np.ndarray]]:
     """Shows the evaluator all samples. Gives scores, labels and ordinals, batch by batch."""
-    for scores, ordinal_B in subject.score_all(config.batch_size, config.num_workers, progress):
-        scores_BC, labels = scores.float().numpy(), [subject.labels(int(ordinal)) for ordinal in ordinal_B]
+    for scores_BC, ordinal_B in subject.score_all(config.batch_size, config.num_workers, progress):
+        labels = [subject.labels(int(ordinal)) for ordinal in ordinal_B]
         evaluator.update(scores_BC, labels)
         yield scores_BC, labels, ordinal_B
 

@@ -32,7 +32,7 @@ def build_gallery(subject: Subject, num_pictures: int) -> list[dict]:
     for ordinal in drawn[:num_pictures]:
         read = {size: reader.read(np.array([ordinal]), epoch=0) for size, reader in readers.items()}
         if not any(samples.skipped_B[0] for samples in read.values()):
-            scores_C = subject.score({size: samples.images for size, samples in read.items()})[0]
+            scores_C = subject.score({size: samples.images for size, samples in read.items()})[0].cpu()
             encoded = next(iter(readers.values())).read_encoded(ordinal)
             entries.append(_describe_sample(subject, ordinal, scores_C, encoded))
     return entries

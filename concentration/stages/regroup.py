@@ -165,7 +165,7 @@ def _measure_norms(config: RegroupConfig, regrouping: Regrouping, student: Stude
         chosen = np.sort(ordinals[permutation(len(ordinals), 0)[:NUM_NORM_IMAGES]])
         subject = Subject(((_SquareNorms(student),),), "", regrouping.before, 0, split, chosen)
         with Progress("merge: norms", len(chosen), "images") as progress:
-            scored = [square_BM for square_BM, _ in subject.score_all(config.batch_size, 0, progress)]
+            scored = [square_BM.cpu() for square_BM, _ in subject.score_all(config.batch_size, 0, progress)]
         usual_M = torch.cat(scored).mean(0).clamp_min(1e-12).sqrt()
         numbers = {vertical: regrouping.before.vertical_number(vertical) for vertical in parts}
         norm_of |= {vertical: float(usual_M[number]) for vertical, number in numbers.items()}
@@ -199,7 +199,7 @@ def _evaluate(config: RegroupConfig, network: Classifier, *parts: tuple[Split, s
         for scores_BC, ordinal_B in subject.score_all(config.batch_size, 0, progress):
             for (split, columns), evaluator in zip(parts, evaluators, strict=True):
                 labels = [split.labels(int(ordinal)) for ordinal in ordinal_B]
-                evaluator.update(scores_BC.float().numpy()[:, columns], labels)
+                evaluator.update(scores_BC[:, columns], labels)
     return [evaluator.compute() for evaluator in evaluators]
 
 

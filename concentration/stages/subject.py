@@ -53,7 +53,7 @@ class Subject:
 
     @torch.inference_mode()
     def score(self, images: Mapping[int, Tensor]) -> Tensor:
-        """Logits, (B, C) on the CPU, of the same images (B * N, 3, H, W) at each network's size."""
+        """Logits, (B, C) on the networks' device, of the same images (B * N, 3, H, W) at each network's size."""
         answers = [_ask(model, images) for model in self.models]
         if len(answers) * self.num_crops == 1:
             return answers[0]
@@ -61,7 +61,7 @@ class Subject:
         return combine_logits(torch.cat(crops, dim=1), self.combination)
 
     def score_all(self, batch_size: int, num_workers: int, progress: Progress) -> Iterator[tuple[Tensor, np.ndarray]]:
-        """Logits (B, C) of all samples whose image can be decoded, batch by batch, and their ordinals (B,).
+        """Logits (B, C) of all samples whose image can be decoded, on the networks' device, and their ordinals (B,), by batches.
 
         batch_size: crops that a network is shown at a time.
         """
@@ -75,7 +75,10 @@ class Subject:
             batch = of_size[0]  # the others hold the same samples
             is_real_B = torch.stack([each.weight_B > 0 for each in of_size]).all(0)
             scores_BC = self.score({size: each.images for size, each in zip(loaders, of_size, strict=True)})
-            yield scores_BC[is_real_B], batch.ordinal_B[is_real_B].numpy()
+            yield (
+                scores_BC if is_real_B.all() else scores_BC[is_real_B.to(scores_BC.device)],
+                batch.ordinal_B[is_real_B].numpy(),
+            )
             progress.advance(batch.global_count)
 
     def labels(self, ordinal: int) -> list[int]:
@@ -94,4 +97,4 @@ class Subject:
 
 def _ask(model: Sequence[Classifier], images: Mapping[int, Tensor]) -> Tensor:
     """Its networks' logits side by side."""
-    return torch.cat([network(images[network.image_size].to(network.device)).cpu() for network in model], dim=1)
+    return torch.cat([network(images[network.image_size].to(network.device)) for network in model], dim=1)

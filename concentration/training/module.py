@@ -133,19 +133,19 @@ class StudentModule(pl.LightningModule):
         self.is_validation_cut = False
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        kept = (batch.weight_B > 0).cpu()
-        labels = [row[row >= 0].tolist() for row in labels_of(batch)[kept]]
-        self._evaluator.update(self.student(batch.images).cpu()[kept], labels)
+        kept = batch.weight_B > 0
+        labels = [row[row >= 0].tolist() for row in labels_of(batch)[kept.cpu()]]
+        self._evaluator.update(self.student(batch.images)[kept], labels)
 
     def on_validation_epoch_end(self) -> None:
         evaluator = self._evaluator
         del self._evaluator
         if self.is_validation_cut:
             return
-        first, *others = gather_objects(evaluator)
+        first, *others = (Evaluator.from_state(self._taxonomy, state) for state in gather_objects(evaluator.state()))
         for other in others:
             first.merge(other)
-        evaluation = first.compute()
+        evaluation = first.compute(self.device)
         values = {"val/mpvap": evaluation.mpvap, "val/top1": evaluation.top1}
         values |= {f"val/{vertical}/ap": ap for vertical, ap in evaluation.pvap.items()}
         numbers = {name: value for name, value in values.items() if value is not None}

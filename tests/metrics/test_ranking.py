@@ -41,7 +41,7 @@ def reference_ranks(scores_L, labels):
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("block", [1, 1 << 22])
 def test_every_label_has_its_place_in_the_sorted_list(tied, block, monkeypatch):
-    monkeypatch.setattr(ranking, "SCORES_PER_BLOCK", block)
+    monkeypatch.setitem(ranking.SCORES_PER_BLOCK, "cpu", block)
     scores_BL, positive_BL = draw(3, tied)
     scores_BL[::5, ::2] = -np.inf
     row_P, column_P = np.nonzero(positive_BL)
@@ -139,5 +139,5 @@ def test_a_score_of_minus_infinity_is_in_no_list_but_its_positive_is_missed():
 def test_classes_looked_at_in_blocks_are_all_looked_at(monkeypatch):
     scores_BC, positive_BC = draw(6, tied=True)
     expected = see(scores_BC, positive_BC, 50, 32).compute_per_class()
-    monkeypatch.setattr(ranking, "SCORES_PER_BLOCK", 32 * 5)
+    monkeypatch.setitem(ranking.SCORES_PER_BLOCK, "cpu", 32 * 5)
     np.testing.assert_array_equal(see(scores_BC, positive_BC, 50, 32).compute_per_class(), expected)
