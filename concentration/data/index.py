@@ -247,6 +247,23 @@ class Split:
         number = self.taxonomy.vertical_number(vertical)
         return np.unique(self.sample_of_label[self.taxonomy.vertical_of_output[self.label_output] == number])
 
+    def with_leaf(self, vertical: str | None = None) -> np.ndarray:
+        """Ordinals of the samples with a label that is a leaf, of the vertical where one is given; rising.
+
+        Raises:
+            DataError: there is none.
+        """
+        is_fine_L = self.taxonomy.is_leaf[self.label_output]
+        if vertical is not None:
+            is_fine_L &= self.taxonomy.vertical_of_output[self.label_output] == self.taxonomy.vertical_number(vertical)
+        found = np.unique(self.sample_of_label[is_fine_L])
+        if not len(found):
+            where = "" if vertical is None else f" of {vertical}"
+            raise DataError(
+                f"coarse_labels=skip: no training image has a leaf{where} among its labels; use coarse labels"
+            )
+        return found
+
     def by_shard(self, ordinals: np.ndarray | range) -> list[np.ndarray] | list[range]:
         """Rising ordinals, split into one array per shard; a range (of step 1) into ranges, which take no memory."""
         if isinstance(ordinals, range):

@@ -38,6 +38,7 @@ from concentration.stages.student import HardTargetsConfig, Outside, TargetsChoi
 from concentration.stages.targets import TARGETS, TargetsConfig
 from concentration.stages.teacher import TEACHERS, ExternalTeacherConfig, TeacherConfig
 from concentration.stages.teacher_gate import GateConfig
+from concentration.stages.train_network import CoarseLabels
 from concentration.taxonomy import Taxonomy
 from concentration.training.configs import TrainerConfig
 from concentration.training.optimizers import OptimizerConfig
@@ -59,9 +60,12 @@ class RunConfig(TrainedRun):
     plan: prints what every stage would read, write and take, and runs none.
     dry_run: prints the graph and the commands, and runs none.
     compare: other systems to train on the same data and to evaluate beside the student; `experiment=compare` has them.
+    coarse_labels: `skip` trains generalist, teachers and a student of labels without the images that have labels of inner classes
+        alone, as those verbs do; a student of teachers sees them all.
     gate: of the teachers; with `stop` targets wait for the generalist, which they are compared with.
     """
 
+    later_fields: ClassVar[frozenset[str]] = frozenset({"coarse_labels"})
     runtime_fields: ClassVar[frozenset[str]] = StageConfig.runtime_fields | {
         "launcher", "num_processes", "plan", "dry_run"
     }  # fmt: skip
@@ -75,6 +79,7 @@ class RunConfig(TrainedRun):
     targets: TargetsChoice
     tail: Literal["zero", "spread"] = "zero"
     outside: Outside = "zero"
+    coarse_labels: CoarseLabels = "use"
     optimizer: OptimizerConfig
     trainer: TrainerConfig
     teacher: TeacherParts
@@ -99,6 +104,14 @@ class RunConfig(TrainedRun):
         taken = {GENERALIST, SPECIALISTS, *(COMPARED if self.compare is not None else ())}
         if self.name in taken:
             raise ValueError(f"name={self.name} is taken by the run's own {self.name}; give the student another name")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _check_coarse_labels(self):
+        if self.coarse_labels == "skip" and self.compare is not None:
+            raise ValueError(
+                "coarse_labels=skip with compare: the systems compared use all labels; set one of them back"
+            )
         return self
 
     @pydantic.model_validator(mode="after")
@@ -136,11 +149,21 @@ def build_jobs(config: RunConfig, taxonomy: Taxonomy) -> list[Job]:
     teachers.sort(key=lambda job: -taxonomy.vertical_sizes[job.task])
     is_soft = config.targets.kind == "soft"
     targets = [_targets_job(config, v, number) for number, v in enumerate(taxonomy.verticals)] if is_soft else []
-    generalist = build_student_job(config, GENERALIST, config.generalist, HardTargetsConfig(), after=())
+    coarse_labels = config.coarse_labels
+    generalist = build_student_job(
+        config, GENERALIST, config.generalist, HardTargetsConfig(), after=(), coarse_labels=coarse_labels
+    )
     after = tuple(job.name for job in {"labels": [], "soft": targets, "online": teachers}[config.targets.kind])
     parts = NetworkParts(**{name: getattr(config, name) for name in NetworkParts.model_fields})
     student = build_student_job(
-        config, config.name, parts, config.targets, after, tail=config.tail, outside=config.outside
+        config,
+        config.name,
+        parts,
+        config.targets,
+        after,
+        tail=config.tail,
+        outside=config.outside,
+        coarse_labels=coarse_labels if config.targets.kind == "labels" else "use",
     )
     accelerator = config.trainer.accelerator
     evaluations = [
@@ -212,7 +235,14 @@ def _teacher_job(config: RunConfig, taxonomy: Taxonomy, number: int) -> Job:
         summary, resources = f"taking over a model for {num_classes} classes", Resources()
     else:
         parts = get_parts(config.teacher)
-        stage = TeacherConfig(**get_shared(config), **parts, seed=config.seed, logger=config.logger, vertical=vertical)
+        stage = TeacherConfig(
+            **get_shared(config),
+            **parts,
+            seed=config.seed,
+            logger=config.logger,
+            vertical=vertical,
+            coarse_labels=config.coarse_labels,
+        )
         summary, resources = f"training the specialist of {num_classes} classes", get_resources(config.teacher.trainer)
     directory = config.workdir / TEACHERS / vertical
     return Job(f"teacher {vertical}", "teacher", stage, directory, (), summary, resources, number)

@@ -147,7 +147,7 @@ def _train(config: AddConfig, directory: RunDirectory, served: Served, split: Sp
     taxonomy = split.taxonomy
     size = served.network.image_size
     prepared, _, _ = load_prepared(config.workdir, DataOverrides(image_size=size, view=config.data.view))
-    counts_C, frequency_C = count_classes(served.learning, split)
+    counts_C, frequency_C = count_classes(served.learning, split, range(len(split)))
     sizes = dict(zip(taxonomy.verticals, taxonomy.vertical_sizes, strict=True))
     student = extend_student(served.network, sizes, torch.from_numpy(frequency_C), config.seed)
     if config.trainable == "new":

@@ -116,6 +116,8 @@ def _describe_task(config: ExpertConfig, split: Split) -> Task:
     val_ordinals = None
     if any((config.workdir / SHARDS).glob("val-*.index")):
         val_ordinals = _find_members(config, load_split(config.workdir / SHARDS, "val", split.taxonomy))
+    if config.coarse_labels == "skip":
+        ordinals = np.intersect1d(ordinals, split.with_leaf(), assume_unique=True)
     counts_C = count_in_samples(split, ordinals, config.smear)
     return Task(
         title=f"expert {name_expert(config.grouping, config.number)}",

@@ -8,6 +8,7 @@ import pydantic
 from concentration import distributed
 from concentration.data.index import load_split
 from concentration.data.splits import SPLITS
+from concentration.grouping.class_groups import ClassGroups
 from concentration.stages.group_classes import (
     DetectionGroupsConfig,
     FoundGroups,
@@ -76,6 +77,8 @@ def group(config: GroupConfig) -> None:
 
 def _identify(config: GroupConfig) -> dict[str, str]:
     """A hash of the file of the network that is asked, or of the grouping whose sizes are taken."""
+    if config.method == RandomGroupsConfig(of=None):
+        return {}  # the data's fingerprint says which verticals it has
     if isinstance(config.method, RandomGroupsConfig):
         name = config.method.of
         return {"grouping": find_grouping(config.workdir, name).load_done(f"concentrate group name={name}")["grouping"]}
@@ -86,7 +89,10 @@ def _identify(config: GroupConfig) -> dict[str, str]:
 def _find_groups(config: GroupConfig, taxonomy: Taxonomy, made_from: Mapping[str, str]) -> FoundGroups:
     method, path, shards = config.method, config.directory.path, config.workdir / SHARDS
     if isinstance(method, RandomGroupsConfig):
-        groups, _ = load_grouping(config.workdir, method.of, taxonomy)
+        if method.of is None:
+            groups = ClassGroups.build(taxonomy.vertical_of_output, taxonomy)
+        else:
+            groups, _ = load_grouping(config.workdir, method.of, taxonomy)
         return FoundGroups(groups.permute(config.seed), None, {})
     if isinstance(method, DetectionGroupsConfig):
         split = load_split(shards, method.split, taxonomy)

@@ -66,10 +66,13 @@ MAX_GROUPS = 20
 
 
 class RandomGroupsConfig(Config):
-    """The sizes of another grouping, with the classes drawn at random (Warde-Farley et al., section 5.2: the control)."""
+    """The sizes of another grouping, with the classes drawn at random (Warde-Farley et al., section 5.2: the control).
+
+    of: the name of that grouping; None takes the sizes of the data's own verticals.
+    """
 
     kind: Literal["random"] = "random"
-    of: str = "confusion"
+    of: str | None = "confusion"
 
 
 class FoundGroups(NamedTuple):

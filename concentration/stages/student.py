@@ -12,6 +12,7 @@ from concentration.data.sample_targets import LabelTargets, SampleTargets, Store
 from concentration.errors import ConfigError
 from concentration.networks.routed_teachers import RoutedTeachers
 from concentration.schema import Config, hash_values
+from concentration.stages.expert import count_in_samples
 from concentration.stages.plan import count_most_labels, print_training_plan
 from concentration.stages.prepare import SHARDS, PreparedData, load_prepared
 from concentration.stages.run_directory import RunDirectory
@@ -68,6 +69,14 @@ class StudentConfig(NetworkStageConfig, LearningConfig):
     """Writes `students/NAME/`."""
 
     name: str = "student"
+
+    @pydantic.model_validator(mode="after")
+    def _check_coarse_labels(self):
+        if self.coarse_labels == "skip" and self.targets.kind != "labels":
+            raise ValueError(
+                f"coarse_labels=skip with targets={self.targets.kind}: teachers say the leaves of all images; remove it"
+            )
+        return self
 
     @pydantic.model_validator(mode="after")
     def _check_smear(self):
@@ -128,12 +137,13 @@ def student(config: StudentConfig) -> None:
         if not is_due:
             return
         split = load_split(config.workdir / SHARDS, "train", taxonomy)
-        counts_C, frequency_C = count_classes(config, split)
+        ordinals = split.with_leaf() if config.coarse_labels == "skip" else range(len(split))
+        counts_C, frequency_C = count_classes(config, split, ordinals)
         task = Task(
             title=f"student {config.name}",
             taxonomy=taxonomy,
             split=split,
-            ordinals=range(len(split)),
+            ordinals=ordinals,
             targets=build_targets(config, config.workdir, split),
             counts_C=counts_C,
             frequency_C=frequency_C,
@@ -172,12 +182,20 @@ def build_targets(config: LearningConfig, workdir: Path, split: Split) -> Sample
     return targets if config.outside_weight == 1 else WeightedOutside(targets, split, config.outside_weight)
 
 
-def count_classes(config: LearningConfig, split: Split) -> tuple[np.ndarray, np.ndarray]:
-    """(C,) how many samples have each class, and (C,) their share of the samples whose loss the class is part of."""
+def count_classes(config: LearningConfig, split: Split, ordinals: np.ndarray | range) -> tuple[np.ndarray, np.ndarray]:
+    """(C,) how many of these samples have each class, and (C,) their share of those whose loss the class is part of.
+
+    ordinals: some, or a range of all.
+    """
     taxonomy = split.taxonomy
-    counts_C = split.count_labels() if config.smear is False else split.count_smeared()
-    num_routed_M = np.array([len(split.routed(vertical)) for vertical in taxonomy.verticals])
-    num_seen_M = num_routed_M + config.outside_weight * (len(split) - num_routed_M)
+    routed = [split.routed(vertical) for vertical in taxonomy.verticals]
+    if isinstance(ordinals, range):  # all of them, which may be many
+        counts_C = split.count_labels() if config.smear is False else split.count_smeared()
+    else:
+        counts_C = count_in_samples(split, ordinals, config.smear is not False)
+        routed = [np.intersect1d(of_vertical, ordinals, assume_unique=True) for of_vertical in routed]
+    num_routed_M = np.array([len(of_vertical) for of_vertical in routed])
+    num_seen_M = num_routed_M + config.outside_weight * (len(ordinals) - num_routed_M)
     return counts_C, counts_C / num_seen_M[taxonomy.vertical_of_output]
 
 

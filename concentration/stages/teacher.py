@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pydantic
 
 from concentration import distributed
@@ -18,7 +17,7 @@ from concentration.networks.external import ExternalConfig, find_external_files
 from concentration.networks.external.teacher import ExternalTeacher, take_over
 from concentration.progress import Progress
 from concentration.schema import Config, hash_values
-from concentration.stages.expert import TEACHERS, ExpertConfig, train_expert
+from concentration.stages.expert import TEACHERS, ExpertConfig, count_in_samples, train_expert
 from concentration.stages.plan import count_most_labels, print_training_plan
 from concentration.stages.prepare import SHARDS, DataOverrides, load_prepared
 from concentration.stages.run_directory import RunDirectory, StageConfig, hash_file
@@ -135,8 +134,12 @@ def _train(config: TeacherConfig) -> None:
         if not is_due:
             return
         split = load_split(config.workdir / SHARDS, "train", taxonomy)
-        counts_C: np.ndarray = (split.count_smeared() if config.smear else split.count_labels())[outputs]
-        ordinals = split.routed(config.vertical)
+        if config.coarse_labels == "skip":
+            ordinals = split.with_leaf(config.vertical)
+            counts_C = count_in_samples(split, ordinals, config.smear)[outputs]
+        else:
+            ordinals = split.routed(config.vertical)
+            counts_C = (split.count_smeared() if config.smear else split.count_labels())[outputs]
         task = Task(
             title=f"teacher {config.vertical}",
             taxonomy=taxonomy.restrict(config.vertical),

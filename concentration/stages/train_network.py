@@ -6,7 +6,7 @@ Shapes: C outputs of the network.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pydantic
@@ -37,6 +37,8 @@ from concentration.training.configs import LoggerConfig, TrainerConfig
 from concentration.training.optimizers import OptimizerConfig
 from concentration.training.training_data import TrainingData
 
+CoarseLabels = Literal["use", "skip"]
+
 NETWORK_FILE = "model.safetensors"
 #: Beside it with `trainer.keep_best`, of the same form.
 BEST_FILE = "best.safetensors"
@@ -56,17 +58,21 @@ class TrainingStageConfig(StageConfig):
 class NetworkStageConfig(TrainingStageConfig):
     """The parts of a network and of its training.
 
+    coarse_labels: images without a label that is a leaf, in training on labels: `use`, all leaves are absent from them; `skip`
+        leaves them out. Teachers say their leaves, so a student of soft targets sees them all.
     loss: `sigmoid`, classes are independent; `softmax`, they exclude each other, and a sample's targets are divided by their sum.
     plan: prints what the network has and what a step of it needs, and trains nothing.
     """
 
     runtime_fields = TrainingStageConfig.runtime_fields | {"plan"}
+    later_fields = frozenset({"coarse_labels"})
 
     data: DataOverrides = DataOverrides()
     loss: LossKind = "sigmoid"
     base: BaseConfig
     top: TopConfig
     pace: PaceConfig
+    coarse_labels: CoarseLabels = "use"
     plan: bool = False
 
     @pydantic.model_validator(mode="after")

@@ -50,6 +50,20 @@ def list_split(source, split):
     return [item for item in source.list_items() if item.split == split]
 
 
+def test_coarse_drawings_are_further_ones_and_have_the_parents_alone():
+    coarse = GlyphSource(SMALL.model_copy(update={"num_coarse_drawings": 3}))
+    parents = {c.id: c.parents for c in coarse.build_taxonomy().classes}
+    plain = GlyphSource(SMALL)
+    for split in SPLITS:
+        found, expected = list_split(coarse, split), list_split(plain, split)
+        further = [item for item in found if item not in expected]
+        assert [item for item in found if item in expected] == expected
+        assert len(further) == (3 * 30 if split == "train" else 0)
+        for item in further:
+            assert item.labels == parents[f"U+{item.locator[0]:04X}"]
+            assert item.locator[2] >= SMALL.num_drawings
+
+
 def test_the_default_is_1200_to_1300_leaves_in_12_unequal_verticals(taxonomy):
     leaves = [int(taxonomy.is_leaf[taxonomy.vertical_slice(v)].sum()) for v in taxonomy.verticals]
     assert len(leaves) == 12

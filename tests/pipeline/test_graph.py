@@ -1,5 +1,6 @@
 """The graph of a run: jobs and what each waits for."""
 
+import pytest
 from hydra import compose, initialize_config_dir
 
 from concentration.config import check_config, find_config_directory
@@ -19,3 +20,12 @@ def test_the_student_is_exported_after_its_evaluation_where_that_is_asked_for(ta
     assert job.after == ("evaluate small",)
     assert job.directory == tmp_path / "exports/small"
     assert job.config.name == "small"
+
+
+@pytest.mark.parametrize("targets", ["soft", "labels"])
+def test_coarse_labels_are_left_out_for_all_but_a_student_of_teachers(targets, taxonomy, tmp_path):
+    jobs = jobs_of(taxonomy, f"workdir={tmp_path}", f"targets={targets}", "coarse_labels=skip")
+    trained = {name: job.config.coarse_labels for name, job in jobs.items() if hasattr(job.config, "coarse_labels")}
+    teachers = {f"teacher {vertical}": "skip" for vertical in taxonomy.verticals}
+    student = "use" if targets == "soft" else "skip"
+    assert trained == {"student generalist": "skip", "student student": student, **teachers}

@@ -148,6 +148,17 @@ def test_the_control_has_the_sizes_of_the_other(workdir):
     assert control.group_C.tolist() != found.group_C.tolist()
 
 
+def test_the_control_of_given_verticals_has_their_sizes(workdir):
+    concentrate(
+        "group", "method=random", "method.of=null", "name=control", f"workdir={workdir}", directory=workdir.parent
+    )
+    given, control = (Taxonomy.load(workdir / path) for path in ("shards/taxonomy.json", "groupings/control.json"))
+    assert sorted(control.vertical_sizes) == sorted(given.vertical_sizes)
+    verticals = [{c.id: c.vertical for c in taxonomy.classes} for taxonomy in (given, control)]
+    mixed = {(old, verticals[1][class_id]) for class_id, old in verticals[0].items()}
+    assert len(mixed) > given.num_verticals, "classes of one vertical are in several"
+
+
 def test_found_verticals_are_concentrated_as_given_ones_are(workdir, tmp_path):
     """The same shards under the found taxonomy, in a working directory of their own; every verb is the ordinary one."""
     found = f"workdir={tmp_path}/found"

@@ -10,7 +10,7 @@ import io
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
@@ -65,6 +65,8 @@ _STRENGTH = {"train": 1.0, "val": 0.3, "test": 0.3}
 class GlyphsConfig(Config):
     """Which characters are drawn, how often and how large."""
 
+    later_fields: ClassVar[frozenset[str]] = frozenset({"num_coarse_drawings"})
+
     kind: Literal["glyphs"] = "glyphs"
     #: The verticals that are kept, in the order of the taxonomy whatever the order here; null keeps all.
     verticals: tuple[str, ...] | None = None
@@ -72,6 +74,8 @@ class GlyphsConfig(Config):
     num_classes: int | None = Field(None, ge=2)
     #: Training drawings per leaf, spread over its training faces.
     num_drawings: int = Field(100, ge=1)
+    #: Further training drawings per leaf that are labelled with its parents alone.
+    num_coarse_drawings: int = Field(0, ge=0)
     #: Drawings per leaf and held-out face.
     num_val_drawings: int = Field(2, ge=1)
     num_test_drawings: int = Field(3, ge=1)
@@ -154,18 +158,21 @@ class GlyphSource(LocalSource):
     def _list_split(self, split: Split) -> list[Item]:
         """The drawings of a split, round by round over all classes, so that every shard holds many classes."""
         items = []
+        parents = {c.id: c.parents for c in self.build_taxonomy().classes}
         faces_of = {c: [face for face in c.faces if FACES[face].split == split] for c in self.characters}
         for drawing in range(self._count_drawings(split, max(map(len, faces_of.values())))):
             for character, faces in faces_of.items():
                 if drawing < self._count_drawings(split, len(faces)):
                     face, codepoint = faces[drawing % len(faces)], character.codepoint
                     key = f"u{codepoint:04x}-f{face:02d}-{drawing:03d}"
-                    items.append(Item(key, (character.class_id,), (codepoint, face, drawing), split))
+                    is_coarse = split == "train" and drawing >= self._config.num_drawings
+                    labels = parents[character.class_id] if is_coarse else (character.class_id,)
+                    items.append(Item(key, labels, (codepoint, face, drawing), split))
         return items
 
     def _count_drawings(self, split: Split, num_faces: int) -> int:
         if split == "train":
-            return self._config.num_drawings
+            return self._config.num_drawings + self._config.num_coarse_drawings
         per_face = self._config.num_val_drawings if split == "val" else self._config.num_test_drawings
         return per_face * num_faces
 

@@ -1,0 +1,90 @@
+"""Images with labels of inner classes alone: in training on labels or not, and in a student's soft targets all the same."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from real_runs import TINY, concentrate, load_json, load_lines, one_line
+
+from concentration.data.index import load_split
+from concentration.taxonomy import Taxonomy
+
+NUM_CHARACTERS, NUM_DRAWINGS, NUM_COARSE, BATCH = 12, 4, 8, 16
+DATA = ("data.verticals=[greek,arrows]", f"data.num_classes={NUM_CHARACTERS}", f"data.num_drawings={NUM_DRAWINGS}",
+        f"data.num_coarse_drawings={NUM_COARSE}", "data.image_size=16", "num_processes=1")  # fmt: skip
+OPTIONS = (*TINY, f"trainer.batch_size={BATCH}", "trainer.max_epochs=3", "trainer.log_every_steps=1")
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("coarse")
+    concentrate("prepare", *DATA, "workdir=work", directory=directory)
+    return directory / "work"
+
+
+def count_steps(run_path: Path) -> int:
+    return max(line["step"] for line in load_lines(run_path) if "train/loss" in line)
+
+
+def train(workdir: Path, verb: str, *options: str) -> None:
+    concentrate(verb, f"workdir={workdir}", *OPTIONS, *options, directory=workdir.parent)
+
+
+def test_the_fine_samples_are_the_slow_ones(workdir):
+    taxonomy = Taxonomy.load(workdir / "shards/taxonomy.json")
+    split = load_split(workdir / "shards", "train", taxonomy)
+    for vertical in (None, *taxonomy.verticals):
+        expected = [
+            ordinal
+            for ordinal in range(len(split))
+            if any(
+                taxonomy.is_leaf[output] and vertical in (None, taxonomy.class_of_output(output).vertical)
+                for output in split.labels(ordinal)
+            )
+        ]
+        np.testing.assert_array_equal(split.with_leaf(vertical), expected)
+    assert len(split.with_leaf()) == NUM_CHARACTERS * NUM_DRAWINGS
+    assert len(split) == NUM_CHARACTERS * (NUM_DRAWINGS + NUM_COARSE)
+
+
+def test_they_are_left_out_of_training_on_labels_and_not_of_soft_targets(workdir):
+    train(workdir, "student", "name=all", "targets=labels")
+    train(workdir, "student", "name=fine", "targets=labels", "coarse_labels=skip")
+    for vertical in ("greek", "arrows"):
+        train(workdir, "teacher", f"vertical={vertical}", "coarse_labels=skip")
+    concentrate("targets", f"workdir={workdir}", directory=workdir.parent)
+    train(workdir, "student", "name=taught")
+    num_fine, num_all = NUM_CHARACTERS * NUM_DRAWINGS, NUM_CHARACTERS * (NUM_DRAWINGS + NUM_COARSE)
+    found = {name: count_steps(workdir / "students" / name) for name in ("all", "fine", "taught")}
+    assert found == {"all": 3 * num_all // BATCH, "fine": 3 * num_fine // BATCH, "taught": 3 * num_all // BATCH}
+    taxonomy = Taxonomy.load(workdir / "shards/taxonomy.json")
+    for vertical in taxonomy.verticals:
+        num_leaves = int(taxonomy.is_leaf[taxonomy.vertical_slice(vertical)].sum())
+        assert count_steps(workdir / "teachers" / vertical) == -(-num_leaves * NUM_DRAWINGS // BATCH) * 3
+        stored = load_json(workdir / "targets/default" / vertical / "DONE.json")
+        assert stored["num_records"] == num_leaves * (NUM_DRAWINGS + NUM_COARSE)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (
+            ("student", "coarse_labels=skip"),
+            "coarse_labels=skip with targets=soft: teachers say the leaves of all images",
+        ),
+        (("run", "experiment=compare", "hydra.mode=RUN", "coarse_labels=skip"), "coarse_labels=skip with compare"),
+    ],
+)
+def test_where_it_has_no_effect_it_is_refused(workdir, arguments, expected):
+    finished = concentrate(*arguments, f"workdir={workdir}", directory=workdir.parent, code=2)
+    assert expected in one_line(finished)
+
+
+def test_data_without_any_leaf_says_so(tmp_path):
+    concentrate("prepare", *DATA[:2], "data.num_drawings=1", "data.image_size=16", "num_processes=1", "workdir=work",
+                directory=tmp_path)  # fmt: skip
+    taxonomy = Taxonomy.load(tmp_path / "work/shards/taxonomy.json")
+    split = load_split(tmp_path / "work/shards", "train", taxonomy)
+    split.label_output[:] = int(np.flatnonzero(~taxonomy.is_leaf)[0])
+    with pytest.raises(Exception, match="no training image has a leaf among its labels"):
+        split.with_leaf()
