@@ -2,7 +2,7 @@
 
 python docs/tables.py collect TABLE WORKDIR [KEY=VALUE ...]     WORKDIR/seed-*/ -> docs/results/TABLE.json, then the page;
                                                                 with data=NAME docs/results/TABLE-NAME.json
-python docs/tables.py                                           docs/results/*.json -> docs/tables.md
+python docs/tables.py                                           docs/results/*.json -> docs/tables.md and docs/results/*.png
 """
 
 import itertools
@@ -15,6 +15,7 @@ from pathlib import Path
 import hydra
 import numpy as np
 import yaml
+from matplotlib.figure import Figure
 
 from concentration.config import check_config, find_config_directory
 from concentration.errors import ConfigError
@@ -31,6 +32,8 @@ REFERENCES = ("generalist", "specialists")
 LEAST_LEAD = 0.05
 #: Points of a loss curve that are kept.
 NUM_CURVE_POINTS = 12
+#: The papers' tables by vertical, which are written and drawn so, and their figure of losses.
+BY_VERTICAL, LOSSES = ("table4", "table6"), ("fig5",)
 
 HEAD = """# The papers' tables, as they came out here
 
@@ -85,6 +88,7 @@ def collect(table: str, workdir: Path, overrides: Sequence[str]) -> dict:
             row = rows.setdefault(name, {"num_parameters": values["num_parameters"]["total"], "seeds": {}})
             row["seeds"][seed.name.removeprefix("seed-")] = {
                 **{quantity: round(values[quantity], 5) for quantity in QUANTITIES},
+                "pvap": {vertical: round(ap, 4) for vertical, ap in values["pvap"].items()},
                 **_read_metrics(seed / "students" / name / "metrics.jsonl"),
             }
     if not rows:
@@ -100,9 +104,24 @@ def write_page() -> str:
     return "\n".join([HEAD, *map(_write_table, pages)])
 
 
+def draw_pictures() -> None:
+    """Beside the results: AP by vertical of a table by vertical, losses of Figure 5."""
+    for path in sorted(RESULTS.glob("*.json")):
+        result = json.loads(path.read_text())
+        experiment = _name_experiment(result)
+        if experiment in BY_VERTICAL:
+            _draw_verticals(result, path.with_suffix(".png"))
+        elif experiment in LOSSES:
+            _draw_losses(result, path.with_suffix(".png"))
+
+
+def _name_experiment(result: Mapping) -> str:
+    return result["table"].rpartition(",")[2]
+
+
 def _name_result(result: Mapping) -> str:
     data = [override.removeprefix("data=") for override in result["overrides"] if override.startswith("data=")]
-    return "-".join([result["table"].rpartition(",")[2], *data])
+    return "-".join([_name_experiment(result), *data])
 
 
 def _read_metrics(path: Path) -> dict:
@@ -136,9 +155,64 @@ def _write_table(result: Mapping) -> str:
         cells += [_write_spread([100 * seed[quantity] for seed in row["seeds"].values()], 1) for quantity in QUANTITIES]
         cells.append(_write_spread(_close_gap(name, rows), 0))
         cells.append(_write_spread([seed["loss"][-1][1] for seed in row["seeds"].values() if seed["loss"]], 2))
-        cells.append(str(PRINTED.get(table.rpartition(",")[2], {}).get(name, "")))
+        cells.append(str(PRINTED.get(_name_experiment(result), {}).get(name, "")))
         lines.append("| " + " | ".join(cells) + " |")
+    if _name_experiment(result) in BY_VERTICAL:
+        lines += ["", *_write_verticals(result)]
+    if _name_experiment(result) in (*BY_VERTICAL, *LOSSES):
+        lines += ["", f"![{_name_result(result)}](results/{_name_result(result)}.png)"]
     return "\n".join(lines) + "\n"
+
+
+def _write_verticals(result: Mapping) -> list[str]:
+    """mpvap's parts, means over the seeds."""
+    rows = {name: _average_pvap(row) for name, row in result["rows"].items()}
+    lines = ["| vertical | " + " | ".join(rows) + " |", "|---" * (len(rows) + 1) + "|"]
+    for vertical in next(iter(rows.values())):
+        lines.append(f"| {vertical} | " + " | ".join(f"{100 * pvap[vertical]:.1f}" for pvap in rows.values()) + " |")
+    return lines
+
+
+def _average_pvap(row: Mapping) -> dict[str, float]:
+    of_seeds = [values["pvap"] for values in row["seeds"].values()]
+    return {vertical: float(np.mean([pvap[vertical] for pvap in of_seeds])) for vertical in of_seeds[0]}
+
+
+def _draw_verticals(result: Mapping, path: Path) -> None:
+    """A row a vertical, in the order of the generalist's AP, and a dot a network."""
+    rows = {name: _average_pvap(row) for name, row in result["rows"].items()}
+    order = sorted(rows["generalist"], key=lambda vertical: rows["generalist"][vertical])
+    figure = Figure(figsize=(8, 1 + 0.3 * len(order)), layout="constrained")
+    axes = figure.subplots()
+    styles = {"generalist": ("#777777", "s"), "specialists": ("black", "D")}
+    students = [name for name in rows if name not in styles]
+    styles |= {name: (f"C{number}", "o") for number, name in enumerate(students)}
+    for name, pvap in rows.items():
+        colour, marker = styles[name]
+        values = [100 * pvap[vertical] for vertical in order]
+        axes.scatter(values, order, s=26, color=colour, marker=marker, label=name, zorder=3, alpha=0.85, linewidths=0)
+    axes.grid(axis="y", color="#dddddd")
+    axes.set_xlabel("AP on the vertical's test images, percent")
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def _draw_losses(result: Mapping, path: Path) -> None:
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    students = [name for name in result["rows"] if name not in REFERENCES]
+    for number, name in enumerate(students):
+        for curve in [values["loss"] for values in result["rows"][name]["seeds"].values()]:
+            axes.plot(*np.array(curve).T, color=f"C{number}", linewidth=1)
+        axes.annotate(
+            name, curve[-1], xytext=(4, 0), textcoords="offset points", color=f"C{number}", fontsize=8, va="center"
+        )
+    axes.set(yscale="log", xlabel="step", ylabel="training loss")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.margins(x=0.02)
+    figure.savefig(path, dpi=110)
 
 
 def _close_gap(name: str, rows: Mapping[str, Mapping]) -> list[float]:
@@ -166,3 +240,4 @@ if __name__ == "__main__":
         RESULTS.mkdir(exist_ok=True)
         (RESULTS / f"{_name_result(found)}.json").write_text(json.dumps(found, indent=1) + "\n")
     PAGE.write_text(write_page(), encoding="utf-8")
+    draw_pictures()

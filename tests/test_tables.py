@@ -19,6 +19,7 @@ def write_run(workdir: Path, seed: int, name: str, mpvap: float, losses: list[fl
     folder = workdir / f"seed-{seed}"
     (folder / "evaluations").mkdir(parents=True, exist_ok=True)
     values = {"mpvap": mpvap, "mpvap_log_softmax": 0.5, "top1": 0.25, "num_parameters": {"total": 1234567}}
+    values["pvap"] = {"bird": mpvap - 0.1, "food": mpvap + 0.1}
     (folder / "evaluations" / f"{name}.json").write_text(json.dumps(values))
     if losses:
         (folder / "students" / name).mkdir(parents=True)
@@ -53,7 +54,13 @@ def test_finished_rows_of_all_seeds_are_collected_and_written(tmp_path, monkeypa
     assert result["rows"]["fc_fc_d"]["seeds"]["0"]["loss"] == [[20, 4.0], [40, 3.0], [60, 2.0], [80, 1.0]]
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     (tmp_path / "table1.json").write_text(json.dumps(result))
+    (tmp_path / "table4.json").write_text(json.dumps(result | {"table": "glyphs_gpu,table4"}))
     page = tables.write_page()
+    assert "| vertical | fc_fc_d | generalist | specialists |" in page
+    assert "| bird | 50.0 | 30.0 | 80.0 |" in page
+    tables.draw_pictures()
+    assert (tmp_path / "table4.png").read_bytes()[:4] == b"\x89PNG"
+    assert not (tmp_path / "table1.png").exists()
     assert (
         "| fc_fc_d | 1,234,567 | 10.0 ± 0.0 | 60.0 ± 10.0 | 50.0 ± 0.0 | 25.0 ± 0.0 | 50 ± 10 | 1.00 ± 0.00 | 31.5 |"
         in page
