@@ -40,8 +40,8 @@ HEAD = """# The papers' tables, as they came out here
 Written by `python docs/tables.py` from `docs/results/`, which `launch/tables/run.sh TABLE` fills. Percent of the test
 images, mean over the seeds and, where there are several, plus or minus half the range; no checkpoint is chosen by them.
 `val` is mpvap on the validation images, by which settings are chosen; `closed` the share of the way from the generalist's mpvap
-to the specialists', left out where they lead by less than five points. `the paper` is mpvap on EFT, which is private: orders
-may be compared, values may not.
+to the specialists', left out where they lead by less than five points. `the paper` is mpvap on EFT, which is private, in
+table6 on Open Images: orders may be compared, values may not. On one GPU `launch/tables/at_once.py` trains the rows side by side.
 """
 
 #: mpvap in the papers, by experiment and row.
@@ -167,21 +167,26 @@ def _write_table(result: Mapping) -> str:
 def _write_verticals(result: Mapping) -> list[str]:
     """mpvap's parts, means over the seeds."""
     rows = {name: _average_pvap(row) for name, row in result["rows"].items()}
+    verticals = list(dict.fromkeys(vertical for pvap in rows.values() for vertical in pvap))
     lines = ["| vertical | " + " | ".join(rows) + " |", "|---" * (len(rows) + 1) + "|"]
-    for vertical in next(iter(rows.values())):
-        lines.append(f"| {vertical} | " + " | ".join(f"{100 * pvap[vertical]:.1f}" for pvap in rows.values()) + " |")
+    for vertical in verticals:
+        cells = [f"{100 * pvap[vertical]:.1f}" if vertical in pvap else "" for pvap in rows.values()]
+        lines.append(f"| {vertical} | " + " | ".join(cells) + " |")
     return lines
 
 
 def _average_pvap(row: Mapping) -> dict[str, float]:
+    """Over the seeds that have a vertical: one without a test image has none."""
     of_seeds = [values["pvap"] for values in row["seeds"].values()]
-    return {vertical: float(np.mean([pvap[vertical] for pvap in of_seeds])) for vertical in of_seeds[0]}
+    verticals = dict.fromkeys(vertical for pvap in of_seeds for vertical in pvap)
+    return {v: float(np.mean([pvap[v] for pvap in of_seeds if v in pvap])) for v in verticals}
 
 
 def _draw_verticals(result: Mapping, path: Path) -> None:
-    """A row a vertical, in the order of the generalist's AP, and a dot a network."""
+    """A row a vertical, in the order of the generalist's AP or the last row's, and a dot a network."""
     rows = {name: _average_pvap(row) for name, row in result["rows"].items()}
-    order = sorted(rows["generalist"], key=lambda vertical: rows["generalist"][vertical])
+    first = rows.get("generalist", [*rows.values()][-1])
+    order = sorted(first, key=lambda vertical: first[vertical])
     figure = Figure(figsize=(8, 1 + 0.3 * len(order)), layout="constrained")
     axes = figure.subplots()
     styles = {"generalist": ("#777777", "s"), "specialists": ("black", "D")}
@@ -189,7 +194,7 @@ def _draw_verticals(result: Mapping, path: Path) -> None:
     styles |= {name: (f"C{number}", "o") for number, name in enumerate(students)}
     for name, pvap in rows.items():
         colour, marker = styles[name]
-        values = [100 * pvap[vertical] for vertical in order]
+        values = [100 * pvap.get(vertical, np.nan) for vertical in order]
         axes.scatter(values, order, s=26, color=colour, marker=marker, label=name, zorder=3, alpha=0.85, linewidths=0)
     axes.grid(axis="y", color="#dddddd")
     axes.set_xlabel("AP on the vertical's test images, percent")
@@ -204,10 +209,13 @@ def _draw_losses(result: Mapping, path: Path) -> None:
     axes = figure.subplots()
     students = [name for name in result["rows"] if name not in REFERENCES]
     for number, name in enumerate(students):
-        for curve in [values["loss"] for values in result["rows"][name]["seeds"].values()]:
+        curves = [values["loss"] for values in result["rows"][name]["seeds"].values() if values["loss"]]
+        for curve in curves:
             axes.plot(*np.array(curve).T, color=f"C{number}", linewidth=1)
+        if not curves:
+            continue
         axes.annotate(
-            name, curve[-1], xytext=(4, 0), textcoords="offset points", color=f"C{number}", fontsize=8, va="center"
+            name, curves[0][-1], xytext=(4, 0), textcoords="offset points", color=f"C{number}", fontsize=8, va="center"
         )
     axes.set(yscale="log", xlabel="step", ylabel="training loss")
     axes.spines[["top", "right"]].set_visible(False)

@@ -248,21 +248,12 @@ class Split:
         return np.unique(self.sample_of_label[self.taxonomy.vertical_of_output[self.label_output] == number])
 
     def with_leaf(self, vertical: str | None = None) -> np.ndarray:
-        """Ordinals of the samples with a label that is a leaf, of the vertical where one is given; rising.
-
-        Raises:
-            DataError: there is none.
-        """
-        is_fine_L = self.taxonomy.is_leaf[self.label_output]
+        """Ordinals of the samples with a label that is a leaf, of the vertical's own tree where one is given; rising."""
+        is_leaf_C = self.taxonomy.is_leaf
         if vertical is not None:
-            is_fine_L &= self.taxonomy.vertical_of_output[self.label_output] == self.taxonomy.vertical_number(vertical)
-        found = np.unique(self.sample_of_label[is_fine_L])
-        if not len(found):
-            where = "" if vertical is None else f" of {vertical}"
-            raise DataError(
-                f"coarse_labels=skip: no training image has a leaf{where} among its labels; use coarse labels"
-            )
-        return found
+            is_leaf_C = np.zeros_like(is_leaf_C)
+            is_leaf_C[self.taxonomy.vertical_slice(vertical)] = self.taxonomy.restrict(vertical).is_leaf
+        return np.unique(self.sample_of_label[is_leaf_C[self.label_output]])
 
     def by_shard(self, ordinals: np.ndarray | range) -> list[np.ndarray] | list[range]:
         """Rising ordinals, split into one array per shard; a range (of step 1) into ranges, which take no memory."""
@@ -270,6 +261,13 @@ class Split:
             bounds = np.clip(self.shard_start, ordinals.start, ordinals.stop).tolist()
             return [range(start, stop) for start, stop in itertools.pairwise(bounds)]
         return np.split(ordinals, np.searchsorted(ordinals, self.shard_start[1:-1]))
+
+    def count_in(self, ordinals: np.ndarray, smear: bool) -> np.ndarray:
+        """(C,) how many of these samples have each class as their own label, or among those labels' ancestors."""
+        counts_C = np.zeros(self.taxonomy.num_classes, dtype=np.int64)
+        for some in np.split(ordinals, range(COUNTED_TOGETHER, len(ordinals), COUNTED_TOGETHER)):
+            counts_C += np.bincount(self.label_pairs(some, smear)[1], minlength=len(counts_C))
+        return counts_C
 
     def count_labels(self) -> np.ndarray:
         """(C,) the number of samples with each class as their own label."""
@@ -285,10 +283,7 @@ class Split:
         counts = np.zeros(num_classes, dtype=np.int64)
         np.add.at(counts, smeared[place], of_one[owner])
         # Of the others, a class counts once, however many of the sample's labels lie below it.
-        several = np.flatnonzero(~has_one)
-        for samples in np.split(several, range(COUNTED_TOGETHER, len(several), COUNTED_TOGETHER)):
-            counts += np.bincount(self.label_pairs(samples, smear=True)[1], minlength=num_classes)
-        return counts
+        return counts + self.count_in(np.flatnonzero(~has_one), smear=True)
 
     @functools.cached_property
     def fingerprint(self) -> str:

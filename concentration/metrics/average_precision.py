@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from concentration.errors import DataError
-from concentration.metrics.scores import pick, place
+from concentration.metrics.scores import Scores, pick, place
 
 #: Columns that are copied and sorted together: enough to read whole cache lines, few enough to stay small.
 COLUMNS_PER_BLOCK = 64
 
-#: On a GPU: columns that are turned together, and scores that are then compared together.
-COLUMNS_PER_TURN, SCORES_PER_COMPARISON = 512, 1 << 27
+#: Scores that a GPU turns and sorts together.
+SCORES_PER_SORT = 1 << 24
 
 Frequency = Literal["few", "some", "many"]
 
@@ -59,7 +59,7 @@ def average_precision(scores_BV: np.ndarray, positive_BV: np.ndarray) -> np.ndar
 
 
 def average_precision_of_pairs(
-    scores_BV: np.ndarray | Tensor, row_P: np.ndarray, column_P: np.ndarray, offset_B: np.ndarray | None = None
+    scores_BV: Scores, row_P: np.ndarray, column_P: np.ndarray, offset_B: np.ndarray | None = None
 ) -> np.ndarray:
     """`average_precision` for sparse positives: sample `row_P[i]` is positive for class `column_P[i]`.
 
@@ -86,9 +86,9 @@ def average_precision_of_pairs(
     score_P = score_P[order]
     start_V = np.concatenate([[0], np.cumsum(np.bincount(column_P, minlength=scores_BV.shape[1]))])
     if scores_BV.device.type == "cpu":
-        num_at_least_P = _count_by_sorting(scores_BV.numpy(), offset_B, score_P, start_V)
+        num_at_least_P = _count_by_column(scores_BV.numpy(), offset_B, score_P, start_V)
     else:
-        num_at_least_P = _count_by_comparing(scores_BV, offset_B, score_P, start_V)
+        num_at_least_P = _count_on_device(scores_BV, offset_B, score_P, start_V)
     ap_V = np.full(scores_BV.shape[1], np.nan)
     for column in np.flatnonzero(np.diff(start_V)):
         own = slice(start_V[column], start_V[column + 1])
@@ -145,7 +145,7 @@ def average_precision_by_frequency(
     }
 
 
-def _count_by_sorting(
+def _count_by_column(
     scores_BV: np.ndarray, offset_B: np.ndarray | None, score_P: np.ndarray, start_V: np.ndarray
 ) -> np.ndarray:
     """(P,) how many samples score at least as high as each positive for its class.
@@ -165,24 +165,27 @@ def _count_by_sorting(
     return num_at_least_P
 
 
-def _count_by_comparing(
+def _count_on_device(
     scores_BV: Tensor, offset_B: np.ndarray | None, score_P: np.ndarray, start_V: np.ndarray
 ) -> np.ndarray:
-    """The same without a sort: a GPU compares a column with each of its positives in less time."""
-    num_classes = scores_BV.shape[1]
-    column_P = place(np.repeat(np.arange(num_classes), np.diff(start_V)), scores_BV)
-    limit_P = place(score_P, scores_BV)
+    """The same for many columns at a time."""
+    num_samples, num_classes = scores_BV.shape
     offset_B = None if offset_B is None else place(offset_B, scores_BV)
-    num_at_least_P = torch.zeros_like(column_P)
-    size = max(1, SCORES_PER_COMPARISON // max(1, len(scores_BV)))
-    for first in range(0, num_classes, COLUMNS_PER_TURN):
-        scores_VB = scores_BV[:, first : first + COLUMNS_PER_TURN].T.contiguous()
+    num_at_least_P = np.zeros(len(score_P), dtype=np.int64)
+    width = max(1, SCORES_PER_SORT // max(1, num_samples))
+    for first in range(0, num_classes, width):
+        scores_VB = scores_BV[:, first : first + width].T.contiguous()
         if scores_VB.numel() and scores_VB.max().isnan():  # the largest of anything with NaN is NaN
             check_not_nan(scores_VB.cpu().numpy(), first_row=0, first_column=first)
         if offset_B is not None:
             scores_VB = scores_VB - offset_B
-        stop = int(start_V[min(first + COLUMNS_PER_TURN, num_classes)])
-        for part_start in range(int(start_V[first]), stop, size):
-            part = slice(part_start, min(part_start + size, stop))
-            num_at_least_P[part] = (scores_VB[column_P[part] - first] >= limit_P[part, None]).sum(1)
-    return num_at_least_P.cpu().numpy()
+        start_W = start_V[first : first + width + 1]
+        own = slice(start_W[0], start_W[-1])
+        # The positives of each column in a row of their own, filled up with numbers that are not looked at.
+        column_P = np.repeat(np.arange(len(start_W) - 1), np.diff(start_W))
+        place_P = np.arange(own.start, own.stop) - start_W[:-1][column_P]
+        limit_VP = np.zeros((len(scores_VB), np.diff(start_W).max(initial=0)), dtype=score_P.dtype)
+        limit_VP[column_P, place_P] = score_P[own]
+        below_VP = torch.searchsorted(scores_VB.sort(dim=1).values, place(limit_VP, scores_BV)).cpu().numpy()
+        num_at_least_P[own] = num_samples - below_VP[column_P, place_P]
+    return num_at_least_P

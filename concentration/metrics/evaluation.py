@@ -26,16 +26,15 @@ from concentration.metrics.average_precision import (
     mean_average_precision,
 )
 from concentration.metrics.ranking import MeanAveragePrecisionAtK, rank_labels, rank_of_best_label
-from concentration.metrics.scores import place
+from concentration.metrics.scores import Scores, place
 from concentration.metrics.streaming_average_precision import take_prefixed
-from concentration.metrics.vertical_samples import KeptSamples, StreamedSamples
+from concentration.metrics.vertical_samples import CPU, KeptSamples, StreamedSamples
 from concentration.taxonomy import Taxonomy
 
 #: What samples may take, in two passes, that wait until those of their vertical are counted together.
 WAITING_BYTES = 1 << 30
 #: As many of a vertical are counted together where that allows it; more are not faster, fewer than the least are slow.
 MIN_WAITING_ROWS, MAX_WAITING_ROWS = 256, 4096
-CPU = torch.device("cpu")
 #: k of precision and recall at k.
 CUTOFFS = (1, 3, 5, 10)
 
@@ -127,7 +126,7 @@ class Evaluator:
         #: (C,) the number of an output among the leaves, where it is one.
         self._leaf_number_C = np.cumsum(taxonomy.is_leaf) - 1
 
-    def update(self, scores_BC: np.ndarray | Tensor, label_outputs: Sequence[Sequence[int]]) -> None:
+    def update(self, scores_BC: Scores, label_outputs: Sequence[Sequence[int]]) -> None:
         """Adds a batch to the pass that has begun.
 
         Args:

@@ -11,13 +11,11 @@ import torch
 from torch import Tensor
 
 from concentration.metrics.average_precision import mean_average_precision
-from concentration.metrics.scores import count_at_least, find_reaching, pick, place
+from concentration.metrics.scores import Scores, count_reaching, find_reaching, pick, place
 
-#: Scores looked at together, by kind of device: bounds what a wide batch needs beside itself, and on a CPU it stays in the cache.
-SCORES_PER_BLOCK = {"cpu": 1 << 22, "cuda": 1 << 26}
-
-#: Scores on any device, whose work is done there.
-Scores = np.ndarray | Tensor
+#: Scores looked at together, by kind of device: bounds what a wide batch needs beside itself, some 60 bytes each while all are
+#: candidates; on a CPU it stays in the cache.
+SCORES_PER_BLOCK = {"cpu": 1 << 22, "cuda": 1 << 24}
 
 
 def rank_of_best_label(scores_BL: Scores, row_P: np.ndarray, column_P: np.ndarray) -> np.ndarray:
@@ -37,7 +35,7 @@ def rank_of_best_label(scores_BL: Scores, row_P: np.ndarray, column_P: np.ndarra
     score_P = pick(scores_BL, row_P, column_P)
     best_B = np.full(len(scores_BL), -np.inf, dtype=score_P.dtype)
     np.maximum.at(best_B, row_P, score_P)
-    num_at_least_B = count_at_least(scores_BL, best_B)
+    num_at_least_B = count_reaching(scores_BL, best_B)
     is_best_P = score_P == best_B[row_P]
     return num_at_least_B - np.bincount(row_P[is_best_P], minlength=len(scores_BL)) + 1
 
@@ -70,7 +68,7 @@ def rank_labels(scores_BL: Scores, row_P: np.ndarray, column_P: np.ndarray) -> n
     size = max(1, SCORES_PER_BLOCK[scores_BL.device.type] // scores_BL.shape[1])
     for first in range(0, len(several), size):
         block = slice(first, first + size)
-        num_before_B = count_at_least(others_BL[place(row_S[block], scores_BL)], score_S[block])
+        num_before_B = count_reaching(others_BL[place(row_S[block], scores_BL)], score_S[block])
         rank_P[several[block]] = place_S[block] + num_before_B
     return rank_P
 

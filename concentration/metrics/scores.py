@@ -8,6 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+#: As metrics take them: on any device, where the work is done.
+Scores = np.ndarray | Tensor
+
 
 def pick(scores_BC: Tensor, row_P: np.ndarray, column_P: np.ndarray) -> np.ndarray:
     """(P,) the scores of these pairs."""
@@ -16,7 +19,7 @@ def pick(scores_BC: Tensor, row_P: np.ndarray, column_P: np.ndarray) -> np.ndarr
     return scores_BC[place(row_P, scores_BC), place(column_P, scores_BC)].cpu().numpy()
 
 
-def count_at_least(scores_BC: Tensor, limit_B: np.ndarray) -> np.ndarray:
+def count_reaching(scores_BC: Tensor, limit_B: np.ndarray) -> np.ndarray:
     """(B,) int64: how many scores of each sample are at least its limit."""
     if scores_BC.device.type == "cpu":
         return (scores_BC.numpy() >= limit_B[:, None]).sum(axis=1)

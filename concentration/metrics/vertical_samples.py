@@ -7,10 +7,14 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from concentration.metrics.average_precision import average_precision_of_pairs
 from concentration.metrics.streaming_average_precision import StreamingAveragePrecision, take_prefixed
+
+CPU = torch.device("cpu")
+
+#: Scores that are on a GPU together, 4 bytes each.
+SCORES_ON_DEVICE = 1 << 26
 
 #: Samples whose log-sum-exp is taken together: bounds the float64 copy of a large vertical.
 ROWS_PER_BLOCK = 4096
@@ -55,12 +59,23 @@ class KeptSamples:
         device: where it is done.
         """
         scores_NV, row_P, column_P, is_direct_P = self.state().values()
-        on_device_NV = torch.from_numpy(scores_NV).to(device)
-        return (
-            average_precision_of_pairs(on_device_NV, row_P, column_P),
-            average_precision_of_pairs(on_device_NV, row_P, column_P, offset_B=log_sum_exp(on_device_NV)),
-            average_precision_of_pairs(on_device_NV, row_P[is_direct_P], column_P[is_direct_P]),
-        )
+        offset_N = log_sum_exp(scores_NV, device)
+        found = []
+        width = scores_NV.shape[1] if device.type == "cpu" else max(1, SCORES_ON_DEVICE // max(1, self.num_samples))
+        for first in range(0, scores_NV.shape[1], width):
+            # NOTE: a GPU has less memory than the machine, and its network there besides.
+            block_NV = torch.from_numpy(scores_NV[:, first : first + width]).to(device)
+            own_P = (column_P >= first) & (column_P < first + width)
+            pairs, direct = ((row_P[chosen_P], column_P[chosen_P] - first) for chosen_P in (own_P, own_P & is_direct_P))
+            found.append(
+                (
+                    average_precision_of_pairs(block_NV, *pairs),
+                    average_precision_of_pairs(block_NV, *pairs, offset_B=offset_N),
+                    average_precision_of_pairs(block_NV, *direct),
+                )
+            )
+        raw_V, log_softmax_V, direct_V = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        return raw_V, log_softmax_V, direct_V
 
 
 class StreamedSamples:
@@ -118,12 +133,12 @@ class StreamedSamples:
         self._log_softmax.update(scores_NV, row_P, column_P, is_direct_P, offset_B=log_sum_exp(scores_NV))
 
 
-def log_sum_exp(scores_NV: np.ndarray | Tensor) -> np.ndarray:
-    """(N,) float64; 0 for a sample that has only -inf, whose log-softmax so stays -inf."""
+def log_sum_exp(scores_NV: np.ndarray, device: torch.device = CPU) -> np.ndarray:
+    """(N,) float64; 0 for a sample that has only -inf, whose log-softmax so stays -inf. `device`: where it is done."""
     total_N = np.zeros(len(scores_NV))
     for first in range(0, len(scores_NV), ROWS_PER_BLOCK):
         # NOTE: rows that lie otherwise would be summed in another order, and a sample's sum would depend on its batch.
-        block_BV = torch.as_tensor(scores_NV[first : first + ROWS_PER_BLOCK]).double().contiguous()
-        total_N[first : first + ROWS_PER_BLOCK] = block_BV.logsumexp(1).cpu().numpy()
+        block_BV = torch.from_numpy(np.ascontiguousarray(scores_NV[first : first + ROWS_PER_BLOCK])).to(device)
+        total_N[first : first + ROWS_PER_BLOCK] = block_BV.double().logsumexp(1).cpu().numpy()
     total_N[np.isneginf(total_N)] = 0.0
     return total_N

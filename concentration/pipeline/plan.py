@@ -102,7 +102,8 @@ class _Planner:
         data, trainer = self._data, config.trainer
         if isinstance(config, TeacherConfig):
             taxonomy = data.taxonomy.restrict(config.vertical)
-            num_samples, shape = data.num_routed[config.vertical], describe_teacher_step(config, taxonomy)
+            of_vertical = data.num_fine if config.coarse_labels == "skip" else data.num_routed
+            num_samples, shape = of_vertical[config.vertical], describe_teacher_step(config, taxonomy)
             key = "teacher"  # the first is that of the largest vertical, and stands for all
         elif isinstance(config, ExpertConfig):
             taxonomy, num_experts = data.taxonomy, self._config.compare.features.num_groups
@@ -111,6 +112,8 @@ class _Planner:
         else:
             assert isinstance(config, StudentConfig)
             taxonomy, num_samples = data.taxonomy, data.num_samples["train"]
+            if config.coarse_labels == "skip":
+                num_samples = data.num_fine[None]
             shape, key = describe_student_step(config, taxonomy), f"student {config.name}"
         batch_size = min(trainer.batch_size, num_samples)
         trainer = trainer.model_copy(update={"batch_size": batch_size})

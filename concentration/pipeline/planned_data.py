@@ -35,6 +35,7 @@ class PlannedData:
         image_size: pixels of a side.
         num_samples: by split.
         num_routed: by vertical, the training samples with a label in it.
+        num_fine: by vertical, those of them with a leaf of it; and under None, of all.
         stored_bytes: of the shards, written or to be written; 0 where given shards are used where they lie.
         write_seconds: to read an image at its source; None where that is done, or nothing is written.
         read_seconds: to decode and crop an image; None where it was not measured.
@@ -44,6 +45,7 @@ class PlannedData:
     image_size: int
     num_samples: dict[str, int]
     num_routed: dict[str, int]
+    num_fine: dict[str | None, int]
     stored_bytes: int
     write_seconds: float | None
     read_seconds: float | None
@@ -85,6 +87,7 @@ def _look_at_shards(config: RunConfig) -> PlannedData:
         prepared.image_size,
         {name: facts.get(name, {"samples": 0})["samples"] for name in SPLITS},
         facts["train"]["by_vertical"],
+        {vertical: len(split.with_leaf(vertical)) for vertical in (None, *taxonomy.verticals)},
         0 if is_given else sum(path.stat().st_size for path in shards),
         None,
         seconds,
@@ -96,10 +99,14 @@ def _look_at_source(config: RunConfig) -> PlannedData:
     taxonomy, items = source.build_taxonomy(), source.list_items()
     splits = assign_splits(items, source.split, {}).splits
     vertical_of = {c.id: c.vertical for c in taxonomy.classes}
+    leaves = {taxonomy.class_of_output(int(output)).id for output in np.flatnonzero(taxonomy.is_leaf)}
     routed: Counter[str] = Counter()
+    fine: Counter[str | None] = Counter()
     for item, split in zip(items, splits, strict=True):
         if split == "train":
             routed.update({vertical_of[label] for label in item.labels})
+            of_leaves = {vertical_of[label] for label in item.labels if label in leaves}
+            fine.update({*of_leaves, None} if of_leaves else ())
     start = time.perf_counter()
     probed = [items[place] for place in np.linspace(0, len(items) - 1, min(NUM_PROBED, len(items)), dtype=int)]
     contents = [source.read(item)[1] for item in probed]
@@ -113,6 +120,7 @@ def _look_at_source(config: RunConfig) -> PlannedData:
         config.data.image_size,
         dict(Counter(splits)),
         {vertical: routed[vertical] for vertical in taxonomy.verticals},
+        {vertical: fine[vertical] for vertical in (None, *taxonomy.verticals)},
         round(len(items) * np.mean(image_bytes)),
         write_seconds,
         _time_decoding(contents, config.data.view, config.data.image_size),

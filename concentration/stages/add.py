@@ -30,7 +30,7 @@ from concentration.stages.carried_targets import carry_targets
 from concentration.stages.prepare import SHARDS, DataOverrides, load_prepared
 from concentration.stages.run_directory import RunDirectory
 from concentration.stages.served import Served, load_served
-from concentration.stages.student import STUDENTS, LearningConfig, build_targets, count_classes
+from concentration.stages.student import STUDENTS, LearningConfig, build_targets, choose_ordinals, count_classes
 from concentration.stages.targets import TARGETS, SoftTargetsConfig, TargetsConfig, targets
 from concentration.stages.teacher import TEACHERS, TeacherConfig, teacher
 from concentration.stages.teacher_gate import GateConfig, measure_vertical
@@ -147,16 +147,18 @@ def _train(config: AddConfig, directory: RunDirectory, served: Served, split: Sp
     taxonomy = split.taxonomy
     size = served.network.image_size
     prepared, _, _ = load_prepared(config.workdir, DataOverrides(image_size=size, view=config.data.view))
-    counts_C, frequency_C = count_classes(served.learning, split, range(len(split)))
+    counts_C, frequency_C = count_classes(served.learning, split)
     sizes = dict(zip(taxonomy.verticals, taxonomy.vertical_sizes, strict=True))
     student = extend_student(served.network, sizes, torch.from_numpy(frequency_C), config.seed)
     if config.trainable == "new":
         hold_old_parameters(served.network, student)
+    ordinals = choose_samples(split, config.verticals, config.replay, config.seed)
+    ordinals = ordinals[np.isin(ordinals, choose_ordinals(served.learning, split))]
     task = Task(
         title=f"add {'+'.join(config.verticals)}",
         taxonomy=taxonomy,
         split=split,
-        ordinals=choose_samples(split, config.verticals, config.replay, config.seed),
+        ordinals=ordinals,
         targets=build_targets(served.learning, config.workdir, split),
         counts_C=counts_C,
         frequency_C=frequency_C,

@@ -18,7 +18,6 @@ from concentration.metrics.calibration import (
     Form,
     Scaling,
     Scope,
-    VerticalAnswers,
     Winners,
     area_under_roc,
     compute_reliability,
@@ -29,6 +28,7 @@ from concentration.metrics.calibration import (
     log_loss,
     winners,
 )
+from concentration.metrics.vertical_answers import VerticalAnswers
 from concentration.progress import Progress
 from concentration.schema import Config
 from concentration.stages.evaluate import SubjectConfig, find_checkpoint, is_model_of_all, load_subject

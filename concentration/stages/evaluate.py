@@ -19,9 +19,9 @@ from concentration.data.mapped_labels import load_class_map, map_labels
 from concentration.distributed import choose_device
 from concentration.errors import ConfigError
 from concentration.metrics.agreement import LeafAnswers, select_leaf_answers
-from concentration.metrics.calibration import VerticalAnswers
 from concentration.metrics.ensembles import Combination
 from concentration.metrics.evaluation import Evaluator, measure_kept_bytes
+from concentration.metrics.vertical_answers import VerticalAnswers
 from concentration.networks.augmented import ConditionalHeads
 from concentration.networks.classifier import Classifier
 from concentration.networks.cost import count_active_parameters, count_multiply_adds, count_parameters

@@ -20,7 +20,14 @@ from concentration.stages.groupings import identify_sample_groups, load_router, 
 from concentration.stages.plan import count_most_labels, print_training_plan
 from concentration.stages.prepare import SHARDS, load_prepared
 from concentration.stages.run_directory import RunDirectory
-from concentration.stages.train_network import NetworkStageConfig, Task, identify_base_checkpoint, train_network
+from concentration.stages.train_network import (
+    LabelsConfig,
+    NetworkStageConfig,
+    Task,
+    find_fine,
+    identify_base_checkpoint,
+    train_network,
+)
 from concentration.taxonomy import Taxonomy
 from concentration.training.memory import StepShape
 
@@ -29,11 +36,8 @@ TEACHERS = "teachers"
 #: The grouping that `group=3` is of.
 DEFAULT_GROUPING = "features"
 
-#: Samples whose labels are counted at the same time.
-_COUNTED_TOGETHER = 2**16
 
-
-class ExpertConfig(NetworkStageConfig):
+class ExpertConfig(NetworkStageConfig, LabelsConfig):
     """Trains on the samples of one group; writes `teachers/GROUPING-NUMBER/`.
 
     group: its number in the grouping `features`, or GROUPING/NUMBER.
@@ -109,16 +113,17 @@ def describe_step(config: ExpertConfig, taxonomy: Taxonomy) -> StepShape:
 
 def _describe_task(config: ExpertConfig, split: Split) -> Task:
     ordinals = _find_members(config, split)
+    if config.coarse_labels == "skip":
+        ordinals = np.intersect1d(ordinals, find_fine(split), assume_unique=True)
     if not len(ordinals):
         raise DataError(
-            f"group={config.group}: no training sample is in it; make a grouping with fewer groups, or method.balanced=true"
+            f"group={config.group}: no training sample is in it that training may use; make a grouping with fewer groups, or "
+            "method.balanced=true, or set coarse_labels=use"
         )
     val_ordinals = None
     if any((config.workdir / SHARDS).glob("val-*.index")):
         val_ordinals = _find_members(config, load_split(config.workdir / SHARDS, "val", split.taxonomy))
-    if config.coarse_labels == "skip":
-        ordinals = np.intersect1d(ordinals, split.with_leaf(), assume_unique=True)
-    counts_C = count_in_samples(split, ordinals, config.smear)
+    counts_C = split.count_in(ordinals, config.smear)
     return Task(
         title=f"expert {name_expert(config.grouping, config.number)}",
         taxonomy=split.taxonomy,
@@ -134,11 +139,3 @@ def _describe_task(config: ExpertConfig, split: Split) -> Task:
 def _find_members(config: ExpertConfig, split: Split) -> np.ndarray:
     """Ordinals of the split's samples that are in the group, rising."""
     return np.flatnonzero(load_sample_groups(config.workdir, config.grouping, split) == config.number)
-
-
-def count_in_samples(split: Split, ordinals: np.ndarray, smear: bool) -> np.ndarray:
-    """(C,) the number of these samples with each class among their labels, or among those and their ancestors."""
-    counts_C = np.zeros(split.taxonomy.num_classes, dtype=np.int64)
-    for some in np.split(ordinals, range(_COUNTED_TOGETHER, len(ordinals), _COUNTED_TOGETHER)):
-        counts_C += np.bincount(split.label_pairs(some, smear)[1], minlength=len(counts_C))
-    return counts_C

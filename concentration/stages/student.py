@@ -12,13 +12,19 @@ from concentration.data.sample_targets import LabelTargets, SampleTargets, Store
 from concentration.errors import ConfigError
 from concentration.networks.routed_teachers import RoutedTeachers
 from concentration.schema import Config, hash_values
-from concentration.stages.expert import count_in_samples
 from concentration.stages.plan import count_most_labels, print_training_plan
 from concentration.stages.prepare import SHARDS, PreparedData, load_prepared
 from concentration.stages.run_directory import RunDirectory
 from concentration.stages.targets import TARGETS, SoftTargetsConfig
 from concentration.stages.teacher import TEACHERS, identify_teachers, load_teachers, measure_teachers
-from concentration.stages.train_network import NetworkStageConfig, Task, identify_base_checkpoint, train_network
+from concentration.stages.train_network import (
+    LabelsConfig,
+    NetworkStageConfig,
+    Task,
+    find_fine,
+    identify_base_checkpoint,
+    train_network,
+)
 from concentration.taxonomy import Taxonomy
 from concentration.training.memory import StepShape
 
@@ -45,7 +51,7 @@ TargetsChoice = Annotated[
 Outside = Literal["zero", "mask"] | Annotated[float, pydantic.Field(gt=0, lt=1)]
 
 
-class LearningConfig(Config):
+class LearningConfig(LabelsConfig):
     """What a student is taught.
 
     smear: for labels, true where not given: soft targets carry their teachers' smearing.
@@ -137,13 +143,12 @@ def student(config: StudentConfig) -> None:
         if not is_due:
             return
         split = load_split(config.workdir / SHARDS, "train", taxonomy)
-        ordinals = split.with_leaf() if config.coarse_labels == "skip" else range(len(split))
-        counts_C, frequency_C = count_classes(config, split, ordinals)
+        counts_C, frequency_C = count_classes(config, split)
         task = Task(
             title=f"student {config.name}",
             taxonomy=taxonomy,
             split=split,
-            ordinals=ordinals,
+            ordinals=choose_ordinals(config, split),
             targets=build_targets(config, config.workdir, split),
             counts_C=counts_C,
             frequency_C=frequency_C,
@@ -182,19 +187,23 @@ def build_targets(config: LearningConfig, workdir: Path, split: Split) -> Sample
     return targets if config.outside_weight == 1 else WeightedOutside(targets, split, config.outside_weight)
 
 
-def count_classes(config: LearningConfig, split: Split, ordinals: np.ndarray | range) -> tuple[np.ndarray, np.ndarray]:
-    """(C,) how many of these samples have each class, and (C,) their share of those whose loss the class is part of.
+def choose_ordinals(config: LearningConfig, split: Split) -> np.ndarray | range:
+    """The samples that a student may learn from, rising; a range of all where none is left out. Raises: as `find_fine`."""
+    return find_fine(split) if config.coarse_labels == "skip" else range(len(split))
 
-    ordinals: some, or a range of all.
-    """
-    taxonomy = split.taxonomy
-    routed = [split.routed(vertical) for vertical in taxonomy.verticals]
-    if isinstance(ordinals, range):  # all of them, which may be many
-        counts_C = split.count_labels() if config.smear is False else split.count_smeared()
+
+def count_classes(config: LearningConfig, split: Split) -> tuple[np.ndarray, np.ndarray]:
+    """(C,) how many of the samples to learn from have each class, and (C,) their share of those whose loss it is part of."""
+    taxonomy, ordinals = split.taxonomy, choose_ordinals(config, split)
+    smear = config.smear is not False
+    if isinstance(ordinals, range):
+        is_taken_N = np.ones(len(split), dtype=bool)
+        counts_C = split.count_smeared() if smear else split.count_labels()
     else:
-        counts_C = count_in_samples(split, ordinals, config.smear is not False)
-        routed = [np.intersect1d(of_vertical, ordinals, assume_unique=True) for of_vertical in routed]
-    num_routed_M = np.array([len(of_vertical) for of_vertical in routed])
+        is_taken_N = np.zeros(len(split), dtype=bool)
+        is_taken_N[ordinals] = True
+        counts_C = split.count_in(ordinals, smear)
+    num_routed_M = np.array([is_taken_N[split.routed(vertical)].sum() for vertical in taxonomy.verticals])
     num_seen_M = num_routed_M + config.outside_weight * (len(ordinals) - num_routed_M)
     return counts_C, counts_C / num_seen_M[taxonomy.vertical_of_output]
 

@@ -17,14 +17,16 @@ from concentration.networks.external import ExternalConfig, find_external_files
 from concentration.networks.external.teacher import ExternalTeacher, take_over
 from concentration.progress import Progress
 from concentration.schema import Config, hash_values
-from concentration.stages.expert import TEACHERS, ExpertConfig, count_in_samples, train_expert
+from concentration.stages.expert import TEACHERS, ExpertConfig, train_expert
 from concentration.stages.plan import count_most_labels, print_training_plan
 from concentration.stages.prepare import SHARDS, DataOverrides, load_prepared
 from concentration.stages.run_directory import RunDirectory, StageConfig, hash_file
 from concentration.stages.train_network import (
     NETWORK_FILE,
+    LabelsConfig,
     NetworkStageConfig,
     Task,
+    find_fine,
     identify_base_checkpoint,
     load_network,
     train_network,
@@ -33,7 +35,7 @@ from concentration.taxonomy import Taxonomy
 from concentration.training.memory import StepShape
 
 
-class TeacherConfig(NetworkStageConfig):
+class TeacherConfig(NetworkStageConfig, LabelsConfig):
     """Trains on the samples with a label in `vertical`; writes `teachers/VERTICAL/`."""
 
     vertical: str
@@ -135,8 +137,8 @@ def _train(config: TeacherConfig) -> None:
             return
         split = load_split(config.workdir / SHARDS, "train", taxonomy)
         if config.coarse_labels == "skip":
-            ordinals = split.with_leaf(config.vertical)
-            counts_C = count_in_samples(split, ordinals, config.smear)[outputs]
+            ordinals = find_fine(split, config.vertical)
+            counts_C = split.count_in(ordinals, config.smear)[outputs]
         else:
             ordinals = split.routed(config.vertical)
             counts_C = (split.count_smeared() if config.smear else split.count_labels())[outputs]

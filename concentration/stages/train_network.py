@@ -6,7 +6,7 @@ Shapes: C outputs of the network.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pydantic
@@ -29,6 +29,7 @@ from concentration.networks.pace import PaceConfig
 from concentration.networks.routed_teachers import RoutedTeachers
 from concentration.networks.student import LossKind, NetworkConfig, Student, load_student
 from concentration.networks.top_layers import TopConfig
+from concentration.schema import Config
 from concentration.stages.prepare import SHARDS, DataOverrides, PreparedData
 from concentration.stages.run_directory import RunDirectory, StageConfig, hash_file
 from concentration.targets import load_metadata
@@ -55,24 +56,45 @@ class TrainingStageConfig(StageConfig):
     logger: LoggerConfig = LoggerConfig()
 
 
+class LabelsConfig(Config):
+    """Which images training on labels sees.
+
+    coarse_labels: of images without a label that is a leaf: `use`, all leaves are absent from them; `skip` leaves them out.
+        Teachers say their leaves, so a student of soft targets sees them all.
+    """
+
+    later_fields: ClassVar[frozenset[str]] = frozenset({"coarse_labels"})
+
+    coarse_labels: CoarseLabels = "use"
+
+
+def find_fine(split: Split, vertical: str | None = None) -> np.ndarray:
+    """Ordinals of the samples that are left with `coarse_labels=skip`, of a vertical's teacher where one is given; rising.
+
+    Raises:
+        DataError: there is none.
+    """
+    found = split.with_leaf(vertical)
+    if not len(found):
+        where = "" if vertical is None else f" of {vertical}"
+        raise DataError(f"coarse_labels=skip: no training image has a leaf{where} among its labels; set it to use")
+    return found
+
+
 class NetworkStageConfig(TrainingStageConfig):
     """The parts of a network and of its training.
 
-    coarse_labels: images without a label that is a leaf, in training on labels: `use`, all leaves are absent from them; `skip`
-        leaves them out. Teachers say their leaves, so a student of soft targets sees them all.
     loss: `sigmoid`, classes are independent; `softmax`, they exclude each other, and a sample's targets are divided by their sum.
     plan: prints what the network has and what a step of it needs, and trains nothing.
     """
 
     runtime_fields = TrainingStageConfig.runtime_fields | {"plan"}
-    later_fields = frozenset({"coarse_labels"})
 
     data: DataOverrides = DataOverrides()
     loss: LossKind = "sigmoid"
     base: BaseConfig
     top: TopConfig
     pace: PaceConfig
-    coarse_labels: CoarseLabels = "use"
     plan: bool = False
 
     @pydantic.model_validator(mode="after")

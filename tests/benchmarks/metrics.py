@@ -13,7 +13,7 @@ import numpy as np
 from measure import Comparison, cpu_seconds, measure_mb, publish, take_best
 
 from concentration.metrics.average_precision import average_precision_of_pairs
-from concentration.metrics.evaluation import measure_kept_bytes
+from concentration.metrics.evaluation import CPU, measure_kept_bytes
 from concentration.metrics.ranking import MeanAveragePrecisionAtK
 from concentration.metrics.streaming_average_precision import StreamingAveragePrecision
 from concentration.metrics.vertical_samples import KeptSamples, StreamedSamples
@@ -135,12 +135,12 @@ def compare_all_three() -> Comparison:
         show(samples)
         samples.begin_second_pass()
         show(samples)
-        samples.compute_ap()
+        samples.compute_ap(CPU)
 
     def see_once() -> None:
         samples = KeptSamples(NUM_CLASSES)
         show(samples)
-        samples.compute_ap()
+        samples.compute_ap(CPU)
 
     ours, kept = time_both(see_twice, see_once, scores_NV.size)
     return Comparison("all that `evaluate` asks of a vertical", "ns a score", ours, kept, "scores kept, in turns")

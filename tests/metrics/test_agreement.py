@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from concentration.metrics.agreement import LeafAnswers, compare_in_verticals, compare_overall, select_leaf_answers
-from concentration.metrics.calibration import VerticalAnswers
+from concentration.metrics.vertical_answers import VerticalAnswers
 
 
 def answer(taxonomy, seed: int, labels: list[list[int]], rows: range) -> LeafAnswers:

@@ -15,7 +15,6 @@ from torchmetrics.functional.classification import binary_calibration_error
 from concentration.errors import DataError
 from concentration.metrics.calibration import (
     Scaling,
-    VerticalAnswers,
     area_under_roc,
     compute_reliability,
     expected_calibration_error,
@@ -28,6 +27,7 @@ from concentration.metrics.calibration import (
     winners,
 )
 from concentration.metrics.evaluation import Evaluator
+from concentration.metrics.vertical_answers import VerticalAnswers
 
 
 def draw(seed: int, num_samples: int, slope: float = 1.0, shift: float = 0.0) -> tuple[np.ndarray, np.ndarray]:

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from concentration.errors import DataError
-from concentration.metrics.average_precision import _count_by_comparing, _count_by_sorting, average_precision_of_pairs
-from concentration.metrics.calibration import VerticalAnswers
+from concentration.metrics.average_precision import _count_by_column, _count_on_device, average_precision_of_pairs
 from concentration.metrics.evaluation import Evaluator
 from concentration.metrics.ranking import rank_labels
+from concentration.metrics.vertical_answers import VerticalAnswers
 from concentration.taxonomy import Taxonomy, TaxonomyClass
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="NOT TESTED: no GPU here")
@@ -34,10 +34,9 @@ def draw(seed: int, tied: bool, num_samples: int = 300) -> tuple[np.ndarray, lis
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("has_offset", [False, True])
-@pytest.mark.parametrize("limit", [1, 1 << 27])
-def test_comparing_counts_what_sorting_counts(tied, has_offset, limit, monkeypatch):
-    monkeypatch.setattr("concentration.metrics.average_precision.SCORES_PER_COMPARISON", limit)
-    monkeypatch.setattr("concentration.metrics.average_precision.COLUMNS_PER_TURN", 5)
+@pytest.mark.parametrize("limit", [1, 1500, 1 << 24])
+def test_many_columns_at_a_time_are_counted_as_one_after_the_other(tied, has_offset, limit, monkeypatch):
+    monkeypatch.setattr("concentration.metrics.average_precision.SCORES_PER_SORT", limit)
     scores_BV, _ = draw(0, tied)
     rng = np.random.default_rng(1)
     offset_B = rng.standard_normal(len(scores_BV)) if has_offset else None
@@ -45,16 +44,16 @@ def test_comparing_counts_what_sorting_counts(tied, has_offset, limit, monkeypat
     score_P = scores_BV[row_P, column_P] - (0 if offset_B is None else offset_B[row_P])
     score_P = score_P[np.lexsort((score_P, column_P))]
     start_V = np.concatenate([[0], np.cumsum(np.bincount(column_P, minlength=scores_BV.shape[1]))])
-    expected_P = _count_by_sorting(scores_BV, offset_B, score_P, start_V)
-    found_P = _count_by_comparing(torch.from_numpy(scores_BV), offset_B, score_P, start_V)
+    expected_P = _count_by_column(scores_BV, offset_B, score_P, start_V)
+    found_P = _count_on_device(torch.from_numpy(scores_BV), offset_B, score_P, start_V)
     np.testing.assert_array_equal(found_P, expected_P)
 
 
-def test_comparing_names_a_score_that_is_nan():
+def test_counting_names_a_score_that_is_nan():
     scores_BV = np.zeros((4, 700), dtype=np.float32)
     scores_BV[2, 600] = np.nan
     with pytest.raises(DataError, match="sample 2 for class 600 is NaN"):
-        _count_by_comparing(torch.from_numpy(scores_BV), None, np.zeros(0), np.zeros(701, dtype=np.int64))
+        _count_on_device(torch.from_numpy(scores_BV), None, np.zeros(0), np.zeros(701, dtype=np.int64))
 
 
 @needs_gpu

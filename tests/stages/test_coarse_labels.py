@@ -7,6 +7,9 @@ import pytest
 from real_runs import TINY, concentrate, load_json, load_lines, one_line
 
 from concentration.data.index import load_split
+from concentration.errors import DataError
+from concentration.stages.student import HardTargetsConfig, LearningConfig, count_classes
+from concentration.stages.train_network import find_fine
 from concentration.taxonomy import Taxonomy
 
 NUM_CHARACTERS, NUM_DRAWINGS, NUM_COARSE, BATCH = 12, 4, 8, 16
@@ -86,5 +89,22 @@ def test_data_without_any_leaf_says_so(tmp_path):
     taxonomy = Taxonomy.load(tmp_path / "work/shards/taxonomy.json")
     split = load_split(tmp_path / "work/shards", "train", taxonomy)
     split.label_output[:] = int(np.flatnonzero(~taxonomy.is_leaf)[0])
-    with pytest.raises(Exception, match="no training image has a leaf among its labels"):
-        split.with_leaf()
+    with pytest.raises(DataError, match="no training image has a leaf among its labels"):
+        find_fine(split)
+
+
+@pytest.mark.parametrize("outside", ["zero", "mask", 0.25])
+def test_class_frequencies_are_those_of_the_images_that_are_left(workdir, outside):
+    taxonomy = Taxonomy.load(workdir / "shards/taxonomy.json")
+    split = load_split(workdir / "shards", "train", taxonomy)
+    config = LearningConfig(targets=HardTargetsConfig(), coarse_labels="skip", outside=outside)
+    left = [ordinal for ordinal in range(len(split)) if any(taxonomy.is_leaf[list(split.labels(ordinal))])]
+    counts, seen = np.zeros(taxonomy.num_classes), np.zeros(taxonomy.num_classes)
+    for ordinal in left:
+        smeared = taxonomy.smear(split.labels(ordinal))
+        counts[list(smeared)] += 1
+        own = {int(taxonomy.vertical_of_output[output]) for output in split.labels(ordinal)}
+        seen += np.where(np.isin(taxonomy.vertical_of_output, list(own)), 1, config.outside_weight)
+    found_C, frequency_C = count_classes(config, split)
+    np.testing.assert_array_equal(found_C, counts)
+    np.testing.assert_allclose(frequency_C, counts / seen)

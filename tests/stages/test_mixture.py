@@ -13,7 +13,6 @@ from concentration.data.loader import SampleReader
 from concentration.data.sample_targets import LabelTargets
 from concentration.networks.mixture import load_mixture
 from concentration.networks.student import load_student
-from concentration.stages.expert import count_in_samples
 from concentration.stages.groupings import load_sample_groups
 from concentration.taxonomy import Taxonomy
 
@@ -60,8 +59,8 @@ def test_labels_are_counted_in_the_groups_samples_alone(workdir):
     expected_C = np.zeros(split.taxonomy.num_classes, dtype=int)
     for ordinal in ordinals:
         expected_C[list(split.taxonomy.smear(split.labels(int(ordinal))))] += 1
-    np.testing.assert_array_equal(count_in_samples(split, ordinals, smear=True), expected_C)
-    everything = count_in_samples(split, np.arange(len(split)), smear=False)
+    np.testing.assert_array_equal(split.count_in(ordinals, smear=True), expected_C)
+    everything = split.count_in(np.arange(len(split)), smear=False)
     np.testing.assert_array_equal(everything, split.count_labels())
 
 
