@@ -3,6 +3,7 @@
 import json
 import shlex
 import sys
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -17,6 +18,7 @@ from concentration.pipeline.graph import (
     find_due,
     find_taxonomy,
 )
+from concentration.pipeline.jobs import Job
 from concentration.pipeline.local import LocalLauncher
 from concentration.pipeline.plan import print_run_plan
 from concentration.pipeline.records import record_jobs
@@ -27,7 +29,7 @@ from concentration.stages.prepare import DataOverrides, load_prepared
 from concentration.stages.report import COMMAND_FILE, REPORT
 from concentration.targets import write_atomically
 
-__all__ = ["RunConfig", "run"]
+__all__ = ["RunConfig", "run", "run_together"]
 
 
 def run(config: RunConfig) -> None:
@@ -50,14 +52,32 @@ def run(config: RunConfig) -> None:
 
 def _run_here(config: RunConfig) -> None:
     _record_command(config)
-    launcher = LocalLauncher(config.num_processes or count_cores())
-    num_new = launcher.run([build_prepare_job(config)])
-    _, taxonomy, _ = load_prepared(config.workdir, DataOverrides())
-    record_jobs(config.workdir, build_graph(config, taxonomy))
-    num_new += launcher.run(build_jobs(config, taxonomy))
+    num_new = run_together([config], has_report=True)
     if num_new == 1:  # the report
         print("everything was done already: nothing is to do but to draw the report anew")
     _print_result(config)
+
+
+def run_together(configs: Sequence[RunConfig], has_report: bool) -> int:
+    """Runs in one working directory, which share data, teachers and generalist, as one graph on this machine.
+
+    has_report: whether the report is drawn, too, with the last of them in front.
+
+    Returns:
+        The number of jobs whose results were not there before.
+
+    Raises:
+        JobFailed, Preempted: as `run`.
+    """
+    workdir = configs[0].workdir
+    launcher = LocalLauncher(configs[0].num_processes or count_cores())
+    num_new = launcher.run([build_prepare_job(configs[0])])
+    _, taxonomy, _ = load_prepared(workdir, DataOverrides())
+    jobs: dict[str, Job] = {}
+    for config in configs:
+        record_jobs(workdir, build_graph(config, taxonomy))
+        jobs |= {job.name: job for job in build_jobs(config, taxonomy) if has_report or job.verb != "report"}
+    return num_new + launcher.run(list(jobs.values()))
 
 
 def _run_on_slurm(config: RunConfig, launcher_config: SlurmConfig) -> None:

@@ -10,26 +10,14 @@ import sys
 from pathlib import Path
 
 from concentration.errors import ConcentrationError
-from concentration.pipeline.graph import build_jobs, build_prepare_job
-from concentration.pipeline.jobs import Job
-from concentration.pipeline.local import LocalLauncher
-from concentration.processes import count_cores
-from concentration.stages.prepare import DataOverrides, load_prepared
+from concentration.pipeline.run import run_together
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "docs"))
 from tables import list_runs
 
 
 def main(table: str, workdir: str, *overrides: str) -> None:
-    configs = list(list_runs(table, [f"workdir={workdir}", *overrides]))
-    first = configs[0]
-    launcher = LocalLauncher(first.num_processes or count_cores())
-    launcher.run([build_prepare_job(first)])
-    _, taxonomy, _ = load_prepared(first.workdir, DataOverrides())
-    jobs: dict[str, Job] = {}
-    for config in configs:
-        jobs |= {job.name: job for job in build_jobs(config, taxonomy) if job.verb != "report"}
-    launcher.run(list(jobs.values()))
+    run_together(list(list_runs(table, [f"workdir={workdir}", *overrides])), has_report=False)
 
 
 if __name__ == "__main__":
