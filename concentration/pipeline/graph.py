@@ -38,7 +38,7 @@ from concentration.stages.student import HardTargetsConfig, Outside, TargetsChoi
 from concentration.stages.targets import TARGETS, TargetsConfig
 from concentration.stages.teacher import TEACHERS, ExternalTeacherConfig, TeacherConfig
 from concentration.stages.teacher_gate import GateConfig
-from concentration.stages.train_network import CoarseLabels
+from concentration.stages.train_network import LabelsConfig
 from concentration.taxonomy import Taxonomy
 from concentration.training.configs import TrainerConfig
 from concentration.training.optimizers import OptimizerConfig
@@ -50,7 +50,7 @@ class TeacherParts(NetworkParts):
     external: dict[str, ExternalConfig] = pydantic.Field(default_factory=dict)
 
 
-class RunConfig(TrainedRun):
+class RunConfig(TrainedRun, LabelsConfig):
     """The whole pipeline. The keys at the top are the student's; `teacher` and `generalist` have their own.
 
     name: of the student; several students may share teachers and targets.
@@ -65,7 +65,6 @@ class RunConfig(TrainedRun):
     gate: of the teachers; with `stop` targets wait for the generalist, which they are compared with.
     """
 
-    later_fields: ClassVar[frozenset[str]] = frozenset({"coarse_labels"})
     runtime_fields: ClassVar[frozenset[str]] = StageConfig.runtime_fields | {
         "launcher", "num_processes", "plan", "dry_run"
     }  # fmt: skip
@@ -79,7 +78,6 @@ class RunConfig(TrainedRun):
     targets: TargetsChoice
     tail: Literal["zero", "spread"] = "zero"
     outside: Outside = "zero"
-    coarse_labels: CoarseLabels = "use"
     optimizer: OptimizerConfig
     trainer: TrainerConfig
     teacher: TeacherParts

@@ -35,7 +35,7 @@ class PlannedData:
         image_size: pixels of a side.
         num_samples: by split.
         num_routed: by vertical, the training samples with a label in it.
-        num_fine: by vertical, those of them with a leaf of it; and under None, of all.
+        num_fine: by vertical, those of them with a leaf of it, and under None of all; empty with `coarse_labels=use`.
         stored_bytes: of the shards, written or to be written; 0 where given shards are used where they lie.
         write_seconds: to read an image at its source; None where that is done, or nothing is written.
         read_seconds: to decode and crop an image; None where it was not measured.
@@ -87,7 +87,7 @@ def _look_at_shards(config: RunConfig) -> PlannedData:
         prepared.image_size,
         {name: facts.get(name, {"samples": 0})["samples"] for name in SPLITS},
         facts["train"]["by_vertical"],
-        {vertical: len(split.with_leaf(vertical)) for vertical in (None, *taxonomy.verticals)},
+        {v: len(split.with_leaf(v)) for v in (None, *taxonomy.verticals)} if config.coarse_labels == "skip" else {},
         0 if is_given else sum(path.stat().st_size for path in shards),
         None,
         seconds,
@@ -105,8 +105,8 @@ def _look_at_source(config: RunConfig) -> PlannedData:
     for item, split in zip(items, splits, strict=True):
         if split == "train":
             routed.update({vertical_of[label] for label in item.labels})
-            of_leaves = {vertical_of[label] for label in item.labels if label in leaves}
-            fine.update({*of_leaves, None} if of_leaves else ())
+            if config.coarse_labels == "skip" and (own := leaves.intersection(item.labels)):
+                fine.update({None, *(vertical_of[label] for label in own)})
     start = time.perf_counter()
     probed = [items[place] for place in np.linspace(0, len(items) - 1, min(NUM_PROBED, len(items)), dtype=int)]
     contents = [source.read(item)[1] for item in probed]
@@ -120,7 +120,7 @@ def _look_at_source(config: RunConfig) -> PlannedData:
         config.data.image_size,
         dict(Counter(splits)),
         {vertical: routed[vertical] for vertical in taxonomy.verticals},
-        {vertical: fine[vertical] for vertical in (None, *taxonomy.verticals)},
+        {vertical: fine[vertical] for vertical in (None, *taxonomy.verticals)} if fine else {},
         round(len(items) * np.mean(image_bytes)),
         write_seconds,
         _time_decoding(contents, config.data.view, config.data.image_size),

@@ -147,13 +147,14 @@ def _train(config: AddConfig, directory: RunDirectory, served: Served, split: Sp
     taxonomy = split.taxonomy
     size = served.network.image_size
     prepared, _, _ = load_prepared(config.workdir, DataOverrides(image_size=size, view=config.data.view))
-    counts_C, frequency_C = count_classes(served.learning, split)
+    taught = choose_ordinals(served.learning, split)
+    counts_C, frequency_C = count_classes(served.learning, split, taught)
     sizes = dict(zip(taxonomy.verticals, taxonomy.vertical_sizes, strict=True))
     student = extend_student(served.network, sizes, torch.from_numpy(frequency_C), config.seed)
     if config.trainable == "new":
         hold_old_parameters(served.network, student)
     ordinals = choose_samples(split, config.verticals, config.replay, config.seed)
-    ordinals = ordinals[np.isin(ordinals, choose_ordinals(served.learning, split))]
+    ordinals = ordinals[np.isin(ordinals, taught)]
     task = Task(
         title=f"add {'+'.join(config.verticals)}",
         taxonomy=taxonomy,

@@ -200,7 +200,7 @@ def _evaluate(config: RegroupConfig, network: Classifier, *parts: tuple[Split, s
             for (split, columns), evaluator in zip(parts, evaluators, strict=True):
                 labels = [split.labels(int(ordinal)) for ordinal in ordinal_B]
                 evaluator.update(scores_BC[:, columns], labels)
-    return [evaluator.compute() for evaluator in evaluators]
+    return [evaluator.compute(network.device) for evaluator in evaluators]
 
 
 def _without_nan(value: Any) -> Any:

@@ -143,12 +143,13 @@ def student(config: StudentConfig) -> None:
         if not is_due:
             return
         split = load_split(config.workdir / SHARDS, "train", taxonomy)
-        counts_C, frequency_C = count_classes(config, split)
+        ordinals = choose_ordinals(config, split)
+        counts_C, frequency_C = count_classes(config, split, ordinals)
         task = Task(
             title=f"student {config.name}",
             taxonomy=taxonomy,
             split=split,
-            ordinals=choose_ordinals(config, split),
+            ordinals=ordinals,
             targets=build_targets(config, config.workdir, split),
             counts_C=counts_C,
             frequency_C=frequency_C,
@@ -192,18 +193,20 @@ def choose_ordinals(config: LearningConfig, split: Split) -> np.ndarray | range:
     return find_fine(split) if config.coarse_labels == "skip" else range(len(split))
 
 
-def count_classes(config: LearningConfig, split: Split) -> tuple[np.ndarray, np.ndarray]:
-    """(C,) how many of the samples to learn from have each class, and (C,) their share of those whose loss it is part of."""
-    taxonomy, ordinals = split.taxonomy, choose_ordinals(config, split)
-    smear = config.smear is not False
+def count_classes(config: LearningConfig, split: Split, ordinals: np.ndarray | range) -> tuple[np.ndarray, np.ndarray]:
+    """(C,) how many of the samples to learn from have each class, and (C,) their share of those whose loss it is part of.
+
+    ordinals: of `choose_ordinals`.
+    """
+    taxonomy, smear = split.taxonomy, config.smear is not False
     if isinstance(ordinals, range):
-        is_taken_N = np.ones(len(split), dtype=bool)
         counts_C = split.count_smeared() if smear else split.count_labels()
+        num_routed_M = np.array([len(split.routed(vertical)) for vertical in taxonomy.verticals])
     else:
+        counts_C = split.count_in(ordinals, smear)
         is_taken_N = np.zeros(len(split), dtype=bool)
         is_taken_N[ordinals] = True
-        counts_C = split.count_in(ordinals, smear)
-    num_routed_M = np.array([is_taken_N[split.routed(vertical)].sum() for vertical in taxonomy.verticals])
+        num_routed_M = np.array([is_taken_N[split.routed(vertical)].sum() for vertical in taxonomy.verticals])
     num_seen_M = num_routed_M + config.outside_weight * (len(ordinals) - num_routed_M)
     return counts_C, counts_C / num_seen_M[taxonomy.vertical_of_output]
 

@@ -134,7 +134,7 @@ def measure_vertical(
         for scores_BC, ordinal_B in subject.score_all(batch_size, 0, progress):
             scores_BV = scores_BC[:, columns][:, : taxonomy.num_classes]
             evaluator.update(scores_BV, [subject.labels(int(ordinal)) for ordinal in ordinal_B])
-    return evaluator.compute().ap_of_class
+    return evaluator.compute(network.device).ap_of_class
 
 
 def _measure_constant(split: Split, vertical: str) -> float:

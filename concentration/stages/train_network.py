@@ -38,8 +38,6 @@ from concentration.training.configs import LoggerConfig, TrainerConfig
 from concentration.training.optimizers import OptimizerConfig
 from concentration.training.training_data import TrainingData
 
-CoarseLabels = Literal["use", "skip"]
-
 NETWORK_FILE = "model.safetensors"
 #: Beside it with `trainer.keep_best`, of the same form.
 BEST_FILE = "best.safetensors"
@@ -65,7 +63,7 @@ class LabelsConfig(Config):
 
     later_fields: ClassVar[frozenset[str]] = frozenset({"coarse_labels"})
 
-    coarse_labels: CoarseLabels = "use"
+    coarse_labels: Literal["use", "skip"] = "use"
 
 
 def find_fine(split: Split, vertical: str | None = None) -> np.ndarray:

@@ -8,7 +8,7 @@ from real_runs import TINY, concentrate, load_json, load_lines, one_line
 
 from concentration.data.index import load_split
 from concentration.errors import DataError
-from concentration.stages.student import HardTargetsConfig, LearningConfig, count_classes
+from concentration.stages.student import HardTargetsConfig, LearningConfig, choose_ordinals, count_classes
 from concentration.stages.train_network import find_fine
 from concentration.taxonomy import Taxonomy
 
@@ -105,6 +105,6 @@ def test_class_frequencies_are_those_of_the_images_that_are_left(workdir, outsid
         counts[list(smeared)] += 1
         own = {int(taxonomy.vertical_of_output[output]) for output in split.labels(ordinal)}
         seen += np.where(np.isin(taxonomy.vertical_of_output, list(own)), 1, config.outside_weight)
-    found_C, frequency_C = count_classes(config, split)
+    found_C, frequency_C = count_classes(config, split, choose_ordinals(config, split))
     np.testing.assert_array_equal(found_C, counts)
     np.testing.assert_allclose(frequency_C, counts / seen)

@@ -158,14 +158,15 @@ class GlyphSource(LocalSource):
     def _list_split(self, split: Split) -> list[Item]:
         """The drawings of a split, round by round over all classes, so that every shard holds many classes."""
         items = []
-        parents = {c.id: c.parents for c in self.build_taxonomy().classes}
+        has_coarse = split == "train" and self._config.num_coarse_drawings > 0
+        parents = {c.id: c.parents for c in self.build_taxonomy().classes} if has_coarse else {}
         faces_of = {c: [face for face in c.faces if FACES[face].split == split] for c in self.characters}
         for drawing in range(self._count_drawings(split, max(map(len, faces_of.values())))):
             for character, faces in faces_of.items():
                 if drawing < self._count_drawings(split, len(faces)):
                     face, codepoint = faces[drawing % len(faces)], character.codepoint
                     key = f"u{codepoint:04x}-f{face:02d}-{drawing:03d}"
-                    is_coarse = split == "train" and drawing >= self._config.num_drawings
+                    is_coarse = has_coarse and drawing >= self._config.num_drawings
                     labels = parents[character.class_id] if is_coarse else (character.class_id,)
                     items.append(Item(key, labels, (codepoint, face, drawing), split))
         return items
