@@ -1,10 +1,13 @@
 """Being asked to stop: a signal is only noted, and whoever works looks at the note where stopping loses nothing."""
 
+import contextlib
+import multiprocessing.resource_tracker
 import os
 import re
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from concentration.errors import Preempted
@@ -20,9 +23,29 @@ _noted = 0
 
 
 def note_signals(*more: signal.Signals) -> None:
-    """From now on signals are noted and nothing else, whoever handled them before; a second one changes nothing."""
+    """From now on signals are noted and nothing else, whoever handled them before; a second one changes nothing.
+
+    Also those that came while they were `left_to_parent`.
+    """
     for number in (*SIGNALS, *more):
         signal.signal(number, _note)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (*SIGNALS, *more))
+
+
+@contextlib.contextmanager
+def left_to_parent(*numbers: signal.Signals) -> Iterator[None]:
+    """What begins in here, process or thread, does not see these signals, or all that ask to stop, from its first instruction on.
+
+    A signal to the whole group, as SLURM sends it, must not end a worker in the middle of its work; this thread hears of it
+    when the block is left.
+    """
+    # NOTE: multiprocessing would start its tracker at the first process of a server, and let signals through afterwards.
+    multiprocessing.resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers or (*SIGNALS, signal.SIGINT))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def noted_signal() -> int:

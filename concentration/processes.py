@@ -2,10 +2,7 @@
 
 import multiprocessing
 import os
-import signal
 import threading
-
-from concentration.preemption import SIGNALS
 
 
 def end_with_parent() -> None:
@@ -16,12 +13,6 @@ def end_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()
-
-
-def leave_signals_to_parent() -> None:
-    """A signal to the whole group, as SLURM sends it, must not end this process in the middle of its work."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
 
 
 def count_cores() -> int:

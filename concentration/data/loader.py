@@ -17,6 +17,7 @@ import torch
 import torch.utils.data
 from torch import Tensor
 
+from concentration import preemption
 from concentration.data.index import Split
 from concentration.data.order import Order
 from concentration.data.prefetch import Prefetch, check_room
@@ -315,9 +316,10 @@ class _Loader(torch.utils.data.DataLoader):
 
     def __iter__(self) -> Iterator[Batch]:
         others = set(multiprocessing.active_children())
-        batches = super().__iter__()
+        with preemption.left_to_parent():
+            batches = super().__iter__()
         # NOTE: a process that exits with a loader still in use (an error keeps all that was in use) asks workers to end by
-        # a signal, which they ignore, and would wait for ever.
+        # a signal, which they do not see, and would wait for ever.
         workers = set(multiprocessing.active_children()) - others
         end = multiprocessing.util.Finalize(None, _kill, args=(workers,), exitpriority=1)
         step_batches: StepBatches = self.dataset.batches
@@ -364,6 +366,3 @@ def _identity(batch: Batch | ConcentrationError) -> Batch | ConcentrationError:
 
 def _start_worker(_: int) -> None:
     torch.set_num_threads(1)
-    # The main process decides when to stop: a signal to the whole group must not end a worker in the middle of a batch.
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)

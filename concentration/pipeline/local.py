@@ -83,9 +83,13 @@ class LocalLauncher:
         frozen, earlier = job.freeze(), job.finished_at()
         if job.resources.num_processes == 1:
             process = self._context.Process(target=run_forked, args=(frozen,), name=job.name)
-            process.start()
+            with (
+                preemption.left_to_parent()
+            ):  # the first begins the server, which must outlive it: it knows how jobs end
+                process.start()
         else:
-            with open(job.file(LOG), "ab") as log:
+            # SIGTERM is for torchrun, which passes it on; of these it would die, and leave its processes behind.
+            with open(job.file(LOG), "ab") as log, preemption.left_to_parent(signal.SIGUSR1, signal.SIGUSR2):
                 process = subprocess.Popen(job.command(), stdout=log, stderr=subprocess.STDOUT)
         return _Running(job, process, time.monotonic(), earlier)
 
@@ -111,7 +115,8 @@ class _Running:
     def poll(self) -> int | None:
         """The exit code, negative for a signal, or None while it runs."""
         if isinstance(self.process, subprocess.Popen):
-            return self.process.poll()
+            code = self.process.poll()
+            return self.job.exit_code() or code if code else code  # torchrun has a code of its own for every end
         return self.process.exitcode
 
 

@@ -5,8 +5,9 @@ import concurrent.futures.process
 import multiprocessing
 from collections.abc import Callable, Sequence
 
+from concentration import preemption
 from concentration.errors import DataError
-from concentration.processes import count_cores, end_with_parent, leave_signals_to_parent
+from concentration.processes import count_cores, end_with_parent
 from concentration.progress import Progress
 
 
@@ -31,8 +32,9 @@ def run_tasks(
         return
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["concentration.stages.prepare"])  # torch is imported once, not by every worker
-    with concurrent.futures.ProcessPoolExecutor(num_processes, mp_context=context, initializer=_start_worker) as pool:
-        size_of = {pool.submit(task): size for task, size in zip(tasks, sizes, strict=True)}
+    with concurrent.futures.ProcessPoolExecutor(num_processes, mp_context=context, initializer=end_with_parent) as pool:
+        with preemption.left_to_parent():
+            size_of = {pool.submit(task): size for task, size in zip(tasks, sizes, strict=True)}
         try:
             for future in concurrent.futures.as_completed(size_of):
                 future.result()
@@ -45,8 +47,3 @@ def run_tasks(
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-
-
-def _start_worker() -> None:
-    end_with_parent()
-    leave_signals_to_parent()

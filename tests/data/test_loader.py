@@ -289,14 +289,30 @@ def test_readers_keep_few_files_open_and_close_them(split):
     assert count_open_files() == before
 
 
-def test_workers_outlive_the_signals_that_ask_the_main_process_to_stop(batches):
+REQUESTS_TO_STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+
+
+class StruckAtBirth:
+    """While it lives, every process that is forked sends itself what asks a job to stop, before anything else."""
+
+    def __init__(self):
+        multiprocessing.util.register_after_fork(self, StruckAtBirth.strike)
+
+    def strike(self):
+        for number in REQUESTS_TO_STOP:
+            os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize("is_struck_at_birth", [False, True])
+def test_workers_outlive_the_signals_that_ask_the_main_process_to_stop(batches, is_struck_at_birth):
     others = set(multiprocessing.active_children())
+    strike = StruckAtBirth() if is_struck_at_birth else None  # noqa: F841
     loaded = []
     for batch in StepLoader(batches, 40, num_workers=2, pin_memory=False):
         if not loaded:
             workers = set(multiprocessing.active_children()) - others
             assert len(workers) == 2
-            for worker, number in itertools.product(workers, (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)):
+            for worker, number in itertools.product(workers, REQUESTS_TO_STOP):
                 os.kill(worker.pid, number)
         loaded.append(batch)
     assert len(loaded) == 40

@@ -6,6 +6,7 @@ import pty
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -191,6 +192,44 @@ def test_a_signal_stops_the_run_with_75_and_the_next_one_finishes(finished, tmp_
     run(workdir)
     assert_same_networks(workdir, expected)
     assert set(status(workdir).values()) == {"done"}
+
+
+@pytest.mark.parametrize(
+    ("number", "moment", "options"),
+    [
+        pytest.param(signal.SIGTERM, "jobs/prepare.json", (), id="SIGTERM-server-starts"),
+        pytest.param(signal.SIGUSR1, "students/generalist/metrics.jsonl", (), id="SIGUSR1-training"),
+        pytest.param(signal.SIGINT, "students/generalist/metrics.jsonl", (), id="SIGINT-training", marks=pytest.mark.long),
+        pytest.param(signal.SIGTERM, "students/generalist/metrics.jsonl", ("trainer.devices=2",), id="SIGTERM-torchrun",
+                     marks=pytest.mark.long),
+        pytest.param(signal.SIGUSR1, "students/generalist/metrics.jsonl", ("trainer.devices=2",), id="SIGUSR1-torchrun",
+                     marks=pytest.mark.long),
+    ],
+)  # fmt: skip
+def test_a_signal_to_every_process_lets_all_jobs_save_before_the_run_ends(finished, tmp_path, number, moment, options):
+    """As SLURM and a terminal send it: also to the server from which jobs are forked, and to torchrun."""
+    workdir = tmp_path / "work"
+    shutil.copytree(finished[0] / "shards", workdir / "shards")
+    command = [sys.executable, "-m", "concentration.cli", *COMMAND, "trainer.max_epochs=300", *options]
+    with open(tmp_path / "err", "w+") as err:
+        process = subprocess.Popen([*command, f"workdir={workdir}"], stderr=err, start_new_session=True)
+        deadline = time.monotonic() + 180
+        while not any(workdir.glob(moment)):
+            assert process.poll() is None, (tmp_path / "err").read_text()
+            assert time.monotonic() < deadline, (tmp_path / "err").read_text()
+            time.sleep(0.01)
+        os.killpg(process.pid, number)
+        code = process.wait(60)
+    said = (tmp_path / "err").read_text()
+    assert code == 75, said
+    assert f"stopped by {number.name}" in said
+    assert "FAILED" not in said
+    assert "Traceback" not in said
+    begun = {path.stem: load_json(path.with_suffix(".exit")) for path in workdir.glob("jobs/*-*.json")}
+    assert set(begun.values()) <= {0, 75}
+    if "students" in moment:
+        assert begun["student-generalist"] == 75
+        assert any(workdir.glob("students/generalist/checkpoints/*.ckpt"))
 
 
 def test_a_killed_run_takes_its_jobs_with_it_and_the_next_one_finishes(finished, tmp_path):
