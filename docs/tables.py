@@ -1,7 +1,8 @@
 """The papers' tables as they came out here: results of finished runs as JSON, and JSON as a page.
 
 python docs/tables.py collect TABLE WORKDIR [KEY=VALUE ...]     WORKDIR/seed-*/ -> docs/results/TABLE.json, then the page;
-                                                                with data=NAME docs/results/TABLE-NAME.json
+                                                                with data=NAME docs/results/TABLE-NAME.json; rows and
+                                                                seeds that are in the file and not here are kept
 python docs/tables.py                                           docs/results/*.json -> docs/tables.md and docs/results/*.png
 """
 
@@ -73,11 +74,13 @@ def list_runs(table: str, overrides: Sequence[str] = ()) -> Iterator[RunConfig]:
 
 
 def collect(table: str, workdir: Path, overrides: Sequence[str]) -> dict:
-    """What is finished of a table: by row and seed the quantities, parameters, and the training loss.
+    """What is finished of a table: by row and seed the quantities, parameters, the training loss, and this commit.
 
     Raises: ConfigError where nothing is.
     """
     rows: dict[str, dict] = {}
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(command, cwd=DOCS, capture_output=True, text=True, check=False).stdout.strip()
     students = list(list_rows(table, overrides))
     seeds = sorted(workdir.glob("seed-*"), key=lambda path: int(path.name.removeprefix("seed-")))
     seeds = [seed for seed in seeds if any((seed / "evaluations" / f"{name}.json").exists() for name in students)]
@@ -90,13 +93,42 @@ def collect(table: str, workdir: Path, overrides: Sequence[str]) -> dict:
                 **{quantity: round(values[quantity], 5) for quantity in QUANTITIES},
                 "pvap": {vertical: round(ap, 4) for vertical, ap in values["pvap"].items()},
                 **_read_metrics(seed / "students" / name / "metrics.jsonl"),
+                "commit": commit,
             }
     if not rows:
         raise ConfigError(f"{workdir}: no finished row of {table}; run launch/tables/run.sh {table} first")
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=DOCS, capture_output=True, text=True, check=False
+    return {"table": table, "overrides": list(overrides), "rows": rows}
+
+
+def merge(earlier: Mapping, found: Mapping) -> dict:
+    """Both results of a table, each row and seed of `found` where it is there: a table may come in pieces, from several machines.
+
+    Raises: ConfigError where they were not trained alike, but for `method=`, which says what rows there are.
+    """
+    (recipe, methods), (recipe_found, methods_found) = (
+        _split_methods(result["overrides"]) for result in (earlier, found)
     )
-    return {"table": table, "overrides": list(overrides), "commit": commit.stdout.strip(), "rows": rows}
+    if recipe != recipe_found or bool(methods) != bool(methods_found):
+        raise ConfigError(
+            f"{_name_result(found)}: the rows that are there were trained with {earlier['overrides']}, these with "
+            f"{found['overrides']}; move docs/results/{_name_result(found)}.json away, or collect with the same"
+        )
+    methods = list(dict.fromkeys([*methods, *methods_found]))
+    overrides = [*recipe, *([f"method={','.join(methods)}"] if methods else [])]
+    names = [*list_rows(found["table"], overrides), *REFERENCES]
+    rows = {}
+    for name in names:
+        pieces = [result["rows"][name] for result in (earlier, found) if name in result["rows"]]
+        if pieces:
+            seeds = {seed: values for piece in pieces for seed, values in piece["seeds"].items()}
+            rows[name] = {**pieces[-1], "seeds": dict(sorted(seeds.items(), key=lambda seed: int(seed[0])))}
+    return {**found, "overrides": overrides, "rows": rows}
+
+
+def _split_methods(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
+    recipe = [override for override in overrides if not override.startswith("method=")]
+    swept = [override.removeprefix("method=") for override in overrides if override.startswith("method=")]
+    return recipe, [method for methods in swept for method in methods.split(",")]
 
 
 def write_page() -> str:
@@ -138,12 +170,11 @@ def _read_metrics(path: Path) -> dict:
 
 def _write_table(result: Mapping) -> str:
     table, rows = result["table"], result["rows"]
-    seeds = sorted({seed for row in rows.values() for seed in row["seeds"]}, key=int)
     words = " ".join(["launch/tables/run.sh", table, *result["overrides"]])
     lines = [
         f"## {_name_result(result)}",
         "",
-        f"`{words}`, commit {result['commit']}, seeds {', '.join(seeds)}.",
+        f"`{words}`, {_write_seeds(rows)}.",
         "",
         "| row | parameters | val | " + " | ".join(QUANTITIES.values()) + " | closed | last loss | the paper |",
         "|---" * (len(QUANTITIES) + 6) + "|",
@@ -162,6 +193,15 @@ def _write_table(result: Mapping) -> str:
     if _name_experiment(result) in (*BY_VERTICAL, *LOSSES):
         lines += ["", f"![{_name_result(result)}](results/{_name_result(result)}.png)"]
     return "\n".join(lines) + "\n"
+
+
+def _write_seeds(rows: Mapping[str, Mapping]) -> str:
+    """Which commit trained which seeds."""
+    seeds_of: dict[str, set[str]] = {}
+    for row in rows.values():
+        for seed, values in row["seeds"].items():
+            seeds_of.setdefault(values["commit"], set()).add(seed)
+    return "; ".join(f"commit {commit}, seeds {', '.join(sorted(seeds_of[commit], key=int))}" for commit in seeds_of)
 
 
 def _write_verticals(result: Mapping) -> list[str]:
@@ -245,7 +285,9 @@ def _write_spread(values: Sequence[float], digits: int) -> str:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["collect"]:
         found = collect(sys.argv[2], Path(sys.argv[3]), sys.argv[4:])
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / f"{_name_result(found)}.json").write_text(json.dumps(found, indent=1) + "\n")
+        result_path = RESULTS / f"{_name_result(found)}.json"
+        if result_path.exists():
+            found = merge(json.loads(result_path.read_text()), found)
+        result_path.write_text(json.dumps(found, indent=1) + "\n")
     PAGE.write_text(write_page(), encoding="utf-8")
     draw_pictures()

@@ -76,6 +76,34 @@ def test_a_long_curve_is_kept_in_twelve_points(tmp_path):
     assert curve[-1] == [12000, 25.5]
 
 
+def test_pieces_of_a_table_from_several_machines_make_one(tmp_path):
+    options = ["data=glyphs_100k", "method=fc_fc_d", "trainer.max_epochs=4"]
+    write_run(tmp_path / "first", 0, "fc_fc_d", 0.5, [2.0])
+    write_run(tmp_path / "first", 0, "generalist", 0.4, [2.0])
+    write_run(tmp_path / "other", 0, "generalist", 0.45, [2.0])
+    write_run(tmp_path / "other", 0, "fc_sc_d", 0.65, [2.0])
+    write_run(tmp_path / "other", 2, "generalist", 0.6, [2.0])
+    write_run(tmp_path / "other", 2, "fc_sc_d", 0.7, [2.0])
+    first = tables.collect("table4", tmp_path / "first", options)
+    other = tables.collect("table4", tmp_path / "other", [*options[:1], "method=fc_sc_d,fc_fc_d", options[2]])
+    found = tables.merge(first, other)
+    assert list(found["rows"]) == ["fc_fc_d", "fc_sc_d", "generalist"]
+    mpvap = {name: {n: seed["mpvap"] for n, seed in row["seeds"].items()} for name, row in found["rows"].items()}
+    assert mpvap == {"fc_fc_d": {"0": 0.5}, "fc_sc_d": {"0": 0.65, "2": 0.7}, "generalist": {"0": 0.45, "2": 0.6}}
+    assert tables.merge(found, other)["rows"] == found["rows"]
+    assert set(tables.list_rows("table4", found["overrides"])) == {"fc_fc_d", "fc_sc_d"}
+    with pytest.raises(ConfigError, match="table4-glyphs_100k: the rows that are there were trained with"):
+        tables.merge(first, {**other, "overrides": ["data=glyphs_100k", "trainer.max_epochs=5", "method=fc_sc_d"]})
+
+
+def test_the_page_says_which_commit_trained_which_seeds():
+    rows = {
+        "a": {"seeds": {"0": {"commit": "abc"}, "10": {"commit": "def"}, "2": {"commit": "def"}}},
+        "b": {"seeds": {"0": {"commit": "abc"}}},
+    }
+    assert tables._write_seeds(rows) == "commit abc, seeds 0; commit def, seeds 2, 10"
+
+
 def test_nothing_finished_is_one_line(tmp_path):
     with pytest.raises(ConfigError, match=r"no finished row of table1; run launch/tables/run.sh table1"):
         tables.collect("table1", tmp_path, [])
