@@ -295,7 +295,8 @@ class StepLoader:
 def build_loader(
     batches: StepBatches, numbers: range, num_workers: int, pin_memory: bool = False
 ) -> torch.utils.data.DataLoader:
-    """The micro-batches with these numbers, in order, read ahead by worker processes."""
+    """The micro-batches with these numbers, in order, read ahead by at most `num_workers` processes."""
+    num_workers = min(num_workers, len(numbers))
     return _Loader(
         _Returned(batches),
         sampler=numbers,

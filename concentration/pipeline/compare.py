@@ -20,6 +20,7 @@ from concentration.pipeline.parts import (
     TrainedRun,
     build_evaluate_job,
     build_student_job,
+    get_asking,
     get_resources,
     get_shared,
 )
@@ -88,32 +89,32 @@ class ComparedRun(TrainedRun):
 
 def build_compare_jobs(config: ComparedRun, compare: CompareConfig) -> list[Job]:
     """The trainings of all systems and their evaluations, each after what it needs; the generalist is in the run already."""
-    accelerator = config.generalist.trainer.accelerator
+    trainer = config.generalist.trainer
     long = config.generalist.model_copy(update={"trainer": compare.long_trainer})
     wide = long.model_copy(update={"top": compare.wide_top})
     jobs = [
         build_student_job(config, LONG, long, HardTargetsConfig(), after=()),
         build_student_job(config, WIDE, wide, HardTargetsConfig(), after=()),
-        *_build_mixture_jobs(config, compare, accelerator),
-        *_build_augment_jobs(config, compare, accelerator),
+        *_build_mixture_jobs(config, compare, trainer),
+        *_build_augment_jobs(config, compare, trainer),
     ]
     trained_by = {job.directory.name: job.name for job in jobs if job.directory.parent.name == STUDENTS}
-    evaluations = [build_evaluate_job(config, name, accelerator, (trained_by[name],)) for name in COMPARED]
+    evaluations = [build_evaluate_job(config, name, trainer, (trained_by[name],)) for name in COMPARED]
     return [*jobs, *evaluations]
 
 
-def _build_mixture_jobs(config: ComparedRun, compare: CompareConfig, accelerator: str) -> list[Job]:
+def _build_mixture_jobs(config: ComparedRun, compare: CompareConfig, trainer: TrainerConfig) -> list[Job]:
     """Groups by the generalist's features, an expert for each, and mixtures in which one or two experts see an image."""
-    grouping = _group_job(config, compare.features, accelerator, (f"student {GENERALIST}",))
+    grouping = _group_job(config, compare.features, trainer, (f"student {GENERALIST}",))
     experts = [_expert_job(config, compare, number, grouping.name) for number in range(compare.features.num_groups)]
     after = tuple(job.name for job in experts)
-    return [grouping, *experts, *(_mixture_job(config, rank, accelerator, after) for rank in (1, 2))]
+    return [grouping, *experts, *(_mixture_job(config, rank, trainer, after) for rank in (1, 2))]
 
 
-def _build_augment_jobs(config: ComparedRun, compare: CompareConfig, accelerator: str) -> list[Job]:
+def _build_augment_jobs(config: ComparedRun, compare: CompareConfig, trainer: TrainerConfig) -> list[Job]:
     """Groups of classes, random ones of the same sizes, and the generalist grown by heads for either."""
-    groups = _group_job(config, compare.groups, accelerator, (f"student {GENERALIST}",))
-    random = _group_job(config, RandomGroupsConfig(of=compare.groups.kind), accelerator, (groups.name,))
+    groups = _group_job(config, compare.groups, trainer, (f"student {GENERALIST}",))
+    random = _group_job(config, RandomGroupsConfig(of=compare.groups.kind), trainer, (groups.name,))
     names = {AUGMENTED: (compare.groups.kind, groups.name), AUGMENTED_RANDOM: (random.config.method.kind, random.name)}
     grown = [_augment_job(config, compare.augment, name, *of) for name, of in names.items()]
     return [groups, random, *grown]
@@ -122,10 +123,10 @@ def _build_augment_jobs(config: ComparedRun, compare: CompareConfig, accelerator
 def _group_job(
     config: ComparedRun,
     method: FeatureGroupsConfig | DetectionGroupsConfig | RandomGroupsConfig,
-    accelerator: str,
+    trainer: TrainerConfig,
     after: tuple[str, ...],
 ) -> Job:
-    stage = GroupConfig(**get_shared(config), seed=config.seed, method=method, accelerator=accelerator)
+    stage = GroupConfig(**get_shared(config), seed=config.seed, method=method, **get_asking(trainer))
     summary = {"features": "sharing images out among experts", "random": "drawing groups of classes at random"}
     return Job(
         f"group {method.kind}",
@@ -134,7 +135,7 @@ def _group_job(
         config.workdir / GROUPINGS / method.kind,
         after,
         summary.get(method.kind, "finding groups of classes that are confused"),
-        Resources(accelerator),
+        Resources(trainer.accelerator),
     )
 
 
@@ -153,7 +154,7 @@ def _expert_job(config: ComparedRun, compare: CompareConfig, number: int, groupi
     return Job(f"teacher {name}", "teacher", stage, directory, (grouping,), "training the expert of a group", resources)
 
 
-def _mixture_job(config: ComparedRun, top_experts: int, accelerator: str, after: Sequence[str]) -> Job:
+def _mixture_job(config: ComparedRun, top_experts: int, trainer: TrainerConfig, after: Sequence[str]) -> Job:
     name = {1: MIXTURE, 2: MIXTURE_TOP2}[top_experts]
     stage = MixtureConfig(
         **get_shared(config),
@@ -162,11 +163,11 @@ def _mixture_job(config: ComparedRun, top_experts: int, accelerator: str, after:
         gater=CentroidRuleConfig(),
         decoder=OwnDecoderConfig(),
         top_experts=top_experts,
-        accelerator=accelerator,
+        **get_asking(trainer),
     )
     directory = config.workdir / STUDENTS / name
     summary = "putting the experts behind a gater"
-    return Job(f"mixture {name}", "mixture", stage, directory, tuple(after), summary, Resources(accelerator))
+    return Job(f"mixture {name}", "mixture", stage, directory, tuple(after), summary, Resources(trainer.accelerator))
 
 
 def _augment_job(config: ComparedRun, parts: AugmentParts, name: str, grouping: str, after: str) -> Job:

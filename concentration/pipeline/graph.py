@@ -22,6 +22,7 @@ from concentration.pipeline.parts import (
     TrainedRun,
     build_evaluate_job,
     build_student_job,
+    get_asking,
     get_parts,
     get_resources,
     get_shared,
@@ -163,11 +164,10 @@ def build_jobs(config: RunConfig, taxonomy: Taxonomy) -> list[Job]:
         outside=config.outside,
         coarse_labels=coarse_labels if config.targets.kind == "labels" else "use",
     )
-    accelerator = config.trainer.accelerator
     evaluations = [
-        build_evaluate_job(config, GENERALIST, accelerator, (generalist.name,)),
-        build_evaluate_job(config, SPECIALISTS, accelerator, tuple(job.name for job in teachers)),
-        build_evaluate_job(config, config.name, accelerator, (student.name,)),
+        build_evaluate_job(config, GENERALIST, config.trainer, (generalist.name,)),
+        build_evaluate_job(config, SPECIALISTS, config.trainer, tuple(job.name for job in teachers)),
+        build_evaluate_job(config, config.name, config.trainer, (student.name,)),
     ]
     exports = [_export_job(config)] if config.export else []
     others = [] if config.compare is None else build_compare_jobs(config, config.compare)
@@ -247,16 +247,18 @@ def _teacher_job(config: RunConfig, taxonomy: Taxonomy, number: int) -> Job:
 
 
 def _targets_job(config: RunConfig, vertical: str, number: int) -> Job:
-    accelerator = config.teacher.trainer.accelerator
+    trainer = config.teacher.trainer
     stage = TargetsConfig(
-        **get_shared(config), vertical=vertical, targets=config.targets, accelerator=accelerator, gate=config.gate
+        **get_shared(config), **get_asking(trainer), vertical=vertical, targets=config.targets, gate=config.gate
     )
     directory = config.workdir / TARGETS / config.targets.name / vertical
     summary = f"storing the teacher's top {config.targets.top_k} classes for every image"
     after = (f"teacher {vertical}",)
     if config.gate.action == "stop":  # a report compares with what is finished, and waits for nothing
         after += (f"student {config.gate.generalist}",)
-    return Job(f"targets {vertical}", "targets", stage, directory, after, summary, Resources(accelerator), number)
+    return Job(
+        f"targets {vertical}", "targets", stage, directory, after, summary, Resources(trainer.accelerator), number
+    )
 
 
 def _export_job(config: RunConfig) -> Job:

@@ -48,12 +48,25 @@ def get_resources(trainer: TrainerConfig) -> Resources:
     return Resources(trainer.accelerator, trainer.num_nodes, trainer.devices)
 
 
-def build_evaluate_job(config: StageConfig, name: str, accelerator: str, after: tuple[str, ...], **options) -> Job:
+def get_asking(trainer: TrainerConfig) -> dict:
+    """For a stage that only asks networks: on what they are trained, and with as many processes that read ahead."""
+    return {"accelerator": trainer.accelerator, "num_workers": trainer.num_workers}
+
+
+def build_evaluate_job(
+    config: StageConfig, name: str, trainer: TrainerConfig, after: tuple[str, ...], **options
+) -> Job:
     """The job that measures one network, or the specialists, on the test images."""
-    stage = EvaluateConfig(**get_shared(config), name=name, accelerator=accelerator, **options)
+    stage = EvaluateConfig(**get_shared(config), **get_asking(trainer), name=name, **options)
     directory = stage.output
     return Job(
-        f"evaluate {name}", "evaluate", stage, directory, after, "measuring on the test images", Resources(accelerator)
+        f"evaluate {name}",
+        "evaluate",
+        stage,
+        directory,
+        after,
+        "measuring on the test images",
+        Resources(trainer.accelerator),
     )
 
 

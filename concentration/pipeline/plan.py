@@ -141,7 +141,11 @@ class _Planner:
             step_seconds += num_read * self._mean_teacher_seconds()
         num_val = data.num_samples.get("val", 0) * (num_samples / data.num_samples["train"])
         num_passes = num_steps * batch_size / num_samples / trainer.validate_every_epochs
-        seconds = first_seconds + num_steps * step_seconds + num_passes * num_val * self._ask_seconds(speed)
+        seconds = (
+            first_seconds
+            + num_steps * step_seconds
+            + num_passes * num_val * self._ask_seconds(speed.answer_seconds, trainer.num_workers)
+        )
         return replace(written, seconds=seconds)
 
     def _plan_targets(self, job: Job, config: TargetsConfig) -> StagePlan:
@@ -153,7 +157,7 @@ class _Planner:
         speed = self._speeds.get(f"teacher {vertical}")
         if speed is None:
             return replace(plan, note="not measured")
-        return replace(plan, seconds=plan.num_images * self._ask_seconds(speed))
+        return replace(plan, seconds=plan.num_images * self._ask_seconds(speed.answer_seconds, config.num_workers))
 
     def _plan_evaluation(self, job: Job, config: EvaluateConfig) -> StagePlan:
         num_images = self._data.num_samples.get("test", 0)
@@ -166,20 +170,20 @@ class _Planner:
         if not self._speeds.keys() >= set(asked):
             return replace(plan, note="not measured")
         answering = sum(self._speeds[name].answer_seconds for name in asked)
-        return replace(plan, seconds=num_images * (answering + (self._data.read_seconds or 0)))
+        return replace(plan, seconds=num_images * self._ask_seconds(answering, config.num_workers))
 
-    def _ask_seconds(self, speed: Speed) -> float:
-        """Of an image that is read in the process that asks about it."""
-        return speed.answer_seconds + (self._data.read_seconds or 0)
+    def _ask_seconds(self, answer_seconds: float, num_workers: int) -> float:
+        """Of an image that is read and asked about."""
+        return _overlap(answer_seconds, self._data.read_seconds or 0, num_workers)
 
     def _mean_teacher_seconds(self) -> float:
         speeds = [speed.answer_seconds for name, speed in self._speeds.items() if name.startswith("teacher ")]
         return sum(speeds) / max(1, len(speeds))
 
 
-def _overlap(step_seconds: float, read_seconds: float, num_workers: int) -> float:
-    """A step and the reading of its images: one after the other, or the slower of both where workers read ahead."""
-    return step_seconds + read_seconds if num_workers == 0 else max(step_seconds, read_seconds / num_workers)
+def _overlap(work_seconds: float, read_seconds: float, num_workers: int) -> float:
+    """Of reading images and working on them: one after the other, or the slower of both where workers read ahead."""
+    return work_seconds + read_seconds if num_workers == 0 else max(work_seconds, read_seconds / num_workers)
 
 
 def schedule(plans: Sequence[StagePlan], num_processes: int) -> float:

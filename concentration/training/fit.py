@@ -109,7 +109,7 @@ def fit(
         trainer = _build_trainer(config, callbacks, loggers, run_path, total_steps, steps_per_epoch)
         batches = StepBatches(data.reader, data.order, batch_size, config.accumulate, rank(), world_size())
         loader = StepLoader(batches, total_steps * config.accumulate, config.num_workers, config.accelerator == "gpu")
-        val_loaders = _build_val_loaders(data, batch_size)
+        val_loaders = _build_val_loaders(data, batch_size, config.num_workers)
         start = time.perf_counter()
         trainer.fit(module, loader, val_loaders, ckpt_path=latest, weights_only=True)
         seconds = time.perf_counter() - start
@@ -162,13 +162,13 @@ class _StartedProcesses(TorchElasticEnvironment):
         """Nothing: `_check_machine` has, and machines may have unequal numbers of processes."""
 
 
-def _build_val_loaders(data: TrainingData, batch_size: int) -> list[torch.utils.data.DataLoader]:
+def _build_val_loaders(data: TrainingData, batch_size: int, num_workers: int) -> list[torch.utils.data.DataLoader]:
     if data.val_reader is None:
         return []
     order = SequentialOrder(data.val_ordinals)
     batch_size = max(world_size(), min(batch_size, len(order)))
     batches = StepBatches(data.val_reader, order, batch_size, 1, rank(), world_size())
-    return [build_loader(batches, range(batches.steps_per_epoch), num_workers=0)]
+    return [build_loader(batches, range(batches.steps_per_epoch), num_workers)]
 
 
 def _check_machine(config: TrainerConfig) -> None:

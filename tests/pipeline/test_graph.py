@@ -29,3 +29,10 @@ def test_coarse_labels_are_left_out_for_all_but_a_student_of_teachers(targets, t
     teachers = {f"teacher {vertical}": "skip" for vertical in taxonomy.verticals}
     student = "use" if targets == "soft" else "skip"
     assert trained == {"student generalist": "skip", "student student": student, **teachers}
+
+
+def test_what_asks_networks_reads_with_as_many_processes_as_what_trains_them(taxonomy, tmp_path):
+    jobs = jobs_of(taxonomy, f"workdir={tmp_path}", "trainer.num_workers=5", "teacher.trainer.num_workers=3")
+    workers = {name: job.config.num_workers for name, job in jobs.items() if hasattr(job.config, "num_workers")}
+    targets = {f"targets {vertical}": 3 for vertical in taxonomy.verticals}
+    assert workers == {**targets, "evaluate generalist": 5, "evaluate specialists": 5, "evaluate student": 5}
