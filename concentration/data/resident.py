@@ -41,6 +41,10 @@ class ResidentImages:
         self.num_pixels = pixel_NCSS[0].numel()
         self._pixel_NCSS = pixel_NCSS
 
+    def __deepcopy__(self, memo: dict) -> "ResidentImages":
+        """Itself: an average of a module's weights is a copy of the module, and needs no second copy of the images."""
+        return self
+
     def to(self, device: torch.device) -> None:
         self._pixel_NCSS = self._pixel_NCSS.to(device)
         self.ordinal_N = self.ordinal_N.to(device)

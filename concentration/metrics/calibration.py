@@ -136,15 +136,17 @@ def fit_scaling(answers: Answers, scope: Scope, form: Form) -> Scaling:
     `vertical` first fits each vertical's line to (score of its best leaf, whether that is right) over ALL samples, most of which
     are of other verticals: so a vertical that shouts at foreign images is lowered, and the verticals' best leaves can be
     compared. Then, as `global` does at once, one line for all is fitted to the winners, of whom the best of M estimates is
-    otherwise too confident. `temperature` has no shift.
+    otherwise too confident. `temperature` has no shift. A vertical without a sample of its own would be found never to be right;
+    it takes the line of all others together.
     """
     scaling = Scaling.identity(answers.score_NM.shape[1])
     if scope == "vertical":
-        lines = [
-            fit_line(score_N, is_right_N, form)
-            for score_N, is_right_N in zip(answers.score_NM.T, answers.is_right_NM.T, strict=True)
-        ]
-        scaling = Scaling(*np.array(lines).T)
+        is_seen_M = answers.is_labelled_NM.any(axis=0)
+        score_MN, is_right_MN = answers.score_NM.T, answers.is_right_NM.T
+        line_M2 = np.array([fit_line(*each, form) for each in zip(score_MN, is_right_MN, strict=True)])
+        if not is_seen_M.all():
+            line_M2[~is_seen_M] = fit_line(score_MN[is_seen_M].ravel(), is_right_MN[is_seen_M].ravel(), form)
+        scaling = Scaling(*line_M2.T)
     found = winners(answers, scaling)
     best_N = scaling.scale_best(answers.score_NM)[np.arange(len(answers)), found.vertical_N]
     return scaling.then(*fit_line(best_N, found.is_right_N, form))

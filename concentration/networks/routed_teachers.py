@@ -1,4 +1,5 @@
-"""Teachers in the loop: what the teachers of each image's verticals say of it, as the soft targets that would be stored.
+"""Teachers in the loop: what the teachers of each image's verticals say of it, as the soft targets that would be stored,
+but in the precision of the training.
 
 Shapes: B batch, V classes of one vertical, M verticals, K kept classes of one vertical.
 """
@@ -29,6 +30,10 @@ class RoutedTeachers:
         self._sizes = tuple(teacher.num_outputs for teacher in teachers)
         self._top_k = top_k
         self._tail = tail
+
+    def __deepcopy__(self, memo: dict) -> "RoutedTeachers":
+        """Itself: an average of a module's weights is a copy of the module, and needs no second copy of the teachers."""
+        return self
 
     def to(self, device: torch.device) -> None:
         self._teachers = [teacher.to(device) for teacher in self._teachers]

@@ -117,7 +117,10 @@ class _VerticalLoss(torch.autograd.Function):
     def forward(ctx, hidden_BS, weight_VS, bias_V, gamma, offset, targets, classes, gradients, types) -> Tensor:
         vertical = HeadParameters(weight_VS, bias_V, gamma, offset)
         needed = _Needed(*ctx.needs_input_grad[:5]) if gradients == "forward" else _Needed()
-        loss_B, ctx.gradients = _compute(hidden_BS, vertical, targets, classes, needed, types, upstream_B=None)
+        loss_B, found = _compute(hidden_BS, vertical, targets, classes, needed, types, upstream_B=None)
+        ctx.types = [None if tensor is None else tensor.dtype for tensor in (hidden_BS, *vertical)]
+        # NOTE: float16 would lose the small ones before the loss scale that is to save them arrives.
+        ctx.gradients = found if hidden_BS.dtype == torch.float16 else _hand_over(found, ctx.types)
         if gradients == "backward":
             ctx.save_for_backward(hidden_BS, *vertical)
             ctx.recompute = targets, classes, types
@@ -137,7 +140,7 @@ class _VerticalLoss(torch.autograd.Function):
                 raise RuntimeError("the fused loss keeps its gradients for one backward pass; compute the loss again")
             found, ctx.gradients = ctx.gradients, None  # the only reference, so that autograd need not copy them
             _scale(found, gradient_B)
-        return *found, None, None, None, None
+        return *_hand_over(found, ctx.types), None, None, None, None
 
 
 class _Needed(NamedTuple):
@@ -158,8 +161,11 @@ def _compute(
     needed: _Needed,
     types: _ProductTypes,
     upstream_B: Tensor | None,
-) -> tuple[Tensor, _Gradients | None]:
-    """The loss (B,), and the gradients of its sum over samples, each multiplied by its `upstream_B` (None is 1)."""
+) -> tuple[Tensor, _Gradients]:
+    """The loss (B,), and the gradients of its sum over samples, each multiplied by its `upstream_B` (None is 1).
+
+    Sums are made, and returned, in float32 at least.
+    """
     num_samples = len(hidden_BS)
     block_elements = BLOCK_ELEMENTS.get(hidden_BS.device.type, 1 << 24)
     num_rows = classes.block_samples or max(1, min(num_samples, block_elements // len(vertical.weight)))
@@ -177,9 +183,12 @@ def _compute(
             block = kernels.compute_block(logits_RV, vertical, targets.rows(rows), classes, upstream_R, any(needed))
             loss_B[rows] = block.loss_R
             _accumulate(found, rows, block, hidden_BS, again_VS, types.gradients)
-    # Sums are made in float32 at least, and handed over in the type of the parameter.
-    parameters = (hidden_BS, *vertical)
-    return loss_B, _Gradients(*(f if f is None else f.to(p.dtype) for f, p in zip(found, parameters, strict=True)))
+    return loss_B, found
+
+
+def _hand_over(found: _Gradients, types: Sequence[torch.dtype | None]) -> _Gradients:
+    """In the types of what they are the gradients of."""
+    return _Gradients(*(f if f is None else f.to(dtype) for f, dtype in zip(found, types, strict=True)))
 
 
 def _choose_kernels(device: torch.device, dtype: torch.dtype) -> ModuleType:

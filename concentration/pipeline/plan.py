@@ -1,5 +1,6 @@
 """`concentrate run plan=true`: what every stage would process and write, and how long it would take; nothing is run."""
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -140,7 +141,7 @@ class _Planner:
         if isinstance(config, StudentConfig) and config.targets.kind == "online":
             step_seconds += num_read * self._mean_teacher_seconds()
         num_val = data.num_samples.get("val", 0) * (num_samples / data.num_samples["train"])
-        num_passes = num_steps * batch_size / num_samples / trainer.validate_every_epochs
+        num_passes = math.ceil(num_steps * batch_size / num_samples / trainer.validate_every_epochs)
         seconds = (
             first_seconds
             + num_steps * step_seconds

@@ -161,6 +161,11 @@ def _describe(config: CalibrateConfig, taxonomy: Taxonomy, answers: Mapping[str,
         "scope": config.scope,
         "form": config.form,
         "scaling": {vertical: {"slope": slope, "shift": shift} for vertical, slope, shift in lines},
+        "without_val": [
+            vertical
+            for vertical, is_seen in zip(taxonomy.verticals, answers["val"].is_labelled_NM.any(axis=0), strict=True)
+            if not is_seen
+        ],
         "num_val": len(answers["val"]),
         "num_test": len(answers["test"]),
         "methods": {
@@ -277,6 +282,11 @@ def _find_rejection(
 
 
 def _print(config: CalibrateConfig, content: Mapping[str, Any]) -> None:
+    if content["without_val"] and config.scope == "vertical":
+        print(
+            f"calibrate {config.name}: no val image of {', '.join(content['without_val'])}, which takes the line of all "
+            "other verticals; prepare val images of it to fit its own"
+        )
     for what, key in (("top-1 over all classes", "top1"), ("expected calibration error", "ece")):
         before, after = content["before"][key], content["after"][key]
         print(f"{config.output}.json: {what} on test {100 * before:.1f} % before, {100 * after:.1f} % after")

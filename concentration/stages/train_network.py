@@ -70,13 +70,14 @@ def find_fine(split: Split, vertical: str | None = None) -> np.ndarray:
     """Ordinals of the samples that are left with `coarse_labels=skip`, of a vertical's teacher where one is given; rising.
 
     Raises:
-        DataError: there is none.
+        DataError: of that vertical, or of some vertical, there is none.
     """
-    found = split.with_leaf(vertical)
-    if not len(found):
-        where = "" if vertical is None else f" of {vertical}"
-        raise DataError(f"coarse_labels=skip: no training image has a leaf{where} among its labels; set it to use")
-    return found
+    verticals = split.taxonomy.verticals if vertical is None else (vertical,)
+    if missing := [name for name in verticals if not len(split.with_leaf(name))]:
+        raise DataError(
+            f"coarse_labels=skip: no training image has a leaf of {', '.join(missing)} among its labels; set it to use"
+        )
+    return split.with_leaf(vertical)
 
 
 class NetworkStageConfig(TrainingStageConfig):

@@ -42,6 +42,14 @@ def is_validation_due(trainer: pl.Trainer, batch_idx: int) -> bool:
     return trainer.enable_validation and (batch_idx + 1) % trainer.val_check_batch == 0
 
 
+class LastValidation(Callback):
+    """Validates after the last step, too, where the run is no multiple of the interval: what is saved is looked at."""
+
+    def on_train_batch_start(self, trainer: pl.Trainer, module, batch: Batch, batch_idx: int) -> None:
+        if batch_idx + 1 == trainer.num_training_batches:
+            trainer.val_check_batch = batch_idx + 1
+
+
 class FiniteLoss(Callback):
     """Ends the run when a loss is not finite; no checkpoint is written after it.
 

@@ -27,6 +27,7 @@ class TrainerConfig(Config):
     polyak_start: it is the mean of the weights after every step from this share of the run on; before, the newest.
     resident: training images are decoded once and stay on the device, where their views are made; for small ones, seen whole.
     prior: outputs start at the classes' frequencies.
+    validate_every_epochs: and after the last step.
     keep_best: the network of the best val/mpvap is kept beside the last, as best.safetensors when training ends.
     update_in_backward: each classifier is stepped as soon as its gradient is known, so that the gradients of all never exist at
         once; a quarter more arithmetic in the classifiers.

@@ -22,6 +22,7 @@ from concentration.training.callbacks import (
     ClockCheckpoint,
     Curves,
     FiniteLoss,
+    LastValidation,
     Preemption,
     ProgressReport,
     SkippedImages,
@@ -94,6 +95,7 @@ def fit(
         Progress(title, total_steps, "steps", run_path, quiet=rank() != 0) as progress,
     ):
         callbacks = [
+            LastValidation(),
             FiniteLoss(data.split),
             SkippedImages(data.split, len(data.order), run_path / "skipped.txt", config.max_skipped_share),
             Curves(

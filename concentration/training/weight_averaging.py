@@ -3,7 +3,7 @@
 Checkpoints hold the average, its count and the current weights, so a resumed run has the same.
 """
 
-from lightning.pytorch.callbacks import EMAWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor
 
 
@@ -12,10 +12,21 @@ def build_weight_averaging(
 ) -> list[WeightAveraging]:
     """The average that is asked for, if any: moving, or Polyak's from this share of the run on."""
     if ema_decay is not None:
-        return [EMAWeightAveraging(decay=ema_decay)]
+        return [MovingAverage(ema_decay)]
     if polyak_start is not None:
         return [PolyakAveraging(first_step=round(polyak_start * total_steps))]
     return []
+
+
+class MovingAverage(WeightAveraging):
+    """The exponential moving average of the weights after every step; the statistics of batch norms are averaged like them."""
+
+    def __init__(self, decay: float):
+        def average(mean: Tensor, newest: Tensor, num_steps: Tensor) -> Tensor:
+            # NOTE: decay * mean + (1 - decay) * newest would move, by rounding, what is frozen and must stay bit by bit.
+            return mean + (newest - mean) * (1 - decay)
+
+        super().__init__(avg_fn=average)
 
 
 class PolyakAveraging(WeightAveraging):

@@ -154,6 +154,22 @@ def test_the_winner_is_the_best_calibrated_leaf_of_all_classes(taxonomy, form):
     assert found.is_right_N.tolist() == [o in label for o, label in zip(found.output_N, labels, strict=True)]
 
 
+@pytest.mark.parametrize("form", ["platt", "temperature"])
+def test_a_vertical_without_a_sample_of_its_own_takes_the_line_of_the_others(taxonomy, form):
+    """Not a line by which it is never right."""
+    scores_NC, labels = draw_scores(taxonomy, 4, 3000)
+    unseen = taxonomy.verticals.index("dishes")
+    leaves = range(*taxonomy.vertical_slice("dishes").indices(taxonomy.num_classes))
+    is_kept_N = np.array([not set(leaves) & set(of_sample) for of_sample in labels])
+    answers = collect(taxonomy, scores_NC, labels)
+    val = answers.take(is_kept_N)
+    assert not val.is_labelled_NM[:, unseen].any()
+    asked = answers.take(~is_kept_N)
+    share_right = winners(asked, fit_scaling(val, "vertical", form)).is_right_N.mean()
+    whole = fit_scaling(answers, "vertical", form)
+    assert share_right > winners(asked, whole).is_right_N.mean() - 0.1
+
+
 def test_a_vertical_that_shouts_is_lowered_and_answers_become_right_as_often_as_they_say(taxonomy):
     shouting = [draw_scores(taxonomy, seed, 3000, shouts=["dishes"]) for seed in (4, 5)]
     quiet = draw_scores(taxonomy, 5, 3000)

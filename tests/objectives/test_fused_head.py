@@ -245,6 +245,29 @@ def test_gradients_far_below_the_range_of_float16_are_kept():
     assert (found - expected).norm() < 0.03 * expected.norm()
 
 
+@pytest.mark.parametrize("gradients", ["forward", "backward"])
+def test_a_loss_scale_keeps_the_features_gradients_in_float16(gradients):
+    """Of a vertical that no sample is of: many small pulls, far below what float16 holds without a scale."""
+    scale = 2.0**16
+    torch.manual_seed(0)
+    hidden_BS = torch.randn(16, 64)
+    vertical = HeadParameters(torch.randn(500, 64) / 64, torch.full((500,), -9.0))
+    share_BM = torch.full((16, 1), 1 / 4096)  # of a sample in a large batch, as training weighs it
+    targets = SoftTargets(torch.zeros(16, 1, dtype=torch.int64), torch.zeros(16, 1), weight_BM=share_BM)
+
+    def differentiate(hidden_BS: torch.Tensor) -> torch.Tensor:
+        hidden_BS = hidden_BS.detach().requires_grad_()
+        loss_BM = fused_loss_by_vertical([hidden_BS], [vertical], targets, gradients=gradients)
+        (loss_BM.sum() * scale).backward()
+        return hidden_BS.grad.float() / scale
+
+    exact = differentiate(hidden_BS.half().float())
+    with torch.autocast("cpu", torch.float16):
+        found = differentiate(hidden_BS.half())
+    assert exact.abs().median() < 2.0**-24
+    assert (found - exact).norm() < 0.01 * exact.norm()
+
+
 def test_the_loss_in_float32_is_exact_for_logits_far_from_zero():
     """Also of one class alone: in a sum the small ones would be drowned."""
     logits = torch.linspace(-80, 80, 321, dtype=torch.float64)

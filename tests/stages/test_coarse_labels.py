@@ -68,6 +68,16 @@ def test_they_are_left_out_of_training_on_labels_and_not_of_soft_targets(workdir
         assert stored["num_records"] == num_leaves * (NUM_DRAWINGS + NUM_COARSE)
 
 
+def test_a_vertical_of_which_nothing_would_be_left_is_named(workdir):
+    taxonomy = Taxonomy.load(workdir / "shards/taxonomy.json")
+    split = load_split(workdir / "shards", "train", taxonomy)
+    num_arrows = len(split.with_leaf("arrows"))
+    split.with_leaf = lambda vertical=None: np.arange(num_arrows if vertical == "arrows" else 0)
+    with pytest.raises(DataError, match="no training image has a leaf of greek among its labels"):
+        find_fine(split)
+    assert len(find_fine(split, "arrows")) == num_arrows
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -89,7 +99,7 @@ def test_data_without_any_leaf_says_so(tmp_path):
     taxonomy = Taxonomy.load(tmp_path / "work/shards/taxonomy.json")
     split = load_split(tmp_path / "work/shards", "train", taxonomy)
     split.label_output[:] = int(np.flatnonzero(~taxonomy.is_leaf)[0])
-    with pytest.raises(DataError, match="no training image has a leaf among its labels"):
+    with pytest.raises(DataError, match="no training image has a leaf of greek, arrows among its labels"):
         find_fine(split)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
+import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
@@ -33,6 +34,10 @@ from real_runs import (
     write_shards,
     write_tar,
 )
+
+from concentration.data.resident import ResidentImages
+from concentration.networks.routed_teachers import RoutedTeachers
+from concentration.training.weight_averaging import build_weight_averaging
 
 LABELS = ("targets=labels",)
 #: Five steps, each of them logged.
@@ -219,6 +224,42 @@ def test_polyaks_average_is_validated_and_begins_with_the_newest_weights(prepare
     assert late[0] == plain[0], "before its start the average is the newest weights"
     assert early[0] != plain[0]
     assert len(early) == len(plain) == 2
+
+
+@pytest.mark.parametrize("average", [("ema_decay", 0.999, None), ("polyak_start", None, 0.0)], ids=lambda each: each[0])
+def test_an_average_leaves_frozen_weights_as_they_are_and_copies_no_images_or_teachers(average):
+    """What a student keeps from an older one stays bit by bit."""
+    callback = build_weight_averaging(*average[1:], total_steps=300)[0]
+    module = pl.LightningModule()
+    module.frozen = torch.nn.Linear(64, 64).requires_grad_(False)
+    module.images = ResidentImages(torch.arange(3), torch.zeros(3, 1, 8, 8, dtype=torch.uint8), torch.zeros(3) > 0)
+    module.teachers = RoutedTeachers([], top_k=1, tail="zero")
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    callback.setup(None, module, "fit")
+    for _ in range(300):
+        callback._average_model.update_parameters(module)
+    copied = callback._average_model.module
+    assert all(torch.equal(tensor, before[name]) for name, tensor in copied.state_dict().items())
+    assert copied.frozen.weight is not module.frozen.weight
+    assert copied.images is module.images
+    assert copied.teachers is module.teachers
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (("trainer.max_epochs=3", "trainer.validate_every_epochs=2"), [26, 39]),
+        (("trainer.max_epochs=2", "trainer.accumulate=2"), [13, 26]),
+        (("trainer.max_steps=16",), [13, 16]),
+    ],
+)
+def test_the_network_that_is_saved_has_been_validated(prepared, options, expected):
+    """Also where the run is no multiple of the interval: 200 images in batches of 16 are 13 steps."""
+    name = f"last{len(expected)}{expected[-1]}"
+    run_path = train(prepared, name, *TINY_NETWORK, *LABELS, "trainer.num_workers=0", "trainer.batch_size=16", *options,
+                     "trainer.keep_best=true", "optimizer.lr=0.05")  # fmt: skip
+    assert [line["step"] for line in load_lines(run_path) if "val/mpvap" in line] == expected
+    assert (run_path / "best.safetensors").exists()
 
 
 def test_two_averages_are_refused(prepared):
