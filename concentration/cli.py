@@ -14,8 +14,10 @@ from concentration import preemption
 from concentration.completion import OPTION, complete, get_script
 from concentration.config import VERBS, check_config, describe_composition_error, find_config_directory
 from concentration.errors import ConcentrationError, ConfigError, Preempted
+from concentration.processes import check_surroundings
 from concentration.schema import suggest
 from concentration.stages.verbs import split_words
+from concentration.streams import open_streams
 
 #: Nothing of Hydra's own is written: a run's directory is its workdir, and its config is kept there by the stage.
 HYDRA_OVERRIDES = (
@@ -31,6 +33,7 @@ BUG_EXIT_CODE = 1
 def main(arguments: Sequence[str] | None = None) -> None:
     """Exits with 0 when finished, 2 for the user's mistake, 75 when preempted, 1 for a bug."""
     preemption.note_signals()  # before torch is imported, which takes seconds in which a job may be asked to stop
+    open_streams()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     # Read when torch is imported: with two threads on a small shared machine a step was seen to take 20 to 100 times longer.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -44,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             sys.exit(0)
         if verb not in VERBS:
             raise ConfigError(f"no verb '{verb}'{suggest(verb, VERBS)}")
+        check_surroundings()
         exit_code = _run_hydra(verb, rest)
     except ConcentrationError as error:
         exit_code = _say(error)

@@ -11,6 +11,10 @@ class ConfigError(ConcentrationError):
     """The configuration is wrong, or does not fit what is already on disk."""
 
 
+class Busy(ConfigError):
+    """Another process works in the same directory."""
+
+
 class DataError(ConcentrationError):
     """A file (shard, index, taxonomy, target, checkpoint) is not what it should be."""
 

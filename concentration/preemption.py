@@ -7,13 +7,13 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from concentration.errors import Preempted
 
-#: SLURM and Kubernetes send SIGTERM, our job scripts SIGUSR1 before the time limit, submitit's SIGUSR2.
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+#: SLURM and Kubernetes send SIGTERM, our job scripts SIGUSR1 before the time limit, submitit's SIGUSR2, a closed terminal SIGHUP.
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
 #: An environment variable: the file that a process leaves which ends with exit code 75. Job scripts look at it, since
 #: launchers keep no exit code: torchrun makes 1 of every one, and srun gives the highest of all tasks.
@@ -28,7 +28,7 @@ def note_signals(*more: signal.Signals) -> None:
     Also those that came while they were `left_to_parent`.
     """
     for number in (*SIGNALS, *more):
-        signal.signal(number, _note)
+        _handle(number, _note)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, (*SIGNALS, *more))
 
 
@@ -66,7 +66,7 @@ def stop_if_asked() -> None:
 def stop_at_once() -> None:
     """From now on a signal raises `Preempted` where it strikes: for a process that only waits for others."""
     for number in SIGNALS:
-        signal.signal(number, _raise)
+        _handle(number, _raise)
 
 
 def leave_marker(why: Preempted) -> None:
@@ -107,6 +107,11 @@ def _note(number: int, frame) -> None:
 
 def _raise(number: int, frame) -> None:
     raise Preempted(f"stopped by {_name(number)} while waiting for jobs; run the same command again")
+
+
+def _handle(number: signal.Signals, handler: Callable) -> None:
+    if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # `nohup` has it ignored, and means it
+        signal.signal(number, handler)
 
 
 def _name(number: int) -> str:

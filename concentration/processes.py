@@ -2,17 +2,43 @@
 
 import multiprocessing
 import os
+import tempfile
 import threading
+
+from concentration.errors import ConfigError
+
+#: Bytes of the folder for temporary files under which processes can still name sockets, of which Linux takes 108 in all.
+_LONGEST_TEMPORARY = 70
 
 
 def end_with_parent() -> None:
-    """Ends this process when the one that started it is gone, however it went: none must write beside the next run's."""
+    """Ends this process when the one that started it is gone, however it went: none must write beside the next run's.
+
+    Also when the server is gone from which it was forked: its parent then takes it for dead.
+    """
+    server = os.getppid()
 
     def wait() -> None:
-        multiprocessing.parent_process().join()
+        parent = multiprocessing.parent_process()
+        while parent.is_alive() and os.getppid() == server:
+            parent.join(1)
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()
+
+
+def check_surroundings() -> None:
+    """Raises: ConfigError where this process was started in a folder that is gone, or temporary files have too long a name."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise ConfigError("the current folder was deleted; change to another one, and run the command again") from None
+    folder = tempfile.gettempdir()
+    if len(os.fsencode(folder)) > _LONGEST_TEMPORARY:
+        raise ConfigError(
+            f"TMPDIR={folder}: {len(os.fsencode(folder))} bytes, and sockets there may have at most {_LONGEST_TEMPORARY}; "
+            "set TMPDIR to a shorter path"
+        )
 
 
 def count_cores() -> int:

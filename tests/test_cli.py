@@ -1,5 +1,6 @@
 """The command line: what it answers, with which exit code, and that every config under conf/ is a config of its verb."""
 
+import os
 import re
 import signal
 import sys
@@ -13,6 +14,7 @@ from real_runs import IMAGE_SIZE, TINY, Running, concentrate, one_line, prepare_
 from concentration import cli, preemption
 from concentration.config import VERBS, check_config, find_config_directory
 from concentration.errors import ConfigError
+from concentration.pipeline import records
 
 CONF = find_config_directory()
 PRIMARY = sorted(path.stem for path in CONF.glob("*.yaml"))
@@ -229,6 +231,58 @@ def test_a_directory_of_configs_can_be_added(workdir, tmp_path):
 def test_the_composed_config_can_be_printed(tmp_path):
     shown = concentrate("student", "--cfg", "job", "trainer.batch_size=77", directory=tmp_path).out
     assert "batch_size: 77" in shown
+
+
+def run_in_shell(line: str, directory: Path, code: int = 0, **environment: str | None):
+    """A line for bash, in which `$CONCENTRATE` is the command."""
+    command = f"{sys.executable} -m concentration.cli"
+    return run_command("bash", "-c", line, directory=directory, code=code, CONCENTRATE=command, **environment)
+
+
+def test_a_shell_may_have_closed_the_standard_streams(workdir, tmp_path):
+    prepare_as(workdir, tmp_path)
+    options = " ".join(TINY)
+    run_in_shell(f"$CONCENTRATE teacher vertical=tools workdir=work {options} <&- >&- 2>&-", tmp_path)
+    assert (tmp_path / "work/teachers/tools/DONE.json").exists()
+
+
+def test_a_folder_for_temporary_files_with_too_long_a_name_is_refused(workdir, tmp_path):
+    long = tmp_path / ("x" * 80)
+    long.mkdir()
+    refused = run_in_shell(f"$CONCENTRATE status workdir={workdir}", tmp_path, code=2, TMPDIR=str(long))
+    assert "set TMPDIR to a shorter path" in one_line(refused)
+
+
+def test_a_current_folder_that_was_deleted_is_one_line(workdir, tmp_path):
+    refused = run_in_shell(f"mkdir gone; cd gone; rmdir ../gone; $CONCENTRATE status workdir={workdir}", tmp_path, code=2,
+                           PYTHONPATH=str(Path(cli.__file__).parent.parent))  # fmt: skip
+    assert "the current folder was deleted; change to another one" in refused.err
+    assert "Traceback" not in refused.err
+
+
+def test_an_empty_workdir_is_refused(tmp_path):
+    assert "workdir is empty, perhaps from a variable that is not set" in mistake(
+        "status", "workdir=", directory=tmp_path
+    )
+
+
+def test_a_user_without_a_name_has_a_number(monkeypatch, tmp_path):
+    def fail() -> str:
+        raise KeyError("getpwuid(): uid not found: 12345")
+
+    monkeypatch.setattr(records.getpass, "getuser", fail)
+    assert records.load_records(tmp_path).user == str(os.getuid())
+
+
+@pytest.mark.parametrize("is_ignored", [False, True])
+def test_a_closed_terminal_stops_what_nohup_does_not_protect(is_ignored):
+    before = signal.getsignal(signal.SIGHUP)
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN if is_ignored else signal.SIG_DFL)
+        preemption.note_signals()
+        assert (signal.getsignal(signal.SIGHUP) == signal.SIG_IGN) == is_ignored
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_the_installed_command_works_outside_the_checkout(workdir, tmp_path):

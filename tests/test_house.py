@@ -24,6 +24,7 @@ FLOORS = {
     "processes": 1,
     "progress": 1,
     "schema": 1,
+    "streams": 1,
     "targets": 1,
     "taxonomy": 1,
     "data": 2,

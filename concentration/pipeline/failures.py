@@ -1,12 +1,14 @@
 """What is said, and with which exit code, where jobs of a graph have failed."""
 
+import signal
 from collections.abc import Mapping, Sequence
 
 from concentration.errors import ConcentrationError, Preempted
-from concentration.pipeline.jobs import CANCELLED, LOG, Job
+from concentration.pipeline.jobs import BUSY, CANCELLED, LOG, Job
 from concentration.pipeline.states import read_tail
 
 LOG_TAIL_LINES = 5
+_KILLED = "was killed, perhaps for want of memory (run the same command again, and it continues)"
 
 
 class JobFailed(ConcentrationError):
@@ -21,19 +23,21 @@ def describe_failures(jobs: Sequence[Job], failed: Mapping[str, int | None], wai
     """What failed, why by its log's last lines, and what could not be run because of it.
 
     Args:
-        failed: exit codes by job; None of one that was killed.
+        failed: exit codes by job; None of one that was killed, as is that of the signal.
     """
     lines = []
     for job in jobs:
         if job.name in failed:
             log, code = job.file(LOG), failed[job.name]
-            how = {None: "was killed", CANCELLED: "was cancelled"}.get(code, f"failed (exit code {code})")
+            how = {None: _KILLED, -signal.SIGKILL: _KILLED, CANCELLED: "was cancelled"}.get(
+                code, f"failed (exit code {code})"
+            )
             lines.append(f"{job.name} {how}; the end of {log}:")
             lines.extend(f"    {line}" for line in read_tail(log, LOG_TAIL_LINES))
     if waiting:
         lines.append(f"not run because of it: {', '.join(job.name for job in waiting)}")
-    mistakes = {Preempted.exit_code, CANCELLED, ConcentrationError.exit_code}
-    if set(failed.values()) - mistakes:
+    mistakes = {ConcentrationError.exit_code, BUSY, None, -signal.SIGKILL}
+    if set(failed.values()) - mistakes - {Preempted.exit_code, CANCELLED}:
         return JobFailed("\n".join(lines), 1)
-    is_mistake = ConcentrationError.exit_code in failed.values()
+    is_mistake = mistakes & set(failed.values())
     return JobFailed("\n".join(lines), ConcentrationError.exit_code if is_mistake else Preempted.exit_code)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from concentration import preemption
-from concentration.errors import ConcentrationError, Preempted
+from concentration.errors import Busy, ConcentrationError, Preempted
 from concentration.processes import end_with_parent
 from concentration.schema import parse_config
 from concentration.stages.run_directory import StageConfig
@@ -25,6 +25,8 @@ JOBS = "jobs"
 FROZEN, LOG, EXIT_CODE = ".json", ".log", ".exit"
 #: In the file of the exit code: the job was ended by `scancel`, which the job script sees; no verb ends with it.
 CANCELLED = 128 + signal.SIGTERM
+#: The exit code of a job whose directory another run's job works in. It is not kept: what that one ends with is.
+BUSY = 76
 #: The proof of every stage that keeps a `RunDirectory`.
 DONE_FILE = "DONE.json"
 
@@ -113,8 +115,12 @@ def run_frozen(path: Path) -> int:
     """
     preemption.note_signals()
     code = _run(json.loads(path.read_text()))
-    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
-        write_atomically(path.with_suffix(EXIT_CODE), f"{code}\n")
+    if code != BUSY and os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+        try:
+            write_atomically(path.with_suffix(EXIT_CODE), f"{code}\n")
+        except ConcentrationError as error:
+            print(f"concentrate: {error}", file=sys.stderr)
+            return code or error.exit_code
     return code
 
 
@@ -144,6 +150,9 @@ def _run(frozen: Mapping) -> int:
     try:
         function, config = _parse(frozen)
         function(config)
+    except Busy as error:
+        print(f"concentrate: {error}", file=sys.stderr)
+        return BUSY
     except ConcentrationError as error:
         print(f"concentrate: {error}", file=sys.stderr)
         return error.exit_code

@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,11 +15,13 @@ from rich.console import Console
 from concentration import preemption
 from concentration.errors import Preempted
 from concentration.pipeline.failures import describe_failures
-from concentration.pipeline.jobs import LOG, Job, run_forked
+from concentration.pipeline.jobs import BUSY, LOG, Job, run_forked
 from concentration.progress import build_bars, load_status
 from concentration.schema import Config
 
 POLL_SECONDS = 0.2
+#: After which a job is tried again whose directory another run works in.
+BUSY_SECONDS = 5.0
 #: Imported once, in the server from which job processes are forked: a job then starts in milliseconds, not in seconds.
 PRELOAD = ["concentration.pipeline.graph", "concentration.training.fit"]
 
@@ -50,12 +52,14 @@ class LocalLauncher:
         running: list[_Running] = []
         finished: set[str] = set()
         failed: dict[str, int] = {}
+        held_until: dict[str, float] = {}
         num_new = 0
         preemption.note_signals(signal.SIGINT)
-        with _Display(len(jobs)) as display:
+        with _Display(len(jobs)) as display, _ending(running):
             while running or (waiting and not preemption.noted_signal()):
                 for job in [job for job in waiting if finished.issuperset(job.after)]:
-                    if len(running) < self._num_processes and not preemption.noted_signal():
+                    is_due = held_until.get(job.name, 0.0) <= time.monotonic() and not preemption.noted_signal()
+                    if is_due and len(running) < self._num_processes:
                         waiting.remove(job)
                         running.append(self._start(job))
                         display.start(job)
@@ -69,6 +73,9 @@ class LocalLauncher:
                         display.end(process, code)
                         if code == 0:
                             finished.add(process.job.name)
+                        elif code == BUSY:
+                            held_until[process.job.name] = time.monotonic() + BUSY_SECONDS
+                            waiting.append(process.job)
                         else:
                             failed[process.job.name] = code
                 if not running and not any(finished.issuperset(job.after) for job in waiting):
@@ -120,6 +127,19 @@ class _Running:
         return self.process.exitcode
 
 
+@contextlib.contextmanager
+def _ending(running: "list[_Running]") -> Iterator[None]:
+    """Lets jobs that run save what they have, and end, when an error ends this process first."""
+    try:
+        yield
+    except BaseException:
+        for process in running:
+            process.tell_to_stop()
+        while any(process.poll() is None for process in running):
+            time.sleep(POLL_SECONDS)
+        raise
+
+
 class _Display:
     """A bar per running job on a terminal; a line at each start and end everywhere."""
 
@@ -129,6 +149,7 @@ class _Display:
         self._tasks: dict[str, int] = {}
         self._num_jobs = num_jobs
         self._num_started = 0
+        self._held: set[str] = set()
 
     def __enter__(self) -> "_Display":
         if self._console.is_terminal:
@@ -140,8 +161,9 @@ class _Display:
             self._bars.stop()
 
     def start(self, job: Job) -> None:
-        self._num_started += 1
-        self._console.print(f"\\[{self._num_started}/{self._num_jobs}] {job.name}: {job.summary}")
+        if job.name not in self._held:
+            self._num_started += 1
+            self._console.print(f"\\[{self._num_started}/{self._num_jobs}] {job.name}: {job.summary}")
         self._tasks[job.name] = self._bars.add_task(job.name, total=None, amount="", text="")
 
     def update(self, job: Job) -> None:
@@ -153,6 +175,11 @@ class _Display:
 
     def end(self, process: _Running, code: int) -> None:
         self._bars.remove_task(self._tasks[process.job.name])
+        if code == BUSY:
+            if process.job.name not in self._held:
+                self._console.print(f"      {process.job.name}: another run works on it, and is waited for")
+            self._held.add(process.job.name)
+            return
         outcome = {0: "done", Preempted.exit_code: "stopped"}.get(code, f"FAILED (exit code {code})")
         if code == 0 and process.earlier is not None and not process.has_new_result():
             outcome = "was done already, looked through"

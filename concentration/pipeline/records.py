@@ -1,6 +1,7 @@
 """`jobs/jobs.json`: which jobs the runs of a working directory have, and which of them were given to SLURM."""
 
 import getpass
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -44,7 +45,7 @@ def load_records(workdir: Path) -> JobRecords:
     """
     path = workdir / JOBS / JOBS_FILE
     if not path.exists():
-        return JobRecords(user=getpass.getuser())
+        return JobRecords(user=_find_user())
     values = parse_json(path.read_bytes(), str(path))
     try:
         return parse_config(JobRecords, values if isinstance(values, dict) else {})
@@ -70,5 +71,12 @@ def record_jobs(workdir: Path, jobs: Sequence[Job], slurm_ids: Mapping[str, tupl
             slurm_id=slurm_id,
             submitted=submitted,
         )
-    content = JobRecords(user=getpass.getuser(), jobs=records)
+    content = JobRecords(user=_find_user(), jobs=records)
     write_atomically(workdir / JOBS / JOBS_FILE, content.model_dump(mode="json"))
+
+
+def _find_user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # in a container whose user has no name
+        return str(os.getuid())

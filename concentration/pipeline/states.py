@@ -106,12 +106,10 @@ def _find_state(workdir: Path, record: JobRecord, queue: Mapping[str, QueuedJob]
         if not has_begun and queued is None and time.time() - record.submitted < _UNSEEN_SECONDS:
             return StageState("waiting", amount, why="submitted")
     if has_begun:
+        # A local job without an exit code was killed, and what its log has says nothing of that.
+        reason = "" if record.slurm_id is None else _find_reason(workdir, record)
         ended = f"{queued.state.lower()}: " if queued is not None else ""
-        return StageState(
-            "failed",
-            amount,
-            why=f"{ended}{_find_reason(workdir, record) or 'ended without a word; run again to continue'}",
-        )
+        return StageState("failed", amount, why=f"{ended}{reason or 'ended without a word; run again to continue'}")
     return StageState("waiting" if record.slurm_id is None else "cancelled", amount)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from concentration.distributed import from_rank_zero, rank
-from concentration.errors import ConcentrationError, ConfigError, DataError
+from concentration.errors import Busy, ConcentrationError, ConfigError, DataError
 from concentration.schema import Config, flatten, hash_values, parse_json
 from concentration.targets import write_atomically
 
@@ -60,8 +60,8 @@ class RunDirectory:
         work also when it is finished.
 
         Raises:
-            ConfigError: another process works here; or the stage was begun with another config or other upstream results,
-                and `overwrite` is false.
+            Busy: another process works here.
+            ConfigError: the stage was begun with another config or other upstream results, and `overwrite` is false.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -235,7 +235,7 @@ class RunDirectory:
                     break
                 except BlockingIOError:
                     if time.monotonic() >= deadline:
-                        raise ConfigError(f"{self.path}: another process works here; wait for it or end it") from None
+                        raise Busy(f"{self.path}: another process works here; wait for it or end it") from None
                     time.sleep(0.05)
                 except OSError as error:
                     raise ConfigError(

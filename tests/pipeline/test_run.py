@@ -16,6 +16,7 @@ import torch
 from real_runs import Finished, Running, load_json, run_command
 
 from concentration.networks.student import load_student
+from concentration.pipeline import local
 
 PREPARE = ("data.verticals=[greek,arrows]", "data.num_classes=12", "data.num_drawings=20", "data.image_size=16",
            "samples_per_shard=100")  # fmt: skip
@@ -199,6 +200,7 @@ def test_a_signal_stops_the_run_with_75_and_the_next_one_finishes(finished, tmp_
     [
         pytest.param(signal.SIGTERM, "jobs/prepare.json", (), id="SIGTERM-server-starts"),
         pytest.param(signal.SIGUSR1, "students/generalist/metrics.jsonl", (), id="SIGUSR1-training"),
+        pytest.param(signal.SIGHUP, "students/generalist/metrics.jsonl", (), id="SIGHUP-training"),
         pytest.param(signal.SIGINT, "students/generalist/metrics.jsonl", (), id="SIGINT-training", marks=pytest.mark.long),
         pytest.param(signal.SIGTERM, "students/generalist/metrics.jsonl", ("trainer.devices=2",), id="SIGTERM-torchrun",
                      marks=pytest.mark.long),
@@ -230,6 +232,69 @@ def test_a_signal_to_every_process_lets_all_jobs_save_before_the_run_ends(finish
     if "students" in moment:
         assert begun["student-generalist"] == 75
         assert any(workdir.glob("students/generalist/checkpoints/*.ckpt"))
+
+
+def test_two_runs_at_once_share_what_both_need(finished, tmp_path):
+    """Each waits for the stages that the other works on, instead of failing at them."""
+    expected, _ = finished
+    workdir = tmp_path / "work"
+    runs = [
+        Running((*COMMAND, f"workdir={workdir}", f"name={name}"), tmp_path) for name in ("student", "student", "other")
+    ]
+    ended = [process.wait(300) for process in runs]
+    assert [one.code for one in ended] == [0, 0, 0], "\n".join(one.err for one in ended)
+    said = "".join(one.err for one in ended)
+    assert "another run works on it, and is waited for" in said
+    assert "FAILED" not in said
+    assert_same_networks(workdir, expected)
+    weights = [(workdir / "students" / name / "model.safetensors").read_bytes() for name in ("other", "student")]
+    assert weights[0] == weights[1]
+    assert set(status(workdir).values()) == {"done"}
+
+
+def test_a_run_whose_output_nobody_reads_goes_on(finished, tmp_path):
+    """`concentrate run 2>&1 | head`, and a terminal that is closed under nohup."""
+    workdir = tmp_path / "work"
+    shutil.copytree(finished[0] / "shards", workdir / "shards")
+    reading, writing = os.pipe()
+    command = [sys.executable, "-m", "concentration.cli", *COMMAND, f"workdir={workdir}"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=writing, close_fds=True)
+    os.close(writing)
+    assert os.read(reading, 20)
+    os.close(reading)
+    assert process.wait(200) == 0
+    assert (workdir / "report/index.html").exists()
+
+
+def test_an_error_of_the_run_itself_lets_its_jobs_save():
+    class Job:
+        num_polls, is_told = 0, False
+
+        def tell_to_stop(self) -> None:
+            self.is_told = True
+
+        def poll(self) -> int | None:
+            self.num_polls += 1
+            return 75 if self.num_polls > 2 else None
+
+    jobs = [Job(), Job()]
+    with pytest.raises(OSError, match="planted"), local._ending(jobs):
+        raise OSError("planted")
+    assert all(job.is_told and job.num_polls > 2 for job in jobs)
+
+
+def test_a_job_that_the_kernel_kills_is_no_bug_of_ours(finished, tmp_path):
+    workdir = tmp_path / "work"
+    shutil.copytree(finished[0] / "shards", workdir / "shards")
+    running = Running((*COMMAND, f"workdir={workdir}", "trainer.max_epochs=40"), tmp_path)
+    running.wait_for(lambda: (workdir / "students/generalist/metrics.jsonl").exists(), 180)
+    os.kill(load_json(workdir / "students/generalist/status.json")["process"], signal.SIGKILL)
+    ended = running.wait(200)
+    assert ended.code == 2
+    assert "student generalist was killed, perhaps for want of memory (run the same command again, and it" in ended.err
+    assert (workdir / "evaluations/student.json").exists()
+    shown = Running(("status", f"workdir={workdir}"), tmp_path).wait().out
+    assert "ended without a word" in next(line for line in shown.splitlines() if "students/generalist" in line)
 
 
 def test_a_killed_run_takes_its_jobs_with_it_and_the_next_one_finishes(finished, tmp_path):

@@ -1,0 +1,54 @@
+"""Standard streams as shells leave them: closed from the start, or with nobody left who reads them."""
+
+import errno
+import os
+import sys
+from typing import Any, TextIO
+
+#: Of a write to a pipe whose reader is gone, and to a terminal that was closed.
+_NOBODY_READS = (errno.EPIPE, errno.EIO)
+
+
+def open_streams() -> None:
+    """Opens what is closed (`>&-`) on nothing, and lets what is said on standard error outlive its reader.
+
+    Progress and errors go there, and work of days must not end because nobody looks at them any more (`2>&1 | head`).
+    """
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free: this one
+    sys.stdin = sys.stdin or os.fdopen(0)
+    sys.stdout = sys.stdout or os.fdopen(1, "w")
+    sys.stderr = Lasting(sys.stderr or os.fdopen(2, "w"))
+
+
+class Lasting:
+    """A stream that is written nowhere from the moment on at which nobody reads it any more."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError as error:
+            self._turn_away(error)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError as error:
+            self._turn_away(error)
+
+    def _turn_away(self, error: OSError) -> None:
+        if error.errno not in _NOBODY_READS:
+            raise error
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nothing, self._stream.fileno())
+        os.close(nothing)
