@@ -8,6 +8,7 @@ import pydantic
 
 from concentration.data.sources import DataConfig, build_source
 from concentration.data.sources.webdataset_shards import ShardsConfig, load_shards_taxonomy
+from concentration.data.views import Share
 from concentration.errors import ConfigError
 from concentration.networks.bases import BaseConfig
 from concentration.networks.external import ExternalConfig
@@ -86,6 +87,7 @@ class RunConfig(TrainedRun, LabelsConfig):
     gate: GateConfig = GateConfig()
     compare: CompareConfig | None = None
     samples_per_shard: pydantic.PositiveInt = 4000
+    max_skipped_share: Share = 0.001
     launcher: Annotated[LocalConfig | SlurmConfig, pydantic.Field(discriminator="kind")] = LocalConfig()
     num_processes: pydantic.PositiveInt | None = None
     export: bool = False
@@ -128,6 +130,7 @@ def build_prepare_job(config: RunConfig) -> Job:
         **get_shared(config),
         data=config.data,
         samples_per_shard=config.samples_per_shard,
+        max_skipped_share=config.max_skipped_share,
         num_processes=config.num_processes,
     )
     return Job("prepare", "prepare", stage, config.workdir / SHARDS, (), f"writing shards from data={config.data.kind}")

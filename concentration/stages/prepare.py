@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
@@ -37,7 +38,7 @@ from concentration.stages.prepare_given_shards import (
     index_given_shards,
     list_given_shards,
 )
-from concentration.stages.prepare_listing import begin_listing, reopen
+from concentration.stages.prepare_listing import begin_listing, forget, keeping, reopen
 from concentration.stages.prepare_near_duplicates import forget_near_duplicates, hash_splits, report_near_duplicates
 from concentration.stages.prepare_summary import draw_summary, summarise_splits
 from concentration.stages.report_values import as_mapping
@@ -61,11 +62,13 @@ class PrepareConfig(StageConfig):
     append: lists the source again and adds the images and classes that are new to a finished set; without it, that is left
         alone. Every sample, position and split that was there stays. Of given shards, tars that are new are indexed after
         the others, and new classes must stand at the end of their taxonomy.json.
-    max_skipped_share: of images that cannot be decoded.
+    max_skipped_share: of images that cannot be decoded; one is never too many.
     num_processes: None is one per core.
     """
 
-    runtime_fields: ClassVar[frozenset[str]] = StageConfig.runtime_fields | {"append", "num_processes"}
+    runtime_fields: ClassVar[frozenset[str]] = StageConfig.runtime_fields | {
+        "append", "num_processes", "max_skipped_share"
+    }  # fmt: skip
 
     data: DataConfig
     append: bool = False
@@ -195,8 +198,9 @@ def _prepare_source(source: Source, config: PrepareConfig, directory: RunDirecto
         if not any(items_of.values()) and taxonomy.num_classes == before.num_classes:
             return
         reopen(directory, before)
-    _write_shards(source, items_of, len(items), config, directory.path, taxonomy, before)
-    _finish(config, directory, taxonomy, before)
+    with keeping(directory, before):
+        _write_shards(source, items_of, len(items), config, directory.path, taxonomy, before)
+        _finish(config, directory, taxonomy, before)
 
 
 def _prepare_given_shards(data: ShardsConfig, config: PrepareConfig, directory: RunDirectory) -> None:
@@ -215,16 +219,17 @@ def _prepare_given_shards(data: ShardsConfig, config: PrepareConfig, directory: 
                 return
             reopen(directory, before)
     listing = (f"{index.stem} {describe_state(shard)}" for index, shard in located.items())
-    begin_listing(directory.path, taxonomy, listing, before)
     is_hashed = config.near_duplicates is not None
-    index_given_shards(located, data, directory.path, taxonomy, is_hashed, config.num_processes)
-    _finish(config, directory, taxonomy, before)
+    with keeping(directory, before):
+        begin_listing(directory.path, taxonomy, listing, before)
+        index_given_shards(located, data, directory.path, taxonomy, is_hashed, config.num_processes)
+        _finish(config, directory, taxonomy, before)
 
 
 def _finish(config: PrepareConfig, directory: RunDirectory, taxonomy: Taxonomy, before: Before | None) -> None:
     directory.finish(_summarise(config, directory.path, taxonomy))
     if before is not None:
-        before.forget(directory.path)
+        forget(directory, before)
 
 
 def _look_before(config: PrepareConfig, directory: RunDirectory) -> Before | None:
@@ -296,13 +301,14 @@ def _write_shards(
     skipped_of = {shard: shard.with_suffix(".skipped").read_text(encoding="utf-8").splitlines() for shard in sizes}
     skipped = [line for lines in skipped_of.values() for line in lines]
     write_atomically(path / "skipped.txt", "".join(f"{line}\n" for line in skipped))
-    if len(skipped) > config.max_skipped_share * num_listed:
+    if len(skipped) > max(1, config.max_skipped_share * num_listed):
         for shard, lines in skipped_of.items():
             if lines:  # it is written again once the images are repaired
                 shard.with_suffix(".skipped").unlink()
         raise DataError(
             f"{len(skipped)} of {num_listed} images cannot be decoded, more than max_skipped_share={config.max_skipped_share}; "
-            f"they are listed in {path}/skipped.txt: repair or remove them; the first: {skipped[0]}"
+            f"they are listed in {path}/skipped.txt: repair or remove them, or give max_skipped_share="
+            f"{math.ceil(1000 * len(skipped) / num_listed) / 1000:g}; the first: {skipped[0]}"
         )
 
 

@@ -1,17 +1,24 @@
 """What `prepare` is to write or to index, so that a run goes on with what an earlier one began only if that was the same."""
 
+import contextlib
 import hashlib
 import os
-from collections.abc import Iterable
+import shutil
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from concentration.data.appending import Before
+from concentration.errors import DataError
 from concentration.stages.run_directory import RunDirectory
 from concentration.targets import write_atomically
 from concentration.taxonomy import Taxonomy
 
 #: In `shards/`: a hash of what was to be done when the stage was begun.
 _LISTING = "listing.sha256"
+#: What a run writes by shard: its own files, and what says of them that they are whole.
+_PATTERNS = ("*.skipped", "*.hashes", "*.index", "*.tar", "*.pack")
+#: What the stage said of itself before something was appended.
+_DONE_BEFORE = ".DONE.before.json"
 
 
 def begin_listing(path: Path, taxonomy: Taxonomy, listing: Iterable[str], before: Before | None) -> None:
@@ -25,10 +32,8 @@ def begin_listing(path: Path, taxonomy: Taxonomy, listing: Iterable[str], before
         digest.update(os.fsencode(f"{line}\n"))
     kept = path / _LISTING
     is_other = kept.exists() and kept.read_bytes() != digest.hexdigest().encode()
-    for pattern in ("*.skipped", "*.hashes", "*.index", "*.tar", "*.pack") if is_other else ():
-        for stale in path.glob(pattern):
-            if before is None or not before.holds(stale):
-                stale.unlink()
+    if is_other:
+        _remove_new(path, before)
     for left_by_a_kill in path.glob(".*.tmp"):
         left_by_a_kill.unlink()
     write_atomically(kept, digest.hexdigest())
@@ -42,4 +47,34 @@ def reopen(directory: RunDirectory, before: Before) -> None:
         if stale.name == _LISTING or not before.holds(stale):
             stale.unlink(missing_ok=True)
     before.save(directory.path)
+    shutil.copyfile(directory.path / "DONE.json", directory.path / _DONE_BEFORE)
     directory.reopen()
+
+
+@contextlib.contextmanager
+def keeping(directory: RunDirectory, before: Before | None) -> Iterator[None]:
+    """Where something new is not as it should be, what was there before is finished again, as it was."""
+    try:
+        yield
+    except DataError:
+        done = directory.path / _DONE_BEFORE
+        if before is not None and done.exists():
+            _remove_new(directory.path, before)
+            write_atomically(directory.path / "taxonomy.json", before.taxonomy(directory.path).to_json())
+            (directory.path / _LISTING).unlink(missing_ok=True)
+            done.replace(directory.path / "DONE.json")
+            before.forget(directory.path)
+        raise
+
+
+def forget(directory: RunDirectory, before: Before) -> None:
+    """What was appended is finished, too."""
+    (directory.path / _DONE_BEFORE).unlink(missing_ok=True)
+    before.forget(directory.path)
+
+
+def _remove_new(path: Path, before: Before | None) -> None:
+    for pattern in _PATTERNS:
+        for stale in path.glob(pattern):
+            if before is None or not before.holds(stale):
+                stale.unlink()

@@ -96,9 +96,10 @@ class RunDirectory:
     def _enter(self, config: StageConfig, upstream: Mapping[str, str]) -> bool:
         identity = {**config.identity(), "upstream": dict(upstream)}
         earlier = self._load("config.json")
-        is_other = earlier is not None and earlier["identity"] != identity
+        known = {} if earlier is None else _leave_out_runtime_fields(earlier["identity"], config)
+        is_other = earlier is not None and known != identity
         if is_other and not config.overwrite:
-            self._refuse(earlier["identity"], identity)
+            self._refuse(known, identity)
         if is_other or (config.overwrite is True and self.is_finished):
             self._clear()
             earlier = None
@@ -120,7 +121,8 @@ class RunDirectory:
         begun = self._load("config.json")
         if begun is None:
             return False
-        earlier = {key: value for key, value in begun["identity"].items() if key != "upstream"}
+        known = _leave_out_runtime_fields(begun["identity"], config)
+        earlier = {key: value for key, value in known.items() if key != "upstream"}
         if earlier != config.identity():
             if not config.overwrite:
                 self._refuse(earlier, config.identity())
@@ -242,6 +244,11 @@ class RunDirectory:
                         f"{self.path}: cannot be locked ({error.strerror}); give a workdir on a file system with file locks"
                     ) from None
             yield  # released when the file is closed, also by kill -9
+
+
+def _leave_out_runtime_fields(identity: Mapping[str, Any], config: StageConfig) -> dict[str, Any]:
+    """Without what was part of an identity in an earlier version, and is not any more."""
+    return {key: value for key, value in identity.items() if key not in config.runtime_fields}
 
 
 def hash_file(path: Path) -> str:

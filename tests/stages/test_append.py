@@ -246,6 +246,31 @@ def test_images_that_were_repaired_come_and_broken_ones_count_against_all_images
     assert read_files(workdir)["skipped.txt"] == b""
 
 
+@pytest.mark.parametrize("is_killed", [False, True])
+def test_what_cannot_be_appended_leaves_what_was_there_as_it_was(images, more, tmp_path, is_killed):
+    workdir = tmp_path / "work"
+    concentrate(*arguments(images, workdir), directory=tmp_path)
+    before = read_files(workdir)
+    more()
+    for number in range(3):
+        (images / "birds" / "gull" / f"s{90 + number}-0.png").write_bytes(b"<html>")
+    append = arguments(images, workdir, "shares", "append=true")
+    if is_killed:
+        plant = Plant("concentration.stages.prepare:_write_and_index", 2, "before")
+        concentrate(*append, "num_processes=1", directory=tmp_path, plant=plant, code=-signal.SIGKILL)
+        assert "DONE.json" not in read_files(workdir)
+    message = concentrate(*append, directory=tmp_path, code=2).err
+    assert "3 of 244 images cannot be decoded" in message
+    after = read_files(workdir)
+    assert len(after.pop("skipped.txt").splitlines()) == 3
+    assert after == {name: content for name, content in before.items() if name not in ("skipped.txt", "listing.sha256")}
+    _, taxonomy, _ = prepared(workdir)
+    assert [c.id for c in taxonomy.classes] == OLD
+    concentrate(*append, f"max_skipped_share={message.partition('or give max_skipped_share=')[2].partition(';')[0]}",
+                directory=tmp_path)  # fmt: skip
+    assert len(prepared(workdir)[1].classes) > len(OLD)
+
+
 def test_what_has_changed_in_the_prepared_set_is_refused(images, more, tmp_path):
     workdir = tmp_path / "work"
     concentrate(*arguments(images, workdir), directory=tmp_path)
