@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
+from concentration.errors import DataError
 from concentration.pipeline.compare import COMPARED, GENERALIST
 from concentration.pipeline.dry_run import print_dry_run, print_submitted
 from concentration.pipeline.graph import (
@@ -106,7 +107,12 @@ def _print_result(config: RunConfig) -> None:
     for column in ("", "mpvap", "top-1", "parameters", "networks"):
         table.add_column(column, justify="left" if not column else "right")
     for name in (GENERALIST, config.name, *(COMPARED if config.compare else ()), SPECIALISTS):
-        result = json.loads((config.workdir / EVALUATIONS / f"{name}.json").read_text())
+        path = config.workdir / EVALUATIONS / f"{name}.json"
+        if not path.exists():
+            raise DataError(
+                f"{path}: no such file, though its evaluation is finished; run `concentrate evaluate name={name}`"
+            )
+        result = json.loads(path.read_text())
         top1 = "-" if result["top1"] is None else f"{100 * result['top1']:.1f} %"
         total = result["num_parameters"]["total"]
         parameters = "-" if total is None else f"{total:,}"

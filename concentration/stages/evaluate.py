@@ -141,8 +141,9 @@ def evaluate(config: EvaluateConfig) -> None:
     split, made_from = _load_images(config, taxonomy)
     checkpoints = {name: find_checkpoint(config.workdir, name, taxonomy) for name in config.names}
     checkpoint = checkpoints[config.names[0]] if len(checkpoints) == 1 else hash_values(checkpoints)
-    directory = RunDirectory(config.output)
-    with directory.begin(config, {"data": split.fingerprint, "checkpoint": checkpoint, **made_from}) as is_due:
+    directory, result_path = RunDirectory(config.output), config.output.with_name(f"{config.output.name}.json")
+    upstream = {"data": split.fingerprint, "checkpoint": checkpoint, **made_from}
+    with directory.begin(config, upstream, is_growing=not result_path.exists()) as is_due:
         if not is_due:
             return
         subject = load_subject(config, taxonomy, split, checkpoint)
@@ -165,7 +166,7 @@ def evaluate(config: EvaluateConfig) -> None:
         if config.save_scores:
             _save_scores(config, subject, ordinals, scores_NC)
         save_answers(directory.path, answers, split.fingerprint)
-        write_atomically(config.output.with_name(f"{config.output.name}.json"), content)
+        write_atomically(result_path, content)
         directory.finish({"mpvap": content["mpvap"]})
 
 

@@ -237,6 +237,17 @@ def test_a_budget_that_was_raised_or_lowered_does_not_evaluate_again(workdir):
     assert "finished already" in finished.out
 
 
+def test_a_result_that_was_deleted_is_made_again(workdir):
+    path = workdir / "evaluations/generalist.json"
+    content = load_json(path)
+    path.unlink()
+    concentrate("evaluate", "name=generalist", "save_scores=true", f"workdir={workdir}", directory=workdir.parent)
+    found = load_json(path)
+    assert {key: found[key] for key in ("mpvap", "top1", "pvap")} == {
+        key: content[key] for key in ("mpvap", "top1", "pvap")
+    }
+
+
 def test_the_validation_split_is_evaluated_beside_the_test_split(workdir):
     before = (workdir / "evaluations/generalist.json").read_bytes()
     concentrate("evaluate", "name=generalist", "split=val", f"workdir={workdir}", directory=workdir.parent)
