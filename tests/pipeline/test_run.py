@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from real_runs import Finished, Running, load_json, run_command
+from real_runs import Finished, Running, load_json, run_command, write_shards
 
 from concentration.networks.student import load_student
 
@@ -130,6 +130,27 @@ def test_a_run_takes_a_teacher_that_is_brought_along(finished, tmp_path):
     printed = run(tmp_path / "work", *brought)
     line = next(line for line in printed.out.splitlines() if " specialists " in line)
     assert [cell.strip() for cell in line.split("│")][4] == "-"
+
+
+@pytest.mark.parametrize(
+    ("missing", "options", "expected"),
+    [
+        ("test", (), r"no test images \(\d+ train, \d+ val, 0 test\), and all networks .* them; set data.split.test_"),
+        ("val", ("trainer.keep_best=true",), r"no val images .* trainer.keep_best=true chooses with them; set data.split.val_"),
+        ("val", ("experiment=compare",), r"no val images .* compare.groups finds its groups with them; set data.split.val_"),
+        ("val", ("teacher.trainer.keep_best=true",), "no val images of fruit, tools to choose with; set it to false, or"),
+    ],
+)  # fmt: skip
+def test_images_that_a_later_job_asks_for_are_missed_before_anything_is_trained(missing, options, expected, tmp_path):
+    given, workdir = write_shards(tmp_path / "given"), tmp_path / "work"
+    for path in given.glob(f"{missing}-*"):
+        path.unlink()
+    data = ("data=shards", f"data.path={given}", "data.image_size=16", f"workdir={workdir}")
+    refused = Running(("run", *data, *NETWORKS, *options), tmp_path).wait()
+    assert refused.code == 2, refused.err
+    assert re.search(expected, refused.err.splitlines()[-1]), refused.err
+    assert not (workdir / "students").exists()
+    assert not (workdir / "teachers").exists()
 
 
 def test_a_teacher_for_an_unknown_vertical_is_one_clear_error(finished, tmp_path):
