@@ -30,6 +30,7 @@ from concentration.processes import count_cores
 from concentration.stages.evaluate import EVALUATIONS, SPECIALISTS
 from concentration.stages.prepare import SHARDS, DataOverrides, load_prepared
 from concentration.stages.report import COMMAND_FILE, REPORT
+from concentration.stages.report_headline import find_unmeasured
 from concentration.stages.run_directory import RunDirectory
 from concentration.targets import write_atomically
 
@@ -138,7 +139,8 @@ def _record_command(config: RunConfig) -> None:
 
 def _print_result(config: RunConfig) -> None:
     console = Console(soft_wrap=True)
-    table = Table(title=f"{config.workdir}: test images", title_justify="left")
+    measured = json.loads((config.workdir / EVALUATIONS / f"{config.name}.json").read_text())
+    table = Table(title=f"{config.workdir}: {measured['num_samples']:,} test images", title_justify="left")
     for column in ("", "mpvap", "top-1", "parameters", "networks"):
         table.add_column(column, justify="left" if not column else "right")
     for name in (GENERALIST, config.name, *(COMPARED if config.compare else ()), SPECIALISTS):
@@ -148,6 +150,10 @@ def _print_result(config: RunConfig) -> None:
         parameters = "-" if total is None else f"{total:,}"
         table.add_row(name, f"{100 * result['mpvap']:.1f} %", top1, parameters, str(result["num_networks"]))
     console.print(table)
+    if left_out := find_unmeasured(measured):
+        shown = ", ".join(left_out[:5]) + ", ..." * (len(left_out) > 5)
+        num_verticals = len(left_out) + len(measured["pvap"])
+        print(f"mpvap leaves out the verticals without a test image: {shown} ({len(left_out)} of {num_verticals})")
     console.print(f"report: {(config.workdir / REPORT / 'index.html').resolve()}")
     where = f"name={config.name} workdir={config.workdir}"
     next_verb = f"demo {where}" if config.export else f"export {where}"

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ import torch
 from real_runs import Finished, Running, load_json, run_command, write_shards
 
 from concentration.networks.student import load_student
+from concentration.pipeline.run import _print_result
 
 PREPARE = ("data.verticals=[greek,arrows]", "data.num_classes=12", "data.num_drawings=20", "data.image_size=16",
            "samples_per_shard=100")  # fmt: skip
@@ -86,6 +88,20 @@ def test_the_whole_run_goes_from_characters_to_a_report(finished):
         mpvap = load_json(workdir / "evaluations" / f"{name}.json")["mpvap"]
         assert f"{100 * mpvap:.1f} %" in next(line for line in printed.out.splitlines() if f" {name} " in line)
     assert "report/index.html" in printed.out
+
+
+def test_the_last_table_says_how_many_images_were_measured_and_which_verticals_had_none(finished, tmp_path, capsys):
+    workdir, printed = finished
+    num_samples = load_json(workdir / "evaluations/student.json")["num_samples"]
+    assert f"{num_samples:,} test images" in printed.out
+    assert "leaves out" not in printed.out
+    shutil.copytree(workdir / "evaluations", tmp_path / "evaluations")
+    student = load_json(workdir / "evaluations/student.json")
+    (tmp_path / "evaluations/student.json").write_text(
+        json.dumps({**student, "pvap": {"greek": 1.0}, "num_verticals_without_sample": 1})
+    )
+    _print_result(types.SimpleNamespace(workdir=tmp_path, name="student", compare=None, export=False))
+    assert "mpvap leaves out the verticals without a test image: arrows (1 of 2)" in capsys.readouterr().out
 
 
 def test_another_student_has_its_teachers_in_the_loop(workdir):
