@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from concentration.errors import ConfigError
-from concentration.schema import Config, flatten, parse_config, suggest
+from concentration.schema import Config, flatten, parse_config, suggest, write_override
 from concentration.stages.verbs import STAGE_VERBS, Verb
 
 VERBS: Mapping[str, Verb] = {
@@ -72,8 +72,15 @@ def check_config(verb: str, composed: Any, words: Sequence[str] = ()) -> Config:
 def describe_composition_error(error: Exception, verb: str, overrides: Sequence[str] = ()) -> str:
     """Hydra's message in one line, with the nearest key that is valid with the choices among the overrides."""
     text = " ".join(str(error).split())
+    if (override := getattr(error, "override", None)) is not None:  # of Hydra's grammar, which may not read a letter
+        return _describe_unread(override)
+    if match := re.search(r"(?:Ambiguous value for argument|Sweep parameters) '(.+?)'(?: 1\. | requires)", text):
+        return _describe_several(match[1])
     if match := re.search(r"Missing mandatory value:.*full_key: (\S+)", text):
         return f"'{match[1]}' is missing: give {match[1]}=VALUE"
+    if match := re.search(r"Interpolation key '(.*?)' not found full_key: (\S+)", text):
+        key, text = match[2], f"${{{match[1]}}}"
+        return f"{key}: there is no key '{match[1]}' for {text}; a text with it: {write_override(key, text)}"
     if match := re.search(r"No match in the defaults list\. To append to your default list use \+(\S+)", text):
         return f"{match[1]}: `concentrate {verb}` has no such choice to make (`concentrate {verb} --help` shows all)"
     if match := re.search(r"Could not (?:override|append).*?'([\w@./]+)(?:=.*?)?'\.", text):
@@ -89,6 +96,27 @@ def describe_composition_error(error: Exception, verb: str, overrides: Sequence[
         group, _, option = match[1].rpartition("/")
         return f"{group or 'config'}={option}: no such choice{suggest(option, match[2].split())}"
     return text
+
+
+def _describe_unread(override: str) -> str:
+    key, has_value, value = override.partition("=")
+    if not has_value:
+        return f"'{override}': expected KEY=VALUE"
+    if value.startswith("[") and value.endswith("]"):
+        texts = [text.strip(" '\"") for text in value[1:-1].split(",")]
+        example = f"write its texts with special characters in quotes: {write_override(key, texts)}"
+    else:
+        text = value[1:-1] if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"" else value
+        example = f"a text with special characters is put in quotes: {write_override(key, text)}"
+    return f"'{override}': cannot be read; {example}"
+
+
+def _describe_several(override: str) -> str:
+    key, _, value = override.partition("=")
+    return (
+        f"{override}: several values, expected one; a text with commas or brackets is put in quotes: "
+        f'{write_override(key, value)}, a list is "{key}=[A,B]", and with -m each is a run of its own'
+    )
 
 
 def list_values(verb: str, overrides: Sequence[str] = ()) -> dict[str, Any]:

@@ -1,10 +1,14 @@
 """`Config`, the base of every configuration class; how a wrong value becomes one clear line; how JSON is read."""
 
 import difflib
+import functools
 import hashlib
 import json
+import re
+import shlex
 import types
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
 
 import pydantic
@@ -28,6 +32,15 @@ class Config(pydantic.BaseModel):
     def choose(cls, values: Mapping[str, Any]) -> "type[Config]":
         """The class that checks `values`: this one, unless it stands for another one beside itself."""
         return cls
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _take_integers_as_text(cls, values: Any) -> Any:
+        """Hydra reads `vertical=2020` as a number. Of a float it is not known how it was written: it stays an error."""
+        if not isinstance(values, Mapping):
+            return values
+        texts = {name for name, field in cls.model_fields.items() if _is_text(field.annotation)}
+        return {name: _write_integers(value) if name in texts else value for name, value in values.items()}
 
     def identity(self) -> dict[str, Any]:
         """What decides the result, as plain JSON values."""
@@ -104,6 +117,29 @@ def suggest(word: str, valid: Iterable[str], prefix: str = "") -> str:
     return ""
 
 
+def write_override(key: str, value: str | Sequence[str]) -> str:
+    """`KEY=VALUE` as it is typed in a shell, so that Hydra takes it for this text, or for a list of these texts.
+
+    `vertical=birds` needs nothing; `"vertical='1.5'"` is in quotes for Hydra, and those are in quotes for the shell.
+    """
+    word = f"{key}={_quote(value)}" if isinstance(value, str) else f"{key}=[{','.join(map(_quote, value))}]"
+    if shlex.quote(word) == word:
+        return word
+    return shlex.quote(word) if re.search(r'["$`!]|\\\\', word) else f'"{word}"'
+
+
+def _quote(text: str) -> str:
+    """As Hydra's grammar takes it: in quotes unless it can be read as nothing but this text."""
+    is_name = re.fullmatch(r"[A-Za-z_/][\w./:%+-]*", text, re.ASCII) is not None
+    is_number = re.fullmatch(r"-?[1-9]\d*|0", text, re.ASCII) is not None  # which is taken for its text
+    if is_number or (is_name and text.lower() not in ("true", "false", "null", "nan", "inf")):
+        return text
+    mark = '"' if re.search(r'["$`!]', text) and "'" not in text else "'"  # then the shell's are the others
+    text = re.sub(rf"(\\*)({mark}|$)", lambda found: found[1] * 2 + (f"\\{mark}" if found[2] else ""), text)
+    text = re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + "\\${", text)  # else OmegaConf would look for a key
+    return f"{mark}{text}{mark}"
+
+
 def _refuse_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
@@ -117,8 +153,23 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no number")
 
 
+#: What pydantic calls a value that is no text.
+_TEXT_PROBLEMS = ("string_type", "path_type")
+
+
 def _describe_error(model: type[pydantic.BaseModel], error: pydantic.ValidationError) -> str:
-    lines = list(dict.fromkeys(_describe_problem(model, problem) for problem in error.errors()))
+    problems = error.errors()
+    # Where a text or a list may be given, pydantic tells why it is not the one and why it is not the other.
+    texts = [problem["loc"] for problem in problems if problem["type"] in _TEXT_PROBLEMS]
+    paths = [_follow(model, location)[0] for location in texts]
+    lines = []
+    for problem in problems:
+        path = _follow(model, problem["loc"])[0]
+        is_told = problem["type"] == "tuple_type" and path in paths
+        is_told |= problem["type"] in _TEXT_PROBLEMS and any(path == other[:-1] for other in paths)
+        if not is_told:
+            lines.append(_describe_problem(model, problem))
+    lines = list(dict.fromkeys(lines))
     return "; ".join(lines[:4])
 
 
@@ -137,9 +188,25 @@ def _describe_problem(model: type[pydantic.BaseModel], problem: Mapping[str, Any
         if problem["type"] == "union_tag_not_found":
             return f"'{key}' is missing: give {key}=VALUE"
         return _describe_choice(key, problem["ctx"]["tag"], problem["ctx"]["expected_tags"])
+    if problem["type"] in _TEXT_PROBLEMS:
+        return _describe_no_text(path, found)
+    if problem["type"] == "tuple_type":
+        return f"{dotted}={found}: expected a list, {write_override(dotted, [str(found)])}"
     message = problem["msg"].removeprefix("Value error, ")
     where = f"{dotted}={found!r}: " if dotted and not isinstance(found, Mapping) else ""
     return f"{where}{message}"
+
+
+def _describe_no_text(path: Sequence[str], found: Any) -> str:
+    key = ".".join(path)
+    if isinstance(found, Mapping | list | tuple):
+        example = write_override(key, "A,B")
+        return f"{key}={found}: expected a text; one with brackets or commas is put in quotes, as in {example}"
+    text = "null" if found is None else str(found).lower() if isinstance(found, bool) else str(found)
+    kind = {bool: "true or false", type(None): "nothing"}.get(type(found), "a number")
+    is_in_list = path[-1].isdigit()
+    example = write_override(".".join(path[:-1]), [text]) if is_in_list else write_override(key, text)
+    return f"{key}={text}: read as {kind}, expected a text; put it in quotes as it is written: {example}"
 
 
 def _describe_choice(dotted: str, found: Any, expected: str) -> str:
@@ -188,6 +255,20 @@ def _types_in(annotation: Any) -> Iterator[Any]:
     yield annotation
     for inner in annotation if isinstance(annotation, tuple) else get_args(annotation):
         yield from _types_in(inner)
+
+
+@functools.cache
+def _is_text(annotation: Any) -> bool:
+    """Whether a field holds texts or paths, perhaps several, and no integer."""
+    types_in = {inner for inner in _types_in(annotation) if isinstance(inner, type)}
+    return bool(types_in & {str, Path}) and not types_in & {int, float, bool, dict, Mapping} and Any not in types_in
+
+
+def _write_integers(value: Any) -> Any:
+    """An integer, or those in a list, as text."""
+    if isinstance(value, list | tuple):
+        return [_write_integers(inner) for inner in value]
+    return str(value) if type(value) is int else value
 
 
 def _models_in(annotation: Any) -> list[type[pydantic.BaseModel]]:

@@ -9,6 +9,8 @@ import functools
 import hashlib
 import itertools
 import json
+import re
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +39,8 @@ class Taxonomy:
 
     Raises:
         DataError: two classes with one id, an unknown parent, a cycle among the parents, a vertical with one class
-            or with a name that cannot be a folder's.
+            or with a name that cannot be a folder's; an id with a line break or another control character; ids or verticals that
+            differ in how their accents are encoded alone.
     """
 
     def __init__(self, classes: Sequence[TaxonomyClass], where: str = "taxonomy"):
@@ -59,11 +62,10 @@ class Taxonomy:
         self.vertical_sizes = tuple(int(n) for n in np.bincount(vertical_of_position, minlength=len(self.verticals)))
         #: (M + 1,) first output of every vertical, and C.
         self.vertical_starts = tuple(int(n) for n in np.concatenate([[0], np.cumsum(self.vertical_sizes)]))
+        _check_spellings("class ids", self.position, where)
+        _check_spellings("verticals", self.verticals, where)
         for name, size in zip(self.verticals, self.vertical_sizes, strict=True):
-            if name.startswith(".") or any(letter == "/" or letter < " " for letter in name):
-                raise DataError(
-                    f"{where}: vertical {name!r} cannot name a folder; leave out '/', line breaks and a dot at the start"
-                )
+            _check_folder_name(name, where)
             if size < 2:
                 raise DataError(
                     f"{where}: vertical {name!r} has {size} class, expected at least 2; "
@@ -228,6 +230,13 @@ class Taxonomy:
         return cls.from_json(parse_json(content, str(path)), str(path))
 
 
+#: Of a vertical's name in UTF-8. File systems take names of 255, and the name's own files have something before and after it:
+#: `.targets-NAME.json.1234567.tmp`.
+MAX_NAME_BYTES = 200
+
+#: Control characters, and what else ends a line for `str.splitlines`.
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+
 _KEYS = ("id", "name", "parents", "vertical")
 
 
@@ -256,12 +265,42 @@ def _parse_class(entry: object, where: str) -> TaxonomyClass:
 def _index_ids(classes: Sequence[TaxonomyClass], where: str) -> dict[str, int]:
     position: dict[str, int] = {}
     for number, c in enumerate(classes):
+        if _CONTROL.search(c.id):
+            raise DataError(
+                f"{where}: the class id {c.id!r} has a line break or another control character; leave it out, as ids stand one a "
+                "line in files"
+            )
         if c.id in position:
             raise DataError(
                 f"{where}: classes[{position[c.id]}] and classes[{number}] share the id {c.id!r}; make ids unique"
             )
         position[c.id] = number
     return position
+
+
+def _check_spellings(what: str, texts: Iterable[str], where: str) -> None:
+    """Raises: DataError where two texts look the same: macOS and Linux encode accents differently, and keep both."""
+    seen: dict[str, str] = {}
+    for text in texts:
+        composed = text if text.isascii() else unicodedata.normalize("NFC", text)
+        if composed in seen:
+            raise DataError(
+                f"{where}: the {what} {seen[composed]!a} and {text!a} are both '{composed}', with accents encoded in two ways; "
+                "rename one, with the same characters as the other where both are the same"
+            )
+        seen[composed] = text
+
+
+def _check_folder_name(vertical: str, where: str) -> None:
+    if vertical.startswith(".") or "/" in vertical or _CONTROL.search(vertical):
+        raise DataError(
+            f"{where}: vertical {vertical!r} cannot name a folder; leave out '/', line breaks and a dot at the start"
+        )
+    if (size_bytes := len(vertical.encode(errors="replace"))) > MAX_NAME_BYTES:
+        raise DataError(
+            f"{where}: the name of the vertical '{vertical[:20]}...' has {size_bytes} bytes, too many for the names of its "
+            f"files; at most {MAX_NAME_BYTES}: shorten it"
+        )
 
 
 def _check_parents(classes: Sequence[TaxonomyClass], position: Mapping[str, int], where: str) -> None:

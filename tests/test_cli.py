@@ -143,6 +143,28 @@ def test_help_of_every_verb_shows_its_choices_and_keys(verb, tmp_path):
         ),
         (["teacher", "external=onnx", "external.pat=3"], "unknown key 'external.pat'; did you mean 'external.path'?"),
         (["teacher"], "'vertical' is missing: give vertical=VALUE"),
+        (["teacher", "vertical=2020"], "run `concentrate prepare` first"),
+        (["evaluate", "name=[2020,1999]"], "run `concentrate prepare` first"),
+        (["teacher", "vertical=1.5"], """expected a text; put it in quotes as it is written: "vertical='1.5'\""""),
+        (
+            ["predict", "verticals=[true]"],
+            """expected a text; put it in quotes as it is written: "verticals=['true']\"""",
+        ),
+        (["teacher", "vertical=null"], """give vertical=VALUE ("vertical='null'" where that is its name)"""),
+        (
+            ["teacher", "vertical=a,b"],
+            """a text with commas or brackets is put in quotes: "vertical='a,b'\"""",
+        ),
+        (
+            ["teacher", "vertical=café"],
+            """cannot be read; a text with special characters is put in quotes: "vertical='café'\"""",
+        ),
+        (
+            ["teacher", "vertical=a(b"],
+            """cannot be read; a text with special characters is put in quotes: "vertical='a(b'\"""",
+        ),
+        (["predict", "verticals=[café,b]"], """in quotes: "verticals=['café',b]\""""),
+        (["teacher", "vertical=${x}"], """no key 'x' for ${x}; a text with it: 'vertical="\\${x}"'"""),
         (["student", "trainer.max_epochs=many"], "trainer.max_epochs='many'"),
         (["student", "trainer.max_epochs=-1"], "trainer.max_epochs=-1"),
         (["student", "trainer.sampling=class_balancd"], "did you mean 'class_balanced'?"),

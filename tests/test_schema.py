@@ -1,12 +1,17 @@
 """Every wrong value becomes one line that says which key, as a user writes it, and what would have been valid."""
 
+import random
+import shlex
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import pydantic
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
 
 from concentration.errors import ConfigError, DataError
-from concentration.schema import Config, flatten, hash_values, parse_config, parse_json, suggest
+from concentration.schema import Config, flatten, hash_values, parse_config, parse_json, suggest, write_override
 
 
 class CircleConfig(Config):
@@ -73,6 +78,75 @@ def test_the_type_that_was_tried_is_not_part_of_the_key() -> None:
 
 def test_a_key_of_a_dictionary_is_part_of_the_key() -> None:
     assert describe({"weights": {"birds": "x"}}).startswith("weights.birds='x': ")
+
+
+class NamedConfig(Config):
+    name: str | tuple[str, ...] = "student"
+    vertical: str | None = None
+    folder: Path = Path()
+    verticals: tuple[str, ...] = ()
+    count: int | str = 0
+
+
+def test_an_integer_that_is_given_for_a_text_is_its_text() -> None:
+    """Hydra reads `vertical=2020` as a number."""
+    config = parse_config(NamedConfig, {"name": [1, "a"], "vertical": 2020, "folder": -1, "verticals": [7], "count": 3})
+    assert config == NamedConfig(name=("1", "a"), vertical="2020", folder=Path("-1"), verticals=("7",), count=3)
+    assert parse_config(NamedConfig, {"name": 2020}).name == "2020"
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"vertical": 1.5}, """vertical=1.5: read as a number, TEXT: "vertical='1.5'\""""),
+        ({"vertical": True}, """vertical=true: read as true or false, TEXT: "vertical='true'\""""),
+        ({"folder": None}, """folder=null: read as nothing, TEXT: "folder='null'\""""),
+        ({"name": 1.5}, """name=1.5: read as a number, TEXT: "name='1.5'\""""),
+        ({"name": ["a", 1.5]}, """name.1=1.5: read as a number, TEXT: "name=['1.5']\""""),
+        (
+            {"vertical": ["a"]},
+            "vertical=['a']: expected a text; one with brackets or commas is put in quotes, as in \"vertical='A,B'\"",
+        ),
+        ({"verticals": 2020}, 'verticals=2020: expected a list, "verticals=[2020]"'),
+    ],
+)
+def test_what_is_no_text_is_told_with_the_quotes_that_make_it_one(values, message) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(NamedConfig, values)
+    assert str(caught.value) == message.replace("TEXT", "expected a text; put it in quotes as it is written")
+
+
+def test_an_override_is_read_by_a_shell_and_hydra_as_the_text_that_was_written() -> None:
+    chance = random.Random(0)
+    letters = "ab1'\"\\$ {},.é[]()=:#!*~%-_日;&|\t"
+    texts = ["".join(chance.choices(letters, k=chance.randint(1, 7))) for _ in range(500)]
+    texts += [
+        "birds",
+        "2020",
+        "-5",
+        "0",
+        "-0",
+        "007",
+        "1_000",
+        "1.5",
+        "1e3",
+        "0x10",
+        "nan",
+        "inf",
+        "-inf",
+        "true",
+        "False",
+    ]
+    texts += ["null", "NULL", "${x}", "\\${x}", "a\\", "'", "\\'"]
+    parser = OverridesParser.create()
+    for text in ["", " a", "a ", *texts]:
+        for value in (text, [text, "b"]):
+            [word] = shlex.split(write_override("vertical", value))
+            read = OmegaConf.create({"vertical": parser.parse_override(word).value(), "x": "y"})
+            expected = parse_config(NamedConfig, {"name": OmegaConf.to_container(read, resolve=True)["vertical"]})
+            assert expected.name == (text if value is text else (text, "b")), word
+    assert write_override("vertical", "birds") == "vertical=birds"
+    assert write_override("vertical", "1.5") == """"vertical='1.5'\""""
 
 
 def test_all_problems_are_told_once_each() -> None:

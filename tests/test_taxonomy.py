@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from concentration.errors import DataError
-from concentration.taxonomy import Taxonomy, TaxonomyClass
+from concentration.targets import write_atomically
+from concentration.taxonomy import MAX_NAME_BYTES, Taxonomy, TaxonomyClass
 
 
 def make_class(class_id: str, vertical: str, *parents: str) -> TaxonomyClass:
@@ -297,3 +298,39 @@ def test_a_key_that_is_nearly_a_known_one_is_refused_and_a_users_own_key_is_not(
 def test_a_vertical_whose_name_cannot_be_a_folder_is_refused(name):
     with pytest.raises(DataError, match="cannot name a folder"):
         Taxonomy.from_json({"classes": [{"id": "a", "vertical": name}, {"id": "b", "vertical": name}]})
+
+
+@pytest.mark.parametrize("letter", ["a", "é", "日"])
+def test_the_length_of_a_verticals_name_is_in_bytes_as_file_systems_count_it(tmp_path, letter):
+    def load(name: str) -> Taxonomy:
+        return Taxonomy.from_json({"classes": [{"id": "a", "vertical": name}, {"id": "b", "vertical": name}]})
+
+    most = MAX_NAME_BYTES // len(letter.encode())
+    [name] = load(letter * most).verticals
+    write_atomically(tmp_path / f"targets-{name}.json", "")  # the longest of the files that have it in their name
+    with pytest.raises(DataError, match=r"the name of the vertical .* bytes, too many .* at most 200: shorten it"):
+        load(letter * (most + 1))
+
+
+@pytest.mark.parametrize("character", ["\n", "\r", "\t", "\0", "\x7f", "\x85", "\u2028"])
+def test_a_class_id_with_a_control_character_is_refused(character):
+    classes = [{"id": f"a{character}b", "vertical": "v"}, {"id": "b", "vertical": "v"}]
+    with pytest.raises(DataError, match="has a line break or another control character; leave it out") as caught:
+        Taxonomy.from_json({"classes": classes}, "here")
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_ids_or_verticals_that_differ_in_how_accents_are_encoded_alone_are_refused():
+    """macOS writes an accent after its letter, and Linux keeps what it is given."""
+    composed, decomposed = "caf\xe9", "cafe\u0301"
+    for what, pairs in (
+        ("class ids", [(composed, "v"), ("b", "v"), (decomposed, "v")]),
+        ("verticals", [("a", composed), ("b", composed), ("c", decomposed), ("d", decomposed)]),
+    ):
+        with pytest.raises(DataError) as caught:
+            Taxonomy.from_json({"classes": [{"id": class_id, "vertical": v} for class_id, v in pairs]}, "here")
+        assert f"here: the {what} 'caf\\xe9' and 'cafe\\u0301' are both 'caf\xe9'" in str(caught.value)
+    alone = Taxonomy.from_json(
+        {"classes": [{"id": "a", "vertical": decomposed}, {"id": decomposed, "vertical": decomposed}]}
+    )
+    assert alone.verticals == (decomposed,)

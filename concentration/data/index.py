@@ -299,8 +299,19 @@ def load_split(directory: Path, name: str, taxonomy: Taxonomy) -> Split:
     """
     paths = sorted(directory.glob(f"{name}-*.index"))
     if not paths:
-        raise DataError(f"{directory}: no shards of the split '{name}'; run `concentrate prepare` first")
+        there = sorted({path.name.rpartition("-")[0] for path in directory.glob("*-*.index")})
+        if not there:
+            raise DataError(f"{directory}: no shards of the split '{name}'; run `concentrate prepare` first")
+        raise DataError(
+            f"{directory}: no shards of the split '{name}', only of {', '.join(there)}; {describe_missing_split(name)}, and "
+            "prepare again with overwrite=true"
+        )
     return Split(name, _StoredIndices(paths), [path.stem for path in paths], taxonomy, directory)
+
+
+def describe_missing_split(name: str) -> str:
+    """What gives prepared data a split that it has not."""
+    return f"set data.split.{name}_per_class or a larger data.split.{name}_share, or of given shards give some as data.{name}"
 
 
 def check_keys(split: Split) -> None:

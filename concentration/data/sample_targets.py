@@ -18,7 +18,7 @@ from concentration.data.index import COUNTED_TOGETHER, Split
 from concentration.data.views import INTERPOLATION, StoredViews, describe_decoder
 from concentration.errors import DataError
 from concentration.packed_targets import VIEW_BYTES
-from concentration.schema import parse_json
+from concentration.schema import parse_json, write_override
 from concentration.targets import SoftTargets, TargetFile
 
 
@@ -281,7 +281,8 @@ def load_manifest(directory: Path, split: Split) -> dict:
     try:
         manifest = parse_json(path.read_bytes(), str(path))
     except FileNotFoundError:
-        raise DataError(f"{path}: missing; run `concentrate targets vertical={directory.name}` first") from None
+        again = f"run `concentrate targets {write_override('vertical', directory.name)}` first"
+        raise DataError(f"{path}: missing; {again}") from None
     if not isinstance(manifest, dict):
         raise DataError(f"{path}: a {type(manifest).__name__}, expected an object; make the targets again")
     for what, found, expected in (

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from concentration.errors import DataError
+from concentration.data.index import describe_missing_split
+from concentration.data.splits import SPLITS
+from concentration.errors import ConfigError, DataError
 from concentration.pipeline.compare import COMPARED, GENERALIST
 from concentration.pipeline.dry_run import print_dry_run, print_submitted
 from concentration.pipeline.graph import (
@@ -25,9 +27,12 @@ from concentration.pipeline.plan import print_run_plan
 from concentration.pipeline.records import record_jobs
 from concentration.pipeline.slurm import SlurmConfig, SlurmLauncher
 from concentration.processes import count_cores
+from concentration.schema import write_override
 from concentration.stages.evaluate import EVALUATIONS, SPECIALISTS
-from concentration.stages.prepare import DataOverrides, load_prepared
+from concentration.stages.prepare import SHARDS, DataOverrides, load_prepared
 from concentration.stages.report import COMMAND_FILE, REPORT
+from concentration.stages.report_headline import find_unmeasured
+from concentration.stages.run_directory import RunDirectory
 from concentration.targets import write_atomically
 
 __all__ = ["RunConfig", "run", "run_together"]
@@ -68,12 +73,15 @@ def run_together(configs: Sequence[RunConfig], has_report: bool) -> int:
         The number of jobs whose results were not there before.
 
     Raises:
+        ConfigError: there are no images to test with, or none to validate with where a job needs some.
         JobFailed, Preempted: as `run`.
     """
     workdir = configs[0].workdir
     launcher = LocalLauncher(configs[0].num_processes or count_cores())
     num_new = launcher.run([build_prepare_job(configs[0])])
     _, taxonomy, _ = load_prepared(workdir, DataOverrides())
+    for config in configs:
+        _check_splits(config)
     jobs: dict[str, Job] = {}
     for config in configs:
         record_jobs(workdir, build_graph(config, taxonomy))
@@ -81,9 +89,38 @@ def run_together(configs: Sequence[RunConfig], has_report: bool) -> int:
     return num_new + launcher.run(list(jobs.values()))
 
 
+def _check_splits(config: RunConfig) -> None:
+    """Raises: ConfigError where the prepared data lack images that a job asks for, perhaps hours later."""
+    done = RunDirectory(config.workdir / SHARDS).load_done("concentrate prepare", splits=dict)
+    num_images = {split: done["splits"].get(split, {"samples": 0})["samples"] for split in SPLITS}
+    reasons = {"test": "all networks are measured with them"}
+    if config.compare is not None:
+        reasons.setdefault(config.compare.groups.split, "compare.groups finds its groups with them")
+    if config.trainer.keep_best or config.generalist.trainer.keep_best:
+        reasons.setdefault("val", "trainer.keep_best=true chooses with them")
+    for split, reason in reasons.items():
+        if not num_images[split]:
+            found = ", ".join(f"{count} {name}" for name, count in num_images.items())
+            raise ConfigError(
+                f"{config.workdir / SHARDS}: no {split} images ({found}), and {reason}; {describe_missing_split(split)}, "
+                "and run again with overwrite=changed"
+            )
+    if config.teacher.trainer.keep_best:
+        by_vertical = done["splits"].get("val", {"by_vertical": {}})["by_vertical"]
+        if missing := [
+            vertical for vertical in done["splits"]["train"]["by_vertical"] if not by_vertical.get(vertical)
+        ]:
+            raise ConfigError(
+                f"teacher.trainer.keep_best=true: no val images of {', '.join(missing[:5])} to choose with; set it to false, or "
+                f"{describe_missing_split('val')}, and run again with overwrite=changed"
+            )
+
+
 def _run_on_slurm(config: RunConfig, launcher_config: SlurmConfig) -> None:
     graph = build_graph(config, find_taxonomy(config))
     due = find_due(graph)
+    if "prepare" not in due:
+        _check_splits(config)
     if not due:
         print("everything was done already: nothing is to do")
         _print_result(config)
@@ -103,22 +140,31 @@ def _record_command(config: RunConfig) -> None:
 
 def _print_result(config: RunConfig) -> None:
     console = Console(soft_wrap=True)
-    table = Table(title=f"{config.workdir}: test images", title_justify="left")
+    names = (GENERALIST, config.name, *(COMPARED if config.compare else ()), SPECIALISTS)
+    results = {name: _load_result(config, name) for name in names}
+    measured = results[config.name]
+    table = Table(title=f"{config.workdir}: {measured['num_samples']:,} test images", title_justify="left")
     for column in ("", "mpvap", "top-1", "parameters", "networks"):
         table.add_column(column, justify="left" if not column else "right")
-    for name in (GENERALIST, config.name, *(COMPARED if config.compare else ()), SPECIALISTS):
-        path = config.workdir / EVALUATIONS / f"{name}.json"
-        if not path.exists():
-            raise DataError(
-                f"{path}: no such file, though its evaluation is finished; run `concentrate evaluate name={name}`"
-            )
-        result = json.loads(path.read_text())
+    for name, result in results.items():
         top1 = "-" if result["top1"] is None else f"{100 * result['top1']:.1f} %"
         total = result["num_parameters"]["total"]
         parameters = "-" if total is None else f"{total:,}"
         table.add_row(name, f"{100 * result['mpvap']:.1f} %", top1, parameters, str(result["num_networks"]))
     console.print(table)
+    if left_out := find_unmeasured(measured):
+        shown = ", ".join(left_out[:5]) + ", ..." * (len(left_out) > 5)
+        num_verticals = len(left_out) + len(measured["pvap"])
+        print(f"mpvap leaves out the verticals without a test image: {shown} ({len(left_out)} of {num_verticals})")
     console.print(f"report: {(config.workdir / REPORT / 'index.html').resolve()}")
-    where = f"name={config.name} workdir={config.workdir}"
+    where = f"{write_override('name', config.name)} {write_override('workdir', str(config.workdir))}"
     next_verb = f"demo {where}" if config.export else f"export {where}"
     console.print(f"next: concentrate {next_verb}")
+
+
+def _load_result(config: RunConfig, name: str) -> dict:
+    path = config.workdir / EVALUATIONS / f"{name}.json"
+    if not path.exists():
+        again = f"concentrate evaluate {write_override('name', name)} {write_override('workdir', str(config.workdir))}"
+        raise DataError(f"{path}: no such file, though its evaluation is finished; run `{again}`")
+    return json.loads(path.read_text())

@@ -20,6 +20,9 @@ CSV_COLUMNS = (
 )  # fmt: skip
 SEPARATOR = " > "
 
+#: Of a terminal and of files: names of classes are of all scripts, and of a file's name that is no UTF-8 `?` stands for a byte.
+TEXT_ENCODING = {"encoding": "utf-8", "errors": "replace"}
+
 
 class Writer(Protocol):
     """Writes the answers of batch after batch to a file."""
@@ -135,8 +138,8 @@ class TableWriter:
 
 
 def standard_output() -> TextIO:
-    """stdout in UTF-8, whatever the terminal's language: names of classes are of all scripts."""
-    sys.stdout.reconfigure(encoding="utf-8", errors="replace")
+    """stdout in UTF-8, whatever the terminal's language."""
+    sys.stdout.reconfigure(**TEXT_ENCODING)
     return sys.stdout
 
 

@@ -23,6 +23,7 @@ from concentration.schema import hash_values
 from concentration.stages.carried_targets import link_file
 from concentration.stages.prepare import SHARDS, count_samples
 from concentration.stages.run_directory import RunDirectory
+from concentration.stages.verbs import write_command
 from concentration.targets import compute_checksum, map_arrays, sort_metadata, write_atomically
 from concentration.taxonomy import Taxonomy
 
@@ -68,7 +69,7 @@ def carry_teacher(source: Path, destination: Path, new_split: Split) -> None:
     """
     if not RunDirectory(source).is_finished:
         return
-    done = RunDirectory(source).load_done(f"concentrate teacher vertical={source.name}", checkpoint=str)
+    done = RunDirectory(source).load_done(write_command("teacher", source.name), checkpoint=str)
     with _make_once(destination, "checkpoint", done["checkpoint"]) as temporary:
         if temporary is not None:
             for file in source.iterdir():
@@ -84,7 +85,7 @@ def carry_stored_targets(source: Path, destination: Path, split: Split, new_spli
         ConfigError: they are not finished, or others are there.
         DataError: a file is missing or damaged, or they were made from other data.
     """
-    done = RunDirectory(source).load_done(f"concentrate targets vertical={source.name}", targets=str)
+    done = RunDirectory(source).load_done(write_command("targets", source.name), targets=str)
     manifest = load_manifest(source, split)
     new_taxonomy, new_data = new_split.taxonomy.fingerprint, new_split.fingerprint
     origin = hash_values({"targets": done["targets"], "data": new_data})

@@ -11,6 +11,7 @@ from concentration.errors import ConfigError, DataError
 from concentration.schema import parse_json
 from concentration.stages.run_directory import RunDirectory
 from concentration.stages.teacher import TEACHERS
+from concentration.stages.verbs import write_command
 from concentration.taxonomy import Taxonomy
 
 
@@ -60,8 +61,8 @@ def carry_targets(source: Path, destination: Path, workdir: Path, split: Split, 
         DataError: they were made from other data than the first shards.
     """
     vertical = source.name
-    done = RunDirectory(source).load_done(f"concentrate targets vertical={vertical}", teacher=str)
-    teacher = RunDirectory(workdir / TEACHERS / vertical).load_done(f"concentrate teacher vertical={vertical}")
+    done = RunDirectory(source).load_done(write_command("targets", vertical), teacher=str)
+    teacher = RunDirectory(workdir / TEACHERS / vertical).load_done(write_command("teacher", vertical))
     if teacher["checkpoint"] != done["teacher"]:
         raise ConfigError(
             f"{workdir / TEACHERS / vertical}: another teacher than made {source}; add this vertical, too: "

@@ -14,10 +14,10 @@ import safetensors.numpy
 from torch import Tensor
 
 from concentration.data.crops import NumCrops
-from concentration.data.index import Split, load_split
+from concentration.data.index import Split, describe_missing_split, load_split
 from concentration.data.mapped_labels import load_class_map, map_labels
 from concentration.distributed import choose_device
-from concentration.errors import ConfigError
+from concentration.errors import ConfigError, DataError
 from concentration.metrics.agreement import LeafAnswers, select_leaf_answers
 from concentration.metrics.ensembles import Combination
 from concentration.metrics.evaluation import Evaluator, measure_kept_bytes
@@ -207,7 +207,7 @@ def load_subject(config: SubjectConfig, taxonomy: Taxonomy, split: Split, checkp
 
     Raises:
         ConfigError: a teacher of one vertical is to be combined with others, which answer for other classes.
-        DataError: as `load_network`.
+        DataError: no sample has a label of the teacher's vertical; or as `load_network`.
     """
     first_output, ordinals = 0, np.flatnonzero(np.diff(split.label_start))
     for name in config.names:
@@ -219,6 +219,11 @@ def load_subject(config: SubjectConfig, taxonomy: Taxonomy, split: Split, checkp
                 "leave it out, or evaluate it alone"
             )
         first_output, ordinals = taxonomy.vertical_slice(name).start, split.routed(name)
+        if not len(ordinals):
+            raise DataError(
+                f"{split.directory}: no {split.name} image has a label of the vertical '{name}', so its teacher cannot be asked; "
+                f"{describe_missing_split(split.name)}, and prepare again with overwrite=true"
+            )
         taxonomy = taxonomy.restrict(name)
     device = choose_device(config.accelerator)
     loaded = [_load_model(config.workdir, name, taxonomy) for name in config.names]

@@ -4,6 +4,7 @@ import pydantic
 
 from concentration.errors import ConfigError, DataError
 from concentration.stages.regroup import RegroupConfig, Regrouping, load_taxonomy, regroup
+from concentration.stages.verbs import write_command
 
 
 class MergeConfig(RegroupConfig):
@@ -40,5 +41,5 @@ def merge(config: MergeConfig) -> None:
     regroup(config, Regrouping(before, after))
     print(
         f"{config.name}: {config.into} has the classifiers of {' and '.join(config.verticals)} side by side; to train them "
-        f"together: concentrate add vertical={config.into} student={config.name} workdir={config.destination}"
+        f"together: {write_command('add', config.into)} student={config.name} workdir={config.destination}"
     )

@@ -22,7 +22,7 @@ from concentration.serving.calibration import load_calibration
 from concentration.serving.export_folder import EXPORTS, NEIGHBOURS_FOLDER, ExportFolder, Weights, load_export
 from concentration.serving.inputs import list_inputs
 from concentration.serving.neighbours import NeighbourIndex
-from concentration.serving.output import Format, build_writer, count_errors, standard_output
+from concentration.serving.output import TEXT_ENCODING, Format, build_writer, count_errors, standard_output
 from concentration.serving.predictor import Predictor
 
 #: Answered before a bar could be read.
@@ -153,7 +153,7 @@ def _open_output(path: Path | None) -> Iterator[TextIO]:
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "w", encoding="utf-8", newline="") as file:
+        with open(path, "w", newline="", **TEXT_ENCODING) as file:
             yield file
     except OSError as error:
         raise ConfigError(f"output={path}: cannot be written ({error.strerror}); give another file") from None

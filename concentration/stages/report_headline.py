@@ -9,7 +9,9 @@ from concentration.stages.report_charts import Bar, draw_scale
 from concentration.stages.report_values import (
     DASH,
     as_mapping,
+    as_mappings,
     as_number,
+    as_texts,
     format_count,
     format_percent,
     format_points,
@@ -75,6 +77,13 @@ def subject_of(evaluations: Mapping[str, Mapping]) -> str:
     return "student" if "student" in evaluations else next(iter([*others, *evaluations]), "")
 
 
+def find_unmeasured(evaluation: Mapping[str, Any]) -> list[str]:
+    """The verticals that no sample has a label of, and that are in no mean."""
+    measured = as_mapping(evaluation.get("pvap"))
+    verticals = dict.fromkeys(as_texts([c.get("vertical") for c in as_mappings(evaluation.get("classes"))]))
+    return [vertical for vertical in verticals if vertical not in measured]
+
+
 def draw_headline_scale(evaluations: Mapping[str, Mapping], colors: Mapping[str, str]) -> Markup:
     bars = {name: Bar(name, as_number(as_mapping(evaluations.get(name)).get("mpvap")), colors[name]) for name in ROLES}
     if any(bar.fraction is None for bar in bars.values()):
@@ -99,7 +108,9 @@ def build_tiles(evaluations: Mapping[str, Mapping], subject: str, sizes: Mapping
     num_classes, num_samples = as_number(evaluation.get("num_classes")), as_number(evaluation.get("num_samples"))
     if num_classes:
         verticals = max(len(as_mapping(evaluation.get("pvap"))), len(sizes))
-        where = f"in {verticals} verticals, " if verticals else ""
+        missing = len(find_unmeasured(evaluation))
+        left_out = f" ({missing} without a test image, which mpvap leaves out)" if missing else ""
+        where = f"in {verticals} verticals{left_out}, " if verticals else ""
         note = f"{where}{format_count(num_samples)} test images" if num_samples else where.rstrip(", ")
         tiles.append({"label": "classes", "value": format_count(num_classes), "note": note})
     return tiles

@@ -25,6 +25,7 @@ from concentration.stages.train_network import (
     identify_base_checkpoint,
     train_network,
 )
+from concentration.stages.verbs import write_command
 from concentration.taxonomy import Taxonomy
 from concentration.training.memory import StepShape
 
@@ -236,7 +237,7 @@ def _identify_targets(config: StudentConfig, taxonomy: Taxonomy) -> str:
             f"targets.name={config.targets.name}: no such targets (there: {', '.join(have)}); run `concentrate targets` first"
         )
     directories = {vertical: RunDirectory(root / vertical) for vertical in taxonomy.verticals}
-    done = {v: d.load_done(f"concentrate targets vertical={v}") for v, d in directories.items()}
+    done = {v: d.load_done(write_command("targets", v)) for v, d in directories.items()}
     for vertical, directory in directories.items():
         _check_teacher(config, vertical, done[vertical]["teacher"])
         made_with = directory.load_config()["targets"]
@@ -254,9 +255,9 @@ def _check_teacher(config: StudentConfig, vertical: str, made_by: str) -> None:
     path = config.workdir / TEACHERS / vertical
     if not (path / "DONE.json").exists():
         return  # a teacher may be removed once its targets are made
-    now = RunDirectory(path).load_done(f"concentrate teacher vertical={vertical}")["checkpoint"]
+    now = RunDirectory(path).load_done(write_command("teacher", vertical))["checkpoint"]
     if made_by != now:
         raise ConfigError(
             f"targets.name={config.targets.name}: made by another teacher of {vertical} ({made_by}) than {path} holds now "
-            f"({now}); run `concentrate targets vertical={vertical} overwrite=true`, or make targets of another name"
+            f"({now}); run `{write_command('targets', vertical)} overwrite=true`, or make targets of another name"
         )

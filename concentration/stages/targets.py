@@ -25,6 +25,7 @@ from concentration.stages.teacher import TEACHERS
 from concentration.stages.teacher_answers import TeacherAnswers
 from concentration.stages.teacher_gate import GateConfig, check_teacher
 from concentration.stages.train_network import load_network
+from concentration.stages.verbs import write_command
 from concentration.stages.verify_targets import verify_targets
 from concentration.targets import Codec, TargetRecords, keep_top_k, write_atomically
 
@@ -113,7 +114,7 @@ def targets(config: TargetsConfig) -> None:
 
 def _verify(config: TargetsConfig, vertical: str, split: Split, _: str, view: ViewConfig, progress: Progress) -> str:
     path = config.workdir / TARGETS / config.targets.name / vertical
-    RunDirectory(path).load_done(f"concentrate targets vertical={vertical}")
+    RunDirectory(path).load_done(write_command("targets", vertical))
     answers = _open_teacher(config, vertical, split, view)
     return verify_targets(path, vertical, answers, config.num_verified, progress)
 
@@ -123,7 +124,7 @@ def _make_targets(
 ) -> str | None:
     """Makes one vertical's targets, or this process's part of them, and returns a line on what was made."""
     teacher = RunDirectory(config.workdir / TEACHERS / vertical)
-    teacher_hash = teacher.load_done(f"concentrate teacher vertical={vertical}")["checkpoint"]
+    teacher_hash = teacher.load_done(write_command("teacher", vertical))["checkpoint"]
     directory = RunDirectory(config.workdir / TARGETS / config.targets.name / vertical)
     rows_of = {}  # by shard, of the samples that are routed to this teacher
     for shard, ordinals in enumerate(split.by_shard(split.routed(vertical))):

@@ -16,7 +16,7 @@ from concentration.networks.classifier import Classifier
 from concentration.networks.external import ExternalConfig, find_external_files
 from concentration.networks.external.teacher import ExternalTeacher, take_over
 from concentration.progress import Progress
-from concentration.schema import Config, hash_values
+from concentration.schema import Config, hash_values, write_override
 from concentration.stages.expert import TEACHERS, ExpertConfig, train_expert
 from concentration.stages.plan import count_most_labels, print_training_plan
 from concentration.stages.prepare import SHARDS, DataOverrides, load_prepared
@@ -31,6 +31,7 @@ from concentration.stages.train_network import (
     load_network,
     train_network,
 )
+from concentration.stages.verbs import write_command
 from concentration.taxonomy import Taxonomy
 from concentration.training.memory import StepShape
 
@@ -94,7 +95,7 @@ def identify_teachers(workdir: Path, taxonomy: Taxonomy) -> str:
         ConfigError: one has not finished.
     """
     directories = {v: RunDirectory(workdir / TEACHERS / v) for v in taxonomy.verticals}
-    done = {v: d.load_done(f"concentrate teacher vertical={v}") for v, d in directories.items()}
+    done = {v: d.load_done(write_command("teacher", v)) for v, d in directories.items()}
     return hash_values({vertical: facts["checkpoint"] for vertical, facts in done.items()})
 
 
@@ -112,14 +113,17 @@ def measure_teachers(workdir: Path, taxonomy: Taxonomy) -> int:
     num_bytes = 0
     for vertical in taxonomy.verticals:
         directory = RunDirectory(workdir / TEACHERS / vertical)
-        files = directory.load_done(f"concentrate teacher vertical={vertical}").get("files", (NETWORK_FILE,))
+        files = directory.load_done(write_command("teacher", vertical)).get("files", (NETWORK_FILE,))
         num_bytes += sum((directory.path / name).stat().st_size for name in files)
     return num_bytes
 
 
 def _require_vertical(values: Mapping[str, Any]) -> None:
     if values.get("vertical") is None:
-        raise ValueError("'vertical' is missing: give vertical=VALUE, or group=ID of a grouping for its expert")
+        null = write_override("vertical", "null")
+        raise ValueError(
+            f"'vertical' is missing: give vertical=VALUE ({null} where that is its name), or group=ID for a group's expert"
+        )
 
 
 def _train(config: TeacherConfig) -> None:

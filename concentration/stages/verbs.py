@@ -6,6 +6,8 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from concentration.schema import write_override
+
 
 @dataclass(frozen=True)
 class Verb:
@@ -48,6 +50,11 @@ STAGE_VERBS: Mapping[str, Verb] = {
     "report": _stage("report", "a page with everything that was measured"),
     "export": _stage("export", "a student as one folder that predicts: ONNX, int8, torch.export, a model card"),
 }
+
+
+def write_command(verb: str, vertical: str) -> str:
+    """What is typed to run the verb for a vertical, whatever its name."""
+    return f"concentrate {verb} {write_override('vertical', vertical)}"
 
 
 def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -66,7 +66,9 @@ def fit(
     """
     _check_machine(config)
     if config.keep_best and data.val_reader is None:
-        raise ConfigError("trainer.keep_best=true needs validation images, and there are none; set it to false")
+        raise ConfigError(
+            f"{title}: trainer.keep_best=true needs validation images, and there are none for it; set it to false"
+        )
     _silence_libraries()
     checkpoints = CheckpointDirectory(run_path, config.keep_checkpoints)
     latest, first_step = checkpoints.find_latest()

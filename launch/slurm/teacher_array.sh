@@ -35,4 +35,5 @@ print(*dict.fromkeys(c["vertical"] for c in json.load(open(sys.argv[1]))["classe
 fi
 vertical=${verticals[$SLURM_ARRAY_TASK_ID]:?no vertical of this number: --array=0-$((${#verticals[@]} - 1))}
 
-run_step --ntasks=1 -- teacher "vertical=$vertical" "trainer=${TRAINER:-gpu}" "$@"
+# In quotes, so that Hydra takes any name for a text: 1.5, a,b and café.
+run_step --ntasks=1 -- teacher "vertical='${vertical//\'/\\\'}'" "trainer=${TRAINER:-gpu}" "$@"

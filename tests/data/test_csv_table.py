@@ -101,10 +101,30 @@ def test_workers_get_no_listing(write):
         (("path,labels", ",a"), "line 2: the path is '', expected one that ends with .jpg"),
         (("path,labels", "1.gif,a"), "line 2: the path is '1.gif'"),
         (("path,labels", "1.jpg,a", "", "1.jpg,b"), "line 4: '1.jpg' is on line 2 already"),
+        (
+            ("path,labels", "im/1.jpg,a", "./im/1.jpg,b"),
+            "line 3: './im/1.jpg' is on line 2 already, as 'im/1.jpg'; write",
+        ),
+        (
+            ("path,labels", "im/1.jpg,a", "im/../im//1.jpg,b"),
+            "line 3: 'im/../im//1.jpg' is on line 2 already, as 'im/1.jpg'",
+        ),
         (("path,labels,split", "1.jpg,a,tets"), "line 2: the split is 'tets'; did you mean 'test'?"),
         (("path,labels", '1.jpg,"a'), "cannot be parsed"),
         (("path,label", "1.jpg,a"), "no column 'labels' (data.labels_column); did you mean 'label'?"),
-        (("path,path,labels", "1.jpg,2.jpg,a"), "several columns 'path' (data.path_column)"),
+        (
+            ("path,labels,path", "1.jpg,a,2.jpg"),
+            "several columns 'path' (data.path_column): the columns 1, 3; leave one, or rename the others",
+        ),
+        (
+            ("path;labels", "1.jpg;a"),
+            "no column 'path' (data.path_column): its columns are parted by semicolons, expected commas; part them by commas",
+        ),
+        (("path\tlabels", "1.jpg\ta"), "its columns are parted by tabs, expected commas"),
+        (
+            ('"path";"labels"', '"1.jpg";"a"'),
+            "line 1: cannot be parsed (',' expected after '\"'); correct its quotes, or part",
+        ),
         (("path,labels",), "no rows below the header"),
         ((), "no column 'path'"),
         (("path,labels", "1.jpg,a/x", "2.jpg,a/y", "3.jpg,b"), "label 'b' has no vertical, but others do"),
@@ -113,6 +133,19 @@ def test_workers_get_no_listing(write):
 )
 def test_a_wrong_row_is_refused_with_its_line(lines, expected, write):
     refuse(write(*lines), expected)
+
+
+def test_a_file_that_comes_again_as_an_absolute_path_is_refused(write, tmp_path):
+    path = write("path,labels", "im/1.jpg,a", f"{tmp_path}/im/1.jpg,b")
+    refuse(path, f"line 3: '{tmp_path}/im/1.jpg' is on line 2 already, as 'im/1.jpg'")
+    refuse(write("path,labels", "1.jpg,a", "./1.jpg,b"), "on line 2 already", root=tmp_path / "im")
+
+
+def test_a_table_of_the_other_ending_is_told_what_parts_its_columns(write):
+    refuse(
+        write("path,labels", "1.jpg,a", name="images.tsv"),
+        "parted by commas, expected tabs; part them by commas in a .csv",
+    )
 
 
 def test_a_missing_table_or_column_and_other_encodings_are_refused(write, tmp_path):

@@ -448,6 +448,15 @@ def test_a_split_without_shards_names_what_to_run(taxonomy, tmp_path):
         load_split(tmp_path, "val", taxonomy)
 
 
+def test_a_split_that_prepare_has_made_no_shards_of_names_those_that_are_there(taxonomy, tmp_path):
+    (tmp_path / "train-000000.index").touch()
+    with pytest.raises(
+        DataError, match=r"no shards of the split 'test', only of train; set data.split.test_per_class"
+    ) as caught:
+        load_split(tmp_path, "test", taxonomy)
+    assert "run `concentrate prepare` first" not in str(caught.value)
+
+
 def test_a_taxonomy_that_lost_classes_is_refused(make_split, taxonomy, tmp_path):
     make_split(tmp_path, [[["gull"], ["tram"]]])
     fewer = Taxonomy(taxonomy.classes[:-1])

@@ -1,6 +1,8 @@
 """The Kubernetes jobs: valid by its schemas, with exit codes, names and numbers that fit each other and the code."""
 
 import itertools
+import shlex
+import subprocess
 from pathlib import Path
 
 import hydra
@@ -103,6 +105,18 @@ def test_every_teacher_has_a_vertical():
     script = container_of(JOBS["teachers"])["args"][-1]
     verticals = script.partition("verticals=(")[2].partition(")")[0].split()
     assert len(verticals) == JOBS["teachers"]["completions"]
+
+
+@pytest.mark.parametrize("vertical", ["birds", "1.5", "a,b", "café au lait", "women's"])
+def test_a_pod_trains_a_vertical_of_any_name(vertical):
+    script = container_of(JOBS["teachers"])["args"][-1].replace("(birds", f"({shlex.quote(vertical)}")
+    script = script.replace("exec concentrate", 'printf "%s\\n"')
+    done = subprocess.run(
+        ["bash", "-c", script], env={"JOB_COMPLETION_INDEX": "0"}, text=True, capture_output=True, check=True
+    )
+    words = done.stdout.splitlines()[1:]
+    with hydra.initialize_config_dir(str(find_config_directory()), version_base="1.3"):
+        assert check_config("teacher", hydra.compose("teacher", words)).vertical == vertical
 
 
 @pytest.mark.parametrize(

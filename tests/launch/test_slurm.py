@@ -1,12 +1,16 @@
 """The job scripts of `launch/slurm/` without a SLURM: stand-ins for its commands say what the scripts make of an end."""
 
+import json
 import os
 import shutil
 import subprocess
 from pathlib import Path
 
+import hydra
 import pytest
 from slurm_words import CANCELLED, OUT_OF_TIME, REQUEUED, RUNNING
+
+from concentration.config import check_config, find_config_directory
 
 LAUNCH = Path(__file__).parents[2] / "launch/slurm"
 PREEMPTED = 'echo saved >"$CONCENTRATION_PREEMPTED"; exit 1'  # srun gives the highest code of all tasks
@@ -98,10 +102,24 @@ def test_a_task_of_the_array_trains_the_vertical_of_its_number(stand_ins):
     done = run_job(stand_ins, said, "teacher_array.sh", "workdir=work", "trainer.max_epochs=1", TRAINER="cpu", **array)
     assert done.returncode == 0, done.stderr
     command = (stand_ins / "command").read_text().strip()
-    assert command.endswith("teacher vertical=c trainer=cpu workdir=work trainer.max_epochs=1")
+    assert command.endswith("teacher vertical='c' trainer=cpu workdir=work trainer.max_epochs=1")
     done = run_job(stand_ins, said, "teacher_array.sh", "workdir=work", **{**array, "SLURM_ARRAY_TASK_ID": "3"})
     assert done.returncode != 0
     assert "no vertical of this number: --array=0-2" in done.stderr
+
+
+@pytest.mark.parametrize("vertical", ["2020", "1.5", "null", "a,b", "café au lait", "women's"])
+def test_a_task_of_the_array_trains_a_vertical_of_any_name(stand_ins, vertical):
+    (stand_ins / "work/shards").mkdir(parents=True)
+    classes = [{"id": str(number), "vertical": vertical} for number in range(2)]
+    (stand_ins / "work/shards/taxonomy.json").write_text(json.dumps({"classes": classes}))
+    said = f'printf "%s\\n" "$@" >{stand_ins}/command'
+    array = {"SLURM_ARRAY_JOB_ID": "9", "SLURM_ARRAY_TASK_ID": "0"}
+    done = run_job(stand_ins, said, "teacher_array.sh", "workdir=work", **array)
+    assert done.returncode == 0, done.stderr
+    [given] = [word for word in (stand_ins / "command").read_text().splitlines() if word.startswith("vertical=")]
+    with hydra.initialize_config_dir(str(find_config_directory()), version_base="1.3"):
+        assert check_config("teacher", hydra.compose("teacher", [given])).vertical == vertical
 
 
 def test_the_last_task_of_an_array_finds_the_folder_of_its_script(stand_ins):

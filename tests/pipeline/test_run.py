@@ -9,14 +9,16 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
 import torch
-from real_runs import Finished, Running, load_json, run_command
+from real_runs import Finished, Running, load_json, run_command, write_shards
 
 from concentration.networks.student import load_student
 from concentration.pipeline import local
+from concentration.pipeline.run import _print_result
 
 PREPARE = ("data.verticals=[greek,arrows]", "data.num_classes=12", "data.num_drawings=20", "data.image_size=16",
            "samples_per_shard=100")  # fmt: skip
@@ -89,6 +91,20 @@ def test_the_whole_run_goes_from_characters_to_a_report(finished):
     assert "report/index.html" in printed.out
 
 
+def test_the_last_table_says_how_many_images_were_measured_and_which_verticals_had_none(finished, tmp_path, capsys):
+    workdir, printed = finished
+    num_samples = load_json(workdir / "evaluations/student.json")["num_samples"]
+    assert f"{num_samples:,} test images" in printed.out
+    assert "leaves out" not in printed.out
+    shutil.copytree(workdir / "evaluations", tmp_path / "evaluations")
+    student = load_json(workdir / "evaluations/student.json")
+    (tmp_path / "evaluations/student.json").write_text(
+        json.dumps({**student, "pvap": {"greek": 1.0}, "num_verticals_without_sample": 1})
+    )
+    _print_result(types.SimpleNamespace(workdir=tmp_path, name="student", compare=None, export=False))
+    assert "mpvap leaves out the verticals without a test image: arrows (1 of 2)" in capsys.readouterr().out
+
+
 def test_another_student_has_its_teachers_in_the_loop(workdir):
     """It waits for the teachers, and the report compares what both ways took."""
     said = run(workdir, "name=online", "targets=online", "tail=spread", "outside=0.5").err
@@ -131,6 +147,27 @@ def test_a_run_takes_a_teacher_that_is_brought_along(finished, tmp_path):
     printed = run(tmp_path / "work", *brought)
     line = next(line for line in printed.out.splitlines() if " specialists " in line)
     assert [cell.strip() for cell in line.split("│")][4] == "-"
+
+
+@pytest.mark.parametrize(
+    ("missing", "options", "expected"),
+    [
+        ("test", (), r"no test images \(\d+ train, \d+ val, 0 test\), and all networks .* them; set data.split.test_"),
+        ("val", ("trainer.keep_best=true",), r"no val images .* trainer.keep_best=true chooses with them; set data.split.val_"),
+        ("val", ("experiment=compare",), r"no val images .* compare.groups finds its groups with them; set data.split.val_"),
+        ("val", ("teacher.trainer.keep_best=true",), "no val images of fruit, tools to choose with; set it to false, or"),
+    ],
+)  # fmt: skip
+def test_images_that_a_later_job_asks_for_are_missed_before_anything_is_trained(missing, options, expected, tmp_path):
+    given, workdir = write_shards(tmp_path / "given"), tmp_path / "work"
+    for path in given.glob(f"{missing}-*"):
+        path.unlink()
+    data = ("data=shards", f"data.path={given}", "data.image_size=16", f"workdir={workdir}")
+    refused = Running(("run", *data, *NETWORKS, *options), tmp_path).wait()
+    assert refused.code == 2, refused.err
+    assert re.search(expected, refused.err.splitlines()[-1]), refused.err
+    assert not (workdir / "students").exists()
+    assert not (workdir / "teachers").exists()
 
 
 def test_a_teacher_for_an_unknown_vertical_is_one_clear_error(finished, tmp_path):

@@ -285,6 +285,17 @@ def test_what_has_changed_in_the_prepared_set_is_refused(images, more, tmp_path)
     concentrate(*append, directory=tmp_path)
 
 
+def test_a_class_that_comes_again_with_its_accents_encoded_otherwise_is_refused(images, tmp_path):
+    workdir, folder = tmp_path / "work", images / "birds"
+    (folder / "gull").rename(folder / "me\u0301sange")
+    concentrate(*arguments(images, workdir), directory=tmp_path)
+    before = read_files(workdir)
+    (folder / "me\u0301sange").rename(folder / "m\xe9sange")
+    message = one_line(concentrate(*arguments(images, workdir, "shares", "append=true"), directory=tmp_path, code=2))
+    assert r"the class ids 'birds/me\u0301sange' and 'birds/m\xe9sange' are both" in message
+    assert read_files(workdir) == before
+
+
 def test_overwriting_is_no_appending(tmp_path):
     stage = {"workdir": tmp_path, "append": True}
     with pytest.raises(ConfigError, match=r"append=true and overwrite: .* give one of them"):

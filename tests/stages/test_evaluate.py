@@ -12,16 +12,21 @@ from real_runs import (
     IMAGE_SIZE,
     TINY,
     concentrate,
+    concentrate_here,
+    draw_image,
     load_json,
     one_line,
     prepare_shards,
     read_labels,
     smear_by_walking,
     taxonomy_of_fruit_and_tools,
+    write_shards,
+    write_tar,
 )
 from sklearn.metrics import average_precision_score
 
 from concentration.data.crops import decode_crops
+from concentration.errors import DataError
 from concentration.networks.student import load_student
 
 TAXONOMY = taxonomy_of_fruit_and_tools()
@@ -113,6 +118,25 @@ def test_one_teacher_is_measured_on_its_own_vertical(workdir):
     assert alone["num_networks"] == 1
     assert alone["num_classes"] == scores_NC.shape[1] == 4
     assert alone["num_samples"] == len(scores_NC) < 60
+
+
+def test_a_teacher_whose_vertical_has_no_image_in_the_split_is_told_so(tmp_path):
+    given = write_shards(tmp_path / "given")
+    for split in ("val", "test"):
+        write_tar(given / f"{split}-000000.tar", [(f"{split}{n}", ["lemon"], draw_image("lemon", n)) for n in range(5)])
+    workdir = tmp_path / "work"
+    concentrate_here("prepare", "data=shards", f"data.path={given}", "data.image_size=16", f"workdir={workdir}",
+                     "num_processes=1")  # fmt: skip
+    concentrate_here("teacher", "vertical=tools", f"workdir={workdir}", *TINY, "trainer.max_epochs=1")
+    for verb, options, split in (
+        ("evaluate", [], "test"),
+        ("evaluate", ["split=val"], "val"),
+        ("calibrate", [], "val"),
+    ):
+        with pytest.raises(
+            DataError, match=f"no {split} image has a label of the vertical 'tools', .* data.split.{split}_"
+        ):
+            concentrate_here(verb, "name=tools", f"workdir={workdir}", *options)
 
 
 def test_the_evaluation_says_which_network_and_what_it_costs(workdir):

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -215,6 +216,21 @@ def test_csv_has_a_class_a_row(workdir, photos, tmp_path):
     assert len(rows) == 6
     assert rows[0]["lineage"] == "Fruit > Citrus > Lemon"
     assert float(rows[0]["probability"]) > float(rows[1]["probability"])
+
+
+@pytest.mark.parametrize("format", ["table", "jsonl", "csv"])
+def test_a_name_that_is_not_utf_8_is_written_to_a_file_as_to_the_terminal(workdir, photos, tmp_path, format):
+    content = (photos / "hammer.png").read_bytes()
+    for name in (b"caf\xe9.png", "caf\xe9.png".encode(), b"z.png"):
+        (tmp_path / os.fsdecode(name)).write_bytes(content)
+    command = ("predict", ".", "best=1", f"format={format}", f"workdir={workdir}")
+    shown = concentrate(*command, directory=tmp_path).out
+    concentrate(*command, f"output={tmp_path}/answers", directory=tmp_path)
+    written = (tmp_path / "answers").read_text(encoding="utf-8")
+    assert written == shown
+    assert all(name in written for name in ("caf?.png", "caf\xe9.png", "z.png"))
+    if format == "jsonl":
+        assert all("classes" in json.loads(line) for line in written.splitlines())
 
 
 def test_images_that_are_none_are_answered_with_an_error(workdir, photos, tmp_path):

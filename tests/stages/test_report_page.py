@@ -172,6 +172,17 @@ def test_an_image_that_is_no_bitmap_in_a_data_uri_is_left_out(image):
     assert not any(tag == "img" for tag, _ in _Page(page).tags)
 
 
+def test_verticals_without_a_test_image_are_said_beside_the_number_of_images():
+    whole, part = _evaluation(0.7), _evaluation(0.7)
+    del part["pvap"][VERTICALS[0]]
+    count = len(VERTICALS)
+    for evaluation, note in (
+        (whole, f"in {count} verticals, 1,000 test images"),
+        (part, f"in {count} verticals (1 without a test image, which mpvap leaves out), 1,000 test images"),
+    ):
+        assert note in build_report_page(_full_inputs(evaluations={"student": evaluation}))
+
+
 def test_hostile_names_are_escaped_everywhere():
     def poison(value):
         if isinstance(value, dict):

@@ -1,6 +1,7 @@
 """`data=csv`: a table with a row for every image: its path and its labels, perhaps its split and its group."""
 
 import functools
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -91,7 +92,8 @@ class CsvSource(LocalSource):
         rows = read_table(config.path)
         _, header = next(rows, (1, []))
         columns = _find_columns(config, header)
-        line_of_path: dict[str, int] = {}
+        root = os.path.abspath(self._root)
+        seen: dict[str, tuple[int, str]] = {}  # by the file, however its path is written
         items = []
         for line, row in rows:
             where = f"{config.path}, line {line}"
@@ -101,11 +103,14 @@ class CsvSource(LocalSource):
                 )
             values = {name: row[place].strip() for name, place in columns.items()}
             path = _check_path(values["path"], where)
-            if path in line_of_path:
+            file = os.path.normpath(os.path.join(root, path))
+            if file in seen:
+                earlier_line, earlier = seen[file]
+                spelling = "" if earlier == path else f", as '{earlier}'"
                 raise DataError(
-                    f"{where}: '{path}' is on line {line_of_path[path]} already; write all its labels in one row"
+                    f"{where}: '{path}' is on line {earlier_line} already{spelling}; write all its labels in one row"
                 )
-            line_of_path[path] = line
+            seen[file] = line, path
             labels = tuple(dict.fromkeys(label.strip() for label in values["labels"].split(config.label_separator)))
             for label in labels:
                 _check_label(label, classes, where, config)

@@ -7,13 +7,16 @@ from pathlib import Path
 from concentration.errors import DataError
 from concentration.schema import suggest
 
+#: What may part the columns, and how it is called.
+_DELIMITERS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "vertical bars"}
+
 
 def read_table(path: Path) -> Iterator[tuple[int, list[str]]]:
     """(line, cells) of the rows of a .csv or .tsv file, the header among them; empty lines are left out.
 
     Raises: DataError where the file is missing, not UTF-8, or a text in quotes has no end.
     """
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    delimiter = _choose_delimiter(path)
     try:
         # NOTE: a spreadsheet's UTF-8 begins with a mark, which would be part of the first column's name.
         with open(path, encoding="utf-8-sig", newline="") as file:
@@ -26,7 +29,10 @@ def read_table(path: Path) -> Iterator[tuple[int, list[str]]]:
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 ({error}); save it as UTF-8") from None
     except csv.Error as error:
-        raise DataError(f"{path}, line {reader.line_num}: cannot be parsed ({error}); correct its quotes") from None
+        raise DataError(
+            f"{path}, line {reader.line_num}: cannot be parsed ({error}); correct its quotes, or part its columns by "
+            f"{_DELIMITERS[delimiter]}"
+        ) from None
 
 
 def find_column(path: Path, header: Sequence[str], name: str, key: str) -> int:
@@ -38,9 +44,29 @@ def find_column(path: Path, header: Sequence[str], name: str, key: str) -> int:
         name: the one that is looked for.
         key: of the config, which gives the name.
 
-    Raises: DataError where it is not there, with the nearest name, or there are several.
+    Raises: DataError where it is not there, with the nearest name or what seems to part the columns, or there are several.
     """
-    if header.count(name) != 1:
-        found = "no column" if name not in header else "several columns"
-        raise DataError(f"{path}: {found} '{name}' ({key}){suggest(name, header)}")
-    return header.index(name)
+    places = [place for place, column in enumerate(header) if column == name]
+    if len(places) > 1:
+        numbers = ", ".join(str(place + 1) for place in places)
+        raise DataError(
+            f"{path}: several columns '{name}' ({key}): the columns {numbers}; leave one, or rename the others"
+        )
+    if not places:
+        for other, called in _DELIMITERS.items():
+            if any(name in _split_names(column, other) for column in header):
+                expected = _DELIMITERS[_choose_delimiter(path)]
+                raise DataError(
+                    f"{path}: no column '{name}' ({key}): its columns are parted by {called}, expected {expected}; "
+                    "part them by commas in a .csv, by tabs in a .tsv"
+                )
+        raise DataError(f"{path}: no column '{name}' ({key}){suggest(name, header)}")
+    return places[0]
+
+
+def _choose_delimiter(path: Path) -> str:
+    return "\t" if path.suffix.lower() == ".tsv" else ","
+
+
+def _split_names(column: str, delimiter: str) -> list[str]:
+    return [part.strip(" \"'") for part in column.split(delimiter)] if delimiter in column else []
