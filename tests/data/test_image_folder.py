@@ -163,12 +163,70 @@ def test_a_folder_for_validation_has_one_of_three_names(put):
         assert [split for path, (split, _) in found.items() if f"/{name}/" in path] == ["val", "val"]
         assert {labels for _, labels in found.values()} == {("a",), ("b",)}
         shutil.rmtree(root / name)
-    put("val/a/1.png", "validation/a/1.png")
-    refuse(root, "images: holds val and validation; keep one folder for validation")
+
+
+@pytest.mark.parametrize(
+    ("train", "val", "test"),
+    [
+        ("Train", "Val", "Test"),
+        ("TRAIN", "VALID", "TEST"),
+        ("training", "dev", "testing"),
+        ("Training", "Dev", "Testing"),
+    ],
+)
+def test_splits_have_several_names_in_capitals_or_not(train, val, test, put):
+    splits = {train: "train", val: "val", test: "test"}
+    root = put(*(f"{name}/{c}/1.png" for name in splits for c in ("a", "b")))
+    source = open_folder(root)
+    assert {item.locator: item.split for item in source.list_items()} == {
+        f"{root}/{name}/{c}/1.png": split for name, split in splits.items() for c in ("a", "b")
+    }
+    assert describe(source) == [("a", (), "all"), ("b", (), "all")]
+    assert source.list_notes() == []
+
+
+def test_a_training_folder_is_a_split_where_it_is_the_only_one_or_another_split_is_beside_it(put):
+    root = put("Training/a/1.png", "Training/b/1.png", ".cache/x/1.png")
+    assert describe(open_folder(root)) == [("a", (), "all"), ("b", (), "all")]
+    put("extra/c/1.png", "dev/a/1.png")
+    source = open_folder(root)
+    assert describe(source) == [("a", (), "all"), ("b", (), "all")]
+    assert source.list_notes() == [f"{root}: folders beside Training/ are not read: extra"]
+
+
+def test_a_class_may_be_called_train(put):
+    """COCO's car, bus, train: without another split beside it, it does not swallow them."""
+    root = put("bus/1.png", "car/1.png", "train/1.png")
+    source = open_folder(root, split={"val_share": 0, "test_share": 0})
+    assert describe(source) == [("bus", (), "all"), ("car", (), "all"), ("train", (), "all")]
+    assert {labels for _, labels in list_all(source).values()} == {("bus",), ("car",), ("train",)}
+    assert source.list_notes() == [
+        f"{root}: train/ is taken for a class or vertical, not for a split; for that, put a val/ or test/ beside it"
+    ]
+
+
+def test_test_and_val_are_classes_where_nothing_is_for_training(put):
+    source = open_folder(put("test/1.png", "val/1.png"))
+    assert describe(source) == [("test", (), "all"), ("val", (), "all")]
+
+
+@pytest.mark.parametrize(
+    ("twice", "split"),
+    [
+        (("val", "validation"), "val"),
+        (("dev", "val"), "val"),
+        (("Train", "train"), "train"),
+        (("test", "testing"), "test"),
+    ],
+)
+def test_two_folders_of_one_split_are_refused(twice, split, put):
+    names = {"train", *twice} if split != "train" else set(twice)
+    root = put(*(f"{name}/{c}/1.png" for name in names for c in ("a", "b")))
+    refuse(root, f"images: holds {' and '.join(twice)}, which all mean {split}; keep one of these folders")
 
 
 def test_what_is_not_read_is_said(put):
-    root = put("train/a/1.png", "train/b/1.JPG", "extra/c/1.png")
+    root = put("train/a/1.png", "train/b/1.JPG", "test/a/1.png", "extra/c/1.png")
     for name in ("a/2.GIF", "a/3.gif", "b/4.bmp", "b/README"):
         (root / "train" / name).write_bytes(b"")
     assert open_folder(root).list_notes() == [

@@ -11,7 +11,7 @@ import pydantic
 
 from concentration.data.sources.image_files import ImageFilesConfig, classes_of_paths, key_of_path, read_image_file
 from concentration.data.sources.source import Item, LocalSource
-from concentration.data.splits import SPLIT_OF_NAME, Split
+from concentration.data.splits import SPLITS, Split, find_split
 from concentration.data.views import IMAGE_EXTENSIONS
 from concentration.errors import ConfigError, DataError
 from concentration.taxonomy import Taxonomy
@@ -20,8 +20,10 @@ from concentration.taxonomy import Taxonomy
 class ImageFolderConfig(ImageFilesConfig):
     """Where the images lie and how they are split.
 
-    path: holds CLASS/IMAGE, or VERTICAL/CLASS/IMAGE; deeper folders are subclasses of the ones above them. Or it holds
-        `train`, and perhaps `val` (`valid`, `validation`) and `test`, with such folders inside. Links are followed.
+    path: holds CLASS/IMAGE, or VERTICAL/CLASS/IMAGE; deeper folders are subclasses of the ones above them. Or it holds splits
+        with such folders inside: `train` (or `training`), and perhaps `val` (`valid`, `validation`, `dev`) and `test`
+        (`testing`), in capitals or not; `train` is one where it is the only folder or another of them stands beside it, and a
+        class or vertical where not. Links are followed.
     taxonomy: a taxonomy.json whose class ids are the folders' paths (CLASS or VERTICAL/CLASS); None takes the tree itself.
     split: `split.group` is a regular expression, searched in each path below `path`; its first parenthesis is the group.
     """
@@ -121,23 +123,37 @@ class ImageFolderSource(LocalSource):
 
 
 def _find_splits(root: Path) -> dict[str, Split]:
-    """The folders of splits, or the root itself for training where there is no folder `train`."""
-    if not (root / "train").is_dir():
+    """The folders of splits, or the root itself for training where there are none.
+
+    A class may be called `train`: its folder is a split where it is the only one, or stands beside another split.
+    """
+    folders = _list_folders(root)
+    found = {name: split for name in folders if (split := find_split(name)) is not None}
+    if "train" not in found.values() or len(found) == 1 < len(folders):
         return {"": "train"}
-    found = {name: split for name, split in SPLIT_OF_NAME.items() if (root / name).is_dir()}
-    twice = [name for name, split in found.items() if split == "val"]
-    if len(twice) > 1:
-        raise DataError(f"{root}: holds {' and '.join(twice)}; keep one folder for validation")
-    return found
+    for split in dict.fromkeys(found.values()):
+        twice = [name for name, other in found.items() if other == split]
+        if len(twice) > 1:
+            raise DataError(f"{root}: holds {' and '.join(twice)}, which all mean {split}; keep one of these folders")
+    return dict(sorted(found.items(), key=lambda folder: SPLITS.index(folder[1])))
 
 
 def _note_other_folders(root: Path, tops: dict[str, Split]) -> list[str]:
+    folders = _list_folders(root)
     if "" in tops:
-        return []
-    others = sorted(
-        entry.name for entry in os.scandir(root) if entry.is_dir() and entry.name not in tops and entry.name[0] != "."
-    )
-    return [f"{root}: folders beside train/ are not read: {', '.join(others)}"] if others else []
+        classes = [f"{name}/" for name in folders if find_split(name) == "train"]
+        return [
+            f"{root}: {name} is taken for a class or vertical, not for a split; for that, put a val/ or test/ beside it"
+            for name in classes
+        ]
+    training = next(name for name, split in tops.items() if split == "train")
+    others = [name for name in folders if name not in tops]
+    return [f"{root}: folders beside {training}/ are not read: {', '.join(others)}"] if others else []
+
+
+def _list_folders(root: Path) -> list[str]:
+    """The names of the folders in the root, also behind links, but of hidden ones."""
+    return sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and entry.name[0] != ".")
 
 
 def _note_ignored(root: Path, ignored: dict[str, int]) -> list[str]:
