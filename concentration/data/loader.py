@@ -18,12 +18,13 @@ import torch.utils.data
 from torch import Tensor
 
 from concentration import preemption
+from concentration.data.decoding import UNDECODABLE
 from concentration.data.index import Split
 from concentration.data.order import Order
 from concentration.data.prefetch import Prefetch, check_room
 from concentration.data.sample_targets import SampleTargets
 from concentration.data.shard_cache import ShardCache, load_cache
-from concentration.data.views import UNDECODABLE, CentreView, View, ViewConfig, Views, decode_view, draw_views
+from concentration.data.views import CentreView, View, ViewConfig, Views, decode_view, draw_views
 from concentration.distributed import slice_of_rank
 from concentration.errors import ConcentrationError, DataError
 from concentration.packed_targets import VIEW_BYTES

@@ -10,7 +10,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 from PIL import UnidentifiedImageError
 
-from concentration.data.views import UNDECODABLE, CentreView, decode_view
+from concentration.data.decoding import UNDECODABLE
+from concentration.data.views import CentreView, decode_view
 from concentration.serving.answers import ImageAnswer, Ranking
 from concentration.serving.inputs import InputImage
 from concentration.serving.neighbours import NeighbourIndex

@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from concentration.data.decoding import UNDECODABLE
 from concentration.data.index import Split, index_shard
 from concentration.data.loader import SampleReader, StepBatches
 from concentration.data.order import SequentialOrder
 from concentration.data.sample_targets import LabelTargets
-from concentration.data.views import UNDECODABLE, CentreView, decode_view
+from concentration.data.views import CentreView, decode_view
 
 MOST_SECONDS = 5
 

@@ -11,8 +11,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
+from concentration.data.decoding import UNDECODABLE
 from concentration.data.views import (
-    UNDECODABLE,
     CentreView,
     DrawnViews,
     StoredViews,

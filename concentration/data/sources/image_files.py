@@ -11,9 +11,10 @@ from typing import ClassVar
 
 import pydantic
 
+from concentration.data.decoding import UNDECODABLE, open_image
 from concentration.data.near_duplicates import MaxDistance
 from concentration.data.splits import SplitConfig
-from concentration.data.views import IMAGE_EXTENSIONS, UNDECODABLE, ViewConfig, open_image
+from concentration.data.views import IMAGE_EXTENSIONS, ViewConfig
 from concentration.errors import DataError
 from concentration.schema import Config
 from concentration.taxonomy import TaxonomyClass
