@@ -5,10 +5,13 @@ import math
 import struct
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 #: What `open_image` and Pillow raise for a damaged or hostile image.
 UNDECODABLE = (OSError, ValueError, SyntaxError, EOFError, TypeError, struct.error, Image.DecompressionBombError)
+
+# What Pillow raises for EXIF that is none.
+_NO_EXIF = (*UNDECODABLE, LookupError, ArithmeticError)
 
 # What may stand behind a name in .jpg, .png or .webp. NOTE: of Pillow's other formats some start programs (EPS), and many
 # raise anything at all for a damaged file.
@@ -40,7 +43,13 @@ def open_image(content: bytes) -> Image.Image:
     Raises:
         one of UNDECODABLE: it is no image of a format that we take, or is too large.
     """
-    image = Image.open(io.BytesIO(content), formats=_FORMATS)
+    try:
+        image = Image.open(io.BytesIO(content), formats=_FORMATS)
+    except UnidentifiedImageError:
+        # It may be a JPEG whose resolution Pillow looked up in EXIF that is none: again, with nothing called EXIF.
+        if not content.startswith(b"\xff\xd8") or b"Exif\0" not in content:
+            raise
+        image = Image.open(io.BytesIO(content.replace(b"Exif\0", b"None\0")), formats=_FORMATS)
     width, height = image.size
     if max(width, height) > _LONGEST_SIDE or (image.format != "JPEG" and width * height > _MOST_PIXELS):
         raise ValueError(
@@ -63,19 +72,23 @@ def load_upright(image: Image.Image, orientation: int | None, shrink: float) -> 
     """Upright, of 8 bits. A JPEG is decoded at a half, quarter or eighth where that shrinks it by no more than this."""
     if image.format == "JPEG":
         image.draft("RGB", (math.ceil(image.width / shrink), math.ceil(image.height / shrink)))
+    image.load()
     if orientation in _UPRIGHT:
         image = image.transpose(_UPRIGHT[orientation])
     return _reduce_to_8_bits(image)
 
 
 def read_orientation(image: Image.Image) -> int | None:
-    """EXIF's orientation.
+    """EXIF's orientation; None also where what stands for EXIF is none, which is no reason to do without the image.
 
     NOTE: not `ImageOps.exif_transpose`, which also writes the other tags anew, and fails where it cannot.
     """
     if image.format == "PNG" and "exif" not in image.info:  # Pillow would read the whole file to look for it
         return None
-    return image.getexif().get(ExifTags.Base.Orientation)
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation)
+    except _NO_EXIF:
+        return None
 
 
 def _reduce_to_8_bits(image: Image.Image) -> Image.Image:
