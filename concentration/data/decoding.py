@@ -92,9 +92,15 @@ def read_orientation(image: Image.Image) -> int | None:
 
 
 def _reduce_to_8_bits(image: Image.Image) -> Image.Image:
-    """Grey or RGB, 8 bits a channel."""
-    if image.mode in ("RGB", "L"):
-        return image
+    """Grey or RGB, 8 bits a channel; what is transparent lies on white."""
     if image.mode.startswith("I"):  # grey of 16 bits, all of which Pillow would turn white, but for the darkest
         return Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
-    return image.convert("RGB")
+    if image.has_transparency_data:
+        seen = image.convert("RGBA")
+        opacity = seen.getchannel("A")
+        if opacity.getextrema()[0] < 255:
+            # Without it, drawings would be blank: under what is transparent all is black in most files, and so are strokes.
+            on_white = Image.new("RGB", image.size, "white")
+            on_white.paste(seen, mask=opacity)
+            return on_white
+    return image if image.mode in ("RGB", "L") else image.convert("RGB")

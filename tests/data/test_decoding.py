@@ -73,6 +73,57 @@ def test_what_passes_prepare_is_decoded_later_and_what_does_not_is_not(format, t
     assert {(True, True), (False, False)} == set(outcomes)
 
 
+def draw_transparent(mode: str) -> Image.Image:
+    """Black strokes on a transparent background that is as black, as programs save them; half of an edge shows through."""
+    opacity = np.zeros((24, 24), dtype=np.uint8)
+    opacity[4:20, 8:12], opacity[4:20, 12] = 255, 128
+    image = Image.fromarray(np.dstack([np.zeros((24, 24, 3), dtype=np.uint8), opacity]), "RGBA")
+    return image.convert(mode)
+
+
+@pytest.mark.parametrize(("mode", "format"), [("RGBA", "png"), ("RGBA", "webp"), ("LA", "png")])
+def test_what_is_transparent_lies_on_white(mode, format):
+    content = encode(draw_transparent(mode), format, **({"lossless": True} if format == "webp" else {}))
+    expected = 255 - np.asarray(draw_transparent(mode).getchannel("A"))
+    for channel in decode_view(content, CentreView(), 0, 24)[0]:
+        np.testing.assert_array_equal(channel, expected)
+    np.testing.assert_array_equal(np.asarray(decode_shrunk(content, 24)), expected[..., None].repeat(3, axis=2))
+
+
+@pytest.mark.parametrize("format", ["png", "gif"])
+@pytest.mark.parametrize("mode", ["P", "L", "RGB"])
+def test_a_colour_that_means_transparent_is_white(mode, format):
+    """The background's, black, and strokes are of another dark colour."""
+    if format == "gif" and mode != "P":
+        pytest.skip("a GIF has a palette")
+    pixels = np.zeros((24, 24, 3), dtype=np.uint8)
+    pixels[4:20, 8:12] = 9
+    image = Image.fromarray(pixels)
+    image = image.quantize(2) if mode == "P" else image.convert(mode)
+    colour = {"P": None if mode != "P" else image.getpixel((0, 0)), "L": 0, "RGB": (0, 0, 0)}[mode]
+    view = decode_view(encode(image, format, transparency=colour), CentreView(), 0, 24)[0]
+    np.testing.assert_array_equal(view, np.where(pixels == 9, 9, 255).transpose(2, 0, 1))
+
+
+@pytest.mark.parametrize("size", [(24, 24), (48, 30)])
+def test_partly_transparent_pixels_are_between_themselves_and_white(size):
+    pixels = np.random.default_rng(8).integers(0, 256, (*size[::-1], 4), dtype=np.uint8)
+    shown = decode_shrunk(encode(Image.fromarray(pixels, "RGBA"), "png"), 1)
+    share = pixels[..., 3:] / 255
+    expected = share * pixels[..., :3] + (1 - share) * 255
+    assert np.abs(np.asarray(shown) - expected).max() <= 1
+
+
+@pytest.mark.parametrize(("mode", "format"), [("RGBA", "png"), ("LA", "png"), ("P", "png")])
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+def test_of_what_is_opaque_nothing_changes(mode, format):
+    """Bit for bit; in the palette the colour that means transparent is not used."""
+    image = PICTURE.quantize(16) if mode == "P" else PICTURE.convert(mode)
+    content = encode(image, format, **({"transparency": 200} if mode == "P" else {}))
+    expected = Image.open(io.BytesIO(content)).convert("RGB")
+    np.testing.assert_array_equal(np.asarray(decode_shrunk(content, 24)), np.asarray(expected))
+
+
 def is_prepared(path: Path) -> bool:
     try:
         read_image_file(path)

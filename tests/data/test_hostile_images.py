@@ -174,8 +174,10 @@ DEEP = np.random.default_rng(3).integers(0, 2**16, (8, 8, 4), dtype=np.uint16)
 
 @pytest.mark.parametrize(("color", "channels"), [(0, 1), (2, 3), (4, 2), (6, 4)])
 def test_16_bits_become_the_upper_8(color, channels):
-    """Of grey and RGB, with alpha and without."""
-    pixels = DEEP[..., :channels]
+    """Of grey and RGB, with alpha, all of it opaque, and without."""
+    pixels = DEEP[..., :channels].copy()
+    if color in (4, 6):
+        pixels[..., -1] = 2**16 - 1
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
     view = look(png(8, 8, rows, depth=16, color=color))
     expected = (pixels >> 8)[..., :3] if channels > 2 else (pixels >> 8)[..., :1].repeat(3, axis=2)
