@@ -96,7 +96,7 @@ def _reduce_to_8_bits(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # grey of 16 bits, all of which Pillow would turn white, but for the darkest
         return Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
-        seen = image.convert("RGBA")
+        seen = image if image.mode == "RGBA" else image.convert("RGBA")
         opacity = seen.getchannel("A")
         if opacity.getextrema()[0] < 255:
             # Without it, drawings would be blank: under what is transparent all is black in most files, and so are strokes.

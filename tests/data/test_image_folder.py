@@ -313,6 +313,20 @@ def test_links_are_followed_and_loops_are_not(put, tmp_path, encode_image):
     ]
 
 
+def test_links_that_lead_to_each_other_are_followed_once(put, tmp_path):
+    root = put("v/a/1.png", "v/b/1.png")
+    (root / "v" / "a" / "tob").symlink_to("../b")
+    (root / "v" / "b" / "toa").symlink_to("../a")
+    (root / "v" / "b" / "out").symlink_to(tmp_path)
+    (root / "v" / "b" / "everything").symlink_to("/")
+    assert sorted(labels for _, labels in list_all(open_folder(root)).values()) == [
+        ("v/a",),
+        ("v/a/tob",),
+        ("v/b",),
+        ("v/b/toa",),
+    ]
+
+
 def test_a_link_to_nowhere_is_an_image_that_cannot_be_had(put):
     root = put("a/1.png", "b/1.png")
     (root / "b" / "2.png").symlink_to(root / "gone.png")

@@ -172,10 +172,12 @@ def _list_images(top: Path, ignored: dict[str, int]) -> Iterator[Path]:
     def refuse(error: OSError) -> None:
         raise DataError(f"{error.filename}: cannot be read ({error.strerror}); correct its permissions")
 
+    above: dict[str, tuple[str, ...]] = {str(top): (os.path.realpath(top),)}
     for folder, inner, files in os.walk(top, onerror=refuse, followlinks=True):
-        # A link to a folder above would be followed for ever.
-        real = os.path.realpath(folder)
-        inner[:] = [name for name in inner if not f"{real}/".startswith(f"{os.path.realpath(f'{folder}/{name}')}/")]
+        way = above.pop(folder)
+        ways = {name: _follow(folder, name, way) for name in inner}
+        inner[:] = [name for name in inner if ways[name] is not None]
+        above |= {os.path.join(folder, name): ways[name] for name in inner}
         for name in files:
             path = Path(folder, name)
             extension = path.suffix.lower()
@@ -186,6 +188,18 @@ def _list_images(top: Path, ignored: dict[str, int]) -> Iterator[Path]:
                 yield path
             else:
                 ignored[extension] = ignored.get(extension, 0) + 1
+
+
+def _follow(folder: str, name: str, way: tuple[str, ...]) -> tuple[str, ...] | None:
+    """The way to a folder that lies in `folder`, which `way` leads to: the real paths of all folders from the top down.
+
+    None where it is a link back to one of them, or above: it would be followed for ever.
+    """
+    path = os.path.join(folder, name)
+    if not os.path.islink(path):
+        return (*way, os.path.join(way[-1], name))
+    real = os.path.realpath(path)
+    return None if any(Path(passed).is_relative_to(real) for passed in way) else (*way, real)
 
 
 def _check_names(path: Path, top: Path) -> None:
