@@ -37,6 +37,17 @@ _UPRIGHT = {
 SIDEWAYS = (5, 6, 7, 8)
 
 
+def describe_undecodable(error: Exception) -> str:
+    """What is wrong with an image that could not be read or decoded, of one of UNDECODABLE; on one line."""
+    if isinstance(error, FileNotFoundError):
+        return "is missing"
+    if isinstance(error, OSError) and error.strerror:
+        return f"cannot be read ({error.strerror})"
+    if isinstance(error, UnidentifiedImageError):  # it names an object in memory
+        return "cannot be decoded (no image of a known format)"
+    return f"cannot be decoded ({' '.join(str(error).split()) or type(error).__name__})"
+
+
 def open_image(content: bytes) -> Image.Image:
     """The image, of which only the header has been read.
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from concentration.data.decoding import UNDECODABLE, decode_shrunk
+from concentration.data.decoding import UNDECODABLE, decode_shrunk, describe_undecodable
 from concentration.data.sources.image_files import read_image_file
 from concentration.data.views import CentreView, decode_view
 from concentration.errors import DataError
@@ -122,6 +122,19 @@ def test_of_what_is_opaque_nothing_changes(mode, format):
     content = encode(image, format, **({"transparency": 200} if mode == "P" else {}))
     expected = Image.open(io.BytesIO(content)).convert("RGB")
     np.testing.assert_array_equal(np.asarray(decode_shrunk(content, 24)), np.asarray(expected))
+
+
+def test_what_is_wrong_is_said_without_objects_in_memory_and_on_one_line():
+    found = []
+    for content in (b"<html>", b"", encode(PICTURE, "png")[:-40], encode(PICTURE, "jpeg")[:300]):
+        with pytest.raises(UNDECODABLE) as caught:
+            decode_shrunk(content, 1)
+        found.append(describe_undecodable(caught.value))
+    assert found[:2] == ["cannot be decoded (no image of a known format)"] * 2
+    assert all(text.startswith("cannot be decoded (") and "object at" not in text for text in found)
+    assert describe_undecodable(FileNotFoundError(2, "No such file", "1.png")) == "is missing"
+    assert describe_undecodable(PermissionError(13, "Permission denied")) == "cannot be read (Permission denied)"
+    assert describe_undecodable(ValueError("one\n two")) == "cannot be decoded (one two)"
 
 
 def is_prepared(path: Path) -> bool:
