@@ -373,15 +373,18 @@ def test_a_single_class_is_refused(put):
     refuse(put("birds/gull/1.png", "cars/taxi/1.png", "cars/tram/1.png"), "vertical 'birds' has 1 class")
 
 
-def test_hidden_files_are_no_images_and_hidden_folders_are_refused(put):
-    root = put("a/1.png", "b/1.png")
-    (root / "a" / "._1.png").write_bytes(b"what macOS leaves beside every file on a foreign disk")
-    assert len(list_all(open_folder(root))) == 2
-    put("a/.ipynb_checkpoints/1-checkpoint.png")
-    refuse(root, "a/.ipynb_checkpoints/1-checkpoint.png", "hidden folder", "rename the folder, or remove it")
-    shutil.rmtree(root / "a" / ".ipynb_checkpoints")
-    put(".net/1.png")
-    refuse(root, ".net/1.png", "hidden folder")
+@pytest.mark.parametrize("top", ["", "train/"])
+def test_hidden_files_and_folders_hold_no_images(top, put):
+    root = put(f"{top}a/1.png", f"{top}b/1.png")
+    (root / top / "a" / "._1.png").write_bytes(b"what macOS leaves beside every file on a foreign disk")
+    assert open_folder(root).list_notes() == []
+    put(*(f"{top}{folder}/1.png" for folder in ("a/.ipynb_checkpoints", ".net/x", "b/.a/.b")))
+    source = open_folder(root)
+    assert sorted(list_all(source)) == [f"{root}/{top}a/1.png", f"{root}/{top}b/1.png"]
+    assert describe(source) == [("a", (), "all"), ("b", (), "all")]
+    assert source.list_notes() == [
+        f"{root}: ignored hidden folders: {top}.net, {top}a/.ipynb_checkpoints, {top}b/.a",
+    ]
 
 
 def test_names_that_are_not_utf_8_are_refused(put):

@@ -23,7 +23,7 @@ class ImageFolderConfig(ImageFilesConfig):
     path: holds CLASS/IMAGE, or VERTICAL/CLASS/IMAGE; deeper folders are subclasses of the ones above them. Or it holds splits
         with such folders inside: `train` (or `training`), and perhaps `val` (`valid`, `validation`, `dev`) and `test`
         (`testing`), in capitals or not; `train` is one where it is the only folder or another of them stands beside it, and a
-        class or vertical where not. Links are followed.
+        class or vertical where not. Links are followed; files and folders whose names begin with a dot are left out.
     taxonomy: a taxonomy.json whose class ids are the folders' paths (CLASS or VERTICAL/CLASS); None takes the tree itself.
     split: `split.group` is a regular expression, searched in each path below `path`; its first parenthesis is the group.
     """
@@ -51,8 +51,7 @@ class ImageFolderSource(LocalSource):
 
     Raises:
         ConfigError: `split.group` does not match an image's path.
-        DataError: there is no image, images lie beside folders of classes, a folder cannot be read, or a name is hidden or
-            not UTF-8.
+        DataError: there is no image, images lie beside folders of classes, a folder cannot be read, or a name is not UTF-8.
     """
 
     def __init__(self, config: ImageFolderConfig):
@@ -97,9 +96,10 @@ class ImageFolderSource(LocalSource):
             raise DataError(f"{root}: no such folder; give data.path=FOLDER with a folder per class or per vertical")
         tops = _find_splits(root)
         ignored: dict[str, int] = {}
+        hidden: list[str] = []
         items = []
         for top, split in tops.items():
-            for path in sorted(_list_images(root / top, ignored)):
+            for path in sorted(_list_images(root / top, ignored, hidden)):
                 label = path.relative_to(root / top).parent.as_posix()
                 relative = path.relative_to(root).as_posix()
                 items.append(Item(key_of_path(relative), (label,), str(path), split, self._find_group(relative)))
@@ -108,7 +108,7 @@ class ImageFolderSource(LocalSource):
         for item in items:
             if item.labels[0] == ".":
                 raise DataError(f"{item.locator}: lies in no class's folder; move it into one")
-        return items, [*_note_other_folders(root, tops), *_note_ignored(root, ignored)]
+        return items, [*_note_other_folders(root, tops), *_note_ignored(root, ignored), *_note_hidden(root, hidden)]
 
     def _find_group(self, relative: str) -> str | None:
         pattern = self._config.split.group
@@ -163,10 +163,18 @@ def _note_ignored(root: Path, ignored: dict[str, int]) -> list[str]:
     return [f"{root}: ignored files that are not .{', .'.join(IMAGE_EXTENSIONS)}: {counts}"]
 
 
-def _list_images(top: Path, ignored: dict[str, int]) -> Iterator[Path]:
-    """All images below a folder, also behind links; hidden files, which macOS and editors leave, are none.
+def _note_hidden(root: Path, hidden: list[str]) -> list[str]:
+    if not hidden:
+        return []
+    names = sorted(os.path.relpath(folder, root) for folder in hidden)
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return [f"{root}: ignored hidden folders: {', '.join(names[:5])}{more}"]
 
-    Other files are counted in `ignored`, by their extension.
+
+def _list_images(top: Path, ignored: dict[str, int], hidden: list[str]) -> Iterator[Path]:
+    """All images below a folder, also behind links; hidden files and folders, which macOS and editors leave, hold none.
+
+    Other files are counted in `ignored`, by their extension; hidden folders are added to `hidden`.
     """
 
     def refuse(error: OSError) -> None:
@@ -175,6 +183,8 @@ def _list_images(top: Path, ignored: dict[str, int]) -> Iterator[Path]:
     above: dict[str, tuple[str, ...]] = {str(top): (os.path.realpath(top),)}
     for folder, inner, files in os.walk(top, onerror=refuse, followlinks=True):
         way = above.pop(folder)
+        hidden += [os.path.join(folder, name) for name in inner if name.startswith(".")]
+        inner[:] = [name for name in inner if not name.startswith(".")]
         ways = {name: _follow(folder, name, way) for name in inner}
         inner[:] = [name for name in inner if ways[name] is not None]
         above |= {os.path.join(folder, name): ways[name] for name in inner}
@@ -204,8 +214,6 @@ def _follow(folder: str, name: str, way: tuple[str, ...]) -> tuple[str, ...] | N
 
 def _check_names(path: Path, top: Path) -> None:
     relative = path.relative_to(top)
-    if any(part.startswith(".") for part in relative.parts):
-        raise DataError(f"{path}: lies in a hidden folder; rename the folder, or remove it if it is no class")
     try:
         relative.as_posix().encode()
     except UnicodeEncodeError:
