@@ -6,6 +6,7 @@ import struct
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 
 #: What `open_image` and Pillow raise for a damaged or hostile image.
 UNDECODABLE = (OSError, ValueError, SyntaxError, EOFError, TypeError, struct.error, Image.DecompressionBombError)
@@ -15,11 +16,15 @@ _NO_EXIF = (*UNDECODABLE, LookupError, ArithmeticError)
 
 # What may stand behind a name in .jpg, .png or .webp. NOTE: of Pillow's other formats some start programs (EPS), and many
 # raise anything at all for a damaged file.
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+_FORMATS = ("PNG", "WEBP", "GIF", "BMP")  # and JPEG
+_JPEG_START = b"\xff\xd8\xff"
 
 # Of an image that is decoded whole: WebP takes 15 bytes a pixel, so a file of 30 bytes could fill the memory. JPEGs, which
 # large photographs are, are decoded at a fraction of their size.
 _MOST_PIXELS = 64_000_000
+# Of what is held of a JPEG: the pixels that are decoded, or all its frequencies, however few are decoded, where it comes in
+# several scans, as progressive ones do. It is Pillow's own limit for any image.
+_MOST_JPEG_PIXELS = 178_956_970
 # What no camera or scanner exceeds; a WebP of 16 million pixels by ten is decoded for a minute.
 _LONGEST_SIDE = 65_535
 
@@ -54,15 +59,11 @@ def open_image(content: bytes) -> Image.Image:
     Raises:
         one of UNDECODABLE: it is no image of a format that we take, or is too large.
     """
-    try:
-        image = Image.open(io.BytesIO(content), formats=_FORMATS)
-    except UnidentifiedImageError:
-        # It may be a JPEG whose resolution Pillow looked up in EXIF that is none: again, with nothing called EXIF.
-        if not content.startswith(b"\xff\xd8") or b"Exif\0" not in content:
-            raise
-        image = Image.open(io.BytesIO(content.replace(b"Exif\0", b"None\0")), formats=_FORMATS)
+    if content.startswith(_JPEG_START):
+        return _open_jpeg(content)
+    image = Image.open(io.BytesIO(content), formats=_FORMATS)
     width, height = image.size
-    if max(width, height) > _LONGEST_SIDE or (image.format != "JPEG" and width * height > _MOST_PIXELS):
+    if max(width, height) > _LONGEST_SIDE or width * height > _MOST_PIXELS:
         raise ValueError(
             f"{width} x {height} pixels, expected at most {_MOST_PIXELS:,} (but of a JPEG) and sides of at most {_LONGEST_SIDE:,}"
         )
@@ -80,9 +81,14 @@ def decode_shrunk(content: bytes, shorter_side: int) -> Image.Image:
 
 
 def load_upright(image: Image.Image, orientation: int | None, shrink: float) -> Image.Image:
-    """Upright, of 8 bits. A JPEG is decoded at a half, quarter or eighth where that shrinks it by no more than this."""
+    """Upright, of 8 bits.
+
+    A JPEG is decoded at a half, quarter or eighth where that shrinks it by no more than this, or is needed for the memory.
+    """
     if image.format == "JPEG":
-        image.draft("RGB", (math.ceil(image.width / shrink), math.ceil(image.height / shrink)))
+        num_pixels = image.width * image.height
+        needed = next((step for step in (1, 2, 4) if num_pixels <= _MOST_JPEG_PIXELS * step**2), 8)
+        image.draft("RGB", tuple(min(math.ceil(side / shrink), side // needed) for side in image.size))
     image.load()
     if orientation in _UPRIGHT:
         image = image.transpose(_UPRIGHT[orientation])
@@ -100,6 +106,31 @@ def read_orientation(image: Image.Image) -> int | None:
         return image.getexif().get(ExifTags.Base.Orientation)
     except _NO_EXIF:
         return None
+
+
+def _open_jpeg(content: bytes) -> Image.Image:
+    """NOTE: not by `Image.open`, which refuses what has many pixels, however few of them are decoded."""
+    try:
+        image = JpegImageFile(io.BytesIO(content))
+    except SyntaxError:
+        # Pillow may have looked up the resolution in EXIF that is none: again, with nothing called EXIF.
+        try:
+            image = JpegImageFile(io.BytesIO(content.replace(b"Exif\0", b"None\0")))
+        except SyntaxError as error:
+            raise UnidentifiedImageError(str(error)) from None
+    width, height = image.size
+    if width * height > _MOST_JPEG_PIXELS and not _has_one_scan(image, content):
+        raise ValueError(
+            f"{width} x {height} pixels in several scans, expected at most {_MOST_JPEG_PIXELS:,}: save it as a baseline JPEG"
+        )
+    return image
+
+
+def _has_one_scan(image: JpegImageFile, content: bytes) -> bool:
+    """Whether the first scan, whose header has just been read, has all of a JPEG: all components, and all frequencies."""
+    header_bytes = 6 + 2 * image.layers
+    header = content[: image.fp.tell()][-header_bytes - 2 :]
+    return "progressive" not in image.info and header[:5] == bytes([0xFF, 0xDA, 0, header_bytes, image.layers])
 
 
 def _reduce_to_8_bits(image: Image.Image) -> Image.Image:

@@ -137,6 +137,16 @@ def test_what_is_wrong_is_said_without_objects_in_memory_and_on_one_line():
     assert describe_undecodable(ValueError("one\n two")) == "cannot be decoded (one two)"
 
 
+def test_of_a_photograph_with_a_preview_the_photograph_is_decoded():
+    """An MPO, as some cameras write, is a JPEG with another one behind it, and decoded scaled as any."""
+    large = PICTURE.resize((320, 240))
+    content = encode(large, "mpo", save_all=True, append_images=[Image.new("RGB", (16, 12))], quality=95)
+    assert Image.open(io.BytesIO(content)).format == "MPO"
+    assert decode_shrunk(content, 30).size == (40, 30)
+    alone = encode(large, "jpeg", quality=95)
+    np.testing.assert_array_equal(np.asarray(decode_shrunk(content, 30)), np.asarray(decode_shrunk(alone, 30)))
+
+
 def is_prepared(path: Path) -> bool:
     try:
         read_image_file(path)
