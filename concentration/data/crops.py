@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+from concentration.data.decoding import UNDECODABLE, decode_shrunk
 from concentration.data.index import Split
 from concentration.data.loader import ReadSamples, SampleReader
 from concentration.data.sample_targets import SampleTargets
-from concentration.data.views import UNDECODABLE, decode_shrunk
 from concentration.packed_targets import VIEW_BYTES
 
 #: 1: the largest square in the middle.

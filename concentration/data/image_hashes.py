@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save
 
+from concentration.data.decoding import UNDECODABLE
 from concentration.data.index import ShardIndex, Split
 from concentration.data.near_duplicates import hash_image
 from concentration.data.shard_cache import ShardCache
-from concentration.data.views import UNDECODABLE
 from concentration.errors import DataError
 from concentration.targets import load_arrays, load_metadata, write_atomically
 

@@ -18,12 +18,13 @@ import torch.utils.data
 from torch import Tensor
 
 from concentration import preemption
+from concentration.data.decoding import UNDECODABLE, decode_shrunk, describe_undecodable
 from concentration.data.index import Split
 from concentration.data.order import Order
 from concentration.data.prefetch import Prefetch, check_room
-from concentration.data.sample_targets import SampleTargets
+from concentration.data.sample_targets import LabelTargets, SampleTargets
 from concentration.data.shard_cache import ShardCache, load_cache
-from concentration.data.views import UNDECODABLE, CentreView, View, ViewConfig, Views, decode_view, draw_views
+from concentration.data.views import CentreView, View, ViewConfig, Views, decode_view, draw_views
 from concentration.distributed import slice_of_rank
 from concentration.errors import ConcentrationError, DataError
 from concentration.packed_targets import VIEW_BYTES
@@ -204,6 +205,20 @@ class SampleReader:
         for number, file in list(self._files.items()):
             if os.fstat(file).st_nlink == 0:
                 os.close(self._files.pop(number))
+
+
+def explain_skipped(split: Split, ordinal: int) -> str:
+    """Why the image of a sample was skipped: decoded once more, as readers say only that it was.
+
+    Raises:
+        DataError: as `SampleReader`.
+    """
+    reader = SampleReader(split, LabelTargets(split, smear=False), image_size=1, views=None, seed=0)
+    try:
+        decode_shrunk(reader.read_encoded(ordinal), shorter_side=1)
+    except UNDECODABLE as error:
+        return describe_undecodable(error)
+    return "cannot be seen in its stored views (it could not be decoded when they were drawn)"
 
 
 class StepBatches(torch.utils.data.Dataset):

@@ -19,13 +19,16 @@ from concentration.schema import Config
 SPLITS = ("train", "val", "test")
 Split = Literal["train", "val", "test"]
 
-#: What the splits are called in folders and columns.
+#: What the splits are called in folders and columns, in capitals or not: see `find_split`.
 SPLIT_OF_NAME: Mapping[str, Split] = {
     "train": "train",
+    "training": "train",
     "val": "val",
     "valid": "val",
     "validation": "val",
+    "dev": "val",
     "test": "test",
+    "testing": "test",
 }
 
 _DEFAULT_SHARE = 0.1
@@ -69,6 +72,11 @@ class SplitConfig(Config):
     def asks_for(self, split: Split) -> bool:
         """Whether the user has said how large the split is to be."""
         return bool(getattr(self, f"{split}_share") or self.per_class(split))
+
+
+def find_split(name: str) -> Split | None:
+    """The split that a folder or a column calls so; None where it is no name of one."""
+    return SPLIT_OF_NAME.get(name.lower())
 
 
 class Splittable(Protocol):

@@ -7,8 +7,6 @@ Shapes: B batch.
 """
 
 import functools
-import io
-import math
 import struct
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, get_args
@@ -16,8 +14,9 @@ from typing import Literal, Protocol, get_args
 import numpy as np
 import PIL
 import pydantic
-from PIL import ExifTags, Image, features
+from PIL import Image, features
 
+from concentration.data.decoding import SIDEWAYS, load_upright, open_image, read_orientation
 from concentration.data.distortions import (
     DISTORTION_BYTES,
     Distortion,
@@ -35,19 +34,6 @@ _AREA, _ASPECT, _LEFT, _TOP, _FLIP, _BRIGHTNESS, _CONTRAST, _SATURATION, _LIGHT,
 
 Share = pydantic.confloat(ge=0, le=1)
 
-#: What `open_image` and Pillow raise for a damaged or hostile image.
-UNDECODABLE = (OSError, ValueError, SyntaxError, EOFError, TypeError, struct.error, Image.DecompressionBombError)
-
-# What may stand behind a name in .jpg, .png or .webp. NOTE: of Pillow's other formats some start programs (EPS), and many
-# raise anything at all for a damaged file.
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-
-# Of an image that is decoded whole: WebP takes 15 bytes a pixel, so a file of 30 bytes could fill the memory. JPEGs, which
-# large photographs are, are decoded at a fraction of their size.
-_MOST_PIXELS = 64_000_000
-# What no camera or scanner exceeds; a WebP of 16 million pixels by ten is decoded for a minute.
-_LONGEST_SIDE = 65_535
-
 #: Of the files that are taken for images.
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 
@@ -62,18 +48,6 @@ _FILTERS = {
 }
 #: Of the centre view, and of all views where no other is drawn.
 INTERPOLATION: Interpolation = "bilinear"
-
-#: By EXIF's orientation: what makes the image upright.
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-_SIDEWAYS = (5, 6, 7, 8)  # width and height change places
 
 
 class ViewConfig(Config):
@@ -317,21 +291,6 @@ def describe_decoder() -> dict[str, str]:
     return versions
 
 
-def open_image(content: bytes) -> Image.Image:
-    """The image, of which only the header has been read.
-
-    Raises:
-        one of UNDECODABLE: it is no image of a format that we take, or is too large.
-    """
-    image = Image.open(io.BytesIO(content), formats=_FORMATS)
-    width, height = image.size
-    if max(width, height) > _LONGEST_SIDE or (image.format != "JPEG" and width * height > _MOST_PIXELS):
-        raise ValueError(
-            f"{width} x {height} pixels, expected at most {_MOST_PIXELS:,} (but of a JPEG) and sides of at most {_LONGEST_SIDE:,}"
-        )
-    return image
-
-
 def decode_view(content: bytes, views: Views, row: int, image_size: int) -> tuple[np.ndarray, View]:
     """One view as uint8 (3, image_size, image_size), and which view it is.
 
@@ -339,11 +298,11 @@ def decode_view(content: bytes, views: Views, row: int, image_size: int) -> tupl
         one of UNDECODABLE: the image cannot be decoded.
     """
     image = open_image(content)
-    orientation = _read_orientation(image)
-    upright_size = image.size[::-1] if orientation in _SIDEWAYS else image.size
+    orientation = read_orientation(image)
+    upright_size = image.size[::-1] if orientation in SIDEWAYS else image.size
     view = views.at(row, upright_size)
     left, top, right, bottom = view.box(upright_size)
-    image = _load(image, orientation, min(right - left, bottom - top) / image_size)
+    image = load_upright(image, orientation, min(right - left, bottom - top) / image_size)
     box = view.box(image.size)
     if image.size != (image_size, image_size) or box != (0, 0, image_size, image_size):
         image = image.resize((image_size, image_size), _FILTERS[view.interpolation], box=box)
@@ -356,41 +315,3 @@ def decode_view(content: bytes, views: Views, row: int, image_size: int) -> tupl
     if pixels.ndim == 2:
         return pixels[np.newaxis].repeat(3, axis=0), view
     return pixels.transpose(2, 0, 1), view
-
-
-def decode_shrunk(content: bytes, shorter_side: int) -> Image.Image:
-    """The upright image, grey or RGB. A large photograph may be smaller than it was, not than this shorter side.
-
-    Raises:
-        one of UNDECODABLE: the image cannot be decoded.
-    """
-    image = open_image(content)
-    return _load(image, _read_orientation(image), min(image.size) / shorter_side)
-
-
-def _load(image: Image.Image, orientation: int | None, shrink: float) -> Image.Image:
-    """Upright, of 8 bits. A JPEG is decoded at a half, quarter or eighth where that shrinks it by no more than this."""
-    if image.format == "JPEG":
-        image.draft("RGB", (math.ceil(image.width / shrink), math.ceil(image.height / shrink)))
-    if orientation in _UPRIGHT:
-        image = image.transpose(_UPRIGHT[orientation])
-    return _reduce_to_8_bits(image)
-
-
-def _read_orientation(image: Image.Image) -> int | None:
-    """EXIF's orientation.
-
-    NOTE: not `ImageOps.exif_transpose`, which also writes the other tags anew, and fails where it cannot.
-    """
-    if image.format == "PNG" and "exif" not in image.info:  # Pillow would read the whole file to look for it
-        return None
-    return image.getexif().get(ExifTags.Base.Orientation)
-
-
-def _reduce_to_8_bits(image: Image.Image) -> Image.Image:
-    """Grey or RGB, 8 bits a channel."""
-    if image.mode in ("RGB", "L"):
-        return image
-    if image.mode.startswith("I"):  # grey of 16 bits, all of which Pillow would turn white, but for the darkest
-        return Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
-    return image.convert("RGB")

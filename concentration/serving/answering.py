@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
-from PIL import UnidentifiedImageError
 
-from concentration.data.views import UNDECODABLE, CentreView, decode_view
+from concentration.data.decoding import UNDECODABLE, describe_undecodable
+from concentration.data.views import CentreView, decode_view
 from concentration.serving.answers import ImageAnswer, Ranking
 from concentration.serving.inputs import InputImage
 from concentration.serving.neighbours import NeighbourIndex
@@ -50,14 +50,8 @@ def decode_images(inputs: Sequence[InputImage], image_size: int) -> tuple[np.nda
         try:
             images[row], _ = decode_view(image.read(), CentreView(), 0, image_size)
         except UNDECODABLE as error:
-            errors[row] = _describe_error(error)
+            errors[row] = describe_undecodable(error)
     return images, np.array([error is None for error in errors], dtype=bool), errors
-
-
-def _describe_error(error: Exception) -> str:
-    if isinstance(error, UnidentifiedImageError):  # it names an object in memory
-        return "cannot be decoded (no image of a known format)"
-    return f"cannot be decoded ({' '.join(str(error).split()) or type(error).__name__})"
 
 
 def answer_all(

@@ -27,8 +27,8 @@ IMAGES, LOGITS, FEATURES = "images", "logits", "features"
 class Preprocessing(Config):
     """How an image becomes the input (B, 3, image_size, image_size); `concentration.data.views` does it.
 
-    The image is turned upright by its EXIF orientation, and the largest square in its middle is resized. Mean and deviation are
-    inside the programs.
+    The image is turned upright by its EXIF orientation, what is transparent is laid on white, and the largest square in its
+    middle is resized. Mean and deviation are inside the programs.
     """
 
     image_size: pydantic.PositiveInt

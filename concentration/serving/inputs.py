@@ -53,7 +53,8 @@ class ImageOnDisk(NamedTuple):
 def list_inputs(paths: Sequence[str]) -> list[ImageOnDisk]:
     """All images of files, folders (also those inside them, sorted) and tars, in the order that was given.
 
-    Of folders and tars those count that have the extension of an image; a file that is named is taken for one.
+    Of folders and tars those count that have the extension of an image and are not hidden, nor in a hidden folder there; a file
+    that is named is taken for one.
 
     Raises:
         ConfigError: nothing is given, a path is not there or cannot be read, or no image is found.
@@ -90,7 +91,8 @@ def _list_shard(path: str) -> Iterator[ImageOnDisk]:
     try:
         with tarfile.open(path, "r:", encoding="utf-8") as tar:
             for member in tar:
-                if member.isreg() and not member.issparse() and _has_image_extension(member.name):
+                is_file = member.isreg() and not member.issparse()
+                if is_file and _has_image_extension(member.name) and not _is_hidden(member.name):
                     yield ImageOnDisk(f"{path}/{member.name}", path, member.offset_data, member.size)
     except (tarfile.TarError, OSError, ValueError, OverflowError, MemoryError) as error:
         raise DataError(f"{path}: truncated, compressed or no tar ({error}); fetch it again, uncompressed") from None
@@ -98,6 +100,11 @@ def _list_shard(path: str) -> Iterator[ImageOnDisk]:
 
 def _describe_file(path: str) -> ImageOnDisk:
     return ImageOnDisk(path, path, 0, os.path.getsize(path))
+
+
+def _is_hidden(name: str) -> bool:
+    """Whether a part of a member's path begins with a dot, as what macOS leaves beside every file does."""
+    return any(part.startswith(".") and part not in (".", "..") for part in name.split("/"))
 
 
 def _has_image_extension(name: str) -> bool:

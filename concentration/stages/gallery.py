@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from concentration.data.decoding import open_image
 from concentration.data.order import permutation
 from concentration.data.views import CentreView, decode_view
 from concentration.stages.subject import Subject
@@ -61,8 +62,7 @@ def _describe_sample(subject: Subject, ordinal: int, scores_C: Tensor, encoded: 
 
 
 def _to_data_uri(encoded: bytes) -> str:
-    with Image.open(io.BytesIO(encoded)) as image:
-        size = min(GALLERY_PIXELS, max(image.size))
+    size = min(GALLERY_PIXELS, max(open_image(encoded).size))
     pixels, _ = decode_view(encoded, CentreView(), 0, size)
     buffer = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0))).save(buffer, "PNG")

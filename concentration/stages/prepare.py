@@ -306,7 +306,8 @@ def _write_shards(
             if lines:  # it is written again once the images are repaired
                 shard.with_suffix(".skipped").unlink()
         raise DataError(
-            f"{len(skipped)} of {num_listed} images cannot be decoded, more than max_skipped_share={config.max_skipped_share}; "
+            f"{len(skipped)} of {num_listed} images cannot be read or decoded, more than "
+            f"max_skipped_share={config.max_skipped_share}; "
             f"they are listed in {path}/skipped.txt: repair or remove them, or give max_skipped_share="
             f"{math.ceil(1000 * len(skipped) / num_listed) / 1000:g}; the first: {skipped[0]}"
         )

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Callback, Checkpoint
 
 from concentration import preemption
 from concentration.data.index import Split
-from concentration.data.loader import Batch
+from concentration.data.loader import Batch, explain_skipped
 from concentration.distributed import broadcast_flag, gather_objects, sum_over_ranks
 from concentration.errors import DataError, DivergedError, Preempted
 from concentration.progress import Progress
@@ -78,7 +78,7 @@ class FiniteLoss(Callback):
 
 
 class SkippedImages(Callback):
-    """Lists undecodable images in `skipped.txt` and ends the run when they are too many.
+    """Lists undecodable images in `skipped.txt`, with the reasons, and ends the run when they are too many.
 
     Raises:
         DataError: more than `max_share` of the samples were skipped.
@@ -101,13 +101,14 @@ class SkippedImages(Callback):
         if not is_check_due(trainer):
             return
         ordinals = {ordinal for of_rank in gather_objects(self._pending) for ordinal in of_rank}
-        new = {self._split.key(ordinal) for ordinal in ordinals} - self._seen
+        found = {self._split.key(ordinal): ordinal for ordinal in ordinals}
+        new = sorted(found.keys() - self._seen)
         self._pending.clear()
         if not new:
             return
-        self._seen |= new
+        self._seen |= set(new)
         if trainer.is_global_zero:
-            append_text(self._path, "".join(f"{key}: cannot be decoded\n" for key in sorted(new)))
+            append_text(self._path, "".join(f"{key}: {explain_skipped(self._split, found[key])}\n" for key in new))
         if len(self._seen) > self._allowed:
             raise DataError(
                 f"{len(self._seen)} of {self._num_samples} images cannot be decoded, more than "

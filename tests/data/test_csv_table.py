@@ -84,6 +84,12 @@ def test_keys_come_from_paths_alone(write):
     assert len({item.key for item in later}) == 3
 
 
+def test_a_split_has_the_names_of_its_folder_in_capitals_or_not(write):
+    rows = ("1.jpg,a,Train", "2.jpg,b,training", "3.jpg,a,DEV", "4.jpg,b,testing", "5.jpg,b,")
+    splits = [split for _, _, split, _ in list_rows(write("path,labels,split", *rows), split={})]
+    assert sorted(splits) == ["test", "train", "train", "train", "val"]
+
+
 def test_workers_get_no_listing(write):
     source = open_table(write("path,labels", *(f"{n}.jpg,{n % 2}" for n in range(1000))))
     source.list_items()

@@ -14,11 +14,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from concentration.data.decoding import UNDECODABLE, decode_shrunk, open_image
 from concentration.data.index import Split, index_shard
 from concentration.data.loader import SampleReader, StepBatches
 from concentration.data.order import SequentialOrder
 from concentration.data.sample_targets import LabelTargets
-from concentration.data.views import UNDECODABLE, CentreView, decode_view
+from concentration.data.sources.image_files import read_image_file
+from concentration.data.views import CentreView, decode_view
 
 MOST_SECONDS = 5
 
@@ -146,10 +148,29 @@ def test_an_image_that_is_thin_or_tiny_is_decoded(format, size):
     assert np.abs(look(encode(Image.new("RGB", size, (200, 200, 200)), format)).astype(int) - 200).max() <= 2
 
 
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_a_huge_photograph_is_decoded_small():
-    """169 million pixels, of which an eighth by an eighth is decoded."""
-    assert (look(encode(Image.new("L", (13_000, 13_000), 77), "jpeg")) == 77).all()
+@pytest.mark.filterwarnings("error")
+def test_a_huge_photograph_is_decoded_small(tmp_path):
+    """200 million pixels, more than Pillow takes: an eighth by an eighth is decoded, and never more than a half by a half."""
+    content = encode(Image.new("L", (20_001, 9_999), 77), "jpeg")
+    assert (look(content) == 77).all()
+    assert decode_shrunk(content, 8).size == (2501, 1250)
+    assert decode_shrunk(content, 9_999).size == (10_001, 5000)
+    (tmp_path / "1.jpg").write_bytes(content)
+    assert read_image_file(tmp_path / "1.jpg") == ("jpg", content)
+
+
+def test_a_huge_photograph_in_several_scans_is_undecodable():
+    """It would be held whole, of whatever size it is decoded: a progressive one, or one of which each colour comes by itself."""
+    huge = struct.pack(">HH", 20_000, 10_000)
+    progressive = encode(SMALL, "jpeg", progressive=True)
+    progressive = replaced(progressive, progressive.find(b"\xff\xc2") + 5, huge)
+    baseline = replaced(encode(SMALL, "jpeg"), JPEG_SIZE, huge)
+    start = baseline.find(b"\xff\xda")
+    by_colour = baseline[:start] + b"\xff\xda\x00\x08\x01\x01\x00\x00\x3f\x00" + baseline[start + 14 :]
+    for content in (progressive, by_colour):
+        with pytest.raises(UNDECODABLE, match="10000 x 20000 pixels in several scans, expected at most 178,956,970"):
+            look(content)
+    assert open_image(baseline).size == (10_000, 20_000)
 
 
 def test_a_jpeg_that_draws_itself_a_hundred_times_is_decoded_in_time():
@@ -173,8 +194,10 @@ DEEP = np.random.default_rng(3).integers(0, 2**16, (8, 8, 4), dtype=np.uint16)
 
 @pytest.mark.parametrize(("color", "channels"), [(0, 1), (2, 3), (4, 2), (6, 4)])
 def test_16_bits_become_the_upper_8(color, channels):
-    """Of grey and RGB, with alpha and without."""
-    pixels = DEEP[..., :channels]
+    """Of grey and RGB, with alpha, all of it opaque, and without."""
+    pixels = DEEP[..., :channels].copy()
+    if color in (4, 6):
+        pixels[..., -1] = 2**16 - 1
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
     view = look(png(8, 8, rows, depth=16, color=color))
     expected = (pixels >> 8)[..., :3] if channels > 2 else (pixels >> 8)[..., :1].repeat(3, axis=2)

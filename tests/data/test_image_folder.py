@@ -163,12 +163,70 @@ def test_a_folder_for_validation_has_one_of_three_names(put):
         assert [split for path, (split, _) in found.items() if f"/{name}/" in path] == ["val", "val"]
         assert {labels for _, labels in found.values()} == {("a",), ("b",)}
         shutil.rmtree(root / name)
-    put("val/a/1.png", "validation/a/1.png")
-    refuse(root, "images: holds val and validation; keep one folder for validation")
+
+
+@pytest.mark.parametrize(
+    ("train", "val", "test"),
+    [
+        ("Train", "Val", "Test"),
+        ("TRAIN", "VALID", "TEST"),
+        ("training", "dev", "testing"),
+        ("Training", "Dev", "Testing"),
+    ],
+)
+def test_splits_have_several_names_in_capitals_or_not(train, val, test, put):
+    splits = {train: "train", val: "val", test: "test"}
+    root = put(*(f"{name}/{c}/1.png" for name in splits for c in ("a", "b")))
+    source = open_folder(root)
+    assert {item.locator: item.split for item in source.list_items()} == {
+        f"{root}/{name}/{c}/1.png": split for name, split in splits.items() for c in ("a", "b")
+    }
+    assert describe(source) == [("a", (), "all"), ("b", (), "all")]
+    assert source.list_notes() == []
+
+
+def test_a_training_folder_is_a_split_where_it_is_the_only_one_or_another_split_is_beside_it(put):
+    root = put("Training/a/1.png", "Training/b/1.png", ".cache/x/1.png")
+    assert describe(open_folder(root)) == [("a", (), "all"), ("b", (), "all")]
+    put("extra/c/1.png", "dev/a/1.png")
+    source = open_folder(root)
+    assert describe(source) == [("a", (), "all"), ("b", (), "all")]
+    assert source.list_notes() == [f"{root}: folders beside Training/ are not read: extra"]
+
+
+def test_a_class_may_be_called_train(put):
+    """COCO's car, bus, train: without another split beside it, it does not swallow them."""
+    root = put("bus/1.png", "car/1.png", "train/1.png")
+    source = open_folder(root, split={"val_share": 0, "test_share": 0})
+    assert describe(source) == [("bus", (), "all"), ("car", (), "all"), ("train", (), "all")]
+    assert {labels for _, labels in list_all(source).values()} == {("bus",), ("car",), ("train",)}
+    assert source.list_notes() == [
+        f"{root}: train/ is taken for a class or vertical, not for a split; for that, put a val/ or test/ beside it"
+    ]
+
+
+def test_test_and_val_are_classes_where_nothing_is_for_training(put):
+    source = open_folder(put("test/1.png", "val/1.png"))
+    assert describe(source) == [("test", (), "all"), ("val", (), "all")]
+
+
+@pytest.mark.parametrize(
+    ("twice", "split"),
+    [
+        (("val", "validation"), "val"),
+        (("dev", "val"), "val"),
+        (("Train", "train"), "train"),
+        (("test", "testing"), "test"),
+    ],
+)
+def test_two_folders_of_one_split_are_refused(twice, split, put):
+    names = {"train", *twice} if split != "train" else set(twice)
+    root = put(*(f"{name}/{c}/1.png" for name in names for c in ("a", "b")))
+    refuse(root, f"images: holds {' and '.join(twice)}, which all mean {split}; keep one of these folders")
 
 
 def test_what_is_not_read_is_said(put):
-    root = put("train/a/1.png", "train/b/1.JPG", "extra/c/1.png")
+    root = put("train/a/1.png", "train/b/1.JPG", "test/a/1.png", "extra/c/1.png")
     for name in ("a/2.GIF", "a/3.gif", "b/4.bmp", "b/README"):
         (root / "train" / name).write_bytes(b"")
     assert open_folder(root).list_notes() == [
@@ -255,13 +313,32 @@ def test_links_are_followed_and_loops_are_not(put, tmp_path, encode_image):
     ]
 
 
+def test_links_that_lead_to_each_other_are_followed_once(put, tmp_path):
+    root = put("v/a/1.png", "v/b/1.png")
+    (root / "v" / "a" / "tob").symlink_to("../b")
+    (root / "v" / "b" / "toa").symlink_to("../a")
+    (root / "v" / "b" / "out").symlink_to(tmp_path)
+    (root / "v" / "b" / "everything").symlink_to("/")
+    assert sorted(labels for _, labels in list_all(open_folder(root)).values()) == [
+        ("v/a",),
+        ("v/a/tob",),
+        ("v/b",),
+        ("v/b/toa",),
+    ]
+
+
 def test_a_link_to_nowhere_is_an_image_that_cannot_be_had(put):
     root = put("a/1.png", "b/1.png")
     (root / "b" / "2.png").symlink_to(root / "gone.png")
     source = open_folder(root)
-    items = {Path(item.locator).name: item for item in source.list_items()}
-    with pytest.raises(DataError, match=r"b/2\.png: cannot be decoded .*No such file"):
-        source.read(items["2.png"])
+    items = {item.locator.removeprefix(f"{root}/"): item for item in source.list_items()}
+    with pytest.raises(DataError) as caught:
+        source.read(items["b/2.png"])
+    assert str(caught.value) == f"{root}/b/2.png: is a link to '{root}/gone.png', which is missing"
+    (root / "b" / "1.png").unlink()
+    with pytest.raises(DataError) as caught:
+        source.read(items["b/1.png"])
+    assert str(caught.value) == f"{root}/b/1.png: is missing"
 
 
 @pytest.mark.parametrize("damage", [lambda c: c[: len(c) // 2], lambda c: b"", lambda c: b"<html>", lambda c: c[:40]])
@@ -270,8 +347,9 @@ def test_an_image_that_cannot_be_decoded_is_named(damage, put):
     path = root / "a" / "1.png"
     path.write_bytes(damage(path.read_bytes()))
     source = open_folder(root)
-    with pytest.raises(DataError, match=r"images/a/1\.png: cannot be decoded"):
+    with pytest.raises(DataError, match=r"images/a/1\.png: cannot be decoded") as caught:
         source.read(source.list_items()[0])
+    assert "BytesIO" not in str(caught.value)
 
 
 def test_an_image_beside_folders_of_classes_is_refused(put):
@@ -295,15 +373,18 @@ def test_a_single_class_is_refused(put):
     refuse(put("birds/gull/1.png", "cars/taxi/1.png", "cars/tram/1.png"), "vertical 'birds' has 1 class")
 
 
-def test_hidden_files_are_no_images_and_hidden_folders_are_refused(put):
-    root = put("a/1.png", "b/1.png")
-    (root / "a" / "._1.png").write_bytes(b"what macOS leaves beside every file on a foreign disk")
-    assert len(list_all(open_folder(root))) == 2
-    put("a/.ipynb_checkpoints/1-checkpoint.png")
-    refuse(root, "a/.ipynb_checkpoints/1-checkpoint.png", "hidden folder", "rename the folder, or remove it")
-    shutil.rmtree(root / "a" / ".ipynb_checkpoints")
-    put(".net/1.png")
-    refuse(root, ".net/1.png", "hidden folder")
+@pytest.mark.parametrize("top", ["", "train/"])
+def test_hidden_files_and_folders_hold_no_images(top, put):
+    root = put(f"{top}a/1.png", f"{top}b/1.png")
+    (root / top / "a" / "._1.png").write_bytes(b"what macOS leaves beside every file on a foreign disk")
+    assert open_folder(root).list_notes() == []
+    put(*(f"{top}{folder}/1.png" for folder in ("a/.ipynb_checkpoints", ".net/x", "b/.a/.b")))
+    source = open_folder(root)
+    assert sorted(list_all(source)) == [f"{root}/{top}a/1.png", f"{root}/{top}b/1.png"]
+    assert describe(source) == [("a", (), "all"), ("b", (), "all")]
+    assert source.list_notes() == [
+        f"{root}: ignored hidden folders: {top}.net, {top}a/.ipynb_checkpoints, {top}b/.a",
+    ]
 
 
 def test_names_that_are_not_utf_8_are_refused(put):

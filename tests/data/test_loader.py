@@ -14,7 +14,7 @@ import torch
 
 from concentration.data import loader
 from concentration.data.index import ShardIndex, index_shard, load_split
-from concentration.data.loader import Batch, SampleReader, StepBatches, StepLoader, build_loader
+from concentration.data.loader import Batch, SampleReader, StepBatches, StepLoader, build_loader, explain_skipped
 from concentration.data.order import SequentialOrder, WindowOrder
 from concentration.data.sample_targets import LabelTargets
 from concentration.data.views import CentreView, ViewConfig, decode_view, draw_views
@@ -227,6 +227,12 @@ def test_an_undecodable_image_is_black_has_no_weight_and_is_marked(damaged):
     assert all(image.any() for image in batch.images[others])
     assert batch.global_count == NUM_SAMPLES, "it keeps its slot"
     assert batch.targets.probability_BK[6].any()
+
+
+def test_a_skipped_image_is_explained(damaged):
+    split, _ = damaged
+    assert explain_skipped(split, 6) == "cannot be decoded (no image of a known format)"
+    assert explain_skipped(split, 5).startswith("cannot be seen in its stored views"), "it can be decoded now"
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from concentration.data import near_duplicates
+from concentration.data.decoding import UNDECODABLE
 from concentration.data.near_duplicates import find_near_duplicates, hash_image
-from concentration.data.views import UNDECODABLE
 
 
 def encode(image: Image.Image, format: str = "png", **options) -> bytes:

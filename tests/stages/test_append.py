@@ -260,7 +260,7 @@ def test_what_cannot_be_appended_leaves_what_was_there_as_it_was(images, more, t
         concentrate(*append, "num_processes=1", directory=tmp_path, plant=plant, code=-signal.SIGKILL)
         assert "DONE.json" not in read_files(workdir)
     message = concentrate(*append, directory=tmp_path, code=2).err
-    assert "3 of 244 images cannot be decoded" in message
+    assert "3 of 244 images cannot be read or decoded" in message
     after = read_files(workdir)
     assert len(after.pop("skipped.txt").splitlines()) == 3
     assert after == {name: content for name, content in before.items() if name not in ("skipped.txt", "listing.sha256")}

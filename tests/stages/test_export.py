@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from concentration.data.views import CentreView, decode_view
 from concentration.errors import ConcentrationError, DataError
 from concentration.networks.student import load_student
 from concentration.schema import parse_config
+from concentration.serving.inputs import list_inputs
 from concentration.serving.neighbours import NeighbourIndex
 from concentration.stages import export as export_stage
 from concentration.stages import predict as predict_stage
@@ -193,6 +195,19 @@ def test_predict_reads_shards_in_batches_on_many_threads_in_order(workdir):
     for one, other in zip(at_once, in_parts, strict=True):
         probabilities = [[c["probability"] for c in answer["classes"]] for answer in (one, other)]
         np.testing.assert_allclose(*probabilities, atol=2e-6)
+
+
+def test_hidden_files_and_folders_are_asked_about_neither_in_folders_nor_in_tars(tmp_path):
+    names = ["a/0.png", "a/._0.png", "./b/1.png", ".ipynb_checkpoints/0.png", "b/.hidden/2.png"]
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for name in names:
+            path = tmp_path / ".given" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(b"")
+            tar.addfile(tarfile.TarInfo(name))
+    for given in (tmp_path / "x.tar", tmp_path / ".given"):
+        found = sorted(os.path.normpath(image.name) for image in list_inputs([str(given)]))
+        assert found == [f"{given}/a/0.png", f"{given}/b/1.png"], "what the given folder is called does not matter"
 
 
 def test_the_command_line_takes_paths_and_keys_and_prints_only_answers(workdir, photos, tmp_path):

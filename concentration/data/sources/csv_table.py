@@ -17,7 +17,7 @@ from concentration.data.sources.image_files import (
 )
 from concentration.data.sources.source import Item, LocalSource
 from concentration.data.sources.tables import find_column, read_table
-from concentration.data.splits import SPLIT_OF_NAME, Split
+from concentration.data.splits import SPLIT_OF_NAME, Split, find_split
 from concentration.data.views import IMAGE_EXTENSIONS
 from concentration.errors import DataError
 from concentration.schema import suggest
@@ -32,7 +32,8 @@ class CsvConfig(ImageFilesConfig):
     taxonomy: a taxonomy.json; without it every label is a class: CLASS, or VERTICAL/CLASS and deeper, as with image_folder.
     path_column, labels_column: names in the header.
     label_separator: stands between the labels of one image.
-    split_column: holds train, val or test, or nothing, which is train; None is `split`, where there is such a column.
+    split_column: holds train, val or test, or another of a split's names as with image_folder, or nothing, which is train; None
+        is `split`, where there is such a column.
     split: `split.group` is a column; images with the same text in it stay together, those with none are by themselves.
     """
 
@@ -149,6 +150,7 @@ def _check_label(label: str, classes: Mapping[str, int] | None, where: str, conf
 
 
 def _parse_split(text: str, where: str) -> Split:
-    if text and text not in SPLIT_OF_NAME:
+    split = find_split(text) if text else "train"
+    if split is None:
         raise DataError(f"{where}: the split is '{text}'{suggest(text, SPLIT_OF_NAME)}")
-    return SPLIT_OF_NAME.get(text, "train")
+    return split

@@ -11,9 +11,10 @@ from typing import ClassVar
 
 import pydantic
 
+from concentration.data.decoding import UNDECODABLE, decode_shrunk, describe_undecodable
 from concentration.data.near_duplicates import MaxDistance
 from concentration.data.splits import SplitConfig
-from concentration.data.views import IMAGE_EXTENSIONS, UNDECODABLE, ViewConfig, open_image
+from concentration.data.views import IMAGE_EXTENSIONS, ViewConfig
 from concentration.errors import DataError
 from concentration.schema import Config
 from concentration.taxonomy import TaxonomyClass
@@ -40,15 +41,17 @@ class ImageFilesConfig(Config):
 
 
 def read_image_file(path: Path) -> tuple[str, bytes]:
-    """The extension and the bytes of the file as it is, after a look whether it can be decoded.
+    """The extension and the bytes of the file as it is, after it was decoded as training will decode it.
 
-    Raises: DataError where it is missing or cannot be decoded.
+    Raises: DataError where it is missing, or cannot be read or decoded.
     """
     try:
         content = path.read_bytes()
-        open_image(content).load()
+        decode_shrunk(content, shorter_side=1)  # all of a file is read, however small its image becomes
     except UNDECODABLE as error:
-        raise DataError(f"{path}: cannot be decoded ({error})") from None
+        if isinstance(error, FileNotFoundError) and path.is_symlink():
+            raise DataError(f"{path}: is a link to '{os.readlink(path)}', which is missing") from None
+        raise DataError(f"{path}: {describe_undecodable(error)}") from None
     return path.suffix[1:].lower(), content
 
 

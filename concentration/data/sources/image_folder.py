@@ -11,7 +11,7 @@ import pydantic
 
 from concentration.data.sources.image_files import ImageFilesConfig, classes_of_paths, key_of_path, read_image_file
 from concentration.data.sources.source import Item, LocalSource
-from concentration.data.splits import SPLIT_OF_NAME, Split
+from concentration.data.splits import SPLITS, Split, find_split
 from concentration.data.views import IMAGE_EXTENSIONS
 from concentration.errors import ConfigError, DataError
 from concentration.taxonomy import Taxonomy
@@ -20,8 +20,10 @@ from concentration.taxonomy import Taxonomy
 class ImageFolderConfig(ImageFilesConfig):
     """Where the images lie and how they are split.
 
-    path: holds CLASS/IMAGE, or VERTICAL/CLASS/IMAGE; deeper folders are subclasses of the ones above them. Or it holds
-        `train`, and perhaps `val` (`valid`, `validation`) and `test`, with such folders inside. Links are followed.
+    path: holds CLASS/IMAGE, or VERTICAL/CLASS/IMAGE; deeper folders are subclasses of the ones above them. Or it holds splits
+        with such folders inside: `train` (or `training`), and perhaps `val` (`valid`, `validation`, `dev`) and `test`
+        (`testing`), in capitals or not; `train` is one where it is the only folder or another of them stands beside it, and a
+        class or vertical where not. Links are followed; files and folders whose names begin with a dot are left out.
     taxonomy: a taxonomy.json whose class ids are the folders' paths (CLASS or VERTICAL/CLASS); None takes the tree itself.
     split: `split.group` is a regular expression, searched in each path below `path`; its first parenthesis is the group.
     """
@@ -49,8 +51,7 @@ class ImageFolderSource(LocalSource):
 
     Raises:
         ConfigError: `split.group` does not match an image's path.
-        DataError: there is no image, images lie beside folders of classes, a folder cannot be read, or a name is hidden or
-            not UTF-8.
+        DataError: there is no image, images lie beside folders of classes, a folder cannot be read, or a name is not UTF-8.
     """
 
     def __init__(self, config: ImageFolderConfig):
@@ -95,9 +96,10 @@ class ImageFolderSource(LocalSource):
             raise DataError(f"{root}: no such folder; give data.path=FOLDER with a folder per class or per vertical")
         tops = _find_splits(root)
         ignored: dict[str, int] = {}
+        hidden: list[str] = []
         items = []
         for top, split in tops.items():
-            for path in sorted(_list_images(root / top, ignored)):
+            for path in sorted(_list_images(root / top, ignored, hidden)):
                 label = path.relative_to(root / top).parent.as_posix()
                 relative = path.relative_to(root).as_posix()
                 items.append(Item(key_of_path(relative), (label,), str(path), split, self._find_group(relative)))
@@ -106,7 +108,7 @@ class ImageFolderSource(LocalSource):
         for item in items:
             if item.labels[0] == ".":
                 raise DataError(f"{item.locator}: lies in no class's folder; move it into one")
-        return items, [*_note_other_folders(root, tops), *_note_ignored(root, ignored)]
+        return items, [*_note_other_folders(root, tops), *_note_ignored(root, ignored), *_note_hidden(root, hidden)]
 
     def _find_group(self, relative: str) -> str | None:
         pattern = self._config.split.group
@@ -121,23 +123,37 @@ class ImageFolderSource(LocalSource):
 
 
 def _find_splits(root: Path) -> dict[str, Split]:
-    """The folders of splits, or the root itself for training where there is no folder `train`."""
-    if not (root / "train").is_dir():
+    """The folders of splits, or the root itself for training where there are none.
+
+    A class may be called `train`: its folder is a split where it is the only one, or stands beside another split.
+    """
+    folders = _list_folders(root)
+    found = {name: split for name in folders if (split := find_split(name)) is not None}
+    if "train" not in found.values() or len(found) == 1 < len(folders):
         return {"": "train"}
-    found = {name: split for name, split in SPLIT_OF_NAME.items() if (root / name).is_dir()}
-    twice = [name for name, split in found.items() if split == "val"]
-    if len(twice) > 1:
-        raise DataError(f"{root}: holds {' and '.join(twice)}; keep one folder for validation")
-    return found
+    for split in dict.fromkeys(found.values()):
+        twice = [name for name, other in found.items() if other == split]
+        if len(twice) > 1:
+            raise DataError(f"{root}: holds {' and '.join(twice)}, which all mean {split}; keep one of these folders")
+    return dict(sorted(found.items(), key=lambda folder: SPLITS.index(folder[1])))
 
 
 def _note_other_folders(root: Path, tops: dict[str, Split]) -> list[str]:
+    folders = _list_folders(root)
     if "" in tops:
-        return []
-    others = sorted(
-        entry.name for entry in os.scandir(root) if entry.is_dir() and entry.name not in tops and entry.name[0] != "."
-    )
-    return [f"{root}: folders beside train/ are not read: {', '.join(others)}"] if others else []
+        classes = [f"{name}/" for name in folders if find_split(name) == "train"]
+        return [
+            f"{root}: {name} is taken for a class or vertical, not for a split; for that, put a val/ or test/ beside it"
+            for name in classes
+        ]
+    training = next(name for name, split in tops.items() if split == "train")
+    others = [name for name in folders if name not in tops]
+    return [f"{root}: folders beside {training}/ are not read: {', '.join(others)}"] if others else []
+
+
+def _list_folders(root: Path) -> list[str]:
+    """The names of the folders in the root, also behind links, but of hidden ones."""
+    return sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and entry.name[0] != ".")
 
 
 def _note_ignored(root: Path, ignored: dict[str, int]) -> list[str]:
@@ -147,19 +163,31 @@ def _note_ignored(root: Path, ignored: dict[str, int]) -> list[str]:
     return [f"{root}: ignored files that are not .{', .'.join(IMAGE_EXTENSIONS)}: {counts}"]
 
 
-def _list_images(top: Path, ignored: dict[str, int]) -> Iterator[Path]:
-    """All images below a folder, also behind links; hidden files, which macOS and editors leave, are none.
+def _note_hidden(root: Path, hidden: list[str]) -> list[str]:
+    if not hidden:
+        return []
+    names = sorted(os.path.relpath(folder, root) for folder in hidden)
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return [f"{root}: ignored hidden folders: {', '.join(names[:5])}{more}"]
 
-    Other files are counted in `ignored`, by their extension.
+
+def _list_images(top: Path, ignored: dict[str, int], hidden: list[str]) -> Iterator[Path]:
+    """All images below a folder, also behind links; hidden files and folders, which macOS and editors leave, hold none.
+
+    Other files are counted in `ignored`, by their extension; hidden folders are added to `hidden`.
     """
 
     def refuse(error: OSError) -> None:
         raise DataError(f"{error.filename}: cannot be read ({error.strerror}); correct its permissions")
 
+    above: dict[str, tuple[str, ...]] = {str(top): (os.path.realpath(top),)}
     for folder, inner, files in os.walk(top, onerror=refuse, followlinks=True):
-        # A link to a folder above would be followed for ever.
-        real = os.path.realpath(folder)
-        inner[:] = [name for name in inner if not f"{real}/".startswith(f"{os.path.realpath(f'{folder}/{name}')}/")]
+        way = above.pop(folder)
+        hidden += [os.path.join(folder, name) for name in inner if name.startswith(".")]
+        inner[:] = [name for name in inner if not name.startswith(".")]
+        ways = {name: _follow(folder, name, way) for name in inner}
+        inner[:] = [name for name in inner if ways[name] is not None]
+        above |= {os.path.join(folder, name): ways[name] for name in inner}
         for name in files:
             path = Path(folder, name)
             extension = path.suffix.lower()
@@ -172,10 +200,20 @@ def _list_images(top: Path, ignored: dict[str, int]) -> Iterator[Path]:
                 ignored[extension] = ignored.get(extension, 0) + 1
 
 
+def _follow(folder: str, name: str, way: tuple[str, ...]) -> tuple[str, ...] | None:
+    """The way to a folder that lies in `folder`, which `way` leads to: the real paths of all folders from the top down.
+
+    None where it is a link back to one of them, or above: it would be followed for ever.
+    """
+    path = os.path.join(folder, name)
+    if not os.path.islink(path):
+        return (*way, os.path.join(way[-1], name))
+    real = os.path.realpath(path)
+    return None if any(Path(passed).is_relative_to(real) for passed in way) else (*way, real)
+
+
 def _check_names(path: Path, top: Path) -> None:
     relative = path.relative_to(top)
-    if any(part.startswith(".") for part in relative.parts):
-        raise DataError(f"{path}: lies in a hidden folder; rename the folder, or remove it if it is no class")
     try:
         relative.as_posix().encode()
     except UnicodeEncodeError:
