@@ -150,7 +150,7 @@ def test_help_of_every_verb_shows_its_choices_and_keys(verb, tmp_path):
             ["predict", "verticals=[true]"],
             """expected a text; put it in quotes as it is written: "verticals=['true']\"""",
         ),
-        (["teacher", "vertical=null"], """give vertical=VALUE ("vertical='null'" where that is its name)"""),
+        (["teacher", "vertical=null"], """for one named null, "vertical='null'\""""),
         (
             ["teacher", "vertical=a,b"],
             """a text with commas or brackets is put in quotes: "vertical='a,b'\"""",

@@ -122,7 +122,7 @@ def _require_vertical(values: Mapping[str, Any]) -> None:
     if values.get("vertical") is None:
         null = write_override("vertical", "null")
         raise ValueError(
-            f"'vertical' is missing: give vertical=VALUE ({null} where that is its name), or group=ID for a group's expert"
+            f"'vertical' is missing: give vertical=VALUE, or group=ID of a grouping for its expert; for one named null, {null}"
         )
 
 

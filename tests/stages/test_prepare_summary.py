@@ -70,7 +70,7 @@ def test_the_text_holds_the_numbers(taxonomy):
 
 
 def test_on_a_terminal_the_largest_of_many_verticals_are_shown():
-    taxonomy = build_taxonomy([f"v{n}-" for n in range(30)] + ["n" * 300], 2)
+    taxonomy = build_taxonomy([f"v{n}-" for n in range(30)] + ["n" * 200], 2)
     labels = [[c.id] for n, c in enumerate(taxonomy.classes) for _ in range(62 - n)]
     summary = summarise_splits({"train": build_split(taxonomy, labels)})
     lines = summary.to_text(20).splitlines()
@@ -78,7 +78,7 @@ def test_on_a_terminal_the_largest_of_many_verticals_are_shown():
     assert lines[22] == "(11 more verticals)"
     assert max(map(len, lines)) <= 100
     whole = summary.to_text().splitlines()
-    assert "n" * 300 in whole[32]
+    assert "n" * 200 in whole[32]
     assert [line for line in whole if "more" in line] == []
     assert summary.to_text(31).splitlines()[32].startswith("n" * 27 + "… ")
 
@@ -153,7 +153,7 @@ def test_names_are_drawn_as_they_are():
     pictures = []
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for name in ("a$b$ $", "鳥類", "_private", "n" * 300, "private"):
+        for name in ("a$b$ $", "鳥類", "_private", "n" * 200, "private"):
             taxonomy = build_taxonomy([name, "z"])
             content = draw_summary(
                 summarise_splits({"train": build_split(taxonomy, [[c.id] for c in taxonomy.classes])})
