@@ -251,7 +251,9 @@ def test_a_signal_to_every_process_lets_all_jobs_save_before_the_run_ends(finish
     shutil.copytree(finished[0] / "shards", workdir / "shards")
     command = [sys.executable, "-m", "concentration.cli", *COMMAND, "trainer.max_epochs=300", *options]
     with open(tmp_path / "err", "w+") as err:
-        process = subprocess.Popen([*command, f"workdir={workdir}"], stderr=err, start_new_session=True)
+        # The tests themselves may run under nohup.
+        process = subprocess.Popen([*command, f"workdir={workdir}"], stderr=err, start_new_session=True,
+                                   preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL))  # fmt: skip
         deadline = time.monotonic() + 180
         while not any(workdir.glob(moment)):
             assert process.poll() is None, (tmp_path / "err").read_text()

@@ -265,7 +265,7 @@ def test_what_cannot_be_appended_leaves_what_was_there_as_it_was(images, more, t
     assert len(after.pop("skipped.txt").splitlines()) == 3
     assert after == {name: content for name, content in before.items() if name not in ("skipped.txt", "listing.sha256")}
     _, taxonomy, _ = prepared(workdir)
-    assert [c.id for c in taxonomy.classes] == OLD
+    assert tuple(c.id for c in taxonomy.classes) == OLD
     concentrate(*append, f"max_skipped_share={message.partition('or give max_skipped_share=')[2].partition(';')[0]}",
                 directory=tmp_path)  # fmt: skip
     assert len(prepared(workdir)[1].classes) > len(OLD)
