@@ -9,6 +9,7 @@ from concentration.pipeline.states import read_tail
 
 LOG_TAIL_LINES = 5
 _KILLED = "was killed, perhaps for want of memory (run the same command again, and it continues)"
+_HOW = {None: _KILLED, -signal.SIGKILL: _KILLED, CANCELLED: "was cancelled", BUSY: "found another run at the same work"}
 
 
 class JobFailed(ConcentrationError):
@@ -29,9 +30,7 @@ def describe_failures(jobs: Sequence[Job], failed: Mapping[str, int | None], wai
     for job in jobs:
         if job.name in failed:
             log, code = job.file(LOG), failed[job.name]
-            how = {None: _KILLED, -signal.SIGKILL: _KILLED, CANCELLED: "was cancelled"}.get(
-                code, f"failed (exit code {code})"
-            )
+            how = _HOW.get(code, f"failed (exit code {code})")
             lines.append(f"{job.name} {how}; the end of {log}:")
             lines.extend(f"    {line}" for line in read_tail(log, LOG_TAIL_LINES))
     if waiting:

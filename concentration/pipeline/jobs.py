@@ -25,7 +25,7 @@ JOBS = "jobs"
 FROZEN, LOG, EXIT_CODE = ".json", ".log", ".exit"
 #: In the file of the exit code: the job was ended by `scancel`, which the job script sees; no verb ends with it.
 CANCELLED = 128 + signal.SIGTERM
-#: The exit code of a job whose directory another run's job works in. It is not kept: what that one ends with is.
+#: The exit code of a job whose directory another run's job works in; what that one ends with is kept in the end.
 BUSY = 76
 #: The proof of every stage that keeps a `RunDirectory`.
 DONE_FILE = "DONE.json"
@@ -115,7 +115,7 @@ def run_frozen(path: Path) -> int:
     """
     preemption.note_signals()
     code = _run(json.loads(path.read_text()))
-    if code != BUSY and os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
         try:
             write_atomically(path.with_suffix(EXIT_CODE), f"{code}\n")
         except ConcentrationError as error:

@@ -90,9 +90,8 @@ class LocalLauncher:
         frozen, earlier = job.freeze(), job.finished_at()
         if job.resources.num_processes == 1:
             process = self._context.Process(target=run_forked, args=(frozen,), name=job.name)
-            with (
-                preemption.left_to_parent()
-            ):  # the first begins the server, which must outlive it: it knows how jobs end
+            # The first begins the server, which must outlive a signal to all: it knows how jobs end.
+            with preemption.left_to_parent():
                 process.start()
         else:
             # SIGTERM is for torchrun, which passes it on; of these it would die, and leave its processes behind.

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from concentration.errors import Preempted
-from concentration.pipeline.jobs import CANCELLED, EXIT_CODE, JOBS, LOG
+from concentration.pipeline.jobs import BUSY, CANCELLED, EXIT_CODE, JOBS, LOG
 from concentration.pipeline.records import JobRecord, JobRecords
 from concentration.pipeline.slurm_queue import QueuedJob
 from concentration.progress import load_status
@@ -147,10 +147,11 @@ def _list(names: list[str]) -> str:
 
 
 def _read_exit_code(workdir: Path, record: JobRecord) -> tuple[int | None, float]:
-    """The code, None where there is none, and when it was written."""
+    """The code, None where there is none or it is not the job's own, and when it was written."""
     path = workdir / JOBS / f"{record.file_name}{EXIT_CODE}"
     try:
-        return int(path.read_text()), path.stat().st_mtime
+        code = int(path.read_text())
+        return None if code == BUSY else code, path.stat().st_mtime
     except (FileNotFoundError, ValueError):
         return None, 0.0
 
