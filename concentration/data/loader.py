@@ -3,6 +3,7 @@
 Shapes: B samples of a rank's micro-batch, G samples of a global batch.
 """
 
+import contextlib
 import multiprocessing
 import multiprocessing.util
 import os
@@ -332,7 +333,7 @@ class _Loader(torch.utils.data.DataLoader):
 
     def __iter__(self) -> Iterator[Batch]:
         others = set(multiprocessing.active_children())
-        with preemption.left_to_parent():
+        with preemption.left_to_parent() if self.num_workers else contextlib.nullcontext():
             batches = super().__iter__()
         # NOTE: a process that exits with a loader still in use (an error keeps all that was in use) asks workers to end by
         # a signal, which they do not see, and would wait for ever.

@@ -150,12 +150,9 @@ def _run(frozen: Mapping) -> int:
     try:
         function, config = _parse(frozen)
         function(config)
-    except Busy as error:
-        print(f"concentrate: {error}", file=sys.stderr)
-        return BUSY
     except ConcentrationError as error:
         print(f"concentrate: {error}", file=sys.stderr)
-        return error.exit_code
+        return BUSY if isinstance(error, Busy) else error.exit_code
     except KeyboardInterrupt:
         print("concentrate: stopped by a signal; run the same command again", file=sys.stderr)
         return Preempted.exit_code

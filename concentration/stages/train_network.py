@@ -72,8 +72,12 @@ def find_fine(split: Split, vertical: str | None = None) -> np.ndarray:
     Raises:
         DataError: of that vertical, or of some vertical, there is none.
     """
-    verticals = split.taxonomy.verticals if vertical is None else (vertical,)
-    if missing := [name for name in verticals if not len(split.with_leaf(name))]:
+    taxonomy, counts_C = split.taxonomy, split.count_labels()
+    missing = []
+    for name in taxonomy.verticals if vertical is None else (vertical,):
+        if not counts_C[taxonomy.vertical_slice(name)][taxonomy.restrict(name).is_leaf].any():
+            missing.append(name)
+    if missing:
         raise DataError(
             f"coarse_labels=skip: no training image has a leaf of {', '.join(missing)} among its labels; set it to use"
         )
