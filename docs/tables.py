@@ -39,7 +39,7 @@ BY_VERTICAL, LOSSES = ("table4", "table6"), ("fig5",)
 HEAD = """# The papers' tables, as they came out here
 
 Written by `python docs/tables.py` from `docs/results/`, which `launch/tables/run.sh TABLE` fills. Percent of the test
-images, mean over the seeds and, where there are several, plus or minus half the range; no checkpoint is chosen by them.
+images, mean over the row's seeds and, where there are several, plus or minus half the range; no checkpoint is chosen by them.
 `val` is mpvap on the validation images, by which settings are chosen; `closed` the share of the way from the generalist's mpvap
 to the specialists', left out where they lead by less than five points. `the paper` is mpvap on EFT, which is private, in
 table6 on Open Images: orders may be compared, values may not. On one GPU `launch/tables/at_once.py` trains the rows side by side.
@@ -176,11 +176,11 @@ def _write_table(result: Mapping) -> str:
         "",
         f"`{words}`, {_write_seeds(rows)}.",
         "",
-        "| row | parameters | val | " + " | ".join(QUANTITIES.values()) + " | closed | last loss | the paper |",
-        "|---" * (len(QUANTITIES) + 6) + "|",
+        "| row | seeds | parameters | val | " + " | ".join(QUANTITIES.values()) + " | closed | last loss | the paper |",
+        "|---" * (len(QUANTITIES) + 7) + "|",
     ]
     for name, row in rows.items():
-        cells = [name, f"{row['num_parameters']:,}"]
+        cells = [name, ", ".join(row["seeds"]), f"{row['num_parameters']:,}"]
         validations = [seed["val"] for seed in row["seeds"].values()]
         cells.append(_write_spread([100 * val for val in validations if val is not None], 1))
         cells += [_write_spread([100 * seed[quantity] for seed in row["seeds"].values()], 1) for quantity in QUANTITIES]

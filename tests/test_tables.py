@@ -62,10 +62,11 @@ def test_finished_rows_of_all_seeds_are_collected_and_written(tmp_path, monkeypa
     assert (tmp_path / "table4.png").read_bytes()[:4] == b"\x89PNG"
     assert not (tmp_path / "table1.png").exists()
     assert (
-        "| fc_fc_d | 1,234,567 | 10.0 ± 0.0 | 60.0 ± 10.0 | 50.0 ± 0.0 | 25.0 ± 0.0 | 50 ± 10 | 1.00 ± 0.00 | 31.5 |"
+        "| fc_fc_d | 0, 9, 10 | 1,234,567 | 10.0 ± 0.0 | 60.0 ± 10.0 | 50.0 ± 0.0 | 25.0 ± 0.0 | 50 ± 10 | 1.00 ± 0.00 | 31.5 |"
         in page
     )
-    assert "| specialists | 1,234,567 |  | 90.0 ± 0.0 | 50.0 ± 0.0 | 25.0 ± 0.0 |  |  |  |" in page
+    assert "| generalist | 9, 10 | 1,234,567 |" in page
+    assert "| specialists | 0, 9, 10 | 1,234,567 |  | 90.0 ± 0.0 | 50.0 ± 0.0 | 25.0 ± 0.0 |  |  |  |" in page
     assert "`launch/tables/run.sh table1 trainer.max_epochs=1`" in page
 
 
