@@ -19,6 +19,7 @@ FLOORS = {
     "": 0,  # concentration/__init__.py
     "errors": 0,
     "distributed": 1,
+    "label_mix": 1,
     "packed_targets": 1,
     "preemption": 1,
     "processes": 1,
@@ -65,6 +66,7 @@ CORE = {
     "taxonomy",
     "targets",
     "packed_targets",
+    "label_mix",
     "distributed",
     "objectives",
     "networks",

@@ -17,6 +17,7 @@ from concentration.data.distortions import are_distorted
 from concentration.data.index import COUNTED_TOGETHER, Split
 from concentration.data.views import INTERPOLATION, StoredViews, describe_decoder
 from concentration.errors import DataError
+from concentration.label_mix import LabelMix
 from concentration.packed_targets import VIEW_BYTES
 from concentration.schema import parse_json, write_override
 from concentration.targets import SoftTargets, TargetFile
@@ -250,6 +251,21 @@ def _check_views(path: Path, merged: _ShardTargets, rows: np.ndarray, view_RV: n
             f"{path}: row {rows[differs][0]} was seen in another view than by the teacher of another vertical; make the "
             "targets of both again"
         )
+
+
+class MixedTargets:
+    """Stored targets with a share of the labels (`LabelMix`)."""
+
+    def __init__(self, stored: StoredTargets, labels: LabelTargets, mix: LabelMix):
+        self._stored = stored
+        self._labels = labels
+        self._mix = mix
+
+    def lookup(self, ordinals: np.ndarray, epoch: int) -> SoftTargets:
+        return self._mix(self._stored.lookup(ordinals, epoch), self._labels.lookup(ordinals, epoch))
+
+    def views(self, ordinals: np.ndarray, epoch: int) -> StoredViews | None:
+        return self._stored.views(ordinals, epoch)
 
 
 class WeightedOutside:

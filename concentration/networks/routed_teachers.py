@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from concentration.label_mix import LabelMix
 from concentration.networks.classifier import Classifier
 from concentration.targets import SoftTargets, keep_top_k
 
@@ -21,15 +22,23 @@ class RoutedTeachers:
         teachers: in the order of the verticals.
         top_k: K, as in stored targets.
         tail: what becomes of the classes outside the top K, as in `StoredTargets`.
+        mix: adds a share of the labels.
 
     Source: Gao et al., section 3.1 (F_map, Equation 2), without the detour over the disk.
     """
 
-    def __init__(self, teachers: Sequence[Classifier], top_k: int, tail: Literal["zero", "spread"]):
+    def __init__(
+        self,
+        teachers: Sequence[Classifier],
+        top_k: int,
+        tail: Literal["zero", "spread"],
+        mix: LabelMix | None = None,
+    ):
         self._teachers = list(teachers)
         self._sizes = tuple(teacher.num_outputs for teacher in teachers)
         self._top_k = top_k
         self._tail = tail
+        self._mix = mix
 
     def __deepcopy__(self, memo: dict) -> "RoutedTeachers":
         """Itself: an average of a module's weights is a copy of the module, and needs no second copy of the teachers."""
@@ -37,10 +46,12 @@ class RoutedTeachers:
 
     def to(self, device: torch.device) -> None:
         self._teachers = [teacher.to(device) for teacher in self._teachers]
+        if self._mix is not None:
+            self._mix.to(device)
 
     @torch.no_grad()
     def __call__(self, images: Tensor, labels: SoftTargets) -> SoftTargets:
-        """The targets of (B, 3, H, W) images whose own labels, not smeared, are `labels`; their weights are kept."""
+        """The targets of (B, 3, H, W) images whose own labels are `labels`; their weights are kept."""
         routed_BM = self._route(labels)
         kept_M = torch.tensor([min(self._top_k, size) for size in self._sizes], device=images.device)
         # The place where each vertical's classes start in a sample's row.
@@ -62,9 +73,10 @@ class RoutedTeachers:
                 index_BK[rows[:, None], columns] = index + first_output
                 probability_BK[rows[:, None], columns] = probability
             first_output += size
-        return SoftTargets(
+        soft = SoftTargets(
             index_BK, probability_BK, background_BM if self._tail == "spread" else None, labels.weight_BM
         )
+        return soft if self._mix is None else self._mix(soft, labels)
 
     def _route(self, labels: SoftTargets) -> Tensor:
         """(B, M) bool: F_map."""

@@ -36,7 +36,7 @@ from concentration.stages.export import ExportConfig
 from concentration.stages.prepare import SHARDS, DataOverrides, PrepareConfig, load_prepared
 from concentration.stages.report import REPORT, ReportConfig
 from concentration.stages.run_directory import RunDirectory, StageConfig
-from concentration.stages.student import HardTargetsConfig, Outside, TargetsChoice
+from concentration.stages.student import HardTargetsConfig, LabelShare, Outside, TargetsChoice
 from concentration.stages.targets import TARGETS, TargetsConfig
 from concentration.stages.teacher import TEACHERS, ExternalTeacherConfig, TeacherConfig
 from concentration.stages.teacher_gate import GateConfig
@@ -70,6 +70,7 @@ class RunConfig(TrainedRun, LabelsConfig):
     runtime_fields: ClassVar[frozenset[str]] = StageConfig.runtime_fields | {
         "launcher", "num_processes", "plan", "dry_run"
     }  # fmt: skip
+    later_fields: ClassVar[frozenset[str]] = LabelsConfig.later_fields | {"label_share"}
 
     name: str = "student"
     data: DataConfig
@@ -78,6 +79,7 @@ class RunConfig(TrainedRun, LabelsConfig):
     top: TopConfig
     pace: PaceConfig
     targets: TargetsChoice
+    label_share: LabelShare = 0.0
     tail: Literal["zero", "spread"] = "zero"
     outside: Outside = "zero"
     optimizer: OptimizerConfig
@@ -163,6 +165,7 @@ def build_jobs(config: RunConfig, taxonomy: Taxonomy) -> list[Job]:
         parts,
         config.targets,
         after,
+        label_share=config.label_share,
         tail=config.tail,
         outside=config.outside,
         coarse_labels=coarse_labels if config.targets.kind == "labels" else "use",

@@ -1,15 +1,22 @@
 """`concentrate student`: one network over all verticals, on soft targets or, as the generalist, on labels."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import pydantic
 
 from concentration import distributed
 from concentration.data.index import Split, load_split
-from concentration.data.sample_targets import LabelTargets, SampleTargets, StoredTargets, WeightedOutside
+from concentration.data.sample_targets import (
+    LabelTargets,
+    MixedTargets,
+    SampleTargets,
+    StoredTargets,
+    WeightedOutside,
+)
 from concentration.errors import ConfigError
+from concentration.label_mix import LabelMix
 from concentration.networks.routed_teachers import RoutedTeachers
 from concentration.schema import Config, hash_values
 from concentration.stages.plan import count_most_labels, print_training_plan
@@ -50,26 +57,36 @@ TargetsChoice = Annotated[
 ]
 
 Outside = Literal["zero", "mask"] | Annotated[float, pydantic.Field(gt=0, lt=1)]
+LabelShare = Annotated[float, pydantic.Field(ge=0, lt=1)]
 
 
 class LearningConfig(LabelsConfig):
     """What a student is taught.
 
     smear: for labels, true where not given: soft targets carry their teachers' smearing.
+    label_share: of the labels in soft targets: 0 believes the teachers alone, as in the paper; 0.5 adds as much of the labels.
     tail: classes of a sample's own verticals that are not among the teachers' top K: `zero` as in the paper, or `spread`, an
         even share of the tail mass.
     outside: the other verticals: `zero`, their classes are absent, as in the paper; `mask` leaves them out of the loss; a
         number between 0 and 1 is the weight of their loss.
     """
 
+    later_fields: ClassVar[frozenset[str]] = LabelsConfig.later_fields | {"label_share"}
+
     targets: TargetsChoice
     smear: bool | None = None
+    label_share: LabelShare = 0.0
     tail: Literal["zero", "spread"] = "zero"
     outside: Outside = "zero"
 
     @property
     def outside_weight(self) -> float:
         return {"zero": 1.0, "mask": 0.0}.get(self.outside, self.outside)
+
+    @property
+    def with_labels(self) -> bool:
+        """Whether labels are part of the targets; else the teachers alone say them."""
+        return self.targets.kind == "labels" or self.label_share > 0
 
 
 class StudentConfig(NetworkStageConfig, LearningConfig):
@@ -87,10 +104,18 @@ class StudentConfig(NetworkStageConfig, LearningConfig):
 
     @pydantic.model_validator(mode="after")
     def _check_smear(self):
-        if self.smear and self.targets.kind != "labels":
+        if self.smear and not self.with_labels:
             raise ValueError(
                 f"smear=true with targets={self.targets.kind}: soft targets are never smeared; remove it "
                 "(Gao et al., section 3.1)"
+            )
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _check_label_share(self):
+        if self.label_share and self.targets.kind == "labels":
+            raise ValueError(
+                f"label_share={self.label_share} with targets=labels: there is nothing to mix them with; remove it"
             )
         return self
 
@@ -161,10 +186,9 @@ def student(config: StudentConfig) -> None:
 
 def describe_step(config: StudentConfig, taxonomy: Taxonomy) -> StepShape:
     """What a step's memory depends on beside the network."""
-    if config.targets.kind == "labels":
-        listed = count_most_labels(taxonomy, config.smear is not False)
-    else:
-        listed = min(config.targets.top_k, max(taxonomy.vertical_sizes))
+    listed = count_most_labels(taxonomy, config.smear is not False) if config.with_labels else 0
+    if config.targets.kind != "labels":
+        listed += min(config.targets.top_k, max(taxonomy.vertical_sizes))
     return StepShape(listed, has_background=config.tail == "spread", has_weight=config.outside_weight != 1)
 
 
@@ -181,12 +205,19 @@ def build_targets(config: LearningConfig, workdir: Path, split: Split) -> Sample
 
     Raises: DataError as `StoredTargets`.
     """
-    targets: SampleTargets
+    labels = LabelTargets(split, config.with_labels and config.smear is not False)
+    targets: SampleTargets = labels
     if config.targets.kind == "soft":
         targets = StoredTargets(workdir / TARGETS / config.targets.name, split, config.tail)
-    else:
-        targets = LabelTargets(split, config.targets.kind == "labels" and config.smear is not False)
+        if mix := _build_mix(config, split.taxonomy):
+            targets = MixedTargets(targets, labels, mix)
     return targets if config.outside_weight == 1 else WeightedOutside(targets, split, config.outside_weight)
+
+
+def _build_mix(config: LearningConfig, taxonomy: Taxonomy) -> LabelMix | None:
+    if config.label_share == 0:
+        return None
+    return LabelMix(config.label_share, taxonomy.is_leaf, taxonomy.vertical_of_output)
 
 
 def choose_ordinals(config: LearningConfig, split: Split) -> np.ndarray | range:
@@ -221,7 +252,7 @@ def _load_fitting_teachers(config: StudentConfig, taxonomy: Taxonomy, prepared: 
                 f"targets=online: the teacher of {vertical} takes images of {teacher.image_size} pixels, the student of "
                 f"{prepared.image_size}; give data.image_size={teacher.image_size}, or store targets (targets=soft)"
             )
-    return RoutedTeachers(teachers, config.targets.top_k, config.tail)
+    return RoutedTeachers(teachers, config.targets.top_k, config.tail, _build_mix(config, taxonomy))
 
 
 def _identify_targets(config: StudentConfig, taxonomy: Taxonomy) -> str:

@@ -11,9 +11,10 @@ import safetensors.numpy
 import torch
 
 from concentration.data.index import load_split
-from concentration.data.sample_targets import LabelTargets, StoredTargets, WeightedOutside
+from concentration.data.sample_targets import LabelTargets, MixedTargets, StoredTargets, WeightedOutside
 from concentration.data.views import View, describe_decoder
 from concentration.errors import DataError
+from concentration.label_mix import LabelMix
 from concentration.targets import TargetFile, TargetRecords, compute_checksum, load_metadata
 from concentration.taxonomy import Taxonomy
 
@@ -174,6 +175,28 @@ def test_only_verticals_without_a_label_of_the_sample_are_weighed(weight, stored
         assert weight_M == [1.0 if vertical in routed else weight for vertical in taxonomy.verticals]
     assert torch.equal(looked_up.index_BK, StoredTargets(stored[0], split).lookup(ALL, 0).index_BK)
     assert targets.views(ALL, 0) is None
+
+
+@pytest.mark.parametrize("tail", ["zero", "spread"])
+@pytest.mark.parametrize("smear", [False, True])
+def test_labels_take_their_share_in_the_verticals_where_they_say_a_leaf(smear, tail, stored, split, taxonomy):
+    kept, labels = StoredTargets(stored[0], split, tail), LabelTargets(split, smear)
+    mix = LabelMix(0.5, taxonomy.is_leaf, taxonomy.vertical_of_output)
+    mixed = MixedTargets(kept, labels, mix)
+    dense = {name: targets.lookup(ALL, 1).dense(*taxonomy.vertical_sizes).numpy()
+             for name, targets in (("kept", kept), ("labels", labels), ("mixed", mixed))}  # fmt: skip
+    num_mixed = 0
+    for ordinal in ALL.tolist():
+        known = {taxonomy.vertical_of_output[o] for o in split.labels(ordinal) if taxonomy.is_leaf[o]}
+        is_known_C = np.isin(taxonomy.vertical_of_output, list(known))
+        half_C = (dense["kept"][ordinal] + dense["labels"][ordinal]) / 2
+        np.testing.assert_allclose(
+            dense["mixed"][ordinal], np.where(is_known_C, half_C, dense["kept"][ordinal]), rtol=1e-6, atol=1e-9
+        )
+        num_mixed += len(known)
+    assert 0 < num_mixed < len(ALL) * taxonomy.num_verticals
+    assert is_width_constant(mixed)
+    assert mixed.views(ALL, 0) is None
 
 
 def test_another_decoder_than_the_teachers_is_said(split, tmp_path):

@@ -3,10 +3,12 @@
 Shapes: B batch, C all classes, V classes of one vertical.
 """
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from concentration.label_mix import LabelMix
 from concentration.networks.routed_teachers import RoutedTeachers
 from concentration.targets import SoftTargets
 
@@ -58,6 +60,23 @@ def test_targets_are_what_the_teachers_of_a_samples_verticals_say(top_k, tail):
     teachers = [Fake(size) for size in SIZES]
     targets = RoutedTeachers(teachers, top_k, tail)(IMAGES, SoftTargets.from_labels(LABELS))
     torch.testing.assert_close(targets.dense(*SIZES), dense_slowly(teachers, top_k, tail))
+
+
+@pytest.mark.parametrize("tail", ["zero", "spread"])
+def test_a_share_of_the_labels_is_added_where_they_say_a_leaf(tail):
+    teachers = [Fake(size) for size in SIZES]
+    is_leaf_C = np.isin(np.arange(sum(SIZES)), [0, 8, 11])
+    mix = LabelMix(0.25, is_leaf_C, np.repeat(np.arange(len(SIZES)), SIZES))
+    found = RoutedTeachers(teachers, 2, tail, mix)(IMAGES, SoftTargets.from_labels(LABELS))
+    expected_BC = dense_slowly(teachers, 2, tail)
+    for row, labels in enumerate(LABELS):
+        for number, size in enumerate(SIZES):
+            start = sum(SIZES[:number])
+            inside = [label for label in labels if start <= label < start + size]
+            if is_leaf_C[inside].any():
+                expected_BC[row, start : start + size] *= 0.75
+                expected_BC[row, inside] += 0.25
+    torch.testing.assert_close(found.dense(*SIZES), expected_BC)
 
 
 def test_a_teacher_sees_the_images_of_its_vertical_alone():

@@ -271,7 +271,9 @@ def test_teachers_in_the_loop_train_the_student_of_their_stored_targets(workdir,
     plain = "data.view={crop_area: 1.0, crop_aspect: 1.0, flip: 0.0, brightness: 0.0, contrast: 0.0}"
     options = (*TINY, plain, "trainer.max_skipped_share=0.1", "optimizer.lr=0.01", f"targets.top_k={TOP_K}",
                f"workdir={workdir}")  # fmt: skip
-    for number, more in enumerate(((), ("tail=spread", "outside=0.25"), ("outside=mask", "trainer.accumulate=2"))):
+    for number, more in enumerate(
+        ((), ("tail=spread", "outside=0.25", "label_share=0.3"), ("outside=mask", "trainer.accumulate=2"))
+    ):
         for kind in ("soft", "online"):
             concentrate("student", f"targets={kind}", f"name={kind}{number}", *options, *more, directory=tmp_path)
         stored, loop = (load_weights(workdir / "students" / f"{kind}{number}") for kind in ("soft", "online"))
@@ -284,14 +286,29 @@ def test_options_of_targets_change_what_is_learned(workdir, tmp_path):
     options = (*TINY, "trainer.max_skipped_share=0.1", "trainer.max_steps=10", f"targets.top_k={TOP_K}",
                f"workdir={workdir}")  # fmt: skip
     found = []
-    for number, more in enumerate(((), ("tail=spread",), ("outside=mask",), ("outside=0.5",))):
+    for number, more in enumerate(
+        (
+            (),
+            ("tail=spread",),
+            ("outside=mask",),
+            ("outside=0.5",),
+            ("label_share=0.5",),
+            ("label_share=0.5", "smear=false"),
+        )
+    ):
         concentrate("student", f"name=options{number}", *options, *more, directory=tmp_path)
         found.append(load_weights(workdir / "students" / f"options{number}")["base.blocks.0.0.weight"])
-    assert len({weight.tobytes() for weight in found}) == 4
+    assert len({weight.tobytes() for weight in found}) == 6
+    whole = load_json(workdir / "students/options0/config.json")
+    assert "label_share" not in whole, "students that were trained before there was one are still known"
     message = one_line(
         concentrate("student", "targets=labels", "tail=spread", f"workdir={workdir}", directory=tmp_path, code=2)
     )
     assert "labels have no tail mass" in message
+    message = one_line(
+        concentrate("student", "targets=labels", "label_share=0.5", f"workdir={workdir}", directory=tmp_path, code=2)
+    )
+    assert "label_share=0.5 with targets=labels: there is nothing to mix them with; remove it" in message
     message = one_line(concentrate("student", "outside=2", f"workdir={workdir}", directory=tmp_path, code=2))
     assert "outside" in message
 
