@@ -227,6 +227,8 @@ class Taxonomy:
             content = Path(path).read_bytes()
         except FileNotFoundError:
             raise DataError(f"{path}: no such file; bring it, or run `concentrate prepare`, which writes one") from None
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({error.strerror}); correct its permissions") from None
         return cls.from_json(parse_json(content, str(path)), str(path))
 
 

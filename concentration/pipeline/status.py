@@ -12,6 +12,7 @@ from concentration.pipeline.slurm_queue import load_queue
 from concentration.pipeline.states import StageState, describe_directory, find_states
 from concentration.progress import STATUS_FILE, build_console, load_status
 from concentration.schema import Config
+from concentration.stages.run_directory import REPLACED_FOLDER
 
 
 class StatusConfig(Config):
@@ -40,10 +41,10 @@ def status(config: StatusConfig) -> None:
                 f"without SLURM's queue, so that waiting and running jobs may be shown as failed or cancelled: {error}"
             )
     by_directory: dict[Path, StageState] = {}
-    begun = sorted({path.parent for path in workdir.rglob(STATUS_FILE)}, key=_age)
+    begun = {path.parent for path in workdir.rglob(STATUS_FILE) if path.parent.name != REPLACED_FOLDER}
     states = find_states(workdir, records, queue)
     of_run = {workdir / record.directory: states[name] for name, record in records.jobs.items()}
-    for directory in [*begun, *of_run]:
+    for directory in [*sorted(begun, key=_age), *of_run]:
         by_directory[directory] = of_run.get(directory) or describe_directory(directory)
     table = Table(title=str(workdir), title_justify="left")
     for column in ("stage", "state", "done", "rate", "left", "why"):

@@ -33,7 +33,10 @@ class Calibration:
     @classmethod
     def load(cls, path: Path, taxonomy: Taxonomy) -> "Calibration":
         """Raises: DataError where the file is damaged, or was made for other verticals or classes."""
-        content = parse_json(path.read_bytes(), str(path))
+        try:
+            content = parse_json(path.read_bytes(), str(path))
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({error.strerror}); correct its permissions") from None
         try:
             scaling = load_scaling(content, taxonomy)
             threshold_C = np.full(taxonomy.num_classes, np.inf)

@@ -53,6 +53,8 @@ def load_export(path: Path) -> ExportFolder:
     description = path / PREPROCESSING_FILE
     try:
         values = parse_json(description.read_bytes(), str(description))
+    except PermissionError:
+        raise DataError(f"{description}: cannot be read; correct its permissions") from None
     except OSError:
         have = sorted(found.parent.name for found in path.parent.glob(f"*/{PREPROCESSING_FILE}"))
         there = f" (exports beside it: {', '.join(have)})" if have else ""

@@ -6,7 +6,7 @@ from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
@@ -34,11 +34,12 @@ def build_app(answerer: Answerer, export: ExportFolder, name: str, hosts: list[s
     about = {"name": name, "num_classes": export.taxonomy.num_classes, "verticals": list(export.taxonomy.verticals)}
 
     async def answer(request: Request) -> JSONResponse:
-        content = b""
-        async for part in request.stream():
-            content += part
-            if len(content) > MOST_BYTES:
-                return JSONResponse({"error": f"larger than {MOST_BYTES // 2**20} MB"}, status_code=413)
+        try:
+            content = await _read_body(request)
+        except ClientDisconnect:
+            return JSONResponse({"error": "did not arrive whole"}, status_code=400)  # which nobody reads
+        if content is None:
+            return JSONResponse({"error": f"is larger than {MOST_BYTES // 2**20} MB"}, status_code=413)
         [found] = await run_in_threadpool(answerer.answer, [ImageInMemory("image", content)])
         return JSONResponse(describe_answer(found), status_code=200 if found.error is None else 415)
 
@@ -48,6 +49,19 @@ def build_app(answerer: Answerer, export: ExportFolder, name: str, hosts: list[s
     routes = [Route("/answer", answer, methods=["POST"]), Route("/about", describe)]
     routes += [Route("/" if file == "page.html" else f"/{file}", _serve(file)) for file in _TYPES]
     return Starlette(routes=routes, middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts)])
+
+
+async def _read_body(request: Request) -> bytes | None:
+    """None where it is too large. It is read to its end all the same: a browser that is still sending hears no answer."""
+    parts: list[bytes] = []
+    num_bytes = 0
+    async for part in request.stream():
+        num_bytes += len(part)
+        if num_bytes <= MOST_BYTES:
+            parts.append(part)
+        else:
+            parts.clear()
+    return b"".join(parts) if num_bytes <= MOST_BYTES else None
 
 
 def _serve(file: str):

@@ -1,5 +1,6 @@
 """`concentrate demo`: a local web page on which one drops an image and sees the answer by vertical."""
 
+import asyncio
 import socket
 import warnings
 
@@ -39,12 +40,27 @@ def demo(config: DemoConfig) -> None:
         hosts = ["*"] if config.host not in _LOCAL else list(_LOCAL)
         app = build_app(answerer, export, export.path.name, hosts)
         print(f"{address}: open it and drop an image on it; Ctrl-C ends", flush=True)
-        server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off"))
+        server = _Server(uvicorn.Config(app, log_level="error", lifespan="off"))
         try:
             server.run(sockets=[listening])
         except KeyboardInterrupt:  # which the server passes on when it has ended
             print()
 
+
+class _Server(uvicorn.Server):
+    """One that ends though clients go on sending, or have stopped in the middle; uvicorn's waits for them for ever."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        asyncio.get_running_loop().call_later(_HANG_UP_SECONDS, self._hang_up)
+        await super().shutdown(sockets)
+
+    def _hang_up(self) -> None:
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
+
+
+#: After Ctrl-C, for what is being answered.
+_HANG_UP_SECONDS = 2.0
 
 _LOCAL = ("127.0.0.1", "localhost")
 
@@ -54,6 +70,7 @@ def _listen(config: DemoConfig) -> socket.socket:
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((config.host, config.port))
+        listening.listen()  # before the address is told
     except OSError as error:
         listening.close()
         raise ConfigError(

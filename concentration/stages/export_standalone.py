@@ -14,7 +14,16 @@ STANDALONE_FILE = "predict.pyz"
 REQUIREMENTS = ("onnxruntime", "numpy", "pillow", "pydantic", "rich")
 
 _START = "concentration.stages.predict_standalone"
-_MAIN = f"from {_START} import main\n\nmain()\n"
+_MAIN = f"""\
+import sys
+
+try:
+    from {_START} import main
+except ModuleNotFoundError as error:
+    print(f"predict: {{error.name}} is not installed; pip install {" ".join(REQUIREMENTS)}", file=sys.stderr)
+    sys.exit(2)
+main()
+"""
 #: Imported where nothing of an export asks for it: the status files of stages.
 _LEFT_OUT = ("concentration.targets",)
 

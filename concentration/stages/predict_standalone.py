@@ -4,11 +4,12 @@ python exports/student/predict.pyz photo.jpg holiday/ best=3 format=jsonl
 """
 
 import inspect
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from concentration.errors import ConcentrationError
+from concentration.errors import ConcentrationError, ConfigError
 from concentration.schema import parse_config
 from concentration.stages.predict import PredictConfig, ServingConfig, predict
 from concentration.stages.verbs import split_words
@@ -22,6 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(0 if arguments else ConcentrationError.exit_code)
     values, paths = split_words(arguments)
     try:
+        if removed := [word for word in values if "=" not in word]:
+            raise ConfigError(f"{removed[0]}: no such file, and no KEY=VALUE; correct the path or give a value")
         given = {"export": str(Path(sys.argv[0]).absolute().parent)}
         given |= {key: _parse_value(value) for key, value in (override.split("=", 1) for override in values)}
         predict(parse_config(PredictConfig, {**given, "paths": tuple(paths)}))
@@ -32,8 +35,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _parse_value(text: str) -> object:
     if text.startswith("[") and text.endswith("]"):
-        return tuple(part.strip() for part in text[1:-1].split(",") if part.strip())
+        return tuple(_unquote(part.strip()) for part in _ITEM.findall(text[1:-1]) if part.strip())
     return None if text == "null" else text
+
+
+#: Of a list: quoted, so that commas may be inside, or not.
+_ITEM = re.compile(r"""\s*(?:'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*")\s*(?=,|$)|[^,]+""")
+
+
+def _unquote(text: str) -> str:
+    """As `concentrate` reads it: what is quoted is a text as it stands, but for a quote behind a backslash."""
+    if len(text) < 2 or text[0] not in "'\"" or text[-1] != text[0]:
+        return text
+    return text[1:-1].replace(f"\\{text[0]}", text[0])
 
 
 def _usage() -> str:

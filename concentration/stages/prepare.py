@@ -199,7 +199,7 @@ def _prepare_source(source: Source, config: PrepareConfig, directory: RunDirecto
             return
         reopen(directory, before)
     with keeping(directory, before):
-        _write_shards(source, items_of, len(items), config, directory.path, taxonomy, before)
+        _write_shards(source, items_of, len(items), config, directory, taxonomy, before)
         _finish(config, directory, taxonomy, before)
 
 
@@ -282,12 +282,14 @@ def _write_shards(
     items_of: dict[str, list[Item]],
     num_listed: int,
     config: PrepareConfig,
-    path: Path,
+    directory: RunDirectory,
     taxonomy: Taxonomy,
     before: Before | None,
 ) -> None:
+    path = directory.path
     listing = (f"{s} {item.key} {item.labels}" for s, items in items_of.items() for item in items)
     source.fetch()
+    directory.forget_replaced()
     begin_listing(path, taxonomy, listing, before)
     tasks, sizes, is_hashed = [], {}, config.near_duplicates is not None
     for split, items in items_of.items():

@@ -5,7 +5,7 @@ import fcntl
 import hashlib
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -22,6 +22,9 @@ _KEYS: Mapping[str, Mapping[str, type]] = {
 
 SPEED_FILE = "speed.json"
 
+#: What `overwrite` replaces waits here until it is known that the new can be made.
+REPLACED_FOLDER = ".replaced"
+
 #: How long a part of a stage waits for the others to look at the directory.
 _ENTER_SECONDS = 60.0
 
@@ -31,7 +34,8 @@ class StageConfig(Config):
 
     overwrite: true makes a finished stage anew, also with the same config: its images may have changed. "changed" replaces
         only what another config or other upstream results made; a whole run passes this on to its stages. Neither throws
-        away what the same config has begun: a stopped command may be given again as it was.
+        away what the same config has begun: a stopped command may be given again as it was. What is replaced comes back
+        where the stage ends before it has written anything, at a mistake in the command say.
     """
 
     runtime_fields: ClassVar[frozenset[str]] = frozenset({"workdir", "overwrite"})
@@ -76,10 +80,14 @@ class RunDirectory:
                 print(f"{self.path}: finished already, nothing is to do")
             try:
                 yield is_due
-            except ConcentrationError:
+            except BaseException as error:
                 if rank() == 0:
-                    self._forget_unless_begun()
+                    self._settle_replaced()
+                    if isinstance(error, ConcentrationError):
+                        self._forget_unless_begun()
                 raise
+            if rank() == 0:
+                self.forget_replaced()
 
     def _enter_locked(
         self, stack: contextlib.ExitStack, config: StageConfig, upstream: Mapping[str, str], part: str | None
@@ -91,9 +99,12 @@ class RunDirectory:
             return self._enter(config, upstream)
         stack.enter_context(self._lock(f".lock-{part}"))
         with self._lock(".lock", wait_seconds=_ENTER_SECONDS):
-            return self._enter(config, upstream)
+            is_due = self._enter(config, upstream)
+            self.forget_replaced()  # from now on other parts may write
+            return is_due
 
     def _enter(self, config: StageConfig, upstream: Mapping[str, str]) -> bool:
+        self._settle_replaced()  # of a run that was killed
         identity = {**config.identity(), "upstream": dict(upstream)}
         earlier = self._load("config.json")
         known = {} if earlier is None else _leave_out_runtime_fields(earlier["identity"], config)
@@ -101,7 +112,7 @@ class RunDirectory:
         if is_other and not config.overwrite:
             self._refuse(known, identity)
         if is_other or (config.overwrite is True and self.is_finished):
-            self._clear()
+            self._set_aside()
             earlier = None
         if earlier is None:
             values = {"identity": identity, "config": config.model_dump(mode="json")}
@@ -188,19 +199,43 @@ class RunDirectory:
             "give it another name or workdir, restore the values, or replace it with overwrite=true"
         )
 
+    def forget_replaced(self) -> None:
+        """Deletes what `overwrite` has set aside: at the stage's end, or by a stage that is about to write much."""
+        replaced = self.path / REPLACED_FOLDER
+        if replaced.is_dir():
+            for path in _config_last(replaced.iterdir()):
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            replaced.rmdir()
+
     def _forget_unless_begun(self) -> None:
         """A mistake that was found before anything was written may be corrected without `overwrite`."""
-        if [path.name for path in self.path.iterdir() if not path.name.startswith(".lock")] == ["config.json"]:
+        if [path.name for path in self._list_content()] == ["config.json"]:
             (self.path / "config.json").unlink()
 
-    def _clear(self) -> None:
-        # NOTE: DONE.json first and config.json last, so that a kill in between leaves a run that is begun, not finished,
-        # and still refused under another configuration.
-        (self.path / "DONE.json").unlink(missing_ok=True)
-        for path in self.path.iterdir():
-            if not path.name.startswith(".lock") and path.name != "config.json":
-                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-        (self.path / "config.json").unlink()
+    def _set_aside(self) -> None:
+        # NOTE: DONE.json first and config.json last, so that a kill in between leaves a run that is begun, not finished; then,
+        # REPLACED_FOLDER without config.json says that what is in it belongs here.
+        (self.path / REPLACED_FOLDER).mkdir()
+        for path in _config_last(self._list_content()):
+            path.rename(self.path / REPLACED_FOLDER / path.name)
+
+    def _settle_replaced(self) -> None:
+        """Brings back what was set aside where nothing has been written in its place, and else deletes it."""
+        replaced = self.path / REPLACED_FOLDER
+        if not replaced.is_dir():
+            return
+        if (replaced / "config.json").exists():
+            if any(path.name != "config.json" for path in self._list_content()):
+                self.forget_replaced()
+                return
+            (replaced / "config.json").replace(self.path / "config.json")
+        for path in reversed(_config_last(replaced.iterdir())):
+            path.rename(self.path / path.name)
+        replaced.rmdir()
+
+    def _list_content(self) -> list[Path]:
+        """All that the stage has here: neither locks nor what was set aside."""
+        return [p for p in self.path.iterdir() if not p.name.startswith(".lock") and p.name != REPLACED_FOLDER]
 
     def _load_begun(self) -> dict[str, Any]:
         begun = self._load("config.json")
@@ -244,6 +279,11 @@ class RunDirectory:
                         f"{self.path}: cannot be locked ({error.strerror}); give a workdir on a file system with file locks"
                     ) from None
             yield  # released when the file is closed, also by kill -9
+
+
+def _config_last(paths: Iterable[Path]) -> list[Path]:
+    """In the order in which a kill in between leaves no finished stage: DONE.json first, config.json last."""
+    return sorted(paths, key=lambda path: (path.name == "config.json", path.name != "DONE.json"))
 
 
 def _leave_out_runtime_fields(identity: Mapping[str, Any], config: StageConfig) -> dict[str, Any]:

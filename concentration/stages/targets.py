@@ -141,6 +141,7 @@ def _make_targets(
         mine = [path for path, (shard, _) in rows_of.items() if shard % config.num_parts == config.part]
         due = [path for path in mine if not path.exists()]
         progress.advance(sum(len(ordinals) for path, (_, ordinals) in rows_of.items() if path not in due))
+        directory.forget_replaced()
         rate = _make_files(config, answers, {path: rows_of[path] for path in due}, progress)
         missing = sum(not path.exists() for path in rows_of)
         if missing:

@@ -4,7 +4,10 @@ Chromium and its driver are Debian's; where they are not installed the browser's
 """
 
 import base64
+import json
 import shutil
+import signal
+import socket
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -12,6 +15,8 @@ from pathlib import Path
 import pytest
 from real_runs import LEAVES, Running, concentrate, draw_image, one_line
 from serving_exports import write_export
+
+from concentration.serving.web import MOST_BYTES
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 needs_browser = pytest.mark.skipif(
@@ -144,6 +149,36 @@ def test_what_is_no_image_or_comes_through_another_site_is_refused(page):
     assert ask(f"{page}/answer", b"no image")[0] == 415
     assert ask(f"{page}/answer", draw_image("saw", 1), host="evil.example")[0] == 400
     assert ask(f"{page}/../../etc/passwd")[0] == 404
+
+
+def send_part(address: str, num_bytes: int) -> socket.socket:
+    """A connection whose client has sent two bytes of an image, and not the rest."""
+    host, _, port = address.removeprefix("http://").partition(":")
+    connection = socket.create_connection((host, int(port)), timeout=30)
+    connection.sendall(f"POST /answer HTTP/1.1\r\nHost: {host}\r\nContent-Length: {num_bytes}\r\n\r\nab".encode())
+    return connection
+
+
+def test_an_image_that_is_too_large_is_refused_when_it_has_arrived(page):
+    """However large: a browser that is not done sending when the answer comes would show none."""
+    status, answer = ask(f"{page}/answer", bytes(MOST_BYTES + 2**22))
+    assert (status, json.loads(answer)) == (413, {"error": "is larger than 64 MB"})
+    assert ask(f"{page}/answer", bytes(MOST_BYTES))[0] == 415
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_it_ends_quietly_though_clients_have_gone_or_stopped_in_the_middle(number, export):
+    directory = export.parent / number.name
+    directory.mkdir()
+    running = Running(("demo", f"export='{export}'", "port=0"), directory)
+    running.wait_for(lambda: "http" in _read(directory, ".out"))
+    address = _read(directory, ".out").partition(": open")[0]
+    send_part(address, 500).close()
+    with send_part(address, 500):
+        assert ask(f"{address}/answer", draw_image("saw", 1))[0] == 200
+        running.send(number)
+        finished = running.wait(timeout_seconds=30)
+    assert (finished.code, finished.err) == (0, "")
 
 
 def test_a_port_that_is_taken_is_one_line(page, export):

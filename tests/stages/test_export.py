@@ -157,6 +157,17 @@ def test_export_again_has_nothing_to_do_and_another_network_is_refused(workdir, 
     assert "valid: student" in message
 
 
+def test_an_export_that_cannot_be_replaced_goes_on_answering(workdir, photos, tmp_path):
+    before = predict(workdir, photos)
+    evaluation = workdir / "evaluations/student.json"
+    evaluation.rename(tmp_path / "away.json")
+    command = ("export", "overwrite=true", "neighbours=50", f"workdir={workdir}")
+    message = one_line(concentrate(*command, directory=tmp_path, code=2))
+    (tmp_path / "away.json").rename(evaluation)
+    assert "run `concentrate evaluate name=student` first" in message
+    assert predict(workdir, photos) == before
+
+
 def test_predict_names_classes_with_vertical_and_ancestors(workdir, photos):
     taxonomy = Taxonomy.load(workdir / "shards/taxonomy.json")
     network = load_student(workdir / "students/student/model.safetensors")

@@ -284,6 +284,18 @@ def test_overwriting_lists_the_source_again(images, workdir):
     assert sorted(itertools.chain(*read_images(workdir, "train"))) == sorted(expect_images(images, "train"))
 
 
+@pytest.mark.parametrize(
+    ("path", "expected"), [("nowhere", "no such folder"), ("train/birds/gull", "lies in no class's folder")], ids=str
+)
+def test_overwriting_with_a_mistake_loses_no_shard(path, expected, images, workdir):
+    prepare(build_config(images, workdir))
+    before = {name: (workdir / "shards" / name).read_bytes() for name in list_names(workdir, "*")}
+    with pytest.raises(DataError, match=expected):
+        prepare(build_config(images / path, workdir, overwrite=True))
+    assert {name: (workdir / "shards" / name).read_bytes() for name in list_names(workdir, "*")} == before
+    assert sorted(itertools.chain(*read_images(workdir, "train"))) == sorted(expect_images(images, "train"))
+
+
 def run_and_stop(config: PrepareConfig, after: Callable[[], bool]) -> None:
     """Begins to prepare, and stops at the first shard that finds `after()` true."""
 

@@ -1,5 +1,7 @@
 """A stage's directory: what is skipped, refused, replaced and locked, and what a kill leaves behind."""
 
+import contextlib
+import functools
 import hashlib
 import json
 import multiprocessing
@@ -13,7 +15,7 @@ import pytest
 
 from concentration.errors import ConfigError, DataError
 from concentration.schema import Config
-from concentration.stages.run_directory import RunDirectory, StageConfig, hash_file
+from concentration.stages.run_directory import REPLACED_FOLDER, RunDirectory, StageConfig, hash_file
 
 _FORK = multiprocessing.get_context("fork")
 
@@ -130,8 +132,9 @@ def test_overwrite_replaces_everything(directory):
     (directory.path / "link").symlink_to(directory.path.parent)
     with directory.begin(build(directory, seed=1, overwrite=True), {}) as due:
         assert due
-        assert {path.name for path in directory.path.iterdir()} == {".lock", "config.json"}
+        assert {path.name for path in directory.path.glob("[!.]*")} == {"config.json"}
         directory.finish({})
+    assert {path.name for path in directory.path.iterdir()} == {".lock", "config.json", "DONE.json"}
     assert directory.path.parent.exists(), "a link is removed, not what it leads to"
     assert directory.load_config()["seed"] == 1
     refuse(directory, "seed was 1, is 0")
@@ -141,7 +144,7 @@ def test_a_finished_stage_of_the_same_config_is_made_anew_with_overwrite(directo
     finish(directory)
     with directory.begin(build(directory, overwrite=True), {}) as due:
         assert due
-        assert {path.name for path in directory.path.iterdir()} == {".lock", "config.json"}
+        assert {path.name for path in directory.path.glob("[!.]*")} == {"config.json"}
         (directory.path / "1.ckpt").write_text("half")
     # A scheduler gives a stopped command again as it was: what it has done meanwhile is not lost.
     with directory.begin(build(directory, overwrite=True), {}) as due:
@@ -171,28 +174,85 @@ def test_a_growing_stage_is_due_when_it_is_finished_and_reopened_until_it_is_aga
     assert not is_due(directory)
 
 
-@pytest.mark.parametrize("num_removed", range(5))
-def test_a_kill_while_overwriting_leaves_a_run_that_is_begun_and_refused(num_removed, directory, monkeypatch):
-    """Never a finished one, and never files of the earlier config under the later one."""
+@pytest.fixture
+def finished(directory) -> RunDirectory:
     finish(directory)
-    for name in ("1.ckpt", "2.ckpt", "metrics.csv"):
+    for name in ("1.ckpt", "metrics.csv", "DONE.json.old"):
         (directory.path / name).write_text("of the earlier config")
-    unlink, removed = Path.unlink, []
+    (directory.path / "curves").mkdir()
+    (directory.path / "curves" / "1").write_text("old")
+    return directory
 
-    def unlink_some(path, *args, **kwargs):
-        if len(removed) == num_removed:
-            raise KeyboardInterrupt
-        removed.append(path.name)
-        unlink(path, *args, **kwargs)
 
-    monkeypatch.setattr(Path, "unlink", unlink_some)
-    with pytest.raises(KeyboardInterrupt):
-        is_due(directory, seed=1, overwrite=True)
+def read_all(directory: RunDirectory) -> dict[str, bytes]:
+    files = (path for path in directory.path.rglob("*") if path.is_file() and path.name != ".lock")
+    return {str(path.relative_to(directory.path)): path.read_bytes() for path in files}
+
+
+def stop_after(num_renames: int, monkeypatch) -> None:
+    """The process ends at a rename, as with a kill."""
+    for name in ("rename", "replace"):
+        monkeypatch.setattr(Path, name, functools.partialmethod(_rename_some, getattr(Path, name), [num_renames]))
+
+
+def _rename_some(path, rename, left, target):
+    if left[0] == 0:
+        raise SystemExit
+    left[0] -= 1
+    return rename(path, target)
+
+
+@pytest.mark.parametrize("error", [ConfigError, DataError, RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("changed", [{"seed": 1}, {}])
+def test_what_was_replaced_comes_back_where_nothing_was_written(changed, error, finished):
+    before = read_all(finished)
+    fail_inside(finished, error, overwrite=True, **changed)
+    assert read_all(finished) == before
+    assert not is_due(finished)
+
+
+@pytest.mark.parametrize("is_forgotten", [False, True])
+def test_what_was_replaced_is_gone_where_the_new_has_begun(is_forgotten, finished):
+    with contextlib.suppress(DataError), finished.begin(build(finished, seed=1, overwrite=True), {}):
+        if is_forgotten:
+            finished.forget_replaced()
+        (finished.path / "last.ckpt").write_text("new")
+        raise DataError("a shard is gone")
+    assert {path.name for path in finished.path.iterdir()} == {".lock", "config.json", "last.ckpt"}
+    assert is_due(finished, seed=1)
+
+
+@pytest.mark.parametrize("num_renames", range(7))
+def test_a_kill_while_overwriting_loses_nothing(num_renames, finished, monkeypatch):
+    """In between it is no finished stage, and never do files of the earlier config lie under the later one."""
+    before = read_all(finished)
+    stop_after(num_renames, monkeypatch)
+    with contextlib.suppress(SystemExit), finished.begin(build(finished, seed=1, overwrite=True), {}):
+        pytest.fail("the stage began")
     monkeypatch.undo()
-    refuse(directory, "seed was 0, is 1", seed=1)
-    assert is_due(directory) is (num_removed > 0)
-    finish(directory, seed=1, overwrite=True)
-    assert not (directory.path / "1.ckpt").exists()
+    assert finished.is_finished is (num_renames == 0)
+    refuse(finished, "seed was 0, is 1", seed=1)
+    assert not is_due(finished)
+    assert read_all(finished) == before
+
+
+@pytest.mark.parametrize("num_renames", range(7, 14))
+def test_a_kill_while_bringing_back_loses_nothing(num_renames, finished, monkeypatch):
+    before = read_all(finished)
+    stop_after(num_renames, monkeypatch)
+    with pytest.raises((SystemExit, DataError)), finished.begin(build(finished, seed=1, overwrite=True), {}):
+        raise DataError("a typing error")
+    monkeypatch.undo()
+    assert not is_due(finished)
+    assert read_all(finished) == before
+
+
+def test_a_part_of_a_stage_replaces_at_once_what_was_there(finished):
+    """For the others may write from then on."""
+    with contextlib.suppress(DataError), finished.begin(build(finished, seed=1, overwrite=True), {}, part="0-of-2"):
+        assert not (finished.path / REPLACED_FOLDER).exists()
+        raise DataError("a typing error")
+    assert not (finished.path / "model").exists()
 
 
 def test_a_mistake_that_is_found_before_anything_is_written_may_be_corrected(directory):
