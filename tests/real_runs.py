@@ -76,6 +76,8 @@ class Running:
         number = next(_NUMBERS)
         self._arguments = arguments
         self._out, self._err = (directory / f".{number}.{name}" for name in ("out", "err"))
+        for path in (self._out, self._err):  # a process that is killed at once has written none
+            path.touch()
         self.process = _CONTEXT.Process(
             target=_enter,
             args=(list(arguments), str(self._out), str(self._err), str(directory), dict(environment or {}), plant),
