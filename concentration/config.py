@@ -59,10 +59,6 @@ def check_config(verb: str, composed: Any, words: Sequence[str] = ()) -> Config:
         values = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise ConfigError(describe_composition_error(error, verb)) from None
-    if values.get("workdir") == "":
-        raise ConfigError(
-            "workdir is empty, perhaps from a variable that is not set; give a directory, workdir=. for this one"
-        )
     if words:
         values[VERBS[verb].positional] = list(words)
     _, config_class = VERBS[verb].load()

@@ -29,7 +29,7 @@ from concentration.pipeline.parts import (
     get_shared,
 )
 from concentration.pipeline.slurm import SlurmConfig
-from concentration.schema import suggest
+from concentration.schema import FolderName, suggest
 from concentration.serving.export_folder import EXPORTS
 from concentration.stages.evaluate import SPECIALISTS
 from concentration.stages.export import ExportConfig
@@ -71,7 +71,7 @@ class RunConfig(TrainedRun, LabelsConfig):
         "launcher", "num_processes", "plan", "dry_run"
     }  # fmt: skip
 
-    name: str = "student"
+    name: FolderName = "student"
     data: DataConfig
     loss: LossKind = "sigmoid"
     base: BaseConfig
