@@ -107,6 +107,7 @@ def _run_hydra(verb: str, rest: list[str]) -> int:
     given, words = split_words(options.overrides) if VERBS[verb].positional else (options.overrides, [])
     overrides = [*HYDRA_OVERRIDES, *given]
     try:
+        mode = _compose_for_mode(hydra, verb, overrides, given)
         if options.help:
             print(_verb_help(verb, hydra.compose_config(verb, overrides, RunMode.RUN)))
             return 0
@@ -116,13 +117,30 @@ def _run_hydra(verb: str, rest: list[str]) -> int:
         job = _Job(verb, words)
         if any(override.startswith("hydra/launcher=") for override in overrides):
             preemption.stop_at_once()  # this process only waits for the jobs
-        if options.multirun or hydra.get_mode(verb, overrides) == RunMode.MULTIRUN:
+        if options.multirun or mode == RunMode.MULTIRUN:
             batches = hydra.multirun(
                 verb, job, [*overrides, "hydra.sweep.dir=${workdir}", "hydra.sweep.subdir=."], False
             )
             return _worst([returned.return_value for batch in batches for returned in batch])
         return hydra.run(verb, job, overrides, with_log_configuration=False).return_value
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
+        raise ConfigError(describe_composition_error(error, verb, given)) from None
+
+
+def _compose_for_mode(hydra: Any, verb: str, overrides: list[str], given: list[str]) -> Any:
+    """Whether one job is asked for or several, as Hydra says once it has composed the config.
+
+    Raises: ConfigError for what Hydra has no error of its own for, as well.
+    """
+    from hydra.types import RunMode
+
+    try:
+        # NOTE: not `Hydra.get_mode`, which does the same and keeps its errors to itself.
+        composed = hydra.compose_config(
+            verb, overrides, RunMode.MULTIRUN, with_log_configuration=False, validate_sweep_overrides=False
+        )
+        return composed.hydra.mode
+    except ValueError as error:
         raise ConfigError(describe_composition_error(error, verb, given)) from None
 
 

@@ -59,10 +59,6 @@ def check_config(verb: str, composed: Any, words: Sequence[str] = ()) -> Config:
         values = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise ConfigError(describe_composition_error(error, verb)) from None
-    if values.get("workdir") == "":
-        raise ConfigError(
-            "workdir is empty, perhaps from a variable that is not set; give a directory, workdir=. for this one"
-        )
     if words:
         values[VERBS[verb].positional] = list(words)
     _, config_class = VERBS[verb].load()
@@ -72,6 +68,12 @@ def check_config(verb: str, composed: Any, words: Sequence[str] = ()) -> Config:
 def describe_composition_error(error: Exception, verb: str, overrides: Sequence[str] = ()) -> str:
     """Hydra's message in one line, with the nearest key that is valid with the choices among the overrides."""
     text = " ".join(str(error).split())
+    if isinstance(error, UnicodeDecodeError):
+        return f"a config file is not UTF-8 ({text}); save it as UTF-8"
+    if text.startswith("Config group override must be a string or a list"):
+        groups = _list_groups()
+        given = [word for word in overrides if word.partition("=")[0].partition("@")[0] in (*groups, "")]
+        return f"{given[-1] if given else text}: expected one of its choices (`concentrate {verb} --help` shows all)"
     if (override := getattr(error, "override", None)) is not None:  # of Hydra's grammar, which may not read a letter
         return _describe_unread(override)
     if match := re.search(r"(?:Ambiguous value for argument|Sweep parameters) '(.+?)'(?: 1\. | requires)", text):
@@ -139,10 +141,19 @@ def list_values(verb: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
 def _known_keys(verb: str, overrides: Sequence[str] = ()) -> list[str]:
     """The keys of a verb's config; of the overrides only those count that choose an option of a group."""
     from hydra import compose
+    from hydra.errors import HydraException
     from omegaconf import OmegaConf
 
-    groups = [path.name for path in find_config_directory().iterdir() if path.is_dir()]
+    groups = _list_groups()
     choices = [override for override in overrides if re.split("[@=]", override, maxsplit=1)[0] in groups]
-    composed = OmegaConf.to_container(compose(config_name=verb, overrides=choices), resolve=False)
-    keys = flatten(composed)
+    try:
+        composed = compose(config_name=verb, overrides=choices)
+    except HydraException:  # the mistake is in a choice itself
+        composed = compose(config_name=verb)
+    keys = flatten(OmegaConf.to_container(composed, resolve=False))
     return [*keys, *groups, *{key.rpartition(".")[0] for key in keys if "." in key}]
+
+
+def _list_groups() -> list[str]:
+    """The groups of choices."""
+    return [path.name for path in find_config_directory().iterdir() if path.is_dir()]

@@ -9,11 +9,38 @@ import shlex
 import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
 
 import pydantic
 
 from concentration.errors import ConfigError, DataError
+
+#: Of the name of a vertical or a run in UTF-8. File systems take names of 255, and the name's own files have something before and
+#: after it: `.targets-NAME.json.1234567.tmp`.
+MAX_NAME_BYTES = 200
+
+#: Control characters, and what else ends a line for `str.splitlines`.
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+
+
+def check_folder_name(name: str) -> str:
+    """The name, which is one folder's: `overwrite` clears what it names, and with "" or ".." that would be all others, too.
+
+    Raises: ValueError that says why it is none.
+    """
+    if not name:
+        raise ValueError("empty, perhaps from a variable that is not set; give a name")
+    if name.startswith(".") or "/" in name or CONTROL.search(name):
+        raise ValueError("cannot name a folder; leave out '/', line breaks and a dot at the start")
+    if (size_bytes := len(name.encode(errors="replace"))) > MAX_NAME_BYTES:
+        raise ValueError(
+            f"has {size_bytes} bytes, too many for the names of its files; at most {MAX_NAME_BYTES}: shorten it"
+        )
+    return name
+
+
+#: What a run directory is called.
+FolderName = Annotated[str, pydantic.AfterValidator(check_folder_name)]
 
 
 class Config(pydantic.BaseModel):
@@ -41,6 +68,19 @@ class Config(pydantic.BaseModel):
             return values
         texts = {name for name, field in cls.model_fields.items() if _is_text(field.annotation)}
         return {name: _write_integers(value) if name in texts else value for name, value in values.items()}
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _refuse_empty_paths(cls, values: Any) -> Any:
+        """An empty path would be the current folder, whose images would be taken for the data.
+
+        NOTE: not by a validator of all fields, which pydantic takes on none that tells classes apart.
+        """
+        if isinstance(values, Mapping):
+            for name, field in cls.model_fields.items():
+                if values.get(name) == "" and Path in _types_in(field.annotation):
+                    raise _EmptyPath(name)
+        return values
 
     def identity(self) -> dict[str, Any]:
         """What decides the result, as plain JSON values."""
@@ -153,6 +193,10 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no number")
 
 
+class _EmptyPath(ValueError):
+    """Of a field, whose name it carries."""
+
+
 #: What pydantic calls a value that is no text.
 _TEXT_PROBLEMS = ("string_type", "path_type")
 
@@ -160,7 +204,7 @@ _TEXT_PROBLEMS = ("string_type", "path_type")
 def _describe_error(model: type[pydantic.BaseModel], error: pydantic.ValidationError) -> str:
     problems = error.errors()
     # Where a text or a list may be given, pydantic tells why it is not the one and why it is not the other.
-    texts = [problem["loc"] for problem in problems if problem["type"] in _TEXT_PROBLEMS]
+    texts = [problem["loc"] for problem in problems if problem["type"] != "tuple_type"]
     paths = [_follow(model, location)[0] for location in texts]
     lines = []
     for problem in problems:
@@ -181,6 +225,9 @@ def _describe_problem(model: type[pydantic.BaseModel], problem: Mapping[str, Any
         return f"unknown key '{dotted}'{suggest(path[-1], siblings, prefix)}"
     if problem["type"] == "missing":
         return f"'{dotted}' is missing: give {dotted}=VALUE"
+    if problem["type"] == "value_error" and isinstance(field := problem["ctx"]["error"], _EmptyPath):
+        key = ".".join([*path, str(field)])
+        return f"{key}='': empty, perhaps from a variable that is not set; give a path (. is the current folder)"
     if problem["type"] == "literal_error":
         return _describe_choice(dotted, found, problem["ctx"]["expected"])
     if problem["type"] in ("union_tag_invalid", "union_tag_not_found"):

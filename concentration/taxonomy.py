@@ -9,7 +9,6 @@ import functools
 import hashlib
 import itertools
 import json
-import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from concentration.errors import DataError
-from concentration.schema import parse_json
+from concentration.schema import CONTROL, check_folder_name, parse_json
 
 
 @dataclass(frozen=True)
@@ -232,13 +231,6 @@ class Taxonomy:
         return cls.from_json(parse_json(content, str(path)), str(path))
 
 
-#: Of a vertical's name in UTF-8. File systems take names of 255, and the name's own files have something before and after it:
-#: `.targets-NAME.json.1234567.tmp`.
-MAX_NAME_BYTES = 200
-
-#: Control characters, and what else ends a line for `str.splitlines`.
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
-
 _KEYS = ("id", "name", "parents", "vertical")
 
 
@@ -267,7 +259,7 @@ def _parse_class(entry: object, where: str) -> TaxonomyClass:
 def _index_ids(classes: Sequence[TaxonomyClass], where: str) -> dict[str, int]:
     position: dict[str, int] = {}
     for number, c in enumerate(classes):
-        if _CONTROL.search(c.id):
+        if CONTROL.search(c.id):
             raise DataError(
                 f"{where}: the class id {c.id!r} has a line break or another control character; leave it out, as ids stand one a "
                 "line in files"
@@ -294,15 +286,11 @@ def _check_spellings(what: str, texts: Iterable[str], where: str) -> None:
 
 
 def _check_folder_name(vertical: str, where: str) -> None:
-    if vertical.startswith(".") or "/" in vertical or _CONTROL.search(vertical):
-        raise DataError(
-            f"{where}: vertical {vertical!r} cannot name a folder; leave out '/', line breaks and a dot at the start"
-        )
-    if (size_bytes := len(vertical.encode(errors="replace"))) > MAX_NAME_BYTES:
-        raise DataError(
-            f"{where}: the name of the vertical '{vertical[:20]}...' has {size_bytes} bytes, too many for the names of its "
-            f"files; at most {MAX_NAME_BYTES}: shorten it"
-        )
+    try:
+        check_folder_name(vertical)
+    except ValueError as error:
+        shown = vertical if len(vertical) <= 40 else f"{vertical[:20]}..."
+        raise DataError(f"{where}: vertical {shown!r}: {error}") from None
 
 
 def _check_parents(classes: Sequence[TaxonomyClass], position: Mapping[str, int], where: str) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -283,9 +284,45 @@ def test_a_current_folder_that_was_deleted_is_one_line(workdir, tmp_path):
 
 
 def test_an_empty_workdir_is_refused(tmp_path):
-    assert "workdir is empty, perhaps from a variable that is not set" in mistake(
+    assert "workdir='': empty, perhaps from a variable that is not set" in mistake(
         "status", "workdir=", directory=tmp_path
     )
+
+
+@pytest.mark.parametrize("name", ["", "..", ".", "a/../..", "../students"])
+def test_a_name_that_is_not_one_folders_clears_nothing(name, workdir, tmp_path):
+    """`overwrite` would clear all of `students/`, or the working directory."""
+    copy = tmp_path / "copy"
+    shutil.copytree(workdir, copy)
+    (copy / "students" / "earlier").mkdir(parents=True)
+    before = sorted(copy.rglob("*"))
+    for seed in (0, 1):  # the second would clear what the first had begun
+        options = (f"workdir={copy}", "targets=labels", "overwrite=true", f"seed={seed}", *TINY)
+        assert f"name='{name}': " in mistake("student", f"name={name}", *options, directory=tmp_path)
+    assert sorted(copy.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["seed=1", "trainer=null"], "trainer=null: expected one of its choices"),
+        (["-m", "data=null", "seed=1,2"], "data=null: expected one of its choices"),
+        (["trainer@foo=cpu"], "unknown key 'trainer@foo'; did you mean 'trainer'?"),
+        (["experiment=other"], "unknown key 'dta'; did you mean 'data'?"),
+        (["experiment=latin"], "a config file is not UTF-8"),
+    ],
+)
+def test_a_choice_that_hydra_cannot_take_is_one_line(options, expected, tmp_path):
+    own = tmp_path / "own" / "experiment"
+    own.mkdir(parents=True)
+    (own / "other.yaml").write_text("# @package _global_\ndefaults:\n  - override /dta: csv\n")
+    (own / "latin.yaml").write_bytes(b"# @package _global_ \xe9\nseed: 1\n")
+    assert expected in mistake("run", "--config-dir", str(own.parent), "dry_run=true", *options, directory=tmp_path)
+
+
+def test_an_empty_path_is_not_taken_for_the_current_folder(tmp_path):
+    refused = mistake("prepare", "data=image_folder", "data.path=", f"workdir={tmp_path}/work", directory=tmp_path)
+    assert "data.path='': empty, perhaps from a variable that is not set" in refused
 
 
 def test_a_user_without_a_name_has_a_number(monkeypatch, tmp_path):

@@ -11,7 +11,18 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from concentration.errors import ConfigError, DataError
-from concentration.schema import Config, flatten, hash_values, parse_config, parse_json, suggest, write_override
+from concentration.schema import (
+    Config,
+    FolderName,
+    flatten,
+    hash_values,
+    parse_config,
+    parse_json,
+    suggest,
+    write_override,
+)
+
+EMPTY_PATH = "empty, perhaps from a variable that is not set; give a path (. is the current folder)"
 
 
 class CircleConfig(Config):
@@ -114,6 +125,30 @@ def test_what_is_no_text_is_told_with_the_quotes_that_make_it_one(values, messag
     with pytest.raises(ConfigError) as caught:
         parse_config(NamedConfig, values)
     assert str(caught.value) == message.replace("TEXT", "expected a text; put it in quotes as it is written")
+
+
+class FolderConfig(Config):
+    name: FolderName | tuple[FolderName, ...] = "student"
+    path: Path = Path("there")
+    inner: NamedConfig = NamedConfig()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"name": ""}, "name='': empty, perhaps from a variable that is not set; give a name"),
+        ({"name": ["a", ""]}, "name.1='': empty, perhaps from a variable that is not set; give a name"),
+        ({"name": ".."}, "name='..': cannot name a folder; leave out '/', line breaks and a dot at the start"),
+        ({"name": "../a"}, "name='../a': cannot name a folder; leave out '/', line breaks and a dot at the start"),
+        ({"name": "a/b"}, "name='a/b': cannot name a folder; leave out '/', line breaks and a dot at the start"),
+        ({"path": ""}, f"path='': {EMPTY_PATH}"),
+        ({"inner": {"folder": ""}}, f"inner.folder='': {EMPTY_PATH}"),
+    ],
+)
+def test_a_name_is_that_of_one_folder_and_a_path_is_not_empty(values, message) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(FolderConfig, values)
+    assert str(caught.value) == message
 
 
 def test_an_override_is_read_by_a_shell_and_hydra_as_the_text_that_was_written() -> None:

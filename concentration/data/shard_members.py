@@ -1,4 +1,7 @@
-"""What lies in a tar: its members walked by their headers, grouped into samples as `webdataset` does, and their labels."""
+"""What lies in a tar: its members walked by their headers, grouped into samples as `webdataset` does, and their labels.
+
+Hidden members, which `webdataset` would read, are left out: macOS's tar puts `birds/._1.jpg` before `birds/1.jpg`.
+"""
 
 import os
 import re
@@ -9,12 +12,13 @@ from typing import BinaryIO, Literal, NamedTuple
 
 from webdataset.tariterators import base_plus_ext
 
-from concentration.data.views import IMAGE_EXTENSIONS
+from concentration.data.views import IMAGE_EXTENSIONS, is_hidden
 from concentration.errors import DataError
 from concentration.schema import parse_json
 from concentration.taxonomy import Taxonomy
 
 _BLOCK_BYTES = 512
+_READ_BYTES = 2**20
 
 #: Which member holds a sample's labels; `auto` takes the only one.
 LabelMember = Literal["auto", "json", "cls"]
@@ -64,7 +68,9 @@ def _group_members(path: Path, file: BinaryIO, where: str) -> Iterator[tuple[str
     key, members = None, []
     for member in _walk_headers(path, file, where):
         member_key, extension = base_plus_ext(member.name)
-        if not member_key or not extension or not member.isfile() or _NOTE.match(member.name):
+        if not member_key or not extension or not member.isfile():
+            continue
+        if _NOTE.match(member.name) or is_hidden(member.name):
             continue
         _check_member(where, member)
         if member_key != key and members:
@@ -96,6 +102,13 @@ def _walk_headers(path: Path, file: BinaryIO, where: str) -> Iterator[tarfile.Ta
     # NOTE: a tar cut between two members reads as a shorter tar; only the missing end mark tells.
     if file.read(_BLOCK_BYTES) != bytes(_BLOCK_BYTES):
         raise DataError(f"{where}: truncated: no end-of-archive mark after byte {end}; write or fetch it again")
+    # What `cat a.tar b.tar` writes reads as a.tar alone.
+    while padding := file.read(_READ_BYTES):
+        if padding.count(0) != len(padding):
+            raise DataError(
+                f"{where}: goes on after its end-of-archive mark at byte {end}, like tars that were joined by `cat`; join them "
+                "by `tar --concatenate`, or leave them apart"
+            )
 
 
 def _check_member(where: str, member: tarfile.TarInfo) -> None:

@@ -259,6 +259,11 @@ class CentreView:
         return View(left, top, 1 - left, 1 - top)
 
 
+def is_hidden(name: str) -> bool:
+    """Whether a part of a member's path begins with a dot, as what macOS leaves beside every file does."""
+    return any(part.startswith(".") and part not in (".", "..") for part in name.split("/"))
+
+
 def draw_views(config: ViewConfig, seed: int, epoch: int, ordinals: np.ndarray) -> DrawnViews:
     """The views of these samples in this epoch, whatever the batch, rank or worker that asks."""
 

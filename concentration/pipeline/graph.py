@@ -29,7 +29,7 @@ from concentration.pipeline.parts import (
     get_shared,
 )
 from concentration.pipeline.slurm import SlurmConfig
-from concentration.schema import suggest
+from concentration.schema import FolderName, suggest
 from concentration.serving.export_folder import EXPORTS
 from concentration.stages.evaluate import SPECIALISTS
 from concentration.stages.export import ExportConfig
@@ -72,7 +72,7 @@ class RunConfig(TrainedRun, LabelsConfig):
     }  # fmt: skip
     later_fields: ClassVar[frozenset[str]] = LabelsConfig.later_fields | {"label_share"}
 
-    name: str = "student"
+    name: FolderName = "student"
     data: DataConfig
     loss: LossKind = "sigmoid"
     base: BaseConfig

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from concentration.data.views import IMAGE_EXTENSIONS
+from concentration.data.views import IMAGE_EXTENSIONS, is_hidden
 from concentration.errors import ConfigError, DataError
 
 #: What no encoded photograph exceeds; a larger file is not read.
@@ -92,7 +92,7 @@ def _list_shard(path: str) -> Iterator[ImageOnDisk]:
         with tarfile.open(path, "r:", encoding="utf-8") as tar:
             for member in tar:
                 is_file = member.isreg() and not member.issparse()
-                if is_file and _has_image_extension(member.name) and not _is_hidden(member.name):
+                if is_file and _has_image_extension(member.name) and not is_hidden(member.name):
                     yield ImageOnDisk(f"{path}/{member.name}", path, member.offset_data, member.size)
     except (tarfile.TarError, OSError, ValueError, OverflowError, MemoryError) as error:
         raise DataError(f"{path}: truncated, compressed or no tar ({error}); fetch it again, uncompressed") from None
@@ -100,11 +100,6 @@ def _list_shard(path: str) -> Iterator[ImageOnDisk]:
 
 def _describe_file(path: str) -> ImageOnDisk:
     return ImageOnDisk(path, path, 0, os.path.getsize(path))
-
-
-def _is_hidden(name: str) -> bool:
-    """Whether a part of a member's path begins with a dot, as what macOS leaves beside every file does."""
-    return any(part.startswith(".") and part not in (".", "..") for part in name.split("/"))
 
 
 def _has_image_extension(name: str) -> bool:

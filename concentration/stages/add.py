@@ -25,7 +25,7 @@ from concentration.networks.extension import check_extension, extend_student, ho
 from concentration.networks.pace import PaceConfig
 from concentration.networks.student import Student
 from concentration.networks.top_layers import TopConfig
-from concentration.schema import Config, hash_values
+from concentration.schema import Config, FolderName, hash_values
 from concentration.stages.carried_targets import carry_targets
 from concentration.stages.prepare import SHARDS, DataOverrides, load_prepared
 from concentration.stages.run_directory import RunDirectory
@@ -69,7 +69,7 @@ class AddConfig(TrainingStageConfig):
     data: DataOverrides = DataOverrides()
     vertical: str | tuple[str, ...]
     student: str = "student"
-    name: str = "next"
+    name: FolderName = "next"
     replay: pydantic.NonNegativeFloat = 1.0
     trainable: Literal["all", "new"] = "all"
     tolerance: float = pydantic.Field(default=0.01, ge=0, lt=1)

@@ -18,7 +18,7 @@ from concentration.networks.auxiliary_heads import HeadConfig, HeadsConfig
 from concentration.networks.cost import count_multiply_adds, count_parameters
 from concentration.networks.student import Student
 from concentration.networks.top_layers import Layer
-from concentration.schema import Config
+from concentration.schema import Config, FolderName
 from concentration.stages.groupings import load_grouping
 from concentration.stages.prepare import SHARDS, DataOverrides, load_prepared
 from concentration.stages.run_directory import RunDirectory
@@ -37,7 +37,7 @@ class AddedHeadsConfig(Config):
     norm: before each ReLU.
     """
 
-    grouping: str
+    grouping: FolderName
     layer: Layer = "base"
     hidden: Annotated[tuple[pydantic.PositiveInt, ...], pydantic.Field(min_length=1)] = (512, 512)
     capacity: Literal["equal", "classes", "samples"] = "equal"
@@ -55,7 +55,7 @@ class AugmentConfig(TrainingStageConfig):
     view: the augmentation; None is that of the prepared data.
     """
 
-    name: str = "augmented"
+    name: FolderName = "augmented"
     network: str = "generalist"
     heads: AddedHeadsConfig | None
     smear: bool = True

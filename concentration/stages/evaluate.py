@@ -26,7 +26,7 @@ from concentration.networks.augmented import ConditionalHeads
 from concentration.networks.classifier import Classifier
 from concentration.networks.cost import count_active_parameters, count_multiply_adds, count_parameters
 from concentration.progress import Progress
-from concentration.schema import hash_values
+from concentration.schema import FolderName, hash_values
 from concentration.stages.gallery import build_gallery
 from concentration.stages.prepare import SHARDS, DataOverrides, load_prepared
 from concentration.stages.run_directory import RunDirectory, StageConfig
@@ -51,7 +51,7 @@ class SubjectConfig(StageConfig):
 
     runtime_fields = StageConfig.runtime_fields | {"batch_size", "num_workers", "accelerator"}
 
-    name: str = "student"
+    name: FolderName = "student"
     accelerator: Literal["cpu", "gpu"] = "cpu"
     batch_size: pydantic.PositiveInt = 256
     num_workers: pydantic.NonNegativeInt = 0
@@ -84,7 +84,7 @@ class EvaluateConfig(SubjectConfig):
 
     runtime_fields = SubjectConfig.runtime_fields | {"memory_gib"}
 
-    name: str | Annotated[tuple[str, ...], pydantic.Field(min_length=1)] = "student"
+    name: FolderName | Annotated[tuple[FolderName, ...], pydantic.Field(min_length=1)] = "student"
     crops: NumCrops = 1
     combination: Combination = "mean"
     head_threshold: float | None = pydantic.Field(default=None, gt=0, lt=1)

@@ -15,7 +15,7 @@ from concentration.data.sample_targets import LabelTargets
 from concentration.errors import ConfigError
 from concentration.networks.classifier import Exportable
 from concentration.progress import Progress
-from concentration.schema import parse_json
+from concentration.schema import FolderName, parse_json
 from concentration.serving.calibration import CALIBRATION_FILE
 from concentration.serving.export_folder import (
     EXPORTS,
@@ -74,7 +74,7 @@ class ExportConfig(StageConfig):
 
     runtime_fields: ClassVar[frozenset[str]] = StageConfig.runtime_fields | {"speed_seconds"}
 
-    name: str = "student"
+    name: FolderName = "student"
     neighbours: pydantic.NonNegativeInt = 10_000
     num_images: pydantic.PositiveInt = 10_000
     speed_seconds: pydantic.PositiveFloat = 1.0

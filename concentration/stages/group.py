@@ -9,6 +9,7 @@ from concentration import distributed
 from concentration.data.index import load_split
 from concentration.data.splits import SPLITS
 from concentration.grouping.class_groups import ClassGroups
+from concentration.schema import FolderName
 from concentration.stages.group_classes import (
     DetectionGroupsConfig,
     FoundGroups,
@@ -45,7 +46,7 @@ class GroupConfig(StageConfig):
         "accelerator", "num_workers", "timeout_seconds"
     }  # fmt: skip
 
-    name: str | None = None
+    name: FolderName | None = None
     seed: int = 0
     method: Method
     accelerator: Literal["cpu", "gpu"] = "cpu"

@@ -29,7 +29,7 @@ from concentration.networks.student import NetworkConfig, Student
 from concentration.networks.top_layers import TopConfig
 from concentration.objectives.sigmoid_cross_entropy import sigmoid_cross_entropy
 from concentration.progress import Progress
-from concentration.schema import Config, hash_values
+from concentration.schema import Config, FolderName, hash_values
 from concentration.stages.expert import TEACHERS, name_expert
 from concentration.stages.groupings import find_grouping, identify_sample_groups, load_router, load_sample_groups
 from concentration.stages.prepare import SHARDS, DataOverrides, PreparedData, load_prepared
@@ -89,8 +89,8 @@ class MixtureConfig(StageConfig):
     }  # fmt: skip
 
     seed: int = 0
-    name: str = "mixture"
-    grouping: str = "features"
+    name: FolderName = "mixture"
+    grouping: FolderName = "features"
     gater: Annotated[CentroidRuleConfig | RouterConfig, pydantic.Field(discriminator="kind")]
     decoder: Annotated[OwnDecoderConfig | SharedDecoderConfig, pydantic.Field(discriminator="kind")]
     top_experts: Literal[1, 2] = 1

@@ -15,7 +15,7 @@ import pydantic
 from concentration.errors import ConfigError, DataError
 from concentration.processes import count_cores
 from concentration.progress import Progress
-from concentration.schema import Config
+from concentration.schema import Config, FolderName
 from concentration.serving.answering import Answerer, answer_all, decode_images
 from concentration.serving.answers import Ranking
 from concentration.serving.calibration import load_calibration
@@ -43,7 +43,7 @@ class ServingConfig(Config):
     """
 
     workdir: Path = Path("runs/demo")
-    name: str = "student"
+    name: FolderName = "student"
     export: Path | None = None
     weights: Weights = "float32"
     best: pydantic.PositiveInt = 5

@@ -26,6 +26,7 @@ from concentration.networks.classifier import Classifier
 from concentration.networks.regrouping import compute_square_norms, regroup_student
 from concentration.networks.student import Student
 from concentration.progress import Progress
+from concentration.schema import FolderName
 from concentration.stages.carried_directory import carry_shards, carry_stored_targets, carry_teacher
 from concentration.stages.prepare import SHARDS, DataOverrides, load_prepared
 from concentration.stages.run_directory import RunDirectory, StageConfig, hash_file
@@ -51,7 +52,7 @@ class RegroupConfig(StageConfig):
     runtime_fields = StageConfig.runtime_fields | {"destination", "accelerator", "batch_size"}
 
     destination: Path
-    name: str = "student"
+    name: FolderName = "student"
     accelerator: Literal["cpu", "gpu"] = "cpu"
     batch_size: pydantic.PositiveInt = 256
 

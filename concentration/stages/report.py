@@ -14,6 +14,7 @@ import torch
 import concentration
 from concentration.errors import ConfigError
 from concentration.metrics.agreement import compare_in_verticals, compare_overall
+from concentration.schema import FolderName
 from concentration.stages.calibrate import CALIBRATIONS
 from concentration.stages.evaluate import EVALUATIONS, load_answers
 from concentration.stages.prepare import SHARDS, SUMMARY_PICTURE, SUMMARY_TEXT, DataOverrides, load_prepared
@@ -41,7 +42,7 @@ class ReportConfig(StageConfig):
     compare: two evaluations, the one in service first: class by class, what the other gained and lost.
     """
 
-    name: str = "student"
+    name: FolderName = "student"
     compare: tuple[str, str] | None = None
 
 

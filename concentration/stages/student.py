@@ -18,7 +18,7 @@ from concentration.data.sample_targets import (
 from concentration.errors import ConfigError
 from concentration.label_mix import LabelMix
 from concentration.networks.routed_teachers import RoutedTeachers
-from concentration.schema import Config, hash_values
+from concentration.schema import Config, FolderName, hash_values
 from concentration.stages.plan import count_most_labels, print_training_plan
 from concentration.stages.prepare import SHARDS, PreparedData, load_prepared
 from concentration.stages.run_directory import RunDirectory
@@ -92,7 +92,7 @@ class LearningConfig(LabelsConfig):
 class StudentConfig(NetworkStageConfig, LearningConfig):
     """Writes `students/NAME/`."""
 
-    name: str = "student"
+    name: FolderName = "student"
 
     @pydantic.model_validator(mode="after")
     def _check_coarse_labels(self):

@@ -18,7 +18,7 @@ from concentration.data.index import Split, load_split
 from concentration.data.views import INTERPOLATION, ViewConfig, describe_decoder
 from concentration.distributed import choose_device
 from concentration.progress import Progress
-from concentration.schema import Config
+from concentration.schema import Config, FolderName
 from concentration.stages.prepare import SHARDS, DataOverrides, load_prepared
 from concentration.stages.run_directory import RunDirectory, StageConfig
 from concentration.stages.teacher import TEACHERS
@@ -43,7 +43,7 @@ class SoftTargetsConfig(Config):
     """
 
     kind: Literal["soft"] = "soft"
-    name: str = "default"
+    name: FolderName = "default"
     top_k: pydantic.PositiveInt = 100
     views: pydantic.NonNegativeInt = 0
     codec: Codec = "plain"

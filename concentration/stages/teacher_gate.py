@@ -17,7 +17,7 @@ from concentration.metrics.average_precision import mean_average_precision
 from concentration.metrics.evaluation import Evaluator
 from concentration.networks.classifier import Classifier
 from concentration.progress import Progress
-from concentration.schema import Config
+from concentration.schema import Config, FolderName
 from concentration.stages.prepare import SHARDS
 from concentration.stages.run_directory import RunDirectory
 from concentration.stages.subject import Subject
@@ -44,7 +44,7 @@ class GateConfig(Config):
     """
 
     action: Literal["off", "report", "stop"] = "report"
-    generalist: str = "generalist"
+    generalist: FolderName = "generalist"
     tolerance: float = pydantic.Field(default=0.0, ge=0, lt=1)
     min_images: pydantic.NonNegativeInt = 5
 

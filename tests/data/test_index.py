@@ -7,6 +7,7 @@ import itertools
 import json
 import pickle
 import shutil
+import subprocess
 import tarfile
 import zlib
 
@@ -105,6 +106,40 @@ def test_what_tarfile_writes_is_read_as_webdataset_reads_it(format, write_tar, e
     expected = [["gull"], ["taxi"], ["soup", "gull"], ["ramen"], ["bird"]]
     assert labels_of(index, taxonomy) == expected[: len(index.keys)]
     assert len(index.keys) == 4 + (format != "ustar")
+
+
+def test_hidden_members_are_left_out(write_tar, encode_image, taxonomy, tmp_path):
+    """As macOS's tar writes them: one before every file, so that they part the members of a sample."""
+    image = encode_image("jpg")
+    members = [
+        (".DS_Store", b"-"),
+        ("birds/.DS_Store", b"-"),
+        ("birds/._1.jpg", b"-"),
+        ("birds/1.jpg", image),
+        ("birds/._1.json", b"-"),
+        ("birds/1.json", label("gull")),
+        ("birds/.ipynb_checkpoints/1-checkpoint.jpg", image),
+        ("birds/.ipynb_checkpoints/1-checkpoint.json", label("gull")),
+        ("__MACOSX/birds/._1.jpg", b"-"),
+        ("./../2.jpg", image),
+        ("./../2.json", label("taxi")),
+    ]
+    index = index_shard(write_tar(tmp_path / "a.tar", members), taxonomy, "a.tar")
+    assert index.keys == ("birds/1", "./../2")
+
+
+def test_tars_that_were_joined_by_cat_are_refused_and_those_joined_by_tar_read(write_shard, taxonomy, tmp_path):
+    """What stands behind the first one's end would be lost without a word."""
+    for name in "ab":
+        write_shard(tmp_path / f"{name}.tar", [["gull"], ["taxi"]])
+    joined = tmp_path / "joined.tar"
+    joined.write_bytes(b"".join((tmp_path / f"{name}.tar").read_bytes() for name in "ab"))
+    refuse(joined, taxonomy, "goes on after its end-of-archive mark", "tar --concatenate")
+    joined.write_bytes((tmp_path / "a.tar").read_bytes() + bytes(3 * 2**20))  # padding of any length
+    assert index_shard(joined, taxonomy, "joined.tar").num_samples == 2
+    shutil.copy(tmp_path / "a.tar", joined)
+    subprocess.run(["tar", "--concatenate", f"--file={joined}", tmp_path / "b.tar"], check=True)
+    assert index_shard(joined, taxonomy, "joined.tar").num_samples == 4
 
 
 def test_what_webdatasets_own_writer_writes_is_read_as_webdataset_reads_it(encode_image, taxonomy, tmp_path):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import webdataset
+from servers import serve
 
 from concentration.data.index import load_split
 from concentration.data.sources.webdataset_shards import ShardsConfig, list_shards, load_shards_taxonomy
@@ -250,3 +251,12 @@ def test_the_folder_is_no_part_of_the_stages_identity(given):
     given.rename(given.with_name("moved"))
     prepare(PrepareConfig(workdir=given.with_name("work"), data=ShardsConfig(path=given.with_name("moved"))))
     assert (given.with_name("work") / "shards" / "DONE.json").read_bytes() == done
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"), [(b'{"classes": [], "classes": []}', "comes twice"), (b"[" * 10**5, "not JSON")]
+)
+def test_a_taxonomy_behind_a_url_is_read_as_strictly_as_one_here(content, expected, tmp_path):
+    (tmp_path / "taxonomy.json").write_bytes(content)
+    with serve(tmp_path) as server, pytest.raises(DataError, match=expected):
+        load_shards_taxonomy(ShardsConfig(path=server.url))

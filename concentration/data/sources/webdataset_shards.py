@@ -2,7 +2,6 @@
 
 import functools
 import glob
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -18,7 +17,7 @@ from concentration.data.shard_members import LabelMember
 from concentration.data.splits import Split
 from concentration.data.views import ViewConfig
 from concentration.errors import ConfigError, DataError
-from concentration.schema import Config
+from concentration.schema import Config, parse_json
 from concentration.taxonomy import Taxonomy
 
 
@@ -73,11 +72,7 @@ def load_shards_taxonomy(config: ShardsConfig) -> Taxonomy:
     location = config.taxonomy or join(config.path, "taxonomy.json")
     if isinstance(location, Path):
         return Taxonomy.load(location)
-    try:
-        content = json.loads(config.access.build_remote().read(location))
-    except ValueError as error:  # also text that is not UTF-8
-        raise DataError(f"{location}: not JSON ({error}); write it again") from None
-    return Taxonomy.from_json(content, location)
+    return Taxonomy.from_json(parse_json(config.access.build_remote().read(location), location), location)
 
 
 def list_shards(config: ShardsConfig, split: Split) -> list[Location]:
