@@ -286,9 +286,15 @@ def _config_last(paths: Iterable[Path]) -> list[Path]:
     return sorted(paths, key=lambda path: (path.name == "config.json", path.name != "DONE.json"))
 
 
-def _leave_out_runtime_fields(identity: Mapping[str, Any], config: StageConfig) -> dict[str, Any]:
+def _leave_out_runtime_fields(identity: Mapping[str, Any], config: Config) -> dict[str, Any]:
     """Without what was part of an identity in an earlier version, and is not any more."""
-    return {key: value for key, value in identity.items() if key not in config.runtime_fields}
+    left = {}
+    for key, value in identity.items():
+        inner = getattr(config, key, None)
+        if key not in config.runtime_fields:
+            is_part = isinstance(inner, Config) and isinstance(value, Mapping)
+            left[key] = _leave_out_runtime_fields(value, inner) if is_part else value
+    return left
 
 
 def hash_file(path: Path) -> str:

@@ -81,12 +81,12 @@ class SkippedImages(Callback):
     """Lists undecodable images in `skipped.txt`, with the reasons, and ends the run when they are too many.
 
     Raises:
-        DataError: more than `max_share` of the samples were skipped.
+        DataError: more than `max_share` of the samples were skipped, now or before the run was stopped; one is never too many.
     """
 
     def __init__(self, split: Split, num_samples: int, path: Path, max_share: float):
         self._split = split
-        self._allowed = max_share * num_samples
+        self._allowed = max(1, max_share * num_samples)
         self._num_samples = num_samples
         self._max_share = max_share
         self._path = path
@@ -104,15 +104,14 @@ class SkippedImages(Callback):
         found = {self._split.key(ordinal): ordinal for ordinal in ordinals}
         new = sorted(found.keys() - self._seen)
         self._pending.clear()
-        if not new:
-            return
         self._seen |= set(new)
-        if trainer.is_global_zero:
+        if new and trainer.is_global_zero:
             append_text(self._path, "".join(f"{key}: {explain_skipped(self._split, found[key])}\n" for key in new))
         if len(self._seen) > self._allowed:
             raise DataError(
                 f"{len(self._seen)} of {self._num_samples} images cannot be decoded, more than "
-                f"trainer.max_skipped_share={self._max_share}; they are listed in {self._path}: repair or remove them"
+                f"trainer.max_skipped_share={self._max_share}; they are listed in {self._path}: repair or remove them, or "
+                "go on with a larger share"
             )
 
 

@@ -33,12 +33,13 @@ class TrainerConfig(Config):
         once; a quarter more arithmetic in the classifiers.
     shard_head: every process holds some verticals of the classifiers and pace, and their optimizer's state, instead of all;
         with one process it changes nothing.
+    max_skipped_share: of the images, that cannot be decoded; one is never too many.
     timeout_seconds: how long processes wait for one that is dead or hangs; then all end with an error.
     """
 
     runtime_fields: ClassVar[frozenset[str]] = frozenset(
         {"accelerator", "devices", "num_nodes", "num_workers", "checkpoint_every_seconds", "keep_checkpoints", "keep_best",
-         "log_every_steps", "compile", "validate_every_epochs", "timeout_seconds"}
+         "log_every_steps", "compile", "validate_every_epochs", "max_skipped_share", "timeout_seconds"}
     )  # fmt: skip
 
     later_fields: ClassVar[frozenset[str]] = frozenset({"resident"})

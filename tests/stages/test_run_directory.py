@@ -332,3 +332,17 @@ def test_a_files_hash_is_of_its_content(tmp_path):
     (tmp_path / "b").write_bytes(b"weights!")
     assert hash_file(tmp_path / "a") == hashlib.sha256(b"weights").hexdigest()[:16]
     assert hash_file(tmp_path / "b") != hash_file(tmp_path / "a")
+
+
+def test_what_an_earlier_version_counted_into_the_identity_is_no_difference(directory):
+    finish(directory)
+    path = directory.path / "config.json"
+    begun = json.loads(path.read_text())
+    begun["identity"]["num_workers"] = 4
+    begun["identity"]["optimizer"]["fused"] = True
+    path.write_text(json.dumps(begun))
+    assert not is_due(directory)
+    begun["identity"]["optimizer"]["lr"] = 0.2
+    path.write_text(json.dumps(begun))
+    with pytest.raises(ConfigError, match="optimizer.lr"):
+        is_due(directory)

@@ -450,6 +450,16 @@ def test_damaged_images_are_skipped_counted_and_named(tmp_path):
     message = finished.err.splitlines()[-1]
     assert message.startswith("concentrate: 3 of 200 images cannot be decoded")
     assert "skipped.txt" in message
+    again = train(workdir, "fails", *TINY, *LABELS, "trainer.max_skipped_share=0.01", code=2)
+    assert again.err.splitlines()[-1] == message, "what was listed before the run ended counts"
+    gone_on = train(workdir, "fails", *TINY, *LABELS, "trainer.max_skipped_share=0.02")
+    assert largest_difference(gone_on, run_path) == 0
+
+
+def test_one_damaged_image_is_never_too_many(tmp_path):
+    workdir = prepare_shards(tmp_path, damaged=(3,))
+    run_path = train(workdir, "skips", *TINY, *LABELS)
+    assert len((run_path / "skipped.txt").read_text().splitlines()) == 1
 
 
 def test_a_resumed_run_names_each_damaged_image_once(tmp_path):
