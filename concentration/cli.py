@@ -14,7 +14,7 @@ from concentration import preemption
 from concentration.completion import OPTION, complete, get_script
 from concentration.config import VERBS, check_config, describe_composition_error, find_config_directory
 from concentration.errors import ConcentrationError, ConfigError, Preempted
-from concentration.processes import check_surroundings
+from concentration.processes import check_surroundings, raise_file_limit
 from concentration.schema import suggest
 from concentration.stages.verbs import split_words
 from concentration.streams import open_streams
@@ -48,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if verb not in VERBS:
             raise ConfigError(f"no verb '{verb}'{suggest(verb, VERBS)}")
         check_surroundings()
+        raise_file_limit()
         exit_code = _run_hydra(verb, rest)
     except ConcentrationError as error:
         exit_code = _say(error)

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import resource
 import tempfile
 import threading
 
@@ -9,6 +10,9 @@ from concentration.errors import ConfigError
 
 #: Bytes of the folder for temporary files under which processes can still name sockets, of which Linux takes 108 in all.
 _LONGEST_TEMPORARY = 70
+
+#: What macOS gives at most.
+_MOST_FILES = 10_240
 
 
 def end_with_parent() -> None:
@@ -39,6 +43,18 @@ def check_surroundings() -> None:
             f"TMPDIR={folder}: {len(os.fsencode(folder))} bytes, and sockets there may have at most {_LONGEST_TEMPORARY}; "
             "set TMPDIR to a shorter path"
         )
+
+
+def raise_file_limit() -> None:
+    """Lets this process, and those that it starts, open as many files as it may.
+
+    Those that read images hand over every tensor as a file of shared memory; where none can be opened the batch is lost, and
+    training waits for it. 256 files (macOS) or 1,024 (most of Linux) are what a process has if it does not ask for more.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
+    if soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def count_cores() -> int:

@@ -269,6 +269,14 @@ def test_a_shell_may_have_closed_the_standard_streams(workdir, tmp_path):
     assert (tmp_path / "work/teachers/tools/DONE.json").exists()
 
 
+def test_a_shell_may_allow_few_open_files(workdir, tmp_path):
+    """Of those that read, each batch takes several: with so few training would wait for ever for one that was lost."""
+    prepare_as(workdir, tmp_path)
+    options = " ".join([*TINY, "trainer.num_workers=4"])
+    run_in_shell(f"ulimit -Sn 48; $CONCENTRATE student targets=labels workdir=work {options}", tmp_path)
+    assert (tmp_path / "work/students/student/DONE.json").exists()
+
+
 def test_a_folder_for_temporary_files_with_too_long_a_name_is_refused(workdir, tmp_path):
     long = tmp_path / ("x" * 80)
     long.mkdir()

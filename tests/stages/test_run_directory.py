@@ -344,5 +344,5 @@ def test_what_an_earlier_version_counted_into_the_identity_is_no_difference(dire
     assert not is_due(directory)
     begun["identity"]["optimizer"]["lr"] = 0.2
     path.write_text(json.dumps(begun))
-    with pytest.raises(ConfigError, match="optimizer.lr"):
+    with pytest.raises(ConfigError, match=r"optimizer\.lr"):
         is_due(directory)
