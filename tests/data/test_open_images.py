@@ -168,7 +168,7 @@ def test_verticals_may_be_chosen_by_name_or_mid_and_the_first_takes_what_is_belo
 def test_parts_belong_to_the_vertical_of_their_whole_and_are_not_its_children(write):
     labels = ["a1 verification Human_nose 1", "a1 verification Person 1"]
     labels = [line.replace("Human_nose", "/m/0k0pj") for line in labels]
-    source = open_source(write(IMAGES, labels), verticals=["Person"], outside="drop")
+    source = open_source(write({"train": "a1 a2"}, labels), verticals=["Person"], outside="drop")
     assert describe(source) == {"Person": ([], "Person"), "Human head": ([], "Person"), "Human nose": ([], "Person")}
     assert list_all(source) == {"a1": ({"Human nose", "Person"}, "train")}
 
@@ -282,7 +282,28 @@ def test_folders_without_images_or_labels_are_refused(write, tmp_path):
     with pytest.raises(DataError, match="no images; expected train, validation, test with"):
         open_source(tmp_path).list_items()
     with pytest.raises(DataError, match=r"no image has a label of Confidence >= 0\.5 below a vertical"):
-        open_source(write({"train": "x1"}, LABELS)).build_taxonomy()
+        open_source(write({"train": "a3"}, LABELS)).build_taxonomy()
+
+
+def test_a_folder_whose_labels_are_not_there_is_named(write):
+    """As where they were not fetched, or lie there as .csv.gz: its split would be empty."""
+    root = write(IMAGES, [line for line in LABELS if not line.startswith("c1")])
+    (root / "test-annotations-human-imagelabels-boxable.csv.gz").write_bytes(b"packed")
+    with pytest.raises(
+        DataError, match=r"open_images/test: none of its images is in train-annotations-.*unpack the labels of test"
+    ):
+        open_source(root).list_items()
+
+
+def test_images_in_folders_below_are_named(write):
+    root = write(IMAGES, LABELS)
+    (root / "train/0").mkdir()
+    for path in (root / "train").glob("*.jpg"):
+        path.rename(root / "train/0" / path.name)
+    with pytest.raises(
+        DataError, match=r"open_images/train: no image; expected IMAGEID\.jpg right in it, found 0; unpack or move"
+    ):
+        open_source(root).list_items()
 
 
 def test_open_images_become_shards(write, tmp_path):

@@ -125,7 +125,8 @@ class OpenImagesSource(LocalSource):
         """By image that is there: the labels that are sure enough."""
         wanted = self._folder_of_image
         labels: dict[str, list[str]] = {}
-        for path in _find_all(self._annotations, self._config.labels):
+        paths, described = list(_find_all(self._annotations, self._config.labels)), set()
+        for path in paths:
             rows = read_table(path)
             _, header = next(rows, (1, []))
             image_at, label_at, confidence_at = (
@@ -137,11 +138,20 @@ class OpenImagesSource(LocalSource):
                         f"{path}, line {line}: {len(row)} columns, expected {len(header)}; fetch the file again"
                     )
                 image = row[image_at]
-                if image in wanted and _parse_confidence(row[confidence_at], path, line) >= self._config.min_confidence:
+                if image not in wanted:
+                    continue
+                described.add(wanted[image])
+                if _parse_confidence(row[confidence_at], path, line) >= self._config.min_confidence:
                     label = sys.intern(row[label_at])
                     known = labels.setdefault(image, [])
                     if label not in known:
                         known.append(label)
+        # The labels come in a file for each folder: one that was not fetched, or is still packed, would empty a split.
+        for folder in sorted(set(wanted.values()) - described):
+            raise DataError(
+                f"{self._config.path}/{folder}: none of its images is in {', '.join(path.name for path in paths)}; "
+                f"fetch and unpack the labels of {folder}, correct data.labels, or take the folder away"
+            )
         return labels
 
     @functools.cached_property
@@ -149,10 +159,15 @@ class OpenImagesSource(LocalSource):
         found: dict[str, str] = {}
         for folder in _FOLDERS:
             path = self._config.path / folder
-            for name in sorted(os.listdir(path)) if path.is_dir() else ():
+            names = sorted(os.listdir(path)) if path.is_dir() else []
+            for name in names:
                 image, extension = os.path.splitext(name)
                 if extension == ".jpg" and found.setdefault(image, folder) != folder:
                     raise DataError(f"{path}/{name}: lies in {found[image]}, too; remove one of them")
+            if names and folder not in found.values():
+                raise DataError(
+                    f"{path}: no image; expected IMAGEID.jpg right in it, found {', '.join(names[:3])}; unpack or move them"
+                )
         if not found:
             raise DataError(f"{self._config.path}: no images; expected {', '.join(_FOLDERS)} with IMAGEID.jpg in them")
         return found
