@@ -45,7 +45,14 @@ def is_validation_due(trainer: pl.Trainer, batch_idx: int) -> bool:
 class LastValidation(Callback):
     """Validates after the last step, too, where the run is no multiple of the interval: what is saved is looked at."""
 
+    def on_train_start(self, trainer: pl.Trainer, module) -> None:
+        # A run that was stopped in this validation begins with it, and the last batch does not come again.
+        self._make_due(trainer, trainer.fit_loop.epoch_loop.batch_idx)
+
     def on_train_batch_start(self, trainer: pl.Trainer, module, batch: Batch, batch_idx: int) -> None:
+        self._make_due(trainer, batch_idx)
+
+    def _make_due(self, trainer: pl.Trainer, batch_idx: int) -> None:
         if batch_idx + 1 == trainer.num_training_batches:
             trainer.val_check_batch = batch_idx + 1
 
@@ -115,15 +122,22 @@ class SkippedImages(Callback):
             )
 
 
-class ClockCheckpoint(Checkpoint):
-    """Writes a checkpoint every so many seconds of rank 0's clock, and after the best validation if `keep_best`.
+class BestNetwork(Callback):
+    """Keeps the network of the best validation. Comes before `Preemption`, which may end the run behind a validation."""
 
-    As a `Checkpoint`, it comes after all other callbacks.
-    """
-
-    def __init__(self, directory: CheckpointDirectory, every_seconds: float, keep_best: bool):
+    def __init__(self, directory: CheckpointDirectory):
         self._directory = directory
-        self._keep_best = keep_best
+
+    def on_validation_end(self, trainer: pl.Trainer, module: StudentModule) -> None:
+        if not module.is_validation_cut:
+            self._directory.save_if_best(trainer, module.latest_mpvap)
+
+
+class ClockCheckpoint(Checkpoint):
+    """Writes a checkpoint every so many seconds of rank 0's clock. As a `Checkpoint`, it comes after all other callbacks."""
+
+    def __init__(self, directory: CheckpointDirectory, every_seconds: float):
+        self._directory = directory
         self._every_seconds = every_seconds
         self._saved_at = time.monotonic()
 
@@ -132,8 +146,6 @@ class ClockCheckpoint(Checkpoint):
             self._save_if_due(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, module) -> None:
-        if self._keep_best:
-            self._directory.save_if_best(trainer, module.latest_mpvap)
         self._save_if_due(trainer)
 
     def _save_if_due(self, trainer: pl.Trainer) -> None:
@@ -164,6 +176,11 @@ class Preemption(Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, module, outputs, batch, batch_idx: int) -> None:
         if is_end_of_step(trainer, batch_idx) and is_check_due(trainer) and not is_validation_due(trainer, batch_idx):
             self._stop_if_asked(trainer)
+
+    def on_validation_start(self, trainer: pl.Trainer, module) -> None:
+        # NOTE: the mark of a validation that was cut, see below, goes with the one that is made in its place; Lightning would
+        # find it in every later checkpoint.
+        trainer.fit_loop.epoch_loop.val_loop.batch_progress.total.reset()
 
     def on_validation_batch_start(self, trainer: pl.Trainer, module: StudentModule, batch, batch_idx: int) -> None:
         if (is_cheap_to_check(trainer) or batch_idx % SELDOM_STEPS == 0) and self._is_asked(trainer):

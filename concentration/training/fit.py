@@ -19,6 +19,7 @@ from concentration.errors import ConfigError, DivergedError
 from concentration.networks.student import Student
 from concentration.progress import Progress
 from concentration.training.callbacks import (
+    BestNetwork,
     ClockCheckpoint,
     Curves,
     FiniteLoss,
@@ -107,15 +108,16 @@ def fit(
             ),
             ProgressReport(progress),
             *build_weight_averaging(config.ema_decay, config.polyak_start, total_steps),
+            *([BestNetwork(checkpoints)] if config.keep_best else []),
             Preemption(checkpoints),
-            ClockCheckpoint(checkpoints, config.checkpoint_every_seconds, config.keep_best),
+            ClockCheckpoint(checkpoints, config.checkpoint_every_seconds),
         ]
         trainer = _build_trainer(config, callbacks, loggers, run_path, total_steps, steps_per_epoch)
         batches = StepBatches(data.reader, data.order, batch_size, config.accumulate, rank(), world_size())
         loader = StepLoader(batches, total_steps * config.accumulate, config.num_workers, config.accelerator == "gpu")
-        val_loaders = _build_val_loaders(data, batch_size, config.num_workers)
+        val_loader = _build_val_loader(data, batch_size, config.num_workers)
         start = time.perf_counter()
-        trainer.fit(module, loader, val_loaders, ckpt_path=latest, weights_only=True)
+        trainer.fit(module, loader, val_loader, ckpt_path=latest, weights_only=True)
         seconds = time.perf_counter() - start
         if not are_finite(student.state_dict().values(), choose_device(config.accelerator)):
             raise DivergedError(
@@ -166,13 +168,13 @@ class _StartedProcesses(TorchElasticEnvironment):
         """Nothing: `_check_machine` has, and machines may have unequal numbers of processes."""
 
 
-def _build_val_loaders(data: TrainingData, batch_size: int, num_workers: int) -> list[torch.utils.data.DataLoader]:
+def _build_val_loader(data: TrainingData, batch_size: int, num_workers: int) -> torch.utils.data.DataLoader | None:
     if data.val_reader is None:
-        return []
+        return None  # NOTE: of no loaders, [], Lightning says that a validation is due, and none comes
     order = SequentialOrder(data.val_ordinals)
     batch_size = max(world_size(), min(batch_size, len(order)))
     batches = StepBatches(data.val_reader, order, batch_size, 1, rank(), world_size())
-    return [build_loader(batches, range(batches.steps_per_epoch), num_workers)]
+    return build_loader(batches, range(batches.steps_per_epoch), num_workers)
 
 
 def _check_machine(config: TrainerConfig) -> None:

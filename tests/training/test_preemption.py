@@ -18,6 +18,7 @@ from real_runs import (
     load_weights,
     prepare_shards,
     start_ranks,
+    write_shards,
 )
 
 OPTIONS = (*TINY, "targets=labels", "trainer.checkpoint_every_seconds=60")
@@ -86,6 +87,49 @@ def test_a_signal_stops_with_75_and_the_next_run_ends_with_the_same_weights(
     concentrate(*command, directory=tmp_path)
     assert_same_weights(run_path, undisturbed)
     assert validations(run_path) == validations(undisturbed)
+
+
+def train_stopped(workdir: Path, name: str, plants: list[Plant], *options: str) -> Path:
+    """A student that meets the plants' signals one run after the other, and is then trained to its end."""
+    command = ("student", f"name={name}", f"workdir={workdir}", *OPTIONS, *options)
+    for plant in plants:
+        concentrate(*command, directory=workdir.parent, plant=plant, code=75)
+    concentrate(*command, directory=workdir.parent)
+    return workdir / "students" / name
+
+
+@pytest.mark.parametrize(
+    ("options", "plants", "steps"),
+    [
+        (("trainer.max_epochs=1",), [("end", 1)], [13]),
+        (("trainer.max_epochs=1.5",), [("start", 2)], [13, 20]),
+        (("trainer.max_epochs=3",), [("start", 1), ("end", 2)], [13, 26, 39]),
+    ],
+    ids=["behind the only one", "in one that is no multiple of the interval", "in one, and behind the next"],
+)
+def test_a_signal_around_a_validation_loses_neither_it_nor_the_best_network(workdir, options, plants, steps):
+    options = (*options, "trainer.keep_best=true")
+    whole = train_stopped(workdir, "whole", [], *options)
+    hook = "concentration.training.module:StudentModule.on_validation_epoch_"
+    moments = [Plant(f"{hook}{which}", call, "after", signal.SIGTERM) for which, call in plants]
+    stopped = train_stopped(workdir, "stopped", moments, *options)
+    assert list(validations(whole)) == steps
+    assert validations(stopped) == validations(whole)
+    assert_same_weights(stopped, whole)
+    assert (stopped / "best.safetensors").read_bytes() == (whole / "best.safetensors").read_bytes()
+
+
+def test_a_run_without_validation_images_is_saved_and_stopped_at_the_end_of_an_epoch(tmp_path):
+    """Each of its steps is one, as no validation would be due at any other."""
+    given = write_shards(tmp_path / "given")
+    (given / "val-000000.tar").unlink()
+    concentrate(
+        "prepare", "data=shards", f"data.path={given}", "data.image_size=16", "workdir=work", directory=tmp_path
+    )
+    command = ("student", "workdir=work", *OPTIONS, "trainer.batch_size=200", "trainer.max_epochs=40")
+    plant = Plant("concentration.training.module:StudentModule.training_step", 3, signal=signal.SIGTERM)
+    concentrate(*command, directory=tmp_path, plant=plant, code=75)
+    assert [path.name for path in (tmp_path / "work/students/student/checkpoints").iterdir()] == ["step-000000003.ckpt"]
 
 
 def test_a_second_signal_while_it_saves_changes_nothing(undisturbed, workdir, tmp_path):
