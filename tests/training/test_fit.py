@@ -428,6 +428,14 @@ def test_updates_in_the_backward_pass_are_refused_where_the_gradient_is_not_yet_
     assert f"trainer.update_in_backward=true with trainer.{option}" in message
 
 
+def test_a_spread_head_changes_nothing_in_the_one_process_of_updates_in_the_backward_pass(prepared):
+    options = (*FEW, "trainer.update_in_backward=true", "trainer.checkpoint_every_seconds=0")
+    whole = train(prepared, "backward-whole", *options)
+    spread = train(prepared, "backward-spread", *options, "trainer.shard_head=true")
+    assert largest_difference(whole, spread) == 0
+    assert curve(whole, "train/gradient_norm") == curve(spread, "train/gradient_norm")
+
+
 def test_a_compiled_network_learns_the_same(prepared):
     eager = train(prepared, "eager", *FEW, "optimizer.lr=0.01")
     compiled = train(prepared, "compiled", *FEW, "optimizer.lr=0.01", "trainer.compile=true")
