@@ -213,6 +213,10 @@ class Split:
     def __len__(self) -> int:
         return int(self.shard_start[-1])
 
+    @property
+    def has_one_label_each(self) -> bool:
+        return bool((np.diff(self.label_start) == 1).all())
+
     def labels(self, ordinal: int) -> tuple[int, ...]:
         """The sample's own labels (not smeared), as outputs."""
         return tuple(self.label_output[self.label_start[ordinal] : self.label_start[ordinal + 1]].tolist())

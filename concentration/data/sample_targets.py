@@ -67,7 +67,7 @@ class LabelTargets:
         """The most targets that a sample has, at least 1."""
         split = self._split
         samples = np.arange(len(split))
-        if len(split.label_output) == len(split):  # one label each: one sample of each class will do
+        if split.has_one_label_each:  # one sample of each class will do
             samples = np.unique(split.label_output, return_index=True)[1]
         parts = np.split(samples, range(COUNTED_TOGETHER, len(samples), COUNTED_TOGETHER))
         return max(1, *(np.bincount(self._find_targets(part)[0]).max(initial=0) for part in parts))
@@ -213,7 +213,7 @@ class StoredTargets:
     def _compute_width(self) -> int:
         """The most targets that any sample has."""
         kept_M = np.array([self._kept[vertical] for vertical in self._split.taxonomy.verticals])
-        if len(self._split.label_output) == len(self._split):  # one label a sample
+        if self._split.has_one_label_each:
             present = np.unique(self._split.taxonomy.vertical_of_output[self._split.label_output])
             return int(kept_M[present].max())
         width = 0

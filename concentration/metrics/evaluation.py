@@ -262,7 +262,7 @@ class Evaluator:
         rank_P = rank_labels(scores_BC.index_select(1, self._leaves_L), row_P, leaf_number_P)
         num_labels_B = np.bincount(row_P, minlength=len(scores_BC))
         num_labels_P = num_labels_B[row_P]
-        rank_B = np.full(len(scores_BC), len(self._leaves_L) + 1)
+        rank_B = np.full(len(scores_BC), np.iinfo(np.int64).max)  # without a leaf: right at no k
         np.minimum.at(rank_B, row_P, rank_P)
         self._counts.update(
             samples=len(scores_BC),

@@ -87,7 +87,9 @@ def fit(
         data.resident,
         config.update_in_backward,
     )
-    if config.shard_head:
+    # Updates in the backward pass have one process, which holds the whole head.
+    is_spread = config.shard_head and not config.update_in_backward
+    if is_spread:
         student.shard_head()
         ignored = [f"student.{name}" for name in list_head_names(student)]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, ignored)
@@ -123,7 +125,7 @@ def fit(
             raise DivergedError(
                 f"step {total_steps}: the last step made weights that are not finite; lower optimizer.lr or set trainer.clip_norm"
             )
-        if config.shard_head:
+        if is_spread:
             gather_head(student, checkpoints.path)
     num_images = (total_steps - first_step) * batch_size
     return Fitted(total_steps, round(num_images / seconds, 1) if num_images else None)

@@ -11,6 +11,7 @@ import safetensors.numpy
 import torch
 
 from concentration.data.index import load_split
+from concentration.data.mapped_labels import map_labels
 from concentration.data.sample_targets import LabelTargets, MixedTargets, StoredTargets, WeightedOutside
 from concentration.data.views import View, describe_decoder
 from concentration.errors import DataError
@@ -131,6 +132,28 @@ def test_stored_targets_of_all_verticals_of_a_sample_are_put_together(stored, sp
     assert rows_of(targets, np.array([4, 4, 0])) == [sorted(expected[ordinal].items()) for ordinal in (4, 4, 0)]
     assert is_width_constant(targets)
     assert targets.lookup(ALL, 0).index_BK.shape[1] == max(len(row) for row in expected), "no wider than needed"
+
+
+@pytest.fixture
+def uneven(make_split, taxonomy, tmp_path):
+    """As many labels as samples, but not one each: some were mapped to nothing."""
+    labels = [[["gull"], ["taxi", "osprey"], ["bird"]], [["egg", "car", "gull"], ["soup"]], [["tram"], ["raptor"]]]
+    kept = ("taxi", "osprey", "egg", "gull", "car", "soup")
+    split = map_labels(make_split(tmp_path / "given", labels), taxonomy, dict(zip(kept, kept, strict=True)), "there")
+    assert len(split.label_output) == len(split)
+    return split
+
+
+@pytest.mark.parametrize("smear", [False, True])
+def test_as_many_labels_as_samples_need_not_be_one_each(smear, uneven, taxonomy):
+    own = [uneven.labels(ordinal) for ordinal in ALL.tolist()]
+    expected = [taxonomy.smear(labels) if smear else labels for labels in own]
+    assert rows_of(LabelTargets(uneven, smear)) == [sorted((output, 1.0) for output in row) for row in expected]
+
+
+def test_stored_targets_of_as_many_labels_as_samples_that_are_not_one_each(uneven, tmp_path):
+    expected = write_targets(tmp_path, uneven)
+    assert rows_of(StoredTargets(tmp_path, uneven)) == [sorted(views[0].items()) for views in expected]
 
 
 def test_epochs_take_turns_with_the_stored_views(split, tmp_path):

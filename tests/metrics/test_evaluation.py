@@ -208,6 +208,27 @@ def test_top_k_counts_the_samples_whose_best_leaf_label_has_under_k_wrong_leaves
     assert result.num_samples_without_leaf == len(labels) - len(ranks) > 0
 
 
+@pytest.mark.parametrize("num_leaves", [1, 2, 3, 4])
+def test_samples_without_a_leaf_are_never_right_however_few_leaves_there_are(num_leaves):
+    leaves = [TaxonomyClass(f"leaf{number}", f"leaf{number}", ("root",), "v") for number in range(num_leaves)]
+    taxonomy = Taxonomy([TaxonomyClass("root", "root", (), "v"), *leaves])
+    rng = np.random.default_rng(num_leaves)
+    scores_BC = rng.standard_normal((40, taxonomy.num_classes))
+    labels = [rng.choice(taxonomy.num_classes, rng.integers(0, 3), replace=False).tolist() for _ in range(40)]
+    is_right = {1: [], 5: []}
+    for scores_C, own in zip(scores_BC, labels, strict=True):
+        own_leaves = [output for output in own if taxonomy.is_leaf[output]]
+        if not own_leaves:
+            continue
+        best = max(scores_C[own_leaves])
+        num_before = sum(scores_C[o] >= best for o in np.flatnonzero(taxonomy.is_leaf) if o not in own_leaves)
+        for k in is_right:
+            is_right[k].append(num_before < k)
+    result = show(Evaluator(taxonomy), scores_BC, labels).compute()
+    assert result.num_samples_without_leaf == 40 - len(is_right[5]) > 0
+    assert (result.top1, result.top5) == pytest.approx((np.mean(is_right[1]), np.mean(is_right[5])))
+
+
 @pytest.mark.parametrize("k", evaluation.CUTOFFS)
 def test_precision_and_recall_at_k_are_those_of_torchmetrics_over_the_leaves(k):
     scores_BC, labels = draw(21, num_samples=200)

@@ -283,6 +283,36 @@ def test_clipping_bounds_the_step(prepared):
     assert moved["clipped"] == pytest.approx(0.01 * 0.25, rel=1e-2)
 
 
+@pytest.mark.parametrize(
+    ("kind", "precision", "clip"),
+    [
+        ("sgd", "16-mixed", 0.1),
+        ("adagrad", "bf16-mixed", 0.1),
+        ("adamw", "bf16-mixed", 1e-6),  # where its epsilon, 1e-8, counts
+    ],
+)
+def test_clipping_in_mixed_precision_is_that_of_full_precision(prepared, kind, precision, clip):
+    """By the length of the first step, which is longer without clipping."""
+    options = (
+        *FEW,
+        f"optimizer={kind}",
+        "optimizer.weight_decay=0",
+        "optimizer.schedule=constant",
+        "trainer.max_steps=1",
+    )
+    start = load_weights(train(prepared, f"{kind}-still", *options, "optimizer.lr=1e-12"))
+    moved = {}
+    for name, *switches in (
+        ("full", f"trainer.clip_norm={clip}"),
+        ("mixed", f"trainer.clip_norm={clip}", f"trainer.precision={precision}"),
+        ("free", f"trainer.precision={precision}"),
+    ):
+        now = load_weights(train(prepared, f"{kind}-{name}", *options, "optimizer.lr=0.01", *switches))
+        moved[name] = math.sqrt(sum(float(np.square(now[key] - start[key]).sum()) for key in now))
+    assert moved["mixed"] == pytest.approx(moved["full"], rel=0.03)
+    assert moved["mixed"] < 0.8 * moved["free"]
+
+
 def test_gamma_has_a_learning_rate_of_its_own(prepared):
     options = (*FEW, "optimizer=sgd", "optimizer.momentum=0", "optimizer.schedule=constant", "optimizer.lr=1e-12",
                "pace=vertical", "pace.log=false", "pace.offset=none")  # fmt: skip
@@ -396,6 +426,14 @@ def test_updates_in_the_backward_pass_are_refused_where_the_gradient_is_not_yet_
     options = ("trainer.update_in_backward=true", f"trainer.{option}")
     message = one_line(train(prepared, "early", *FEW, *options, code=2))
     assert f"trainer.update_in_backward=true with trainer.{option}" in message
+
+
+def test_a_spread_head_changes_nothing_in_the_one_process_of_updates_in_the_backward_pass(prepared):
+    options = (*FEW, "trainer.update_in_backward=true", "trainer.checkpoint_every_seconds=0")
+    whole = train(prepared, "backward-whole", *options)
+    spread = train(prepared, "backward-spread", *options, "trainer.shard_head=true")
+    assert largest_difference(whole, spread) == 0
+    assert curve(whole, "train/gradient_norm") == curve(spread, "train/gradient_norm")
 
 
 def test_a_compiled_network_learns_the_same(prepared):

@@ -52,6 +52,7 @@ def test_a_gpu_learns_what_a_cpu_learns(prepared):
         ("trainer.precision=16-mixed", "trainer.clip_norm=100"),
         ("trainer.precision=16-mixed", "trainer.clip_norm=100", "optimizer=adamw", "optimizer.lr=0.01"),
         ("optimizer=adamw", "optimizer.lr=0.01", "trainer.clip_norm=100"),
+        ("trainer.precision=bf16-mixed", "trainer.clip_norm=100", "optimizer=adamw", "optimizer.lr=0.01"),
         ("trainer.update_in_backward=true",),
         ("trainer.update_in_backward=true", "trainer.precision=bf16-mixed", "optimizer=adamw", "optimizer.lr=0.01"),
         ("trainer.accumulate=2", "trainer.ema_decay=0.9"),
