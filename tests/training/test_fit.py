@@ -403,11 +403,6 @@ def test_the_prior_starts_the_outputs_at_the_frequencies(prepared):
         assert np.abs(without[name]).max() < 1e-6
 
 
-@pytest.mark.long
-@pytest.mark.skipif(
-    not (shutil.which("g++") or shutil.which("clang++")),
-    reason="NOT TESTED: trainer.compile=true, because neither g++ nor clang++ is installed",
-)
 @pytest.mark.parametrize("optimizer", ["adagrad", "adamw"])
 def test_classifiers_updated_in_the_backward_pass_take_the_same_steps(prepared, optimizer):
     options = (*TINY, *LABELS, f"optimizer={optimizer}", "optimizer.lr=0.01", "optimizer.schedule=cosine",
@@ -419,9 +414,7 @@ def test_classifiers_updated_in_the_backward_pass_take_the_same_steps(prepared, 
     assert largest_difference(start, together) > 0.01, "it has trained"
 
 
-@pytest.mark.parametrize(
-    "option", ["accumulate=2", "clip_norm=1", "precision=16-mixed", "devices=2"],
-)  # fmt: skip
+@pytest.mark.parametrize("option", ["accumulate=2", "clip_norm=1", "precision=16-mixed", "devices=2"])
 def test_updates_in_the_backward_pass_are_refused_where_the_gradient_is_not_yet_known(prepared, option):
     options = ("trainer.update_in_backward=true", f"trainer.{option}")
     message = one_line(train(prepared, "early", *FEW, *options, code=2))
@@ -436,6 +429,11 @@ def test_a_spread_head_changes_nothing_in_the_one_process_of_updates_in_the_back
     assert curve(whole, "train/gradient_norm") == curve(spread, "train/gradient_norm")
 
 
+@pytest.mark.long
+@pytest.mark.skipif(
+    not (shutil.which("g++") or shutil.which("clang++")),
+    reason="NOT TESTED: trainer.compile=true, because neither g++ nor clang++ is installed",
+)
 def test_a_compiled_network_learns_the_same(prepared):
     eager = train(prepared, "eager", *FEW, "optimizer.lr=0.01")
     compiled = train(prepared, "compiled", *FEW, "optimizer.lr=0.01", "trainer.compile=true")
