@@ -71,7 +71,7 @@ def fit_kmeans(
 class StreamedKMeans:
     """k-means of points that come in batches and are not kept: each centroid is the mean of all points that it was given.
 
-    All ranks make one from equal centroids and call `step` with their shares of the same batch.
+    All ranks make one from equal centroids, call `step` with their shares of the same batch, and `finish` after the last.
 
     Source: Sculley 2010, "Web-scale k-means clustering".
     """
@@ -81,6 +81,7 @@ class StreamedKMeans:
         group_N, _ = start.assign(point_ND)
         self.centroids = start
         self._balanced = balanced
+        self._start_ND = point_ND if balanced else None
         self._seen_K = torch.bincount(group_N, minlength=len(start.price_K)).double()
         self._scale = _mean_square(point_ND, start.centroid_KD, group_N)
 
@@ -95,6 +96,15 @@ class StreamedKMeans:
         if self._balanced and count_K.sum():
             price_K = _raise_prices(price_K, count_K, _STREAM_PRICE_STEP * self._scale)
         self.centroids = Centroids((centroid_KD + moved_KD).float(), price_K)
+
+    def finish(self) -> Centroids:
+        """The centroids as they are now; where groups are to be balanced, with the prices that make them so for the first points.
+
+        NOTE: `step` alone would not do: where groups lie far apart, a centroid moves a border by more than a price can follow.
+        """
+        if self._balanced:
+            self.centroids = _balance(self._start_ND, self.centroids)
+        return self.centroids
 
 
 def _fit_once(

@@ -58,7 +58,7 @@ def test_balanced_groups_are_about_equal_and_plain_ones_are_not():
         streamed = StreamedKMeans(fit_kmeans(start_ND, 4, 0, balanced), start_ND, balanced)
         for point_BD in point_ND[1000:].split(128):
             streamed.step(point_BD)
-        count_K = torch.bincount(streamed.centroids.assign(point_ND)[0], minlength=4)
+        count_K = torch.bincount(streamed.finish().assign(point_ND)[0], minlength=4)
         largest[balanced] = count_K.max().item() / (len(point_ND) / 4)
     assert largest[False] > 1.5
     assert largest[True] < 1.15
@@ -87,6 +87,18 @@ def test_the_largest_balanced_group_is_close_to_its_share(kind, num_groups, seed
     count_K = torch.bincount(group_N, minlength=num_groups)
     assert count_K.max() <= 1.1 * len(point_ND) / num_groups
     assert not fit_kmeans(point_ND, num_groups, seed).price_K.any()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_stream_of_tight_clouds_ends_balanced(seed):
+    """Of the points of its start, as prices are found with those."""
+    start_ND = draw_unit_points("clouds", seed)
+    generator = torch.Generator().manual_seed(seed)
+    streamed = StreamedKMeans(fit_kmeans(start_ND, 4, seed, balanced=True), start_ND, balanced=True)
+    for _ in range(30):
+        streamed.step(start_ND[torch.randint(len(start_ND), (128,), generator=generator)])
+    count_K = torch.bincount(streamed.finish().assign(start_ND)[0], minlength=4)
+    assert count_K.max() <= 1.1 * len(start_ND) / 4
 
 
 def test_a_balanced_start_is_taken_before_a_closer_one_that_is_not():
