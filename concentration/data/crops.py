@@ -82,7 +82,8 @@ class CropReader:
         views = torch.zeros(len(ordinals), VIEW_BYTES, dtype=torch.uint8)
         targets = self._targets.lookup(ordinals, epoch)
         images, skipped_B = torch.from_numpy(images_BN).flatten(0, 1), torch.from_numpy(skipped_B)
-        return ReadSamples(images, targets, skipped_B, views, views[:, :0])
+        is_grey_B = torch.zeros(len(ordinals), dtype=torch.bool)  # no views are made of crops
+        return ReadSamples(images, targets, skipped_B, views, views[:, :0], is_grey_B)
 
     def read_encoded(self, ordinal: int) -> bytes:
         """The image's bytes as they lie in the shard."""

@@ -46,6 +46,7 @@ class Batch(NamedTuple):
     view_BV: (B, 13) uint8, the views that were seen, as `View.encode` writes them; zeros where skipped.
     ordinal_B: int64, which samples these are.
     random_BR: uint8, what views that are yet to be made need beside their records, `rendering.draw_random`; else (B, 0).
+    is_grey_B: bool, whether the image's file is grey, as `decode_view` has it; True where skipped, False for crops.
     global_count: samples with a place in this step's global batch, over all ranks and micro-batches.
     """
 
@@ -56,17 +57,19 @@ class Batch(NamedTuple):
     view_BV: Tensor
     ordinal_B: Tensor
     random_BR: Tensor
+    is_grey_B: Tensor
     global_count: int
 
 
 class ReadSamples(NamedTuple):
-    """Images (B, 3, H, W) uint8, targets, and (B,), (B, 13), (B, R): as in `Batch`."""
+    """Images (B, 3, H, W) uint8, targets, and (B,), (B, 13), (B, R), (B,): as in `Batch`."""
 
     images: Tensor
     targets: SoftTargets
     skipped_B: Tensor
     view_BV: Tensor
     random_BR: Tensor
+    is_grey_B: Tensor
 
 
 class Reader(Protocol):
@@ -115,19 +118,20 @@ class SampleReader:
         images = np.empty((len(ordinals), size, size, 3), dtype=np.uint8).transpose(0, 3, 1, 2)
         views = self.choose_views(ordinals, epoch)
         seen: list[View | None] = []
+        is_grey_B = np.ones(len(ordinals), dtype=bool)
         # NOTE: decoding empties the processor's caches of everything else, so that what comes between two images takes
         # several times as long as it does alone: hence the loop does no more than it must, and files are read in stretches.
         for row, content in enumerate(self._read_stretches(ordinals)):
             try:
-                images[row], view = decode_view(content, views, row, size)
+                images[row], view, is_grey_B[row] = decode_view(content, views, row, size)
             except UNDECODABLE:
                 images[row], view = 0, None
             seen.append(view)
         skipped_B = np.array([view is None for view in seen], dtype=bool)
         records = b"".join(bytes(VIEW_BYTES) if view is None else view.encode() for view in seen)
         view_BV = np.frombuffer(bytearray(records), dtype=np.uint8).reshape(len(ordinals), VIEW_BYTES)
-        images, skipped_B, view_BV = map(torch.from_numpy, (images, skipped_B, view_BV))
-        return ReadSamples(images, self.lookup(ordinals, epoch), skipped_B, view_BV, view_BV[:, :0])
+        images, skipped_B, view_BV, is_grey_B = map(torch.from_numpy, (images, skipped_B, view_BV, is_grey_B))
+        return ReadSamples(images, self.lookup(ordinals, epoch), skipped_B, view_BV, view_BV[:, :0], is_grey_B)
 
     def lookup(self, ordinals: np.ndarray, epoch: int) -> SoftTargets:
         """The samples' targets alone."""
@@ -274,6 +278,7 @@ class StepBatches(torch.utils.data.Dataset):
             view_BV=read.view_BV,
             ordinal_B=torch.from_numpy(ordinals),
             random_BR=read.random_BR,
+            is_grey_B=read.is_grey_B,
             global_count=min(self._batch_size, len(self._order) - first),
         )
 

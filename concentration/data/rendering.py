@@ -3,7 +3,8 @@
 The steps and their order are those of `distortions.distort` and `photometry.change_colours`; all that they do follows from the
 views' records and the random bytes that belong to those.
 
-Shapes: B batch, C channels (1 where all images are grey, else 3), S the side of an image, R random bytes: 4 and C*S*S, or none.
+Shapes: B batch, C channels (1 where all images are grey, else 3), S the side of an image, R random bytes: 4 and those of the
+noise, which are S*S where all images' files are grey and else 3*S*S, or none.
 """
 
 import functools
@@ -62,13 +63,25 @@ def render(pixel_BCSS: Tensor, record_BV: Tensor, random_BR: Tensor) -> Tensor:
     return view.to(torch.uint8).expand(-1, 3, -1, -1)
 
 
-def draw_random(record_BV: np.ndarray, num_pixels: int) -> np.ndarray:
-    """(B, 4 + pixels) uint8, the random bytes of each record; zeros where it has no distortion."""
-    none = bytes(ERASE_BYTES + num_pixels)
-    drawn = [
-        draw_bytes(bytes(record[:DISTORTION_BYTES]), num_pixels) if is_distorted else none
-        for record, is_distorted in zip(record_BV, are_distorted(record_BV), strict=True)
-    ]
+def draw_random(record_BV: np.ndarray, is_grey_B: np.ndarray, size: int) -> np.ndarray:
+    """(B, R) uint8, the random bytes of each record; zeros where it has no distortion.
+
+    Args:
+        is_grey_B: bool, as `views.decode_view` has it: the noise of a grey file is grey, beside files in colour, too.
+        size: S.
+    """
+    num_channels = 1 if is_grey_B.all() else 3
+    none = bytes(ERASE_BYTES + num_channels * size**2)
+    drawn = []
+    for record, is_distorted, is_grey in zip(record_BV, are_distorted(record_BV), is_grey_B, strict=True):
+        if not is_distorted:
+            drawn.append(none)
+            continue
+        random_bytes = draw_bytes(bytes(record[:DISTORTION_BYTES]), size**2 * (1 if is_grey else 3))
+        if is_grey and num_channels == 3:
+            grey = np.frombuffer(random_bytes[ERASE_BYTES:], dtype=np.uint8)
+            random_bytes = random_bytes[:ERASE_BYTES] + grey.repeat(num_channels).tobytes()
+        drawn.append(random_bytes)
     return np.frombuffer(bytearray(b"".join(drawn)), dtype=np.uint8).reshape(len(drawn), len(none))
 
 
@@ -175,8 +188,8 @@ def _erase(view: Tensor, share_B: Tensor, random_B4: Tensor) -> Tensor:
 
 
 def _add_noise(view: Tensor, noise_B: Tensor, random_BP: Tensor) -> Tensor:
-    num_channels, *size = view.shape[1:]
-    noise = (random_BP.float() / 127.5 - 1).view(-1, *size, num_channels).permute(0, 3, 1, 2)
+    """Noise of three channels makes three of one that was held for them, and one of noise serves all that are there."""
+    noise = (random_BP.float() / 127.5 - 1).view(len(view), *view.shape[2:], -1).permute(0, 3, 1, 2)
     return _cut(view + noise * _wide(255 * noise_B)).clamp(0, 255)
 
 

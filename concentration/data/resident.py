@@ -32,13 +32,15 @@ class ResidentImages:
     Attributes:
         ordinal_N: int64, rising.
         skipped_N: bool, which could not be decoded.
-        num_pixels: numbers of an image, C*S*S.
+        is_grey_N: bool, whose files are grey. Of other files, too, one channel is held where it has all that they show.
+        size: S.
     """
 
-    def __init__(self, ordinal_N: Tensor, pixel_NCSS: Tensor, skipped_N: Tensor):
+    def __init__(self, ordinal_N: Tensor, pixel_NCSS: Tensor, skipped_N: Tensor, is_grey_N: Tensor):
         self.ordinal_N = ordinal_N
         self.skipped_N = skipped_N
-        self.num_pixels = pixel_NCSS[0].numel()
+        self.is_grey_N = is_grey_N
+        self.size = pixel_NCSS.shape[-1]
         self._pixel_NCSS = pixel_NCSS
 
     def __deepcopy__(self, memo: dict) -> "ResidentImages":
@@ -70,19 +72,24 @@ class ResidentReader:
         self._reader = reader
         self._ordinal_N = images.ordinal_N.cpu().numpy()
         self._skipped_N = images.skipped_N.numpy()
-        self._num_pixels = images.num_pixels
+        self._is_grey_N = images.is_grey_N.numpy()
+        self._size = images.size
 
     def read(self, ordinals: np.ndarray, epoch: int) -> ReadSamples:
         """Raises: ConfigError, where stored views are crops."""
         record_BV = encode_views(self._reader.choose_views(ordinals, epoch), len(ordinals))
-        skipped_B = self._skipped_N[np.searchsorted(self._ordinal_N, ordinals)] | ~record_BV.any(axis=1)
+        row_B = np.searchsorted(self._ordinal_N, ordinals)
+        is_grey_B = self._is_grey_N[row_B]
+        skipped_B = self._skipped_N[row_B] | ~record_BV.any(axis=1)
         record_BV = np.where(skipped_B[:, None], np.uint8(0), record_BV)
         has_random = record_BV[:, DISTORTION_BYTES - 1].any()  # something is erased, or noise
-        random_BR = draw_random(record_BV, self._num_pixels) if has_random else np.empty((len(ordinals), 0), np.uint8)
+        random_BR = (
+            draw_random(record_BV, is_grey_B, self._size) if has_random else np.empty((len(ordinals), 0), np.uint8)
+        )
         no_images = torch.empty(len(ordinals), 0, dtype=torch.uint8)
         targets = self._reader.lookup(ordinals, epoch)
-        record_BV, random_BR, skipped_B = map(torch.from_numpy, (record_BV, random_BR, skipped_B))
-        return ReadSamples(no_images, targets, skipped_B, record_BV, random_BR)
+        record_BV, random_BR, skipped_B, is_grey_B = map(torch.from_numpy, (record_BV, random_BR, skipped_B, is_grey_B))
+        return ReadSamples(no_images, targets, skipped_B, record_BV, random_BR, is_grey_B)
 
 
 def load_resident(
@@ -97,14 +104,15 @@ def load_resident(
     ordinal_N = np.array(ordinals)
     reader = SampleReader(split, LabelTargets(split, smear=False), image_size, views=None, seed=0)
     batches = StepBatches(reader, SequentialOrder(ordinal_N), min(_TOGETHER, len(ordinal_N)), 1, 0, 1)
-    images, skipped = [], []
+    images, skipped, is_grey = [], [], []
     with Progress(f"{title}: decoding", len(ordinal_N), "images", directory, quiet=rank() != 0) as progress:
         for batch in build_loader(batches, range(batches.steps_per_epoch), num_workers):
             here = batch.images[: batch.global_count]
-            is_grey = bool((here == here[:, :1]).all())
-            images.append(here[:, :1].clone() if is_grey else here.contiguous())
+            shows_grey = bool((here == here[:, :1]).all())
+            images.append(here[:, :1].clone() if shows_grey else here.contiguous())
             skipped.append(batch.skipped_B[: batch.global_count])
+            is_grey.append(batch.is_grey_B[: batch.global_count])
             progress.advance(batch.global_count)
     num_channels = max(part.shape[1] for part in images)
     pixel_NCSS = torch.cat([part.expand(-1, num_channels, -1, -1) for part in images])
-    return ResidentImages(torch.from_numpy(ordinal_N), pixel_NCSS, torch.cat(skipped))
+    return ResidentImages(torch.from_numpy(ordinal_N), pixel_NCSS, torch.cat(skipped), torch.cat(is_grey))

@@ -296,8 +296,10 @@ def describe_decoder() -> dict[str, str]:
     return versions
 
 
-def decode_view(content: bytes, views: Views, row: int, image_size: int) -> tuple[np.ndarray, View]:
-    """One view as uint8 (3, image_size, image_size), and which view it is.
+def decode_view(content: bytes, views: Views, row: int, image_size: int) -> tuple[np.ndarray, View, bool]:
+    """One view as uint8 (3, image_size, image_size), which view it is, and whether the image is grey, as its file says.
+
+    A distortion's noise is then grey, too. Of a file of colours that are all grey, it is not.
 
     Raises:
         one of UNDECODABLE: the image cannot be decoded.
@@ -318,5 +320,5 @@ def decode_view(content: bytes, views: Views, row: int, image_size: int) -> tupl
         pixels = pixels[:, ::-1]
     pixels = change_colours(pixels, view.brightness, view.contrast, view.saturation, view.light)
     if pixels.ndim == 2:
-        return pixels[np.newaxis].repeat(3, axis=0), view
-    return pixels.transpose(2, 0, 1), view
+        return pixels[np.newaxis].repeat(3, axis=0), view, True
+    return pixels.transpose(2, 0, 1), view, image.mode == "L"

@@ -6,6 +6,7 @@ are what makes all groups about equally large, so that where a new point belongs
 Shapes: N points, B points of a batch, K groups, D features.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -16,9 +17,15 @@ from concentration.errors import DataError
 
 #: Costs that are held at once while points are assigned.
 _COSTS_PER_BLOCK = 1 << 24
-#: Rounds in which prices are found for points in memory, and the first step in units of the mean squared distance.
-_PRICE_ROUNDS, _PRICE_STEP = 60, 0.5
-#: The step of prices in a stream.
+#: By how much the largest of balanced groups may exceed its share, of points in memory.
+_MAX_EXCESS = 0.05
+#: Rounds in which prices are found for points in memory.
+_PRICE_ROUNDS = 200
+#: The first step of a price, as a share of what it costs on average to be in any group instead of the best one.
+_FIRST_PRICE_STEP = 0.1
+#: A step's factor while its price goes on in one direction, and where that turns.
+_FASTER, _SLOWER = 1.3, 0.5
+#: The step of prices in a stream, in units of the mean squared distance.
 _STREAM_PRICE_STEP = 0.05
 
 
@@ -46,6 +53,9 @@ def fit_kmeans(
 ) -> Centroids:
     """Lloyd's algorithm from the best of several k-means++ starts; the same points and seed give the same result.
 
+    Of balanced starts the best is that whose largest group exceeds its share the least, and the closest of those that exceed it
+    by no more than 5%. All may exceed it where many points are nearly one, which no price divides.
+
     Raises:
         DataError: there are fewer different points than groups.
 
@@ -55,14 +65,13 @@ def fit_kmeans(
     generator = torch.Generator().manual_seed(seed)
     point_ND = point_ND.float()
     fits = [_fit_once(point_ND, num_groups, balanced, max_rounds, generator) for _ in range(num_starts)]
-    centroids, _ = min(fits, key=lambda fit: fit[1])
-    return centroids
+    return min(fits, key=lambda fit: fit[1])[0]
 
 
 class StreamedKMeans:
     """k-means of points that come in batches and are not kept: each centroid is the mean of all points that it was given.
 
-    All ranks make one from equal centroids and call `step` with their shares of the same batch.
+    All ranks make one from equal centroids, call `step` with their shares of the same batch, and `finish` after the last.
 
     Source: Sculley 2010, "Web-scale k-means clustering".
     """
@@ -72,6 +81,7 @@ class StreamedKMeans:
         group_N, _ = start.assign(point_ND)
         self.centroids = start
         self._balanced = balanced
+        self._start_ND = point_ND if balanced else None
         self._seen_K = torch.bincount(group_N, minlength=len(start.price_K)).double()
         self._scale = _mean_square(point_ND, start.centroid_KD, group_N)
 
@@ -87,11 +97,21 @@ class StreamedKMeans:
             price_K = _raise_prices(price_K, count_K, _STREAM_PRICE_STEP * self._scale)
         self.centroids = Centroids((centroid_KD + moved_KD).float(), price_K)
 
+    def finish(self) -> Centroids:
+        """The centroids as they are now; where groups are to be balanced, with the prices that make them so for the first points.
+
+        NOTE: `step` alone would not do: where groups lie far apart, a centroid moves a border by more than a price can follow.
+        """
+        if self._balanced:
+            self.centroids = _balance(self._start_ND, self.centroids)
+        return self.centroids
+
 
 def _fit_once(
     point_ND: Tensor, num_groups: int, balanced: bool, max_rounds: int, generator: torch.Generator
-) -> tuple[Centroids, float]:
-    """A local optimum, and the mean squared distance to the centroids."""
+) -> tuple[Centroids, tuple[float, float]]:
+    """A local optimum, and what it is judged by: by how many points the largest group is too large, where groups are to be
+    balanced, and the mean squared distance to the centroids."""
     centroids = Centroids(_choose_starts(point_ND, num_groups, generator), point_ND.new_zeros(num_groups))
     group_N: Tensor | None = None
     for _ in range(max_rounds):
@@ -106,7 +126,12 @@ def _fit_once(
         if len(empty):  # each starts anew at a point that its group serves worst
             centroid_KD[empty] = point_ND[cost_N.topk(len(empty)).indices]
         centroids = Centroids(centroid_KD, centroids.price_K)
-    return centroids, _mean_square(point_ND, centroids.centroid_KD, group_N)
+    excess = 0.0
+    if balanced:
+        centroids = _balance(point_ND, centroids)  # the last round may have moved them
+        group_N, _ = centroids.assign(point_ND)
+        excess = max(0.0, int(torch.bincount(group_N).max()) - _allow(len(point_ND), num_groups))
+    return centroids, (excess, _mean_square(point_ND, centroids.centroid_KD, group_N))
 
 
 def _choose_starts(point_ND: Tensor, num_groups: int, generator: torch.Generator) -> Tensor:
@@ -126,27 +151,47 @@ def _choose_starts(point_ND: Tensor, num_groups: int, generator: torch.Generator
 
 
 def _balance(point_ND: Tensor, centroids: Centroids) -> Centroids:
-    """The same centroids with the prices that make the groups of these points about equally large.
+    """The same centroids with the best prices that were found, by the size of the largest group of these points.
 
-    They maximise a concave function whose slope in p_k is group k's share beyond its due; the step falls from round to round.
+    They maximise a concave function whose slope in p_k is group k's share beyond its due. How far a price has to go depends on
+    what lies between two groups, much or nothing: each has a step of its own, which grows while it goes on in one direction.
+
+    Source: Riedmiller and Braun 1993, "A direct adaptive method for faster backpropagation learning: the RPROP algorithm".
     """
+    num_groups = len(centroids.price_K)
     cost_NK = Centroids(centroids.centroid_KD, torch.zeros_like(centroids.price_K)).compute_costs(point_ND)
-    scale = cost_NK.min(1).values.mean().item()
-    price_K = centroids.price_K
-    best_K, least_excess = price_K, torch.inf
-    for number in range(_PRICE_ROUNDS):
-        count_K = torch.bincount((cost_NK + price_K).argmin(1), minlength=len(price_K))
-        excess = int(count_K.max())
-        if excess < least_excess:
-            best_K, least_excess = price_K, excess
-        price_K = _raise_prices(price_K, count_K, _PRICE_STEP * scale / (1 + number) ** 0.75)
+    due, allowed = len(point_ND) / num_groups, _allow(len(point_ND), num_groups)
+    price_K = best_K = centroids.price_K
+    least = torch.inf
+    step_K = (_FIRST_PRICE_STEP * (cost_NK.mean() - cost_NK.min(1).values.mean())).expand(num_groups)
+    before_K = torch.zeros_like(price_K)
+    for _ in range(_PRICE_ROUNDS):
+        count_K = torch.bincount((cost_NK + price_K).argmin(1), minlength=num_groups)
+        largest = int(count_K.max())
+        if largest < least:
+            best_K, least = price_K, largest
+        if largest <= allowed:
+            break
+        sign_K = (count_K - due).sign()
+        turned_K = sign_K * before_K
+        step_K = torch.where(turned_K > 0, step_K * _FASTER, torch.where(turned_K < 0, step_K * _SLOWER, step_K))
+        price_K, before_K = _centre(price_K + sign_K * step_K), sign_K
     return Centroids(centroids.centroid_KD, best_K)
 
 
+def _allow(num_points: int, num_groups: int) -> float:
+    """How large a balanced group may be."""
+    return max((1 + _MAX_EXCESS) * num_points / num_groups, math.ceil(num_points / num_groups))
+
+
 def _raise_prices(price_K: Tensor, count_K: Tensor, step: float) -> Tensor:
-    """Dearer where too many points are, cheaper where too few; with mean 0, since only differences matter."""
+    """Dearer where too many points are, cheaper where too few."""
     share_K = count_K / count_K.sum() * len(count_K)
-    price_K = price_K + (step * (share_K - 1)).float()
+    return _centre(price_K + (step * (share_K - 1)).float())
+
+
+def _centre(price_K: Tensor) -> Tensor:
+    """With mean 0, since only differences matter."""
     return price_K - price_K.mean()
 
 

@@ -19,7 +19,7 @@ from concentration.data.index import Split
 from concentration.data.order import SequentialOrder, WindowOrder
 from concentration.errors import ConfigError
 from concentration.grouping.class_groups import NO_GROUP, ClassGroups, vote
-from concentration.grouping.kmeans import StreamedKMeans, fit_kmeans
+from concentration.grouping.kmeans import Centroids, StreamedKMeans, fit_kmeans
 from concentration.grouping.sample_groups import (
     CENTROIDS_FILE,
     CentroidRouter,
@@ -81,9 +81,9 @@ def group_by_features(
     total = num_fitted + sum(map(len, splits.values()))
     with Progress("group features", total, "images", path, quiet=distributed.rank() != 0) as progress:
         if not (path / CENTROIDS_FILE).exists():
-            streamed = _fit_centroids(method, stream, train, num_fitted, seed, progress)
+            centroids = _fit_centroids(method, stream, train, num_fitted, seed, progress)
             if distributed.rank() == 0:
-                router = CentroidRouter(streamed.centroids, method.layer, method.normalise, network)
+                router = CentroidRouter(centroids, method.layer, method.normalise, network)
                 router.save(path / CENTROIDS_FILE)
             distributed.wait_for_all()
         router = CentroidRouter.load(path / CENTROIDS_FILE)
@@ -102,7 +102,7 @@ def group_by_features(
 
 def _fit_centroids(
     method: FeatureGroupsConfig, stream: SampleStream, split: Split, num_fitted: int, seed: int, progress: Progress
-) -> StreamedKMeans:
+) -> Centroids:
     """A whole k-means of the first features, which those after them refine; equal on all ranks."""
     order = WindowOrder(split.by_shard(range(len(split))), seed, _WINDOW_SHARDS)
     streamed: StreamedKMeans | None = None
@@ -122,7 +122,7 @@ def _fit_centroids(
                 streamed = StreamedKMeans(start, point_ND, method.balanced)
                 held.clear()
         progress.advance(batch.global_count)
-    return streamed
+    return streamed.finish()
 
 
 def _assign(stream: SampleStream, router: CentroidRouter, split: Split, path: Path, progress: Progress) -> None:

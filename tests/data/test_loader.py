@@ -77,7 +77,7 @@ def test_a_reader_gives_the_view_of_the_images_own_bytes(split):
     ordinals = np.array([15, 0, 7, 7])
     for views, drawn in ((None, CentreView()), (VIEW, draw_views(VIEW, SEED, 3, ordinals))):
         reader = build_reader(split, views)
-        images, targets, skipped, view_BV, random_BR = reader.read(ordinals, epoch=3)
+        images, targets, skipped, view_BV, random_BR, is_grey_B = reader.read(ordinals, epoch=3)
         assert random_BR.shape == (4, 0)
         assert images.shape == (4, 3, SIZE, SIZE)
         assert images.dtype == torch.uint8
@@ -88,8 +88,9 @@ def test_a_reader_gives_the_view_of_the_images_own_bytes(split):
             start, size = int(shard.image_offset[within]), int(shard.image_size[within])
             content = shard.path.read_bytes()[start : start + size]
             assert reader.read_encoded(ordinal) == content
-            pixels, view = decode_view(content, drawn, row, SIZE)
+            pixels, view, is_grey = decode_view(content, drawn, row, SIZE)
             np.testing.assert_array_equal(images[row].numpy(), pixels)
+            assert is_grey_B[row] == is_grey
             assert view_BV[row].numpy().tobytes() == view.encode()
             own = {output for output, value in enumerate(targets.dense(11)[row].tolist()) if value}
             assert own == set(split.taxonomy.smear(split.labels(ordinal)))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from concentration.data.index import index_shard, load_split
-from concentration.data.loader import SampleReader, StepBatches
+from concentration.data.loader import Batch, SampleReader, StepBatches
 from concentration.data.order import SequentialOrder, WindowOrder
 from concentration.data.rendering import draw_random, render
 from concentration.data.resident import ResidentReader, load_resident
@@ -62,7 +62,7 @@ def compare(config: ViewConfig, mode: str, device: str) -> np.ndarray:
     expected = [decode_view(encode_png(picture), views, row, SIZE)[0] for row, picture in enumerate(pictures)]
     pixel_BCSS = torch.stack([torch.tensor(np.asarray(p)).reshape(SIZE, SIZE, -1).permute(2, 0, 1) for p in pictures])
     record_BV = encode_views(views, NUM_IMAGES)
-    random_BR = draw_random(record_BV, pixel_BCSS[0].numel())
+    random_BR = draw_random(record_BV, np.full(NUM_IMAGES, mode == "L"), SIZE)
     given = (pixel_BCSS, torch.from_numpy(record_BV), torch.from_numpy(random_BR))
     found = render(*(tensor.to(device) for tensor in given)).cpu().numpy()
     assert found.dtype == np.uint8
@@ -148,6 +148,36 @@ def test_a_reader_without_images_gives_all_else_and_the_views_are_made_where_the
         assert torch.equal(batch.targets.dense(11), expected.targets.dense(11))
         difference = (images.view(batch).int() - expected.images.int()).abs()
         assert difference.float().mean() < 0.5
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kinds", ["grey in RGB", "L, grey in RGB", "L, RGB", "1, L", "L, RGB, grey in RGB"])
+def test_noise_is_grey_where_the_file_is_grey_and_only_there(kinds, device, taxonomy, write_tar, tmp_path):
+    """Whether a picture's noise is grey follows from its file, not from what it shows or what stands beside it."""
+    kinds = kinds.split(", ")
+    pictures = {"RGB": draw_pictures("RGB"), "L": draw_pictures("L")}
+    pictures["grey in RGB"] = [picture.convert("RGB") for picture in pictures["L"]]
+    pictures["1"] = [picture.convert("1") for picture in pictures["L"]]
+    members = []
+    for row in range(NUM_IMAGES):
+        kind = kinds[0 if row < 8 else row % len(kinds)]
+        members += [(f"{row}.png", encode_png(pictures[kind][row])), (f"{row}.json", b'{"labels": ["gull"]}')]
+    shard = write_tar(tmp_path / "train-000000.tar", members)
+    index_shard(shard, taxonomy, shard.name).save(shard.with_suffix(".index"))
+    split = load_split(tmp_path, "train", taxonomy)
+    ordinals = np.arange(NUM_IMAGES)
+    config = ViewConfig(distortion={"noise": 0.4, "erase": 0.2}, saturation=0.5, light=True, flip=0.5)
+    reader = SampleReader(split, LabelTargets(split, smear=True), SIZE, config, SEED)
+    images = load_resident(split, ordinals, SIZE, 0, "test", None)
+    images.to(torch.device(device))
+    order = SequentialOrder(ordinals)
+    for number in range(NUM_IMAGES // 8):  # in the first, all are of one kind
+        expected = StepBatches(reader, order, 8, 1, 0, 1)[number]
+        batch = StepBatches(ResidentReader(reader, images), order, 8, 1, 0, 1)[number]
+        assert torch.equal(batch.is_grey_B, expected.is_grey_B)
+        batch = Batch(*(getattr(part, "to", lambda device, part=part: part)(device) for part in batch))
+        difference = (images.view(batch).cpu().int() - expected.images.int()).abs()
+        assert difference.max() <= 2
 
 
 def test_an_image_that_cannot_be_decoded_is_black_and_skipped(make_split, taxonomy, tmp_path):

@@ -216,7 +216,7 @@ def test_no_crop_of_any_image_fails(width, height, area, aspect, x, y):
 def test_brightness_scales_and_contrast_moves_away_from_the_mean(mode, brightness, contrast, picture):
     content = encode(picture.resize((20, 20)).convert(mode), "png")
     plain = see(content, CENTRE, 20).astype(float)
-    view, seen = decode_view(content, one_view(brightness=brightness, contrast=contrast), 0, 20)
+    view, seen, _ = decode_view(content, one_view(brightness=brightness, contrast=contrast), 0, 20)
     assert seen.brightness == pytest.approx(brightness, abs=1 / 128)
     assert seen.contrast == pytest.approx(contrast, abs=1 / 128)
     expected = (((plain - plain.mean()) * seen.contrast + plain.mean()) * seen.brightness).clip(0, 255)
@@ -363,11 +363,11 @@ def test_a_stored_view_shows_the_pixels_of_the_drawn_one(format, orientation, se
     exif[0x0112] = orientation
     content = encode(picture.resize(size), format, exif=exif)
     drawn = draw_views(ViewConfig(**PHOTO), seed, 2, np.array([5]))
-    pixels, view = decode_view(content, drawn, 0, 20)
+    pixels, view, _ = decode_view(content, drawn, 0, 20)
     record = view.encode()
     assert View.decode(record) == view, "a drawn view is what its record says"
     stored = StoredViews(np.frombuffer(record, dtype=np.uint8)[None])
-    replayed, again = decode_view(content, stored, 0, 20)
+    replayed, again, _ = decode_view(content, stored, 0, 20)
     assert again == view
     np.testing.assert_array_equal(replayed, pixels)
 
@@ -377,11 +377,11 @@ def test_a_stored_view_shows_the_pixels_of_the_drawn_one(format, orientation, se
 def test_a_stored_distorted_view_shows_the_pixels_of_the_drawn_one(seed, size, picture):
     content = encode(picture.resize(size), "png")
     config = ViewConfig(flip=0.5, brightness=0.3, contrast=0.3, distortion=DISTORTION)
-    pixels, view = decode_view(content, draw_views(config, seed, 2, np.array([5])), 0, 20)
+    pixels, view, _ = decode_view(content, draw_views(config, seed, 2, np.array([5])), 0, 20)
     assert pixels.shape == (3, 20, 20)
     record = view.encode()
     assert View.decode(record) == view, "a drawn view is what its record says"
-    replayed, again = decode_view(content, StoredViews(np.frombuffer(record, dtype=np.uint8)[None]), 0, 20)
+    replayed, again, _ = decode_view(content, StoredViews(np.frombuffer(record, dtype=np.uint8)[None]), 0, 20)
     assert again == view
     np.testing.assert_array_equal(replayed, pixels)
 

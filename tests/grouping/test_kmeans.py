@@ -5,6 +5,7 @@ import pytest
 import torch
 from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score
+from torch.nn.functional import normalize
 
 from concentration.errors import DataError
 from concentration.grouping.kmeans import Centroids, StreamedKMeans, fit_kmeans
@@ -57,11 +58,57 @@ def test_balanced_groups_are_about_equal_and_plain_ones_are_not():
         streamed = StreamedKMeans(fit_kmeans(start_ND, 4, 0, balanced), start_ND, balanced)
         for point_BD in point_ND[1000:].split(128):
             streamed.step(point_BD)
-        count_K = torch.bincount(streamed.centroids.assign(point_ND)[0], minlength=4)
+        count_K = torch.bincount(streamed.finish().assign(point_ND)[0], minlength=4)
         largest[balanced] = count_K.max().item() / (len(point_ND) / 4)
     assert largest[False] > 1.5
     assert largest[True] < 1.15
     assert abs(float(streamed.centroids.price_K.mean())) < 1e-5
+
+
+def draw_unit_points(kind: str, seed: int) -> torch.Tensor:
+    """Features of length 1, in eight tight clouds of very different sizes, or in none."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = (400, 200, 100, 50, 50, 25, 25, 10) if kind == "clouds" else (860,)
+    spread = 0.1 if kind == "clouds" else 100
+    clouds = [
+        normalize(torch.randn(1, 64, generator=generator)) + spread * torch.randn(size, 64, generator=generator) / 8
+        for size in sizes
+    ]
+    return normalize(torch.cat(clouds))
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("num_groups", [2, 3, 8])
+@pytest.mark.parametrize("kind", ["clouds", "random"])
+def test_the_largest_balanced_group_is_close_to_its_share(kind, num_groups, seed):
+    """Also where one cloud, far from all others, has half of the points; 5% are aimed at."""
+    point_ND = draw_unit_points(kind, seed)
+    group_N, _ = fit_kmeans(point_ND, num_groups, seed, balanced=True).assign(point_ND)
+    count_K = torch.bincount(group_N, minlength=num_groups)
+    assert count_K.max() <= 1.1 * len(point_ND) / num_groups
+    assert not fit_kmeans(point_ND, num_groups, seed).price_K.any()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_stream_of_tight_clouds_ends_balanced(seed):
+    """Of the points of its start, as prices are found with those."""
+    start_ND = draw_unit_points("clouds", seed)
+    generator = torch.Generator().manual_seed(seed)
+    streamed = StreamedKMeans(fit_kmeans(start_ND, 4, seed, balanced=True), start_ND, balanced=True)
+    for _ in range(30):
+        streamed.step(start_ND[torch.randint(len(start_ND), (128,), generator=generator)])
+    count_K = torch.bincount(streamed.finish().assign(start_ND)[0], minlength=4)
+    assert count_K.max() <= 1.1 * len(start_ND) / 4
+
+
+def test_a_balanced_start_is_taken_before_a_closer_one_that_is_not():
+    """Of these clouds the start that costs least has a group of 3.7 times its share."""
+    generator = torch.Generator().manual_seed(1)
+    sizes = (400, 200, 100, 50, 50, 25, 25, 10)
+    clouds = [torch.randn(n, 8, generator=generator) + 8 * torch.randn(8, generator=generator) for n in sizes]
+    point_ND = torch.cat(clouds)
+    group_N, _ = fit_kmeans(point_ND, 8, seed=1, balanced=True).assign(point_ND)
+    assert torch.bincount(group_N).max() <= 1.1 * len(point_ND) / 8
 
 
 def test_a_price_moves_the_border_and_nothing_else():
