@@ -232,7 +232,9 @@ def test_an_average_leaves_frozen_weights_as_they_are_and_copies_no_images_or_te
     callback = build_weight_averaging(*average[1:], total_steps=300)[0]
     module = pl.LightningModule()
     module.frozen = torch.nn.Linear(64, 64).requires_grad_(False)
-    module.images = ResidentImages(torch.arange(3), torch.zeros(3, 1, 8, 8, dtype=torch.uint8), torch.zeros(3) > 0)
+    module.images = ResidentImages(
+        torch.arange(3), torch.zeros(3, 1, 8, 8, dtype=torch.uint8), torch.zeros(3) > 0, torch.ones(3) > 0
+    )
     module.teachers = RoutedTeachers([], top_k=1, tail="zero")
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     callback.setup(None, module, "fit")
