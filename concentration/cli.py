@@ -37,11 +37,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     # Read when torch is imported: with two threads on a small shared machine a step was seen to take 20 to 100 times longer.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(_usage())
-        sys.exit(0 if arguments else ConfigError.exit_code)
-    verb, *rest = arguments
+    verb, *rest = arguments or ["help"]
     try:
+        if verb in ("-h", "--help", "help"):
+            print(_usage())
+            sys.exit(0 if arguments else ConfigError.exit_code)
         if verb in ("completion", OPTION) and len(rest) == 1:
             print(get_script(*rest) if verb == "completion" else "\n".join(complete(*rest)))
             sys.exit(0)

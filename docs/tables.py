@@ -19,7 +19,7 @@ import yaml
 from matplotlib.figure import Figure
 
 from concentration.config import check_config, find_config_directory
-from concentration.errors import ConfigError
+from concentration.errors import ConcentrationError, ConfigError
 from concentration.pipeline.graph import RunConfig
 
 DOCS = Path(__file__).parent
@@ -282,12 +282,19 @@ def _write_spread(values: Sequence[float], digits: int) -> str:
     return f"{mean:.{digits}f}" + (f" ± {half:.{digits}f}" if len(values) > 1 else "")
 
 
+def _collect_into_results(table: str, workdir: str, *overrides: str) -> None:
+    found = collect(table, Path(workdir), overrides)
+    path = RESULTS / f"{_name_result(found)}.json"
+    if path.exists():
+        found = merge(json.loads(path.read_text()), found)
+    path.write_text(json.dumps(found, indent=1) + "\n")
+
+
 if __name__ == "__main__":
     if sys.argv[1:2] == ["collect"]:
-        found = collect(sys.argv[2], Path(sys.argv[3]), sys.argv[4:])
-        result_path = RESULTS / f"{_name_result(found)}.json"
-        if result_path.exists():
-            found = merge(json.loads(result_path.read_text()), found)
-        result_path.write_text(json.dumps(found, indent=1) + "\n")
+        try:
+            _collect_into_results(*sys.argv[2:])
+        except ConcentrationError as error:
+            sys.exit(f"tables: {error}")
     PAGE.write_text(write_page(), encoding="utf-8")
     draw_pictures()

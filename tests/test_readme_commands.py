@@ -62,7 +62,8 @@ def test_own_images_from_a_folder_to_an_export_and_next_months_verticals(root, t
     assert "finished already" in type_in(find_command("concentrate targets workdir=runs/mine gate.action=stop"),
                                          "gate.action=report")  # fmt: skip
     type_in(find_command("concentrate targets workdir=runs/mine verify=true"))
-    type_in(find_command("concentrate student workdir=runs/mine targets=online"), "name=online")
+    type_in(find_command("concentrate student workdir=runs/mine targets=online"))
+    type_in(find_command("concentrate targets workdir=runs/mine targets.name=packed"))
     type_in(find_command("concentrate calibrate name=student workdir=runs/mine"))
 
     without = type_in(find_command("concentrate remove vertical=cars"))

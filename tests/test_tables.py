@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -108,6 +110,11 @@ def test_the_page_says_which_commit_trained_which_seeds():
 def test_nothing_finished_is_one_line(tmp_path):
     with pytest.raises(ConfigError, match=r"no finished row of table1; run launch/tables/run.sh table1"):
         tables.collect("table1", tmp_path, [])
+    command = [sys.executable, ROOT / "docs/tables.py", "collect", "table1", tmp_path]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode
+    assert ended.stderr.startswith("tables: ")
+    assert ended.stderr.count("\n") == 1
 
 
 def test_the_page_is_up_to_date():

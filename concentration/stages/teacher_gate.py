@@ -173,10 +173,14 @@ def _find_problems(
     return problems
 
 
+#: Points of a loss curve that are enough to see where it goes.
+_LEAST_LOSSES = 5
+
+
 def _look_at_loss(path: Path) -> list[str]:
-    """Whether the training loss of our own teacher ended above its start."""
+    """Whether the training loss of our own teacher ended above its start; single batches of a short run say nothing."""
     losses = [line["train/loss"] for line in load_metrics(path) if "train/loss" in line]
     last = float(np.mean(losses[-max(1, len(losses) // 10) :])) if losses else 0.0
-    if len(losses) > 1 and last > losses[0]:
+    if len(losses) >= _LEAST_LOSSES and last > losses[0]:
         return [f"it diverged: its loss rose from {losses[0]:.4g} to {last:.4g}"]
     return []

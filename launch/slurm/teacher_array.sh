@@ -2,7 +2,7 @@
 # The teachers of all verticals, one an array task; each saves, is requeued and continues by itself.
 #
 #   mkdir -p /shared/logs && cd /shared/logs
-#   sbatch --array=0-19 --gpus-per-node=1 /path/to/launch/slurm/teacher_array.sh workdir=/shared/eft base.name=resnet50
+#   sbatch --array=0-19 --gpus-per-node=1 /path/to/launch/slurm/teacher_array.sh workdir=/shared/eft base=timm base.name=resnet50
 #
 # Task N trains the N-th vertical of WORKDIR/shards/taxonomy.json (VERTICALS="birds cars" gives others) in
 # WORKDIR/teachers/VERTICAL: what has finished returns at once, so the whole array may be submitted again.

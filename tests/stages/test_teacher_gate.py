@@ -64,10 +64,12 @@ def test_a_loss_that_rose_answers_that_are_constant_and_no_validation_are_told(w
     shutil.copytree(workdir, copy)
     shutil.rmtree(copy / "targets", ignore_errors=True)
     shutil.rmtree(copy / "students/generalist")
-    lines = [json.dumps({"step": step, "seconds": 1, "train/loss": loss}) for step, loss in enumerate((2.0, 1.0, 9.0))]
-    (copy / "teachers/fruit/metrics.jsonl").write_text("\n".join(lines))
+    for vertical, losses in (("fruit", (2.0, 1.0, 3.0, 6.0, 9.0)), ("tools", (2.0, 9.0))):
+        lines = [json.dumps({"step": step, "seconds": 1, "train/loss": loss}) for step, loss in enumerate(losses)]
+        (copy / "teachers" / vertical / "metrics.jsonl").write_text("\n".join(lines))
     out = concentrate_here("targets", f"workdir={copy}")
     assert "NOTE: teacher of fruit: it diverged: its loss rose from 2 to 9" in out
+    assert out.count("diverged") == 1, "two batches' losses say nothing"
     assert "worse than" not in out, "there is nothing to compare it with"
     assert load_json(copy / "gates/tools.json")["generalist_ap"] is None
     shutil.rmtree(copy / "targets")
