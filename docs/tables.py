@@ -79,8 +79,7 @@ def collect(table: str, workdir: Path, overrides: Sequence[str]) -> dict:
     Raises: ConfigError where nothing is.
     """
     rows: dict[str, dict] = {}
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(command, cwd=DOCS, capture_output=True, text=True, check=False).stdout.strip()
+    commit = _find_commit()
     students = list(list_rows(table, overrides))
     seeds = sorted(workdir.glob("seed-*"), key=lambda path: int(path.name.removeprefix("seed-")))
     seeds = [seed for seed in seeds if any((seed / "evaluations" / f"{name}.json").exists() for name in students)]
@@ -145,6 +144,15 @@ def draw_pictures() -> None:
             _draw_verticals(result, path.with_suffix(".png"))
         elif experiment in LOSSES:
             _draw_losses(result, path.with_suffix(".png"))
+
+
+def _find_commit() -> str:
+    """Of this checkout; nothing where it is a copy, or git is not installed."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(command, cwd=DOCS, capture_output=True, text=True, check=False).stdout.strip()
+    except FileNotFoundError:
+        return ""
 
 
 def _name_experiment(result: Mapping) -> str:
