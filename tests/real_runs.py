@@ -28,6 +28,7 @@ from PIL import Image
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 IMAGE_SIZE = 16
+SKY = ("moon", "star", "comet")
 #: A network that one thread trains at some 100 steps a second, without batch statistics.
 TINY_NETWORK = ("base.channels=[4,8]", "base.norm=group", "top.top1=12", "top.top2=8", "top.norm=layer")
 #: 13 steps an epoch over the 200 images of `write_shards`.
@@ -269,6 +270,20 @@ def prepare_shards(directory: Path, **options) -> Path:
     concentrate("prepare", "data=shards", f"data.path={shards}", f"data.image_size={IMAGE_SIZE}", f"workdir={workdir}",
                 "num_processes=1", directory=directory)  # fmt: skip
     return workdir
+
+
+def append_sky(directory: Path) -> None:
+    """Tars of a new vertical, some of whose images are labelled with an old class, too; and their classes behind the others."""
+    given = directory / "given"
+    taxonomy = taxonomy_of_fruit_and_tools()
+    taxonomy["classes"] += [{"id": c, "vertical": "sky"} for c in SKY]
+    (given / "taxonomy.json").write_text(json.dumps(taxonomy))
+    for split, count, number in (("train", 48, 4), ("val", 18, 1), ("test", 18, 1)):
+        labels = [[SKY[n % 3], "saw"] if n % 8 == 7 else [SKY[n % 3]] for n in range(count)]
+        samples = [(f"sky-{split}{n}", of, draw_image(of[0], 3000 + n)) for n, of in enumerate(labels)]
+        write_tar(given / f"{split}-{number:06d}.tar", samples)
+    concentrate_here("prepare", "data=shards", f"data.path={given}", "data.image_size=16", f"workdir={directory / 'work'}",
+                "num_processes=1", "append=true")  # fmt: skip
 
 
 def record_samples() -> None:

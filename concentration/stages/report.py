@@ -18,6 +18,7 @@ from concentration.schema import FolderName
 from concentration.stages.calibrate import CALIBRATIONS
 from concentration.stages.evaluate import EVALUATIONS, load_answers
 from concentration.stages.prepare import SHARDS, SUMMARY_PICTURE, SUMMARY_TEXT, DataOverrides, load_prepared
+from concentration.stages.report_comparable import IMAGES, split_comparable
 from concentration.stages.report_headline import subject_of
 from concentration.stages.report_page import ReportInputs, build_report_page
 from concentration.stages.run_directory import SPEED_FILE, RunDirectory, StageConfig
@@ -38,7 +39,7 @@ FIRST, LAST = "generalist", "specialists"
 class ReportConfig(StageConfig):
     """Writes `report/index.html` and `report/metrics.json`.
 
-    name: the student that the page is about.
+    name: the student that the page is about; evaluations on other test images than its own stand apart.
     compare: two evaluations, the one in service first: class by class, what the other gained and lost.
     """
 
@@ -54,11 +55,14 @@ def report(config: ReportConfig) -> None:
     """
     evaluations = _load_evaluations(config)
     picture, text = (config.workdir / SHARDS / name for name in (SUMMARY_PICTURE, SUMMARY_TEXT))
-    subject = subject_of(evaluations)
+    name = config.name if config.name in evaluations else subject_of(evaluations)
+    comparable, elsewhere = split_comparable(evaluations, name)
+    subject = subject_of(comparable)
     inputs = ReportInputs(
         title=f"Knowledge concentration: {config.workdir.name}",
         workdir=str(config.workdir),
-        evaluations=evaluations,
+        evaluations=comparable,
+        elsewhere=elsewhere,
         curves=_load_curves(config.workdir),
         configs=_load_configs(config.workdir),
         target_sets=_load_target_sets(config.workdir),
@@ -85,6 +89,7 @@ def _load_evaluations(config: ReportConfig) -> dict[str, dict]:
     paths = {path.stem: path for path in (config.workdir / EVALUATIONS).glob("*.json")}
     loaded = {name: json.loads(path.read_text()) for name, path in paths.items()}
     loaded = {name: evaluation for name, evaluation in loaded.items() if evaluation["split"] == "test"}
+    loaded = {name: e | {IMAGES: _identify_images(config.workdir, name)} for name, e in loaded.items()}
     if not loaded:
         raise ConfigError(
             f"{config.workdir / EVALUATIONS}: nothing evaluated yet; run `concentrate evaluate name=NAME` first"
@@ -97,6 +102,13 @@ def _load_evaluations(config: ReportConfig) -> dict[str, dict]:
             )
     others = sorted(set(loaded) - {FIRST, config.name, LAST})
     return {name: loaded[name] for name in (FIRST, config.name, *others, LAST) if name in loaded}
+
+
+def _identify_images(workdir: Path, name: str) -> dict[str, str]:
+    """What the evaluation read beside the network; empty where that is not known, as of one that is being made anew."""
+    directory = RunDirectory(workdir / EVALUATIONS / name)
+    upstream = directory.load_upstream() if directory.is_finished else {}
+    return {key: value for key, value in upstream.items() if key != "checkpoint"}
 
 
 def _compare_answers(workdir: Path, first: str, second: str) -> dict | None:

@@ -1,8 +1,10 @@
 """The report's parts that put two networks beside each other: student and teachers, a new student and the one in service."""
 
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
+from concentration.stages.report_comparable import describe_images, is_comparable
 from concentration.stages.report_values import (
     DASH,
     as_mapping,
@@ -129,19 +131,38 @@ def build_teachers_part(
 
 def _describe(names: Sequence[str], first: Mapping, second: Mapping, counts: Mapping, overall: Mapping) -> str:
     total = {kind: sum(of_vertical[kind] for of_vertical in counts.values()) for kind in ("gained", "lost", "level")}
+    if is_comparable(first, second):
+        pairs = {label: (first.get(key), second.get(key)) for key, label in (("mpvap", "mpvap"), ("top1", "top-1"))}
+        apart = ""
+    else:
+        pairs = _average_over_both(first, second)
+        apart = (
+            f"They were measured on different test images: {describe_images(first)}, and {describe_images(second)}. "
+        )
     parts = []
-    for key, label in (("mpvap", "mpvap"), ("top1", "top-1")):
-        before, after = as_number(first.get(key)), as_number(second.get(key))
+    for label, pair in pairs.items():
+        before, after = map(as_number, pair)
         if before is not None and after is not None:
             parts.append(
                 f"{label} {format_percent(before)} → {format_percent(after)} ({format_points(after - before)})"
             )
     text = f"{names[1]} against {names[0]}: {', '.join(parts)}. " if parts else ""
+    text += apart
     text += f"{total['gained']} classes gained AP, {total['lost']} lost some, {total['level']} are level."
     if overall:
         newly, lost = (as_number(overall.get(key)) for key in ("only_second_right", "only_first_right"))
         text += f" {format_count(newly)} test images are newly right, {format_count(lost)} newly wrong."
     return text
+
+
+def _average_over_both(first: Mapping, second: Mapping) -> dict[str, tuple[float, float]]:
+    """The mean pvap of the verticals that both have; nothing else of them can be had from a part of the images."""
+    before, after = (as_mapping(e.get("pvap")) for e in (first, second))
+    both = [v for v in before if as_number(before[v]) is not None and as_number(after.get(v)) is not None]
+    if not both:
+        return {}
+    label = f"mpvap over the {len(both)} vertical{'s' * (len(both) != 1)} of both"
+    return {label: (fmean(before[v] for v in both), fmean(after[v] for v in both))}
 
 
 def _describe_vertical(vertical: str, first: Mapping, second: Mapping, counts: Mapping, flips: Mapping) -> dict:

@@ -6,6 +6,7 @@ from typing import Any
 from markupsafe import Markup
 
 from concentration.stages.report_charts import Bar, draw_scale
+from concentration.stages.report_comparable import describe_images
 from concentration.stages.report_values import (
     DASH,
     as_mapping,
@@ -116,27 +117,36 @@ def build_tiles(evaluations: Mapping[str, Mapping], subject: str, sizes: Mapping
     return tiles
 
 
-def build_headline_table(evaluations: Mapping[str, Mapping]) -> dict[str, Any]:
-    """Column titles and rows of the first table; a metric that no evaluation has is no column."""
-    values = {m: {n: as_number(e.get(m)) for n, e in evaluations.items()} for m in METRICS}
+def build_headline_table(evaluations: Mapping[str, Mapping], elsewhere: Mapping[str, Mapping]) -> dict[str, Any]:
+    """Column titles and rows of the first table; a metric that no evaluation has is no column.
+
+    Of `elsewhere`, rows by the test images that they were measured on, none of them best at anything.
+    """
+    everything = {**evaluations, **elsewhere}
+    values = {m: {n: as_number(e.get(m)) for n, e in everything.items()} for m in METRICS}
     metrics = [m for m in METRICS if m == "mpvap" or any(v is not None for v in values[m].values())]
-    best = {m: max((v for v in values[m].values() if v is not None), default=None) for m in metrics}
+    best = {m: max((v for n in evaluations if (v := values[m][n]) is not None), default=None) for m in metrics}
     low, high = (as_number(as_mapping(evaluations.get(name)).get("mpvap")) for name in ("generalist", "specialists"))
     has_gap = low is not None and high is not None and high - low >= SMALLEST_GAP
     rows = []
-    for name, evaluation in evaluations.items():
-        mpvap = values["mpvap"][name]
-        cells = [_cell(format_percent(values[m][name]), is_best=values[m][name] == best[m]) for m in metrics]
+    by_images: dict[str, list[dict[str, Any]]] = {}
+    for name, evaluation in everything.items():
+        mpvap, is_comparable = values["mpvap"][name], name in evaluations
+        cells = [
+            _cell(format_percent(values[m][name]), is_best=is_comparable and values[m][name] == best[m])
+            for m in metrics
+        ]
         if has_gap:
-            known = mpvap is not None and name not in ("generalist", "specialists")
+            known = is_comparable and mpvap is not None and name not in ("generalist", "specialists")
             cells.append(_cell(_format_share((mpvap - low) / (high - low)) if known else DASH))
         parts = as_mapping(evaluation.get("num_parameters"))
         detail = ", ".join(f"{part} {format_short(as_number(parts.get(part)))}" for part in ("base", "top"))
         cells.append(_cell(format_short(_total_parameters(evaluation)), title=detail))
         cells.append(_cell(format_short(as_number(evaluation.get("multiply_adds")))))
-        rows.append({"name": name, "cells": cells})
+        own_rows = rows if is_comparable else by_images.setdefault(describe_images(evaluation), [])
+        own_rows.append({"name": name, "cells": cells})
     columns = [METRICS[m] for m in metrics] + ["gap closed"] * has_gap + ["parameters", "multiply-adds"]
-    return {"columns": columns, "rows": rows}
+    return {"columns": columns, "rows": rows, "elsewhere": by_images}
 
 
 def _cell(text: str, is_best: bool = False, title: str = "") -> dict[str, Any]:

@@ -57,8 +57,10 @@ class ReportInputs:
 
     title: str
     workdir: str
-    #: evaluations/NAME.json by NAME.
+    #: evaluations/NAME.json by NAME, all on the same test images.
     evaluations: Mapping[str, Mapping[str, Any]]
+    #: Those on other test images, which are compared with none of the former.
+    elsewhere: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     #: The lines of metrics.jsonl by run, as in "students/generalist" or "teachers/latin".
     curves: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
     #: The resolved configuration by run.
@@ -86,9 +88,11 @@ class ReportInputs:
 def build_report_page(inputs: ReportInputs) -> str:
     """The report as HTML text that loads nothing from elsewhere. Names are escaped; missing values are dashes."""
     evaluations = {name: as_mapping(evaluation) for name, evaluation in inputs.evaluations.items()}
+    elsewhere = {name: as_mapping(evaluation) for name, evaluation in inputs.elsewhere.items()}
+    everything = {**evaluations, **elsewhere}
     runs = {run: read_curves(lines) for run, lines in inputs.curves.items()}
     colors = _assign_colors(
-        [*evaluations, *(run.removeprefix("students/") for run in runs if run.startswith("students/"))]
+        [*everything, *(run.removeprefix("students/") for run in runs if run.startswith("students/"))]
     )
     subject = subject_of(evaluations)
     sizes = _vertical_sizes(evaluations)
@@ -103,7 +107,7 @@ def build_report_page(inputs: ReportInputs) -> str:
         sentence_log_softmax=describe_gap_log_softmax(evaluations),
         scale=draw_headline_scale(evaluations, colors),
         tiles=build_tiles(evaluations, subject, sizes),
-        headline=build_headline_table(evaluations),
+        headline=build_headline_table(evaluations, elsewhere),
         crops=build_crops_part(evaluations),
         bars=_build_bars(evaluations, colors, verticals, sizes),
         pvap_table=_build_pvap_table(evaluations, verticals, sizes),
@@ -116,7 +120,7 @@ def build_report_page(inputs: ReportInputs) -> str:
         ap_charts=report_curves.draw_vertical_charts(runs, colors, order, "val/", "/ap"),
         targets=build_targets_part(inputs.target_sets, inputs.students),
         teachers=build_teachers_part(inputs.gates, ("specialists", subject), evaluations, inputs.agreement),
-        comparison=build_comparison_part(inputs.compare, evaluations, inputs.compare_agreement),
+        comparison=build_comparison_part(inputs.compare, everything, inputs.compare_agreement),
         calibration=build_calibration_part(inputs.calibrations, subject),
         data_picture=f"data:image/png;base64,{base64.b64encode(inputs.data_picture).decode()}"
         if inputs.data_picture
@@ -129,7 +133,7 @@ def build_report_page(inputs: ReportInputs) -> str:
         configs={run: flatten_config(config) for run, config in inputs.configs.items()},
         commands=list(inputs.commands),
         facts=dict(inputs.facts),
-        checkpoints={name: c for name, e in evaluations.items() if isinstance(c := e.get("checkpoint"), str)},
+        checkpoints={name: c for name, e in everything.items() if isinstance(c := e.get("checkpoint"), str)},
     )
     return UNPRINTABLE.sub("\ufffd", page)
 

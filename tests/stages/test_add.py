@@ -9,12 +9,12 @@ import pytest
 from real_runs import (
     TINY,
     TINY_TRAINER,
+    append_sky,
     concentrate_here,
     draw_image,
     load_json,
     load_weights,
     prepare_shards_here,
-    taxonomy_of_fruit_and_tools,
     write_tar,
 )
 
@@ -23,25 +23,10 @@ from concentration.errors import ConfigError, DataError
 from concentration.stages.add import choose_samples
 from concentration.taxonomy import Taxonomy
 
-SKY = ("moon", "star", "comet")
 TINY_ADD = (
     *TINY_TRAINER, "teacher.base.channels=[4,8]", "teacher.base.norm=group", "teacher.top.top1=12", "teacher.top.top2=8",
     "teacher.top.norm=layer", "teacher.trainer.num_workers=0", "teacher.trainer.batch_size=16", "teacher.trainer.max_epochs=4",
 )  # fmt: skip
-
-
-def grow(directory: Path) -> None:
-    """Tars of a new vertical, some of whose images are labelled with an old class, too; and their classes behind the others."""
-    given = directory / "given"
-    taxonomy = taxonomy_of_fruit_and_tools()
-    taxonomy["classes"] += [{"id": c, "vertical": "sky"} for c in SKY]
-    (given / "taxonomy.json").write_text(json.dumps(taxonomy))
-    for split, count, number in (("train", 48, 4), ("val", 18, 1), ("test", 18, 1)):
-        labels = [[SKY[n % 3], "saw"] if n % 8 == 7 else [SKY[n % 3]] for n in range(count)]
-        samples = [(f"sky-{split}{n}", of, draw_image(of[0], 3000 + n)) for n, of in enumerate(labels)]
-        write_tar(given / f"{split}-{number:06d}.tar", samples)
-    concentrate_here("prepare", "data=shards", f"data.path={given}", "data.image_size=16", f"workdir={directory / 'work'}",
-                "num_processes=1", "append=true")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +39,7 @@ def workdir(tmp_path_factory) -> Path:
         concentrate_here("teacher", f"vertical={vertical}", *common)
     concentrate_here("targets", f"workdir={workdir}", "targets.top_k=5")
     concentrate_here("student", "targets.top_k=5", *common)
-    grow(directory)
+    append_sky(directory)
     return workdir
 
 
@@ -158,7 +143,7 @@ def earlier(tmp_path_factory) -> dict[str, Path]:
             concentrate_here(
                 "student", "name=softmax", "targets=labels", "loss=softmax", *common, "trainer.max_steps=1"
             )
-        grow(directory)
+        append_sky(directory)
         found[kind] = workdir
     return found
 

@@ -318,3 +318,20 @@ def test_the_gap_sentence_is_true_in_any_order(generalist, student, specialists,
     assert re.search(expected, sentence), sentence
     assert sentence.endswith(".")
     assert sentence.count(". ") == 0
+
+
+def test_what_was_measured_elsewhere_is_in_no_comparison():
+    values = {"generalist": 0.6, "student": 0.7, "small": 0.5, "specialists": 0.75}
+    evaluations = {name: _evaluation(value) for name, value in values.items()}
+    elsewhere = {"lucky": _evaluation(0.99, dict.fromkeys(VERTICALS[:9])) | {"multiply_adds": 1e6}, "broken": None}
+    page = build_report_page(_full_inputs(evaluations=evaluations, elsewhere=elsewhere))
+    text = _Page(page).text
+    results = page.partition('id="results"')[2].partition("</section>")[0]
+    assert "67%" in results, "of the gap closed"
+    assert re.search(r"<bdi>lucky</bdi></th><td>99\.0%</td>.*<td>–</td>", results), "neither bold nor part of a gap"
+    assert "1,000 test images in 9 verticals (vertical 0, " in text
+    assert "vertical 5 and 3 more)" in text
+    assert "– test images in unknown verticals" in text
+    for section in ("tradeoff", "verticals", "classes"):
+        assert "student" in page.partition(f'<section id="{section}">')[2].partition("</section>")[0]
+        assert "lucky" not in page.partition(f'<section id="{section}">')[2].partition("</section>")[0]
