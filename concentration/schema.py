@@ -204,8 +204,7 @@ _TEXT_PROBLEMS = ("string_type", "path_type")
 def _describe_error(model: type[pydantic.BaseModel], error: pydantic.ValidationError) -> str:
     problems = error.errors()
     # Where a text or a list may be given, pydantic tells why it is not the one and why it is not the other.
-    texts = [problem["loc"] for problem in problems if problem["type"] != "tuple_type"]
-    paths = [_follow(model, location)[0] for location in texts]
+    paths = [_follow(model, problem["loc"])[0] for problem in problems if problem["type"] != "tuple_type"]
     lines = []
     for problem in problems:
         path = _follow(model, problem["loc"])[0]

@@ -71,7 +71,7 @@ def hash_image(content: bytes) -> int | None:
 
     Source: `imagehash.phash`, the signs of the 8 x 8 lowest frequencies; 32 are set, so distances are even.
     """
-    pixels, *_ = decode_view(content, WholeImage(), 0, _IMAGE_SIZE)
+    pixels = decode_view(content, WholeImage(), 0, _IMAGE_SIZE)[0]
     grey = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0))).convert("L")
     if np.asarray(grey).std() < _MIN_CONTRAST:
         return None

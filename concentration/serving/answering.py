@@ -48,7 +48,7 @@ def decode_images(inputs: Sequence[InputImage], image_size: int) -> tuple[np.nda
     errors: list[str | None] = [None] * len(inputs)
     for row, image in enumerate(inputs):
         try:
-            images[row], *_ = decode_view(image.read(), CentreView(), 0, image_size)
+            images[row] = decode_view(image.read(), CentreView(), 0, image_size)[0]
         except UNDECODABLE as error:
             errors[row] = describe_undecodable(error)
     return images, np.array([error is None for error in errors], dtype=bool), errors

@@ -63,7 +63,7 @@ def _describe_sample(subject: Subject, ordinal: int, scores_C: Tensor, encoded: 
 
 def _to_data_uri(encoded: bytes) -> str:
     size = min(GALLERY_PIXELS, max(open_image(encoded).size))
-    pixels, *_ = decode_view(encoded, CentreView(), 0, size)
+    pixels = decode_view(encoded, CentreView(), 0, size)[0]
     buffer = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0))).save(buffer, "PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
