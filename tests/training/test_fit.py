@@ -2,6 +2,7 @@
 
 import collections
 import math
+import os
 import shutil
 import signal
 import subprocess
@@ -173,6 +174,27 @@ def test_two_processes_note_damaged_images_and_divergence_at_the_last_step(tmp_p
     assert done.returncode != 0
     assert "the loss is not finite" in done.stderr
     assert not (workdir / "students/diverged/DONE.json").exists()
+
+
+def test_a_rank_ends_as_it_should_but_does_not_take_its_interpreter_apart(prepared, tmp_path):
+    """Gloo's threads, which let go of tensors meanwhile, were seen to abort one in thirty."""
+    look_at_end = """if True:
+        import atexit, os
+        class Part:
+            def __del__(self): os.write(1, b"taken apart")
+        part = Part()
+        atexit.register(lambda: print("hooks were run"))
+        from concentration.cli import main
+        main()
+    """
+    options = ["student", f"workdir={prepared}", "name=ends", *FEW]
+    rank = {"TORCHELASTIC_RUN_ID": "test", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": "0", "RANK": "0", "LOCAL_RANK": "0", "GROUP_RANK": "0"}  # fmt: skip
+    command = [sys.executable, "-c", look_at_end, *options]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200, env=os.environ | rank)
+    assert done.returncode == 0, done.stderr
+    assert "hooks were run" in done.stdout
+    assert "taken apart" not in done.stdout
 
 
 def test_more_processes_than_were_started_are_refused(prepared):
