@@ -47,8 +47,16 @@ from concentration.training.optimizers import OptimizerConfig
 
 
 class TeacherParts(NetworkParts):
-    """`external`: by vertical, a model of the user's own; the other verticals' teachers are trained."""
+    """How teachers are trained, and which are not.
 
+    from_generalist: each starts from the base network of the run's generalist, for which it waits, instead of from random
+        weights: "specialists" as Hinton et al. (2015, section 5.3) train them.
+    external: by vertical, a model of the user's own; the other verticals' teachers are trained.
+    """
+
+    later_fields: ClassVar[frozenset[str]] = frozenset({"from_generalist"})
+
+    from_generalist: bool = False
     external: dict[str, ExternalConfig] = pydantic.Field(default_factory=dict)
 
 
@@ -107,6 +115,16 @@ class RunConfig(TrainedRun, LabelsConfig):
         taken = {GENERALIST, SPECIALISTS, *(COMPARED if self.compare is not None else ())}
         if self.name in taken:
             raise ValueError(f"name={self.name} is taken by the run's own {self.name}; give the student another name")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _check_start_of_teachers(self):
+        bases = [parts.base.starting_from(GENERALIST) for parts in (self.teacher, self.generalist)]
+        if self.teacher.from_generalist and bases[0] != bases[1]:
+            raise ValueError(
+                "teacher.from_generalist=true: teacher.base is not generalist.base, whose weights it would take; give both the "
+                "same, or set it to false"
+            )
         return self
 
     @pydantic.model_validator(mode="after")
@@ -232,6 +250,7 @@ def find_due(jobs: Sequence[Job]) -> set[str]:
 
 def _teacher_job(config: RunConfig, taxonomy: Taxonomy, number: int) -> Job:
     vertical, num_classes = taxonomy.verticals[number], taxonomy.vertical_sizes[number]
+    after = ()
     if vertical in config.teacher.external:
         stage = ExternalTeacherConfig(
             **get_shared(config), vertical=vertical, external=config.teacher.external[vertical]
@@ -239,6 +258,9 @@ def _teacher_job(config: RunConfig, taxonomy: Taxonomy, number: int) -> Job:
         summary, resources = f"taking over a model for {num_classes} classes", Resources()
     else:
         parts = get_parts(config.teacher)
+        if config.teacher.from_generalist:
+            parts["base"] = config.teacher.base.starting_from(GENERALIST)
+            after = (f"student {GENERALIST}",)
         stage = TeacherConfig(
             **get_shared(config),
             **parts,
@@ -249,7 +271,7 @@ def _teacher_job(config: RunConfig, taxonomy: Taxonomy, number: int) -> Job:
         )
         summary, resources = f"training the specialist of {num_classes} classes", get_resources(config.teacher.trainer)
     directory = config.workdir / TEACHERS / vertical
-    return Job(f"teacher {vertical}", "teacher", stage, directory, (), summary, resources, number)
+    return Job(f"teacher {vertical}", "teacher", stage, directory, after, summary, resources, number)
 
 
 def _targets_job(config: RunConfig, vertical: str, number: int) -> Job:

@@ -4,6 +4,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from concentration.config import check_config, find_config_directory
+from concentration.errors import ConfigError
 from concentration.pipeline.graph import build_jobs
 
 
@@ -29,6 +30,26 @@ def test_coarse_labels_are_left_out_for_all_but_a_student_of_teachers(targets, t
     teachers = {f"teacher {vertical}": "skip" for vertical in taxonomy.verticals}
     student = "use" if targets == "soft" else "skip"
     assert trained == {"student generalist": "skip", "student student": student, **teachers}
+
+
+def test_teachers_that_start_from_the_generalist_wait_for_it(taxonomy, tmp_path):
+    jobs = jobs_of(taxonomy, f"workdir={tmp_path}", "teacher.from_generalist=true")
+    teachers = [jobs[f"teacher {vertical}"] for vertical in taxonomy.verticals]
+    assert {job.after for job in teachers} == {("student generalist",)}
+    assert {job.config.base.checkpoint for job in teachers} == {"generalist"}
+    assert jobs["student generalist"].config.base.checkpoint is None
+
+
+def test_pretrained_weights_are_the_generalists_where_teachers_start_from_it(taxonomy, tmp_path):
+    given = ["base=timm", "base.name=resnet18", "base.pretrained=true", "teacher.from_generalist=true"]
+    jobs = jobs_of(taxonomy, f"workdir={tmp_path}", *given)
+    bases = [jobs[name].config.base for name in ("student generalist", f"teacher {taxonomy.verticals[0]}")]
+    assert [(base.pretrained, base.checkpoint) for base in bases] == [(True, None), (False, "generalist")]
+
+
+def test_teachers_of_another_base_cannot_start_from_the_generalist(taxonomy, tmp_path):
+    with pytest.raises(ConfigError, match=r"teacher\.base is not generalist\.base"):
+        jobs_of(taxonomy, f"workdir={tmp_path}", "teacher.from_generalist=true", "teacher.base={kind: googlenet}")
 
 
 def test_what_asks_networks_reads_with_as_many_processes_as_what_trains_them(taxonomy, tmp_path):

@@ -25,6 +25,10 @@ class BaseNetworkConfig(Config):
     std: PerChannelPositive = (0.5, 0.5, 0.5)
     """What the difference is then divided by."""
 
+    def starting_from(self, checkpoint: str) -> Self:
+        """The same network with other weights to start from."""
+        return self.model_copy(update={"checkpoint": checkpoint})
+
     def without_taps(self) -> Self:
         """The same network as it is served."""
         return self

@@ -31,6 +31,9 @@ class TimmConfig(BaseNetworkConfig):
     std: PerChannelPositive | None = None
     """As `mean`."""
 
+    def starting_from(self, checkpoint: str) -> Self:
+        return self.model_copy(update={"checkpoint": checkpoint, "pretrained": False})
+
     @model_validator(mode="after")
     def _check_one_source_of_weights(self) -> Self:
         if self.pretrained and self.checkpoint is not None:
