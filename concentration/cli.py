@@ -1,22 +1,20 @@
 """`concentrate VERB [overrides]`: the command line. Hydra composes, the config is checked, one stage runs."""
 
-import atexit
 import multiprocessing
 import os
 import signal
 import sys
-import threading
 import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from concentration import preemption
 from concentration.completion import OPTION, complete, get_script
 from concentration.config import VERBS, check_config, describe_composition_error, find_config_directory
 from concentration.errors import ConcentrationError, ConfigError, Preempted
-from concentration.processes import check_surroundings, raise_file_limit
+from concentration.processes import check_surroundings, end, raise_file_limit
 from concentration.schema import suggest
 from concentration.stages.verbs import split_words
 from concentration.streams import open_streams
@@ -60,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except BrokenPipeError:  # `concentrate run --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         exit_code = 0
-    _exit(exit_code)
+    end(exit_code)
 
 
 def run_verb(verb: str, composed: Any, words: Sequence[str] = ()) -> int:
@@ -173,22 +171,6 @@ def _worst(exit_codes: Sequence[int]) -> int:
     """A bug is worse than a mistake, and a mistake worse than a preemption, which another try would finish."""
     severity = {0: 0, 75: 1, 2: 2}
     return max(exit_codes, key=lambda code: severity.get(code, 3), default=0)
-
-
-def _exit(code: int) -> NoReturn:
-    """Ends this process; one of several ranks without taking the interpreter apart.
-
-    Gloo's threads may let go of their last tensors only then, which aborts a rank that has finished (-6 in place of 0): one in
-    thirty, and `destroy_process_group` does not end those threads once there was a DDP.
-    """
-    # Most verbs end without torch, whose import takes seconds.
-    if "concentration.distributed" in sys.modules and sys.modules["concentration.distributed"].is_distributed():
-        threading._shutdown()
-        atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
 
 
 def _say(error: ConcentrationError) -> int:

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 from concentration import preemption
+from concentration.processes import end
 from concentration.streams import open_streams
 
 if __name__ == "__main__":
@@ -11,4 +12,4 @@ if __name__ == "__main__":
     open_streams()
     from concentration.pipeline.jobs import run_frozen
 
-    sys.exit(run_frozen(Path(sys.argv[1])))
+    end(run_frozen(Path(sys.argv[1])))
