@@ -100,7 +100,7 @@ def build_pace_part(runs: Mapping[str, Curves], order: Sequence[str]) -> PacePar
             format_short(float(points[0, 1])),
             format_short(float(points[-1, 1])),
             f"× {points[-1, 1] / points[0, 1]:.3f}" if points[0, 1] else DASH,
-            format_short(float(routed[vertical][:, 1].mean())) if vertical in routed else DASH,
+            format_count(float(routed[vertical][-1, 1])) if vertical in routed else DASH,
         ]
         for vertical, points in gammas.items()
     ]
