@@ -310,7 +310,7 @@ def _draw_end_labels(chart: LineChart, y_axis: Axis) -> Markup:
         for s, a, b in zip(chart.series, wanted, placed, strict=True)
     )
     labels = Markup("").join(
-        Markup('<span class="end" title="{name}: {value}" style="top:{:.1f}px;{}"><bdi>{name}</bdi></span>').format(
+        Markup('<span class="end" dir="auto" title="{name}: {value}" style="top:{:.1f}px;{}">{name}</span>').format(
             y, s.look, name=s.name, value=chart.y_format(float(s.points[-1, 1]))
         )
         for s, y in zip(chart.series, placed, strict=True)

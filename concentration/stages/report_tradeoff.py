@@ -158,7 +158,7 @@ def _draw_names(systems: Sequence[System], places: Mapping[str, tuple[float, flo
     placed = spread_labels(wanted, _LABEL_PX, height)
     return Markup("").join(
         Markup(
-            '<span class="end" style="top:{:.1f}px;{}"><svg width="8" height="8" aria-hidden="true">{}</svg> <bdi>{}</bdi></span>'
+            '<span class="end" dir="auto" style="top:{:.1f}px;{}"><svg width="8" height="8" aria-hidden="true">{}</svg> {}</span>'
         ).format(top, s.look, draw_mark("dot", (4, 4), s.name), s.name)
         for s, top in zip(systems, placed, strict=True)
     )

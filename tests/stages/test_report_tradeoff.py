@@ -57,7 +57,7 @@ def test_each_of_many_systems_has_a_line_for_its_name():
     names = [f"system {n}" for n in range(30)]
     part = build_tradeoff_part({name: evaluation(0.5, 20.0) for name in names}, dict.fromkeys(names, "--c:blue"))
     for figure in re.findall(r"<figure.*?</figure>", part["plots"], re.DOTALL):
-        heights = sorted(float(top) for top in re.findall(r'class="end" style="top:([\d.]+)px', figure))
+        heights = sorted(float(top) for top in re.findall(r'class="end" dir="auto" style="top:([\d.]+)px', figure))
         assert np.diff(heights).min() >= 14
 
 
