@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from concentration.errors import Preempted
+from concentration.errors import ConcentrationError, Preempted
 from concentration.pipeline.jobs import BUSY, CANCELLED, EXIT_CODE, JOBS, LOG
 from concentration.pipeline.records import JobRecord, JobRecords
 from concentration.pipeline.slurm_queue import QueuedJob
@@ -27,6 +27,7 @@ class StageState:
     """`amount`, `rate` and `left` are empty where nothing is known; `why` says what is waited for or what went wrong.
 
     is_in_vain: it waits for a job that has failed, or was cancelled, or itself waits in vain.
+    is_refused: it has failed as a mistake in the command, and what it had finished before is untouched.
     """
 
     state: State
@@ -35,6 +36,7 @@ class StageState:
     left: str = ""
     why: str = ""
     is_in_vain: bool = False
+    is_refused: bool = False
 
 
 def find_states(workdir: Path, records: JobRecords, queue: Mapping[str, QueuedJob]) -> dict[str, StageState]:
@@ -96,7 +98,9 @@ def _find_state(workdir: Path, record: JobRecord, queue: Mapping[str, QueuedJob]
     if exit_code == CANCELLED or (is_cancelled and has_log):
         return StageState("cancelled", amount, why="by scancel; what is saved is kept: `concentrate run` continues")
     if exit_code:
-        return StageState("failed", amount, why=_find_reason(workdir, record) or f"exit code {exit_code}")
+        is_refused = exit_code == ConcentrationError.exit_code and proof.exists()
+        why = _find_reason(workdir, record) or f"exit code {exit_code}"
+        return StageState("failed", amount, why=why, is_refused=is_refused)
     if latest is not None and latest["state"] == "running" and record.slurm_id is None and _is_alive(latest):
         return _describe_running(latest)
     if record.slurm_id is None:
@@ -130,10 +134,16 @@ def _describe_reason(queued: QueuedJob) -> str:
 
 def _explain(state: StageState, awaited: Mapping[str, StageState]) -> StageState:
     """With what a job waits for, or why it waits in vain; one that has left the queue for no such reason was cancelled."""
-    failed = [name for name, other in awaited.items() if other.state == "failed"]
+    failed = [name for name, other in awaited.items() if other.state == "failed" and not other.is_refused]
+    refused = [name for name, other in awaited.items() if other.is_refused]
     cancelled = [name for name, other in awaited.items() if other.state == "cancelled"]
     in_vain = [name for name, other in awaited.items() if other.state == "waiting" and other.is_in_vain]
-    for names, why in ((failed, "failed"), (cancelled, "was cancelled"), (in_vain, "waits in vain")):
+    for names, why in (
+        (failed, "failed"),
+        (refused, "was refused"),
+        (cancelled, "was cancelled"),
+        (in_vain, "waits in vain"),
+    ):
         if names:
             return replace(state, state="waiting", why=f"for {_list(names)}, which {why}", is_in_vain=True)
     if state.state == "cancelled":

@@ -51,7 +51,10 @@ def status(config: StatusConfig) -> None:
         table.add_column(column)
     for directory, state in by_directory.items():
         name = str(directory.relative_to(workdir))
-        table.add_row(name, state.state, state.amount, state.rate, state.left, escape(state.why))
+        shown, why = (
+            ("done", f"the latest command was refused: {state.why}") if state.is_refused else (state.state, state.why)
+        )
+        table.add_row(name, shown, state.amount, state.rate, state.left, escape(why))
     console = build_console()
     console.print(table)
     if any(state.state == "failed" for state in by_directory.values()):

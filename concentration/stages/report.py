@@ -34,16 +34,17 @@ REPORT = "report"
 COMMAND_FILE = "run.json"
 #: Shown first, in this order, around the student's own name.
 FIRST, LAST = "generalist", "specialists"
+DEFAULT_NAME = "student"
 
 
 class ReportConfig(StageConfig):
     """Writes `report/index.html` and `report/metrics.json`.
 
-    name: the student that the page is about; evaluations on other test images than its own stand apart.
+    name: the network that the page is about; evaluations and calibrations on other test images than its own stand apart.
     compare: two evaluations, the one in service first: class by class, what the other gained and lost.
     """
 
-    name: FolderName = "student"
+    name: FolderName = DEFAULT_NAME
     compare: tuple[str, str] | None = None
 
 
@@ -51,17 +52,17 @@ def report(config: ReportConfig) -> None:
     """Runs the stage; it is quick, and always drawn anew.
 
     Raises:
-        ConfigError: nothing has been evaluated, or not what is to be compared.
+        ConfigError: nothing has been evaluated, or not what is asked for.
     """
     evaluations = _load_evaluations(config)
     picture, text = (config.workdir / SHARDS / name for name in (SUMMARY_PICTURE, SUMMARY_TEXT))
-    name = config.name if config.name in evaluations else subject_of(evaluations)
-    comparable, elsewhere = split_comparable(evaluations, name)
-    subject = subject_of(comparable)
+    subject = config.name if config.name in evaluations else subject_of(evaluations)
+    comparable, elsewhere = split_comparable(evaluations, evaluations[subject])
     inputs = ReportInputs(
         title=f"Knowledge concentration: {config.workdir.name}",
         workdir=str(config.workdir),
         evaluations=comparable,
+        subject=subject,
         elsewhere=elsewhere,
         curves=_load_curves(config.workdir),
         configs=_load_configs(config.workdir),
@@ -89,26 +90,32 @@ def _load_evaluations(config: ReportConfig) -> dict[str, dict]:
     paths = {path.stem: path for path in (config.workdir / EVALUATIONS).glob("*.json")}
     loaded = {name: json.loads(path.read_text()) for name, path in paths.items()}
     loaded = {name: evaluation for name, evaluation in loaded.items() if evaluation["split"] == "test"}
-    loaded = {name: e | {IMAGES: _identify_images(config.workdir, name)} for name, e in loaded.items()}
+    loaded = {name: e | {IMAGES: _identify_images(paths[name])} for name, e in loaded.items()}
     if not loaded:
         raise ConfigError(
             f"{config.workdir / EVALUATIONS}: nothing evaluated yet; run `concentrate evaluate name=NAME` first"
         )
-    for name in config.compare or ():
+    # The default name may be that of no network here.
+    asked = [("name", config.name)] if config.name != DEFAULT_NAME else []
+    for key, name in [*asked, *(("compare", name) for name in config.compare or ())]:
         if name not in loaded:
             raise ConfigError(
-                f"compare: no evaluation of {name} on test (there: {', '.join(sorted(loaded))}); "
+                f"{key}: no evaluation of {name} on test (there: {', '.join(sorted(loaded))}); "
                 f"run `concentrate evaluate name={name}` first"
             )
     others = sorted(set(loaded) - {FIRST, config.name, LAST})
     return {name: loaded[name] for name in (FIRST, config.name, *others, LAST) if name in loaded}
 
 
-def _identify_images(workdir: Path, name: str) -> dict[str, str]:
-    """What the evaluation read beside the network; empty where that is not known, as of one that is being made anew."""
-    directory = RunDirectory(workdir / EVALUATIONS / name)
-    upstream = directory.load_upstream() if directory.is_finished else {}
-    return {key: value for key, value in upstream.items() if key != "checkpoint"}
+def _identify_images(path: Path) -> dict[str, str]:
+    """What the evaluation read beside the network."""
+    return {key: value for key, value in _load_upstream(path).items() if key != "checkpoint"}
+
+
+def _load_upstream(path: Path) -> dict[str, str]:
+    """What the stage that wrote this file read; empty where that is not known, as of one that is being made anew."""
+    directory = RunDirectory(path.with_suffix(""))
+    return directory.load_upstream() if directory.is_finished else {}
 
 
 def _compare_answers(workdir: Path, first: str, second: str) -> dict | None:
@@ -129,7 +136,11 @@ def _load_calibrations(workdir: Path, evaluations: Mapping[str, dict]) -> dict[s
     """Those of the networks that were evaluated, in the same order; one of an earlier network of that name is left out."""
     paths = {name: workdir / CALIBRATIONS / f"{name}.json" for name in evaluations}
     loaded = {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
-    return {name: c for name, c in loaded.items() if c["checkpoint"] == evaluations[name].get("checkpoint")}
+    return {
+        name: c | {IMAGES: {"data": images} if (images := _load_upstream(paths[name]).get("test")) else {}}
+        for name, c in loaded.items()
+        if c["checkpoint"] == evaluations[name].get("checkpoint")
+    }
 
 
 def _run_directories(workdir: Path) -> list[Path]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from concentration.stages.report_comparable import describe_images, split_comparable
 from concentration.stages.report_values import (
     DASH,
     as_mapping,
@@ -23,22 +24,30 @@ SIDE = 200
 SMALLEST_DOT, LARGEST_DOT = 2.0, 7.0
 
 
-def build_calibration_part(calibrations: Mapping[str, Mapping[str, Any]], subject: str) -> dict[str, Any] | None:
+def build_calibration_part(
+    calibrations: Mapping[str, Mapping[str, Any]], subject: str, evaluation: Mapping[str, Any]
+) -> dict[str, Any] | None:
     """Tables and plots; None where nothing is calibrated.
 
     Args:
         calibrations: calibrations/NAME.json by NAME.
         subject: whose plots, thresholds and rejections are shown; where it has none, the first that is there.
+        evaluation: the subject's; calibrations that were measured on other test images stand apart.
     """
     if not calibrations:
         return None
-    shown = subject if subject in calibrations else next(iter(calibrations))
+    comparable, elsewhere = split_comparable(calibrations, evaluation)
+    by_images: dict[str, list[dict[str, Any]]] = {}
+    for name, calibration in elsewhere.items():
+        by_images.setdefault(describe_images(calibration), []).append(_describe_model(name, calibration))
+    shown = subject if subject in calibrations else next(iter({**comparable, **elsewhere}))
     content = as_mapping(calibrations[shown])
     before, after = as_mapping(content.get("before")), as_mapping(content.get("after"))
     return {
         "subject": shown,
         "kind": f"{content.get('scope', DASH)} {content.get('form', DASH)}",
-        "models": [_describe_model(name, as_mapping(c)) for name, c in calibrations.items()],
+        "models": [_describe_model(name, as_mapping(c)) for name, c in comparable.items()],
+        "elsewhere": by_images,
         "plots": [draw_reliability("all answers", before, after), *_draw_by_vertical(before, after)],
         "methods": _list_methods(as_mapping(content.get("methods"))),
         "thresholds": _list_thresholds(content),

@@ -14,6 +14,7 @@ from typing import Literal
 import numpy as np
 from markupsafe import Markup
 
+from concentration.stages.report_looks import plain
 from concentration.stages.report_values import format_percent, format_short, format_tick, thin_curve
 
 #: The stretched coordinates inside a plot run from 0 to this number on both axes.
@@ -25,11 +26,11 @@ BAR_SHARE = 0.84
 
 @dataclass(frozen=True)
 class Series:
-    """One line: (N, 2) step and value, N >= 1, and the CSS colour it is drawn in."""
+    """One line: (N, 2) step and value, N >= 1, and how it is drawn (`report_looks`)."""
 
     name: str
     points: np.ndarray
-    color: str
+    look: str
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class LineChart:
 class Bar:
     name: str
     fraction: float | None
-    color: str
+    look: str
 
 
 def draw_line_chart(chart: LineChart) -> Markup:
@@ -72,7 +73,7 @@ def draw_line_chart(chart: LineChart) -> Markup:
         names=chart.names,
         title=chart.title,
         note=Markup(' <span class="note">{}</span>').format(chart.note) if chart.note else "",
-        legend=draw_legend([(s.name, s.color) for s in chart.series]) if chart.names == "legend" else "",
+        legend=draw_legend([(s.name, s.look) for s in chart.series]) if chart.names == "legend" else "",
         summary=_summarise(chart),
         height=chart.height_px,
         extent=EXTENT,
@@ -84,9 +85,9 @@ def draw_line_chart(chart: LineChart) -> Markup:
 
 
 def draw_legend(entries: Sequence[tuple[str, str]]) -> Markup:
-    """Names with a swatch of their colour."""
+    """Names with a swatch of their look."""
     items = Markup("").join(
-        Markup('<li><i style="background:{}"></i><bdi>{}</bdi></li>').format(color, name) for name, color in entries
+        Markup('<li><i style="{}"></i><bdi>{}</bdi></li>').format(look, name) for name, look in entries
     )
     return Markup('<ul class="legend">{}</ul>').format(items)
 
@@ -106,7 +107,7 @@ def draw_bars(bars: Sequence[Bar], label: str) -> Markup:
         rows.append(
             Markup(
                 "<g><title>{name}: {value}</title>"
-                '<rect y="{top}" width="{width:.2f}%" height="{bar}" rx="2" style="fill:{color}"/>'
+                '<rect y="{top}" width="{width:.2f}%" height="{bar}" rx="2" style="{look}"/>'
                 '<text x="{width:.2f}%" y="{baseline}" dx="6">{value}</text></g>'
             ).format(
                 name=bar.name,
@@ -114,7 +115,7 @@ def draw_bars(bars: Sequence[Bar], label: str) -> Markup:
                 top=top,
                 width=width,
                 bar=bar_px,
-                color=bar.color,
+                look=bar.look,
                 baseline=top + bar_px - 2.5,
             )
         )
@@ -138,19 +139,19 @@ def draw_scale(low: Bar, high: Bar, subject: Bar) -> Markup:
     left, right = (low, high) if low.fraction <= high.fraction else (high, low)
     marks = [(left, "below-left"), (right, "below-right"), (subject, "above")]
     drawn = Markup("").join(
-        Markup('<span class="mark {}" style="left:{:.2f}%;--c:{}"><span><b>{}</b> <bdi>{}</bdi></span></span>').format(
-            place, x_of[bar.name], bar.color, format_percent(bar.fraction), bar.name
+        Markup('<span class="mark {}" style="left:{:.2f}%;{}"><span><b>{}</b> <bdi>{}</bdi></span></span>').format(
+            place, x_of[bar.name], bar.look, format_percent(bar.fraction), bar.name
         )
         for bar, place in marks
     )
     begin, end = sorted((x_of[low.name], x_of[subject.name]))
     # Ground that was lost is not drawn like progress.
-    reach_color = subject.color if subject.fraction >= low.fraction else "var(--soft)"
+    reach_look = subject.look if subject.fraction >= low.fraction else plain("var(--soft)")
     summary = ", ".join(f"{bar.name} {format_percent(bar.fraction)}" for bar in bars)
     return Markup(
         '<div class="scale" role="img" aria-label="mpvap: {}"><span class="reach" style="left:{:.2f}%;width:{:.2f}%;'
-        'background:{}"></span>{}</div>'
-    ).format(summary, begin, end - begin, reach_color, drawn)
+        '{}"></span>{}</div>'
+    ).format(summary, begin, end - begin, reach_look, drawn)
 
 
 @dataclass(frozen=True)
@@ -257,20 +258,25 @@ def _draw_series(series: Series, chart: LineChart, x_axis: Axis, y_axis: Axis) -
         low = _coordinates(curve.x, curve.low, x_axis, y_axis)
         high = _coordinates(curve.x, curve.high, x_axis, y_axis)
         band = Markup('<path class="band" d="{}Z"/>').format(_path(low + high[::-1]))
-    # NOTE: a mark is a line without length: its round caps stay a circle however the plot is stretched.
     every = max(1, math.ceil(len(points) / 32))
     kind = "dot" if len(points) <= 32 else "touch"
     marks = Markup("").join(
-        Markup('<path class="{}" d="M{} {}h0"><title>{}, step {:,.0f}: {}</title></path>').format(
-            kind, *points[n], series.name, curve.x[n], chart.y_format(float(curve.y[n]))
-        )
+        draw_mark(kind, points[n], f"{series.name}, step {curve.x[n]:,.0f}: {chart.y_format(float(curve.y[n]))}")
         for n in range(0, len(points), every)
         if chart.names != "hidden" or kind == "dot"
     )
     last = chart.y_format(float(series.points[-1, 1]))
     return Markup(
-        '<g class="series" style="--c:{}">{}<path class="line" d="{}"><title>{}: {} at the end</title></path>{}</g>'
-    ).format(series.color, band, _path(points), series.name, last, marks)
+        '<g class="series" style="{}">{}<path class="line" d="{}"><title>{}: {} at the end</title></path>{}</g>'
+    ).format(series.look, band, _path(points), series.name, last, marks)
+
+
+def draw_mark(kind: Literal["dot", "touch"], place: tuple[float, float], title: str) -> Markup:
+    """A dot in the look of what it is in, or a place that can be pointed at."""
+    # NOTE: a mark is a line without length: its caps stay a circle or square however the plot is stretched.
+    path = f"M{place[0]:.0f} {place[1]:.0f}h0"
+    hole = Markup('<path class="hole" d="{}"/>').format(path) if kind == "dot" else ""
+    return Markup('<path class="{}" d="{}"><title>{}</title></path>{}').format(kind, path, title, hole)
 
 
 def _draw_grid(x_axis: Axis, y_axis: Axis, num_ticks: int) -> Markup:
@@ -300,13 +306,13 @@ def _draw_end_labels(chart: LineChart, y_axis: Axis) -> Markup:
     wanted = [chart.height_px * (1 - float(y_axis.position(s.points[-1, 1]))) for s in chart.series]
     placed = spread_labels(wanted, LABEL_HEIGHT_PX, chart.height_px)
     leaders = Markup("").join(
-        Markup('<path style="--c:{}" d="M0 {:.1f}L14 {:.1f}"/>').format(s.color, a, b)
+        Markup('<path style="{}" d="M0 {:.1f}L14 {:.1f}"/>').format(s.look, a, b)
         for s, a, b in zip(chart.series, wanted, placed, strict=True)
     )
     labels = Markup("").join(
-        Markup(
-            '<span class="end" title="{name}: {value}" style="top:{:.1f}px;color:{}"><bdi>{name}</bdi></span>'
-        ).format(y, s.color, name=s.name, value=chart.y_format(float(s.points[-1, 1])))
+        Markup('<span class="end" dir="auto" title="{name}: {value}" style="top:{:.1f}px;{}">{name}</span>').format(
+            y, s.look, name=s.name, value=chart.y_format(float(s.points[-1, 1]))
+        )
         for s, y in zip(chart.series, placed, strict=True)
     )
     return Markup('<svg class="leaders" width="14" height="{}" aria-hidden="true">{}</svg>{}').format(

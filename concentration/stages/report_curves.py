@@ -8,6 +8,7 @@ import numpy as np
 from markupsafe import Markup
 
 from concentration.stages.report_charts import LineChart, Series, draw_legend, draw_line_chart
+from concentration.stages.report_looks import plain
 from concentration.stages.report_values import DASH, format_count, format_percent, format_short
 
 #: Curves of one run by key, each (N, 2) of step and value, N >= 1.
@@ -24,11 +25,11 @@ class PacePart:
     rows: list[list[str]]
 
 
-def draw_student_charts(runs: Mapping[str, Curves], colors: Mapping[str, str]) -> Markup:
+def draw_student_charts(runs: Mapping[str, Curves], looks: Mapping[str, str]) -> Markup:
     """Training loss and validation mpvap of the students, one line per run."""
     students = _runs_below("students/", runs)
-    loss = _series_of(students, "train/loss", colors)
-    mpvap = _series_of(students, "val/mpvap", colors)
+    loss = _series_of(students, "train/loss", looks)
+    mpvap = _series_of(students, "val/mpvap", looks)
     return Markup("").join(
         [
             draw_line_chart(LineChart("Training loss", loss, y_scale=_scale_for(loss))),
@@ -37,13 +38,13 @@ def draw_student_charts(runs: Mapping[str, Curves], colors: Mapping[str, str]) -
     )
 
 
-def draw_teacher_charts(runs: Mapping[str, Curves], colors: Mapping[str, str]) -> Markup:
+def draw_teacher_charts(runs: Mapping[str, Curves], looks: Mapping[str, str]) -> Markup:
     """The training loss of every teacher, small; each on its own axis, since a loss grows with its vertical's size."""
     charts = []
     for vertical, curves in _runs_below("teachers/", runs).items():
         loss = curves.get("train/loss")
         if loss is not None:
-            series = [Series(vertical, loss, colors.get("specialists", "var(--m2)"))]
+            series = [Series(vertical, loss, looks["specialists"])]
             note = f"{format_short(float(loss[0, 1]))} → {format_short(float(loss[-1, 1]))}"
             charts.append(draw_line_chart(LineChart(vertical, series, note, y_scale=_scale_for(series), **SMALL)))
     return Markup("").join(charts)
@@ -72,16 +73,16 @@ def summarise_runs(runs: Mapping[str, Curves]) -> list[list[str]]:
     return rows
 
 
-def build_pace_part(runs: Mapping[str, Curves], order: Sequence[str]) -> PacePart | None:
-    """gamma of the student (else of the first run below students/ that has one); None where no run paces."""
+def build_pace_part(runs: Mapping[str, Curves], order: Sequence[str], subject: str) -> PacePart | None:
+    """gamma of the subject (else of the first run below students/ that has one); None where no run paces."""
     students = _runs_below("students/", runs)
-    for run in sorted(students, key=lambda name: name != "student"):
+    for run in sorted(students, key=lambda name: name != subject):
         gammas = _by_vertical(students[run], "train/", "/gamma", order)
         if gammas:
             break
     else:
         return None
-    hues = {vertical: _hue(number, len(order)) for number, vertical in enumerate(order)}
+    hues = {vertical: _hue(number) for number, vertical in enumerate(order)}
     absolute = [Series(vertical, points, hues[vertical]) for vertical, points in gammas.items()]
     relative = [
         Series(vertical, points / [1.0, points[0, 1]], hues[vertical])
@@ -100,7 +101,7 @@ def build_pace_part(runs: Mapping[str, Curves], order: Sequence[str]) -> PacePar
             format_short(float(points[0, 1])),
             format_short(float(points[-1, 1])),
             f"× {points[-1, 1] / points[0, 1]:.3f}" if points[0, 1] else DASH,
-            format_short(float(routed[vertical][:, 1].mean())) if vertical in routed else DASH,
+            format_count(float(routed[vertical][-1, 1])) if vertical in routed else DASH,
         ]
         for vertical, points in gammas.items()
     ]
@@ -108,7 +109,7 @@ def build_pace_part(runs: Mapping[str, Curves], order: Sequence[str]) -> PacePar
 
 
 def draw_vertical_charts(
-    runs: Mapping[str, Curves], colors: Mapping[str, str], order: Sequence[str], prefix: str, suffix: str
+    runs: Mapping[str, Curves], looks: Mapping[str, str], order: Sequence[str], prefix: str, suffix: str
 ) -> Markup:
     """One small chart per vertical of the keys `prefix + VERTICAL + suffix`, with one line per student run."""
     found = {run: _by_vertical(c, prefix, suffix, order) for run, c in _runs_below("students/", runs).items()}
@@ -118,14 +119,14 @@ def draw_vertical_charts(
     charts = []
     is_fraction = suffix == "/ap"
     for vertical in order:
-        series = [Series(run, c[vertical], colors[run]) for run, c in found.items() if vertical in c]
+        series = [Series(run, c[vertical], looks[run]) for run, c in found.items() if vertical in c]
         if series:
             scale = "linear" if is_fraction else _scale_for(series)
             y_format = format_percent if is_fraction else format_short
             y_range = (0.0, 1.0) if is_fraction else None
             chart = LineChart(vertical, series, y_scale=scale, y_format=y_format, y_range=y_range, **SMALL)
             charts.append(draw_line_chart(chart))
-    legend = draw_legend([(run, colors[run]) for run in found])
+    legend = draw_legend([(run, looks[run]) for run in found])
     return Markup('{}<div class="multiples">{}</div>').format(legend, Markup("").join(charts))
 
 
@@ -150,8 +151,8 @@ def _by_vertical(curves: Curves, prefix: str, suffix: str, order: Sequence[str])
     return {v: curves[f"{prefix}{v}{suffix}"] for v in order if f"{prefix}{v}{suffix}" in curves}
 
 
-def _series_of(runs: Mapping[str, Curves], key: str, colors: Mapping[str, str]) -> list[Series]:
-    return [Series(run, curves[key], colors[run]) for run, curves in runs.items() if key in curves]
+def _series_of(runs: Mapping[str, Curves], key: str, looks: Mapping[str, str]) -> list[Series]:
+    return [Series(run, curves[key], looks[run]) for run, curves in runs.items() if key in curves]
 
 
 def _scale_for(series: Sequence[Series]) -> str:
@@ -161,9 +162,9 @@ def _scale_for(series: Sequence[Series]) -> str:
     return "log" if low > 0 and high > 8 * low else "linear"
 
 
-def _hue(number: int, count: int) -> str:
+def _hue(number: int) -> str:
     # Neighbours in the order are far apart on the colour wheel: the golden angle never comes near an earlier hue soon.
-    return f"hsl({math.fmod(222 + 137.508 * number, 360):.0f} var(--line-saturation) var(--line-lightness))"
+    return plain(f"hsl({math.fmod(222 + 137.508 * number, 360):.0f} var(--line-saturation) var(--line-lightness))")
 
 
 def _median(points: np.ndarray | None) -> float | None:

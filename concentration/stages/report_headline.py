@@ -19,8 +19,8 @@ from concentration.stages.report_values import (
     format_short,
 )
 
-#: The three models that the papers compare, in the order of their colours; they are the defaults of `name`.
-ROLES = ("generalist", "student", "specialists")
+#: What the page's network is measured against, and a gap that it closes a part of.
+LOW, HIGH = "generalist", "specialists"
 #: A gap that one decimal of a percentage cannot show has no share worth stating.
 SMALLEST_GAP = 0.0005
 METRICS = {
@@ -34,13 +34,14 @@ METRICS = {
 }
 
 
-def describe_gap(evaluations: Mapping[str, Mapping[str, Any]], metric: str = "mpvap") -> str:
-    """One sentence on how much of the gap from the generalist to the specialists the student closes, in any order."""
-    values = {name: as_number(as_mapping(evaluations.get(name)).get(metric)) for name in ROLES}
-    missing = [name for name in ROLES if values[name] is None]
-    if missing:
-        return _describe_without(missing, evaluations, metric)
-    low, student, high = (values[name] for name in ROLES)
+def describe_gap(evaluations: Mapping[str, Mapping[str, Any]], subject: str, metric: str = "mpvap") -> str:
+    """One sentence on how much of the gap from the generalist to the specialists the subject closes, in any order."""
+    roles = (LOW, subject, HIGH)
+    values = {name: as_number(as_mapping(evaluations.get(name)).get(metric)) for name in roles}
+    missing = [name for name in dict.fromkeys(roles) if values[name] is None]
+    if missing or subject in (LOW, HIGH):
+        return _describe_without(missing, evaluations, subject, metric)
+    low, student, high = (values[name] for name in roles)
     assert low is not None
     assert student is not None
     assert high is not None
@@ -48,33 +49,34 @@ def describe_gap(evaluations: Mapping[str, Mapping[str, Any]], metric: str = "mp
     beside = "level with it" if abs(gain) < SMALLEST_GAP else f"{_points(gain)} {'above' if gain > 0 else 'below'} it"
     at_low, at_student, at_high = format_percent(low), format_percent(student), format_percent(high)
     label = METRICS[metric]
+    it, begin = ("the student", "The student") if subject == "student" else (subject, subject)
     if gap < SMALLEST_GAP:
         relation = "are level with" if gap > -SMALLEST_GAP else "are worse than"
         return (
             f"There is no gap to close: the specialists ({at_high} {label}) {relation} the generalist ({at_low}); "
-            f"the student, at {at_student}, is {beside}."
+            f"{it}, at {at_student}, is {beside}."
         )
     span = f"the {_points(gap)} between the generalist ({at_low} {label}) and the specialists ({at_high})"
     if gain <= -SMALLEST_GAP:
-        return f"The student closes none of {span}: at {at_student}, it is {_points(gain)} below the generalist."
+        return f"{begin} closes none of {span}: at {at_student}, it is {_points(gain)} below the generalist."
     if student >= high + SMALLEST_GAP:
         above = _points(student - high)
-        return f"The student closes all of {span} and, at {at_student}, is {above} above the specialists."
+        return f"{begin} closes all of {span} and, at {at_student}, is {above} above the specialists."
     share = 1.0 if high - student < SMALLEST_GAP else max(gain, 0.0) / gap
-    return f"The student, at {at_student}, closes {_format_share(share)} of {span}."
+    return f"{begin}, at {at_student}, closes {_format_share(share)} of {span}."
 
 
-def describe_gap_log_softmax(evaluations: Mapping[str, Mapping[str, Any]]) -> str:
+def describe_gap_log_softmax(evaluations: Mapping[str, Mapping[str, Any]], subject: str) -> str:
     """The same sentence once scores are comparable across samples; empty unless all three are known."""
-    values = [as_number(as_mapping(evaluations.get(name)).get("mpvap_log_softmax")) for name in ROLES]
-    if any(value is None for value in values):
+    values = [as_number(as_mapping(evaluations.get(name)).get("mpvap_log_softmax")) for name in (LOW, subject, HIGH)]
+    if subject in (LOW, HIGH) or any(value is None for value in values):
         return ""
-    return describe_gap(evaluations, "mpvap_log_softmax")
+    return describe_gap(evaluations, subject, "mpvap_log_softmax")
 
 
 def subject_of(evaluations: Mapping[str, Mapping]) -> str:
-    """The model whose classes and images are shown: the student, else the first that is no reference."""
-    others = [name for name in evaluations if name not in ("generalist", "specialists")]
+    """Whom the page is about where nobody said it: the student, else the first that is no reference."""
+    others = [name for name in evaluations if name not in (LOW, HIGH)]
     return "student" if "student" in evaluations else next(iter([*others, *evaluations]), "")
 
 
@@ -85,11 +87,14 @@ def find_unmeasured(evaluation: Mapping[str, Any]) -> list[str]:
     return [vertical for vertical in verticals if vertical not in measured]
 
 
-def draw_headline_scale(evaluations: Mapping[str, Mapping], colors: Mapping[str, str]) -> Markup:
-    bars = {name: Bar(name, as_number(as_mapping(evaluations.get(name)).get("mpvap")), colors[name]) for name in ROLES}
-    if any(bar.fraction is None for bar in bars.values()):
-        return Markup("")
-    return draw_scale(bars["generalist"], bars["specialists"], bars["student"])
+def draw_headline_scale(evaluations: Mapping[str, Mapping], subject: str, looks: Mapping[str, str]) -> Markup:
+    """Where the subject stands between the two references; nothing unless all three are known."""
+    bars = [
+        Bar(name, value, looks[name])
+        for name in (LOW, HIGH, subject)
+        if (value := as_number(as_mapping(evaluations.get(name)).get("mpvap"))) is not None
+    ]
+    return draw_scale(*bars) if len({bar.name for bar in bars}) == 3 else Markup("")
 
 
 def build_tiles(evaluations: Mapping[str, Mapping], subject: str, sizes: Mapping[str, int]) -> list[dict[str, str]]:
@@ -126,7 +131,7 @@ def build_headline_table(evaluations: Mapping[str, Mapping], elsewhere: Mapping[
     values = {m: {n: as_number(e.get(m)) for n, e in everything.items()} for m in METRICS}
     metrics = [m for m in METRICS if m == "mpvap" or any(v is not None for v in values[m].values())]
     best = {m: max((v for n in evaluations if (v := values[m][n]) is not None), default=None) for m in metrics}
-    low, high = (as_number(as_mapping(evaluations.get(name)).get("mpvap")) for name in ("generalist", "specialists"))
+    low, high = (as_number(as_mapping(evaluations.get(name)).get("mpvap")) for name in (LOW, HIGH))
     has_gap = low is not None and high is not None and high - low >= SMALLEST_GAP
     rows = []
     by_images: dict[str, list[dict[str, Any]]] = {}
@@ -137,7 +142,7 @@ def build_headline_table(evaluations: Mapping[str, Mapping], elsewhere: Mapping[
             for m in metrics
         ]
         if has_gap:
-            known = is_comparable and mpvap is not None and name not in ("generalist", "specialists")
+            known = is_comparable and mpvap is not None and name not in (LOW, HIGH)
             cells.append(_cell(_format_share((mpvap - low) / (high - low)) if known else DASH))
         parts = as_mapping(evaluation.get("num_parameters"))
         detail = ", ".join(f"{part} {format_short(as_number(parts.get(part)))}" for part in ("base", "top"))
@@ -164,14 +169,19 @@ def _points(difference: float) -> str:
     return f"{points} point" if points == "1.0" else f"{points} points"
 
 
-def _describe_without(missing: Sequence[str], evaluations: Mapping[str, Mapping[str, Any]], metric: str) -> str:
-    lacking = " and ".join((", ".join(missing[:-1]), missing[-1])) if len(missing) > 1 else missing[0]
+def _describe_without(
+    missing: Sequence[str], evaluations: Mapping[str, Mapping[str, Any]], subject: str, metric: str
+) -> str:
     known = {n: v for n, e in evaluations.items() if (v := as_number(as_mapping(e).get(metric))) is not None}
     if not known:
         return f"No evaluation holds {metric} yet."
     best = max(known, key=lambda name: known[name])
-    reached = f"{best} reaches {format_percent(known[best])} {metric}"
+    names = dict.fromkeys([subject if subject in known else best, best])
+    reached = ", where ".join(f"{name} reaches {format_percent(known[name])} {metric}" for name in names)
     reached += "" if len(known) == 1 else f", the highest of {len(known)} evaluations"
+    if not missing:  # the subject is itself a reference
+        return f"{reached}."
+    lacking = " and ".join((", ".join(missing[:-1]), missing[-1])) if len(missing) > 1 else missing[0]
     return f"{reached}; how much of the gap from generalist to specialists is closed cannot be said without {lacking}."
 
 

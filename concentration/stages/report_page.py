@@ -20,7 +20,8 @@ from concentration.stages.report_charts import Bar, draw_bars, draw_legend
 from concentration.stages.report_comparison import build_comparison_part, build_teachers_part
 from concentration.stages.report_crops import build_crops_part
 from concentration.stages.report_headline import (
-    ROLES,
+    HIGH,
+    LOW,
     build_headline_table,
     build_tiles,
     describe_gap,
@@ -28,6 +29,7 @@ from concentration.stages.report_headline import (
     draw_headline_scale,
     subject_of,
 )
+from concentration.stages.report_looks import assign_looks
 from concentration.stages.report_targets import build_targets_part
 from concentration.stages.report_tradeoff import build_tradeoff_part
 from concentration.stages.report_values import (
@@ -42,7 +44,6 @@ from concentration.stages.report_values import (
     read_curves,
 )
 
-NUM_COLORS = 9
 NUM_CLASSES_SHOWN = 12
 NUM_IMAGES_SHOWN = 24
 SMALL_IMAGE_PIXELS = 64
@@ -59,6 +60,8 @@ class ReportInputs:
     workdir: str
     #: evaluations/NAME.json by NAME, all on the same test images.
     evaluations: Mapping[str, Mapping[str, Any]]
+    #: Of `evaluations`, whom the page is about; "" takes the student, or the first that is no reference.
+    subject: str = ""
     #: Those on other test images, which are compared with none of the former.
     elsewhere: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     #: The lines of metrics.jsonl by run, as in "students/generalist" or "teachers/latin".
@@ -91,45 +94,44 @@ def build_report_page(inputs: ReportInputs) -> str:
     elsewhere = {name: as_mapping(evaluation) for name, evaluation in inputs.elsewhere.items()}
     everything = {**evaluations, **elsewhere}
     runs = {run: read_curves(lines) for run, lines in inputs.curves.items()}
-    colors = _assign_colors(
-        [*everything, *(run.removeprefix("students/") for run in runs if run.startswith("students/"))]
-    )
-    subject = subject_of(evaluations)
+    looks = assign_looks([*everything, *(run.removeprefix("students/") for run in runs if run.startswith("students/"))])
+    subject = inputs.subject or subject_of(evaluations)
     sizes = _vertical_sizes(evaluations)
-    verticals = _verticals_of(evaluations, sizes)
+    models = _models_in_charts(evaluations, subject)
+    verticals = _verticals_of(evaluations, subject, sizes)
     order = [*verticals, *(v for v in report_curves.verticals_in_curves(runs) if v not in verticals)]
     page = _load_template().render(
         title=inputs.title,
         workdir=inputs.workdir,
         subject=subject,
-        colors=colors,
-        sentence=describe_gap(evaluations),
-        sentence_log_softmax=describe_gap_log_softmax(evaluations),
-        scale=draw_headline_scale(evaluations, colors),
+        looks=looks,
+        sentence=describe_gap(evaluations, subject),
+        sentence_log_softmax=describe_gap_log_softmax(evaluations, subject),
+        scale=draw_headline_scale(evaluations, subject, looks),
         tiles=build_tiles(evaluations, subject, sizes),
         headline=build_headline_table(evaluations, elsewhere),
         crops=build_crops_part(evaluations),
-        bars=_build_bars(evaluations, colors, verticals, sizes),
+        bars=_build_bars(evaluations, models, looks, verticals, sizes),
         pvap_table=_build_pvap_table(evaluations, verticals, sizes),
-        tradeoff=build_tradeoff_part(evaluations, colors),
-        student_charts=report_curves.draw_student_charts(runs, colors),
-        teacher_charts=report_curves.draw_teacher_charts(runs, colors),
+        tradeoff=build_tradeoff_part(evaluations, looks),
+        student_charts=report_curves.draw_student_charts(runs, looks),
+        teacher_charts=report_curves.draw_teacher_charts(runs, looks),
         run_rows=report_curves.summarise_runs(runs),
-        pace=report_curves.build_pace_part(runs, order),
-        loss_charts=report_curves.draw_vertical_charts(runs, colors, order, "train/", "/loss"),
-        ap_charts=report_curves.draw_vertical_charts(runs, colors, order, "val/", "/ap"),
+        pace=report_curves.build_pace_part(runs, order, subject),
+        loss_charts=report_curves.draw_vertical_charts(runs, looks, order, "train/", "/loss"),
+        ap_charts=report_curves.draw_vertical_charts(runs, looks, order, "val/", "/ap"),
         targets=build_targets_part(inputs.target_sets, inputs.students),
         teachers=build_teachers_part(inputs.gates, ("specialists", subject), evaluations, inputs.agreement),
         comparison=build_comparison_part(inputs.compare, everything, inputs.compare_agreement),
-        calibration=build_calibration_part(inputs.calibrations, subject),
+        calibration=build_calibration_part(inputs.calibrations, subject, evaluations.get(subject, {})),
         data_picture=f"data:image/png;base64,{base64.b64encode(inputs.data_picture).decode()}"
         if inputs.data_picture
         else "",
         data_text=inputs.data_text,
         gallery=_build_gallery(evaluations, subject),
-        classes=_build_class_tables(evaluations, subject),
-        frequency=_build_frequency(evaluations, colors),
-        config_changes=_compare_configs(inputs.configs),
+        classes=_build_class_tables(evaluations, subject, models),
+        frequency=_build_frequency(evaluations, models, looks),
+        config_changes=_compare_configs(inputs.configs, subject),
         configs={run: flatten_config(config) for run, config in inputs.configs.items()},
         commands=list(inputs.commands),
         facts=dict(inputs.facts),
@@ -150,12 +152,6 @@ def _load_template() -> jinja2.Template:
     return environment.get_template("report.html.jinja")
 
 
-def _assign_colors(names: Sequence[str]) -> dict[str, str]:
-    """One colour per model for all charts; the three roles always have the same ones."""
-    ordered = dict.fromkeys([*ROLES, *names])
-    return {name: f"var(--m{number % NUM_COLORS})" for number, name in enumerate(ordered)}
-
-
 def _vertical_sizes(evaluations: Mapping[str, Mapping]) -> dict[str, int]:
     """Number of classes by vertical, from the first evaluation that lists its classes."""
     for evaluation in evaluations.values():
@@ -165,28 +161,32 @@ def _vertical_sizes(evaluations: Mapping[str, Mapping]) -> dict[str, int]:
     return {}
 
 
-def _verticals_of(evaluations: Mapping[str, Mapping], sizes: Mapping[str, int]) -> list[str]:
+def _verticals_of(evaluations: Mapping[str, Mapping], subject: str, sizes: Mapping[str, int]) -> list[str]:
     """All verticals that an evaluation has an AP for, the subject's best first."""
     found = dict.fromkeys(v for e in evaluations.values() for v in as_mapping(e.get("pvap")))
     found |= dict.fromkeys(sizes)
-    subject = as_mapping(evaluations.get(subject_of(evaluations), {}).get("pvap"))
-    return sorted(found, key=lambda v: -(as_number(subject.get(v)) or 0.0))
+    own = as_mapping(evaluations.get(subject, {}).get("pvap"))
+    return sorted(found, key=lambda v: -(as_number(own.get(v)) or 0.0))
 
 
-def _models_in_charts(evaluations: Mapping[str, Mapping]) -> list[str]:
-    """The three roles, or where none was evaluated the first three evaluations."""
-    return [name for name in ROLES if name in evaluations] or list(evaluations)[:3]
+def _models_in_charts(evaluations: Mapping[str, Mapping], subject: str) -> list[str]:
+    """The subject and its references, or where none of these was evaluated the first three evaluations, itself among them."""
+    found = [name for name in dict.fromkeys((LOW, subject, HIGH)) if name in evaluations]
+    return found if len(found) > 1 else list(dict.fromkeys([*found, *evaluations]))[:3]
 
 
 def _build_bars(
-    evaluations: Mapping[str, Mapping], colors: Mapping[str, str], verticals: Sequence[str], sizes: Mapping[str, int]
+    evaluations: Mapping[str, Mapping],
+    models: Sequence[str],
+    looks: Mapping[str, str],
+    verticals: Sequence[str],
+    sizes: Mapping[str, int],
 ) -> dict[str, Any]:
-    models = _models_in_charts(evaluations)
     groups = []
     for vertical in verticals:
-        bars = [Bar(m, as_number(as_mapping(evaluations[m].get("pvap")).get(vertical)), colors[m]) for m in models]
+        bars = [Bar(m, as_number(as_mapping(evaluations[m].get("pvap")).get(vertical)), looks[m]) for m in models]
         groups.append({"name": vertical, "size": sizes.get(vertical), "chart": draw_bars(bars, f"AP of {vertical}")})
-    return {"legend": draw_legend([(m, colors[m]) for m in models]), "groups": groups}
+    return {"legend": draw_legend([(m, looks[m]) for m in models]), "groups": groups}
 
 
 def _build_pvap_table(
@@ -256,9 +256,9 @@ def _is_small(image: str) -> bool:
     return header[:4] == b"\x89PNG" and 0 < int.from_bytes(header[16:20], "big") <= SMALL_IMAGE_PIXELS
 
 
-def _build_class_tables(evaluations: Mapping[str, Mapping], subject: str) -> dict[str, Any]:
+def _build_class_tables(evaluations: Mapping[str, Mapping], subject: str, charted: Sequence[str]) -> dict[str, Any]:
     """The leaf classes that the subject finds hardest and easiest, with the AP of the other models in the charts."""
-    models = [subject, *(m for m in _models_in_charts(evaluations) if m != subject)] if subject else []
+    models = [subject, *(m for m in charted if m != subject)] if subject else []
     ap_of = {
         m: {str(c.get("id")): as_number(c.get("ap")) for c in as_mappings(evaluations[m].get("classes"))}
         for m in models
@@ -291,27 +291,25 @@ def _class_row(c: Mapping, models: Sequence[str], ap_of: Mapping[str, Mapping[st
     }
 
 
-def _build_frequency(evaluations: Mapping[str, Mapping], colors: Mapping[str, str]) -> dict[str, Any]:
+def _build_frequency(
+    evaluations: Mapping[str, Mapping], charted: Sequence[str], looks: Mapping[str, str]
+) -> dict[str, Any]:
     """AP of the classes with few, some and many training samples, by model."""
-    models = [m for m in _models_in_charts(evaluations) if as_mapping(evaluations[m].get("ap_by_frequency"))]
+    models = [m for m in charted if as_mapping(evaluations[m].get("ap_by_frequency"))]
     bands = dict.fromkeys(band for m in models for band in as_mapping(evaluations[m]["ap_by_frequency"]))
     groups = []
     for band in bands:
         entries = {m: as_mapping(as_mapping(evaluations[m]["ap_by_frequency"]).get(band)) for m in models}
-        bars = [Bar(m, as_number(entry.get("ap")), colors[m]) for m, entry in entries.items()]
+        bars = [Bar(m, as_number(entry.get("ap")), looks[m]) for m, entry in entries.items()]
         size = next((n for entry in entries.values() if (n := as_number(entry.get("num_classes"))) is not None), None)
         groups.append({"name": band, "size": size, "chart": draw_bars(bars, f"AP of classes with {band} samples")})
-    return {"legend": draw_legend([(m, colors[m]) for m in models]), "groups": groups}
+    return {"legend": draw_legend([(m, looks[m]) for m in models]), "groups": groups}
 
 
-def _compare_configs(configs: Mapping[str, Mapping]) -> list[tuple[str, str, str]]:
-    """Key, the generalist's and the student's value, where the two differ; empty where one of them is not there."""
-    generalist, student = (flatten_config(configs.get(f"students/{name}")) for name in ("generalist", "student"))
-    if not generalist or not student:
+def _compare_configs(configs: Mapping[str, Mapping], subject: str) -> list[tuple[str, str, str]]:
+    """Key, the generalist's and the subject's value, where the two differ; empty where one of them is not there."""
+    generalist, own = (flatten_config(configs.get(f"students/{name}")) for name in (LOW, subject))
+    if not generalist or not own:
         return []
-    keys = dict.fromkeys([*generalist, *student])
-    return [
-        (key, generalist.get(key, DASH), student.get(key, DASH))
-        for key in keys
-        if generalist.get(key) != student.get(key)
-    ]
+    keys = dict.fromkeys([*generalist, *own])
+    return [(key, generalist.get(key, DASH), own.get(key, DASH)) for key in keys if generalist.get(key) != own.get(key)]

@@ -7,7 +7,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from concentration.stages.report_charts import Axis, spread_labels
+from concentration.stages.report_charts import Axis, draw_mark, spread_labels
 from concentration.stages.report_headline import METRICS
 from concentration.stages.report_values import as_mapping, as_number, format_percent, format_short, format_tick
 
@@ -17,7 +17,7 @@ COSTS = {"multiply_adds": "multiply-adds an image", "active": "parameters that a
 #: With fewer systems there is nothing to choose from.
 MIN_SYSTEMS = 4
 
-_HEIGHT_PX, _LABEL_PX = 250, 14
+_LEAST_HEIGHT_PX, _LABEL_PX = 250, 14
 
 
 @dataclass(frozen=True)
@@ -25,15 +25,15 @@ class System:
     """What is known of one evaluated system; `num_parameters` are all that it holds, `costs` those of one image."""
 
     name: str
-    color: str
+    look: str
     qualities: Mapping[str, float | None]
     costs: Mapping[str, float | None]
     num_parameters: float | None
 
 
-def build_tradeoff_part(evaluations: Mapping[str, Mapping], colors: Mapping[str, str]) -> dict[str, Any]:
+def build_tradeoff_part(evaluations: Mapping[str, Mapping], looks: Mapping[str, str]) -> dict[str, Any]:
     """Plots and rows of the comparison; empty where too few systems are known with their cost."""
-    systems = [_read_system(name, evaluation, colors[name]) for name, evaluation in evaluations.items()]
+    systems = [_read_system(name, evaluation, looks[name]) for name, evaluation in evaluations.items()]
     systems = [system for system in systems if system.costs["multiply_adds"] and system.qualities["mpvap"] is not None]
     if len(systems) < MIN_SYSTEMS:
         return {}
@@ -67,11 +67,11 @@ def find_front(systems: Sequence[System], quality: str, cost: str) -> list[str]:
     return front
 
 
-def _read_system(name: str, evaluation: Mapping, color: str) -> System:
+def _read_system(name: str, evaluation: Mapping, look: str) -> System:
     total = as_number(as_mapping(evaluation.get("num_parameters")).get("total"))
     active = as_number(evaluation.get("num_active_parameters"))
     costs = {"multiply_adds": as_number(evaluation.get("multiply_adds")), "active": total if active is None else active}
-    return System(name, color, {quality: as_number(evaluation.get(quality)) for quality in QUALITIES}, costs, total)
+    return System(name, look, {quality: as_number(evaluation.get(quality)) for quality in QUALITIES}, costs, total)
 
 
 def _draw_plot(systems: Sequence[System], quality: str, cost: str) -> Markup:
@@ -92,14 +92,12 @@ def _draw_plot(systems: Sequence[System], quality: str, cost: str) -> Markup:
         title=METRICS[quality],
         cost=COSTS[cost],
         summary=f"{METRICS[quality]} over {COSTS[cost]}: " + "; ".join(_say(s, quality, cost) for s in known),
-        height=_HEIGHT_PX,
+        height=_height_px(known),
         ticks=_draw_ticks(x_axis, y_axis),
         grid=_draw_grid(x_axis, y_axis),
         steps=_draw_steps(front),
         points=Markup("").join(
-            Markup('<path class="dot" style="--c:{}" d="M{:.0f} {:.0f}h0"><title>{}</title></path>').format(
-                s.color, *places[s.name], _say(s, quality, cost)
-            )
+            Markup('<g style="{}">{}</g>').format(s.look, draw_mark("dot", places[s.name], _say(s, quality, cost)))
             for s in known
         ),
         names=_draw_names(known, places),
@@ -148,11 +146,19 @@ def _draw_grid(x_axis: Axis, y_axis: Axis) -> Markup:
     return Markup('<path class="grid" d="{}"/>').format("".join(lines))
 
 
+def _height_px(systems: Sequence[System]) -> int:
+    """With a line for the name of each."""
+    return max(_LEAST_HEIGHT_PX, _LABEL_PX * len(systems))
+
+
 def _draw_names(systems: Sequence[System], places: Mapping[str, tuple[float, float]]) -> Markup:
     """At the right edge, each at the height of its point where there is room."""
-    wanted = [_HEIGHT_PX * places[s.name][1] / 1000 for s in systems]
-    placed = spread_labels(wanted, _LABEL_PX, _HEIGHT_PX)
+    height = _height_px(systems)
+    wanted = [height * places[s.name][1] / 1000 for s in systems]
+    placed = spread_labels(wanted, _LABEL_PX, height)
     return Markup("").join(
-        Markup('<span class="end" style="top:{:.1f}px;color:{}"><bdi>{}</bdi></span>').format(top, s.color, s.name)
+        Markup(
+            '<span class="end" dir="auto" style="top:{:.1f}px;{}"><svg width="8" height="8" aria-hidden="true">{}</svg> {}</span>'
+        ).format(top, s.look, draw_mark("dot", (4, 4), s.name), s.name)
         for s, top in zip(systems, placed, strict=True)
     )

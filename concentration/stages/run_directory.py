@@ -25,6 +25,12 @@ SPEED_FILE = "speed.json"
 #: What `overwrite` replaces waits here until it is known that the new can be made.
 REPLACED_FOLDER = ".replaced"
 
+#: The fingerprints of prepared images among a stage's upstream results; and what is beside making everything anew of them.
+_OF_DATA = {f"upstream.{name}" for name in ("data", "val", "test")}
+HOW_TO_GROW = (
+    "where `prepare append=true` has brought classes, extend a student by them: `concentrate add vertical=NAME`"
+)
+
 #: How long a part of a stage waits for the others to look at the directory.
 _ENTER_SECONDS = 60.0
 
@@ -194,9 +200,15 @@ class RunDirectory:
         }
         changed = {key: (was, now) for key, (was, now) in sorted(told.items()) if was != now}
         shown = "; ".join(f"{key} was {was}, is {now}" for key, (was, now) in list(changed.items())[:5])
+        if not all(key.startswith("upstream.") for key in changed):
+            raise ConfigError(
+                f"{self.path}: begun with another configuration: {shown}; "
+                "give it another name or workdir, restore the values, or replace it with overwrite=true"
+            )
+        is_of_other_data = not changed.keys().isdisjoint(_OF_DATA)
         raise ConfigError(
-            f"{self.path}: begun with another configuration: {shown}; "
-            "give it another name or workdir, restore the values, or replace it with overwrite=true"
+            f"{self.path}: what it was made from has changed since: {shown}; make it anew with overwrite=changed"
+            + (f", or, {HOW_TO_GROW}" if is_of_other_data else "")
         )
 
     def forget_replaced(self) -> None:

@@ -180,7 +180,9 @@ _LEAST_LOSSES = 5
 def _look_at_loss(path: Path) -> list[str]:
     """Whether the training loss of our own teacher ended above its start; single batches of a short run say nothing."""
     losses = [line["train/loss"] for line in load_metrics(path) if "train/loss" in line]
-    last = float(np.mean(losses[-max(1, len(losses) // 10) :])) if losses else 0.0
-    if len(losses) >= _LEAST_LOSSES and last > losses[0]:
-        return [f"it diverged: its loss rose from {losses[0]:.4g} to {last:.4g}"]
-    return []
+    if len(losses) < _LEAST_LOSSES:
+        return []
+    # The first line is of one batch alone: two lines at least.
+    num_lines = max(2, len(losses) // 10)
+    first, last = (float(np.mean(part)) for part in (losses[:num_lines], losses[-num_lines:]))
+    return [f"it diverged: its loss rose from {first:.4g} to {last:.4g}"] if last > first else []

@@ -31,7 +31,7 @@ from concentration.networks.student import LossKind, NetworkConfig, Student, loa
 from concentration.networks.top_layers import TopConfig
 from concentration.schema import Config
 from concentration.stages.prepare import SHARDS, DataOverrides, PreparedData
-from concentration.stages.run_directory import RunDirectory, StageConfig, hash_file
+from concentration.stages.run_directory import HOW_TO_GROW, RunDirectory, StageConfig, hash_file
 from concentration.targets import load_metadata
 from concentration.taxonomy import Taxonomy
 from concentration.training.configs import LoggerConfig, TrainerConfig
@@ -241,7 +241,7 @@ def load_network(path: Path, taxonomy: Taxonomy) -> Classifier:
     made_for = load_metadata(file).get("taxonomy")
     if made_for != taxonomy.fingerprint:
         raise DataError(
-            f"{file}: made for another taxonomy ({made_for!r}, here {taxonomy.fingerprint!r}); train it again"
+            f"{file}: made for another taxonomy ({made_for!r}, here {taxonomy.fingerprint!r}); train it again, or, {HOW_TO_GROW}"
         )
     return load_mixture(file) if MIXTURE_HEADER in load_metadata(file) else load_student(file)
 

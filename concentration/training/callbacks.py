@@ -2,6 +2,7 @@
 
 import signal
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NoReturn
 
@@ -231,31 +232,48 @@ class ProgressReport(Callback):
 
 
 class Curves(Callback):
-    """Logs, every `every_steps` steps: loss, learning rate, gradient norm, speed, waiting, and each vertical's part.
+    """Logs, at the first step, every `every_steps` steps and the last: loss, learning rate, gradient norm, speed, waiting, and
+    each vertical's part; and, as step 0, the gammas that training begins with.
 
     Args:
         verticals: names, in the order of the outputs.
         vertical_of_output: (C,) number of every output's vertical, for the count of routed samples.
+        num_steps: of the whole run.
     """
 
-    def __init__(self, verticals: list[str], vertical_of_output: torch.Tensor, every_steps: int):
+    def __init__(self, verticals: list[str], vertical_of_output: torch.Tensor, every_steps: int, num_steps: int):
         self._verticals = verticals
         self._vertical_of_output = vertical_of_output
         self._every_steps = every_steps
+        self._num_steps = num_steps
         self._samples = self._waited_seconds = 0.0
-        self._loss_sum = self._loss_count = 0.0
         self._started = self._batch_ended = time.monotonic()
+        # Losses and samples: of the latest whole window of `every_steps`, and of the one that has begun.
+        self._window_sums = torch.zeros(2, 2)
         self._routed = torch.zeros(len(verticals))
         self._gradient_norm = float("nan")
 
+    def on_save_checkpoint(self, trainer: pl.Trainer, module, checkpoint: dict) -> None:
+        device = trainer.strategy.root_device
+        sums = {"window_sums": self._window_sums, "routed": self._routed}
+        checkpoint["curves"] = {name: sum_over_ranks(values.to(device)).cpu() for name, values in sums.items()}
+
+    def on_load_checkpoint(self, trainer: pl.Trainer, module, checkpoint: dict) -> None:
+        # The sums over all ranks go on in the first, however many there are now; an earlier version kept none.
+        if "curves" in checkpoint and trainer.is_global_zero:
+            self._window_sums, self._routed = (checkpoint["curves"][name] for name in ("window_sums", "routed"))
+
     def on_train_start(self, trainer: pl.Trainer, module) -> None:
+        self._window_sums = self._window_sums.to(trainer.strategy.root_device)
         self._started = self._batch_ended = time.monotonic()
 
-    def on_train_batch_start(self, trainer: pl.Trainer, module, batch: Batch, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: pl.Trainer, module: StudentModule, batch: Batch, batch_idx: int) -> None:
+        if batch_idx == 0:
+            self._log(trainer, self._read_gammas(module))
         self._waited_seconds += time.monotonic() - self._batch_ended
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, module, optimizer) -> None:
-        if (trainer.global_step + 1) % self._every_steps == 0:
+        if self._is_due(trainer.global_step + 1):
             self._gradient_norm = module.gradient_norm()
 
     def on_train_batch_end(
@@ -263,13 +281,14 @@ class Curves(Callback):
     ) -> None:
         self._batch_ended = time.monotonic()
         self._samples += len(batch.weight_B) * trainer.world_size
-        self._loss_sum = self._loss_sum + module.latest_loss_B.sum()
-        self._loss_count = self._loss_count + batch.weight_B.sum()
+        self._window_sums[1] += torch.stack([module.latest_loss_B.sum(), batch.weight_B.sum()])
         self._count_routed(batch)
-        if not is_end_of_step(trainer, batch_idx) or trainer.global_step % self._every_steps:
+        step = trainer.global_step
+        if not is_end_of_step(trainer, batch_idx) or not self._is_due(step):
             return
-        loss, count = sum_over_ranks(torch.stack([self._loss_sum, self._loss_count]))
-        device = trainer.strategy.root_device
+        is_whole_window = step % self._every_steps == 0
+        # A window that has only begun may be one batch, which says little of a run's end.
+        loss, count = sum_over_ranks(self._window_sums[1] if is_whole_window else self._window_sums.sum(0))
         vertical_loss_M = sum_over_ranks(module.student.vertical_loss_M) / trainer.world_size
         seconds = time.monotonic() - self._started
         values = {
@@ -280,17 +299,26 @@ class Curves(Callback):
             "train/data_wait_share": self._waited_seconds / seconds,
         }
         values |= self._by_vertical("loss", vertical_loss_M)
-        values |= self._by_vertical("routed", sum_over_ranks(self._routed.to(device)))
-        if module.student.config.pace.kind != "none":
-            values |= self._by_vertical("gamma", module.student.gamma_by_vertical())
-        for logger in trainer.loggers:
-            logger.log_metrics({name: float(value) for name, value in values.items()}, step=trainer.global_step)
+        values |= self._by_vertical("routed", sum_over_ranks(self._routed.to(trainer.strategy.root_device)))
+        self._log(trainer, values | self._read_gammas(module))
+        if is_whole_window:
+            self._window_sums = torch.stack([self._window_sums[1], torch.zeros_like(self._window_sums[1])])
         self._samples = self._waited_seconds = 0.0
-        self._loss_sum = self._loss_count = 0.0
         self._started = time.monotonic()
 
+    def _is_due(self, step: int) -> bool:
+        return step % self._every_steps == 0 or step in (1, self._num_steps)
+
+    def _log(self, trainer: pl.Trainer, values: Mapping[str, float | torch.Tensor]) -> None:
+        for logger in trainer.loggers if values else ():
+            logger.log_metrics({name: float(value) for name, value in values.items()}, step=trainer.global_step)
+
+    def _read_gammas(self, module: StudentModule) -> dict[str, float]:
+        has_pace = module.student.config.pace.kind != "none"
+        return self._by_vertical("gamma", module.student.gamma_by_vertical()) if has_pace else {}
+
     def _count_routed(self, batch: Batch) -> None:
-        """Adds this rank's samples to the verticals of their targets; the counts run on until the run ends or is stopped."""
+        """Adds this rank's samples to the verticals of their targets; the counts run on until the run ends."""
         verticals_BK = self._vertical_of_output[batch.targets.index_BK.cpu()]
         verticals_BK = torch.where(batch.targets.probability_BK.cpu() > 0, verticals_BK, len(self._verticals))
         member_BM = torch.zeros(len(verticals_BK), len(self._verticals) + 1)

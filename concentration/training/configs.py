@@ -33,6 +33,7 @@ class TrainerConfig(Config):
         once; a quarter more arithmetic in the classifiers.
     shard_head: every process holds some verticals of the classifiers and pace, and their optimizer's state, instead of all;
         with one process it changes nothing.
+    log_every_steps: a line of curves; the first and the last step have one, too.
     max_skipped_share: of the images, that cannot be decoded; one is never too many.
     timeout_seconds: how long processes wait for one that is dead or hangs; then all end with an error.
     """

@@ -107,6 +107,7 @@ def fit(
                 list(data.taxonomy.verticals),
                 torch.from_numpy(data.taxonomy.vertical_of_output),
                 config.log_every_steps,
+                total_steps,
             ),
             ProgressReport(progress),
             *build_weight_averaging(config.ema_decay, config.polyak_start, total_steps),

@@ -19,7 +19,8 @@ class JsonlLogger(Logger):
 
     Args:
         path: of the file.
-        first_step: lines of later steps are dropped: they come from a run that was killed after its last checkpoint.
+        first_step: lines of later steps are dropped: they come from a run that was killed after its last checkpoint; all, where
+            it is 0 and the run begins anew.
     """
 
     def __init__(self, path: Path, first_step: int):
@@ -27,7 +28,8 @@ class JsonlLogger(Logger):
         self._path = path
         self._started = time.time()
         if path.exists() and rank_zero_only.rank == 0:
-            kept = [line for line in path.read_text().splitlines() if step_of_line(line) <= first_step]
+            lines = path.read_text().splitlines() if first_step else ()
+            kept = [line for line in lines if step_of_line(line) <= first_step]
             write_atomically(path, "".join(f"{line}\n" for line in kept))
             self._started -= json.loads(kept[-1])["seconds"] if kept else 0.0  # time goes on where it stopped
 

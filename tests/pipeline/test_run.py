@@ -217,6 +217,18 @@ def test_a_failing_teacher_stops_only_what_depends_on_it(workdir):
     run(workdir, "overwrite=true")
 
 
+def test_a_finished_stage_is_shown_as_done_after_a_command_that_was_refused(workdir):
+    failed = run(workdir, "trainer.max_epochs=4", code=2)
+    assert "student generalist failed (exit code 2)" in failed.err
+    assert set(status(workdir).values()) == {"done"}
+    shown = Running(("status", f"workdir={workdir}"), workdir.parent).wait().out
+    line = next(line for line in shown.splitlines() if "students/generalist" in line)
+    assert "the latest command was refused: " in line
+    assert "trainer.max_epochs was 3.0, is 4.0" in line
+    run(workdir)
+    assert "refused" not in Running(("status", f"workdir={workdir}"), workdir.parent).wait().out
+
+
 @pytest.mark.parametrize("number", [signal.SIGUSR1, pytest.param(signal.SIGTERM, marks=pytest.mark.long)])
 def test_a_signal_stops_the_run_with_75_and_the_next_one_finishes(finished, tmp_path, number):
     expected, _ = finished

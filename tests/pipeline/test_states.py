@@ -38,12 +38,16 @@ def test_a_running_stage_has_a_rate_and_the_time_left(tmp_path):
     assert (state.state, state.amount, state.rate, state.left) == ("running", "20/100 steps", "4.0 steps/s", "00:00:20")
 
 
-def test_what_is_done_is_done_unless_a_later_run_of_it_failed(tmp_path):
+@pytest.mark.parametrize(("code", "is_refused"), [(2, True), (1, False)])
+def test_what_is_done_is_done_unless_a_later_run_of_it_failed(tmp_path, code, is_refused):
+    """And where that was refused, a run that waits for it hears of it, but what was done is untouched."""
     write_atomically(tmp_path / "students/x/DONE.json", "{}")
     assert state_of(tmp_path).state == "done"
-    write_atomically(tmp_path / "jobs/student-x.exit", "2\n")
+    write_atomically(tmp_path / "jobs/student-x.exit", f"{code}\n")
     os.utime(tmp_path / "students/x/DONE.json", (1, 1))
-    assert state_of(tmp_path).state == "failed"
+    assert (state_of(tmp_path).state, state_of(tmp_path).is_refused) == ("failed", is_refused)
+    (tmp_path / "students/x/DONE.json").unlink()
+    assert (state_of(tmp_path).state, state_of(tmp_path).is_refused) == ("failed", False)
 
 
 def test_a_failed_job_says_why_in_its_own_words(tmp_path):

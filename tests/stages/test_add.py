@@ -67,6 +67,25 @@ def test_a_vertical_comes_and_the_old_ones_stay(workdir):
     assert load_json(workdir / "evaluations/next.json")["pvap"].keys() == {"fruit", "tools", "sky"}
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("teacher", "vertical=fruit", *TINY),
+        ("targets", "vertical=fruit", "targets.top_k=5"),
+        ("evaluate", "name=student"),
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_what_is_from_before_says_that_classes_may_have_come_and_how_a_student_gets_them(workdir, arguments):
+    with pytest.raises((ConfigError, DataError)) as error:
+        concentrate_here(*arguments, f"workdir={workdir}")
+    assert "another configuration" not in str(error.value)
+    assert (
+        "where `prepare append=true` has brought classes, extend a student by them: `concentrate add vertical=NAME`"
+        in str(error.value)
+    )
+
+
 def test_what_old_verticals_lose_is_an_error_that_a_larger_tolerance_lifts(workdir):
     arguments = ("add", "vertical=sky", f"workdir={workdir}", "name=hasty", "replay=0", "optimizer.lr=3", *TINY_ADD)
     with pytest.raises(ConfigError) as error:

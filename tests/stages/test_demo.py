@@ -1,11 +1,7 @@
-"""`concentrate demo`: the page in a real browser, and what it answers to others.
-
-Chromium and its driver are Debian's; where they are not installed the browser's tests are skipped, and say so.
-"""
+"""`concentrate demo`: the page in a real browser, and what it answers to others."""
 
 import base64
 import json
-import shutil
 import signal
 import socket
 import urllib.error
@@ -17,11 +13,6 @@ from real_runs import LEAVES, Running, concentrate, draw_image, one_line
 from serving_exports import write_export
 
 from concentration.serving.web import MOST_BYTES
-
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-needs_browser = pytest.mark.skipif(
-    CHROMIUM is None or DRIVER is None, reason="NO BROWSER: chromium and chromium-driver are not installed"
-)
 
 
 @pytest.fixture(scope="module")
@@ -46,27 +37,6 @@ def _read(directory: Path, suffix: str) -> str:
     return "".join(path.read_text() for path in directory.glob(f".*{suffix}"))
 
 
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    profile = tmp_path_factory.mktemp("profile")
-    for argument in (
-        "--headless=new",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--window-size=1200,900",
-        f"--user-data-dir={profile}",
-    ):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=DRIVER))
-    yield driver
-    driver.quit()
-
-
 def wait_for_answer(browser) -> None:
     from selenium.webdriver.support.ui import WebDriverWait
 
@@ -79,7 +49,6 @@ def text(browser, selector: str) -> str:
     return browser.execute_script("return document.querySelector(arguments[0]).innerText", selector)
 
 
-@needs_browser
 def test_an_image_that_is_chosen_is_answered_by_vertical(browser, page, tmp_path):
     (tmp_path / "lemon.png").write_bytes(draw_image("lemon", 1))
     browser.get(page)
@@ -94,7 +63,6 @@ def test_an_image_that_is_chosen_is_answered_by_vertical(browser, page, tmp_path
     assert browser.get_log("browser") == [], "no script, style or picture was refused or missing"
 
 
-@needs_browser
 def test_an_image_that_is_dropped_is_answered_and_a_text_is_refused(browser, page):
     browser.get(page)
     drop = """

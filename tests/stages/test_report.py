@@ -1,10 +1,18 @@
 """`report` on a run directory that holds little, and on one whose evaluations were measured on different test images."""
 
+import base64
+import io
 import json
 import re
+import shutil
+from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 from real_runs import TINY, append_sky, concentrate, concentrate_here, load_json, prepare_shards, prepare_shards_here
+
+from concentration.errors import ConfigError
 
 
 def test_the_page_shows_the_data_where_they_were_summarised_and_is_there_without(tmp_path):
@@ -66,9 +74,31 @@ def test_evaluations_on_other_test_images_stand_apart(grown, name, beside, below
         "next": f"{found['next']} test images in 3 verticals (fruit, tools, sky)",
     }
     assert {n for n, line in lines.items() if f"<bdi>{line}</bdi>" in results} == set(lines) - {name}
+    assert f"<b><bdi>{name}</bdi></b> at a glance" in results
     legend = page.partition('<section id="verticals">')[2].partition("</section>")[0]
     assert set(re.findall(r"</i><bdi>(\w+)</bdi>", legend)) == set(beside)
     assert load_json(grown / "report" / "metrics.json").keys() == {"generalist", "student", "fruit", "next"}
+
+
+def test_a_network_that_was_not_evaluated_is_refused_by_name(grown):
+    with pytest.raises(ConfigError) as error:
+        concentrate_here("report", "name=nxt", f"workdir={grown}")
+    assert "name: no evaluation of nxt on test (there: fruit, generalist, next, student)" in str(error.value)
+
+
+def test_calibrations_on_other_test_images_stand_apart_as_evaluations_do(grown):
+    """A teacher's is of its vertical alone."""
+    own = Path(shutil.copytree(grown, grown.parent / "calibrated"))
+    concentrate_here("evaluate", "name=fruit", f"workdir={own}", "gallery=0", "overwrite=changed")
+    for name in ("next", "fruit"):
+        concentrate_here("calibrate", f"name={name}", f"workdir={own}")
+    for name, apart in (("next", ["fruit"]), ("fruit", ["next"])):
+        concentrate_here("report", f"name={name}", f"workdir={own}")
+        section = _read_results(own)[1].partition('<section id="calibration">')[2]
+        first, *others = section.partition("</table>")[0].partition("<tbody>")[2].split("<tbody>")
+        assert re.findall(r"<bdi>(\w+)</bdi></th>", first) == [name]
+        assert re.findall(r"<bdi>(\w+)</bdi></th>", "".join(others)) == apart
+        assert f"Not comparable with those of <bdi>{name}</bdi>, because measured on other test images" in section
 
 
 def test_a_comparison_over_different_test_images_is_of_the_verticals_of_both(grown):
@@ -92,3 +122,33 @@ def test_evaluations_on_one_set_of_images_are_all_in_one_table(grown):
     results, page = _read_results(own)
     assert results.count("<tbody>") == 1
     assert "different test images" not in page
+
+
+def test_a_table_that_goes_on_beyond_a_narrow_screen_shows_it_and_can_be_scrolled_by_keys(browser, grown):
+    concentrate_here("report", f"workdir={grown}")
+    size = {"width": 390, "height": 800, "deviceScaleFactor": 1, "mobile": True}
+    shades = {}
+    for width in (390, 1280):
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size | {"width": width})
+        browser.get((grown / "report/index.html").as_uri())
+        table = browser.find_element("css selector", "#results .wide")
+        for place, left in (("start", 0), ("end", 10_000)):
+            browser.execute_script("arguments[0].scrollLeft = arguments[1]", table, left)
+            right, top = browser.execute_script(
+                "const r = arguments[0].getBoundingClientRect(); return [r.right, r.top + scrollY]", table
+            )
+            clip = {
+                "x": right - 5,
+                "y": top + 5,
+                "width": 5,
+                "height": 5,
+                "scale": 1,
+            }  # above the titles of the columns
+            shot = browser.execute_cdp_cmd("Page.captureScreenshot", {"clip": clip, "captureBeyondViewport": True})
+            pixels = Image.open(io.BytesIO(base64.b64decode(shot["data"]))).convert("L")
+            shades[width, place] = np.asarray(pixels, dtype=float).mean()
+        assert browser.execute_script("return document.documentElement.scrollWidth") == width
+    assert shades[390, "start"] < shades[390, "end"] - 20, "the shadow lies where there is more, and only there"
+    assert shades[1280, "start"] == shades[1280, "end"] == shades[390, "end"]
+    assert (table.get_attribute("role"), table.get_attribute("tabindex")) == ("region", "0")
+    assert table.get_attribute("aria-label") == "Evaluations: accuracy and cost by model"

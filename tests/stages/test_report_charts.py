@@ -7,6 +7,23 @@ from concentration.stages.report_charts import Axis, LineChart, Series, draw_lin
 from concentration.stages.report_values import format_points, format_short, read_curves, thin_curve
 
 
+def test_a_name_that_is_cut_keeps_its_beginning_in_either_direction(browser, tmp_path):
+    names = ["a name of many words that is longer than its place", "שם ארוך מאוד של קבוצה שאין לה מקום בשוליים"]
+    series = [Series(name, np.array([[0.0, n], [1.0, n]]), "--c:red") for n, name in enumerate(names)]
+    style = (
+        ".plot {position: relative} .end {position: absolute; max-width: 90px; overflow: hidden; white-space: nowrap}"
+    )
+    page = f"<meta charset=utf-8><style>{style}</style>{draw_line_chart(LineChart('t', series, names='line_end'))}"
+    (tmp_path / "chart.html").write_text(page, encoding="utf-8")
+    browser.get((tmp_path / "chart.html").as_uri())
+    script = """return [...document.querySelectorAll('.end')].map(end => {
+        const range = document.createRange(), text = document.createTreeWalker(end, NodeFilter.SHOW_TEXT).nextNode();
+        range.setStart(text, 0); range.setEnd(text, 1);
+        const first = range.getBoundingClientRect(), place = end.getBoundingClientRect();
+        return first.left >= place.left - 1 && first.right <= place.right + 1; })"""
+    assert browser.execute_script(script) == [True, True]
+
+
 @pytest.mark.parametrize("num_ticks", [3, 5])
 @pytest.mark.parametrize(
     "axis",

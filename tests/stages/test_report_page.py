@@ -262,11 +262,45 @@ def test_long_curves_make_no_long_page():
     assert len(page) < 60_000
 
 
-def test_one_model_has_one_colour_in_all_parts():
-    page = build_report_page(_full_inputs())
+def test_one_model_has_one_look_in_all_parts_and_no_other_has_it():
+    """Also where there are more networks than colours, and those of the three that are compared stay theirs."""
+    more = [f"network {n}" for n in range(28)]
+    evaluations = {name: _evaluation(0.5) for name in ("generalist", *more, "student", "specialists")}
+    curves = {f"students/{name}": _lines(12, []) for name in evaluations if name != "specialists"}
+    page = build_report_page(_full_inputs(evaluations=evaluations, curves=curves))
+    looks = {name: set(re.findall(rf'style="([^"]+)"></(?:i|span)><bdi>{name}</bdi>', page)) for name in evaluations}
+    assert [len(found) for found in looks.values()] == [1] * 31
+    assert len(set.union(*looks.values())) == 31
+    drawn = {
+        name: set(re.findall(rf'<g class="series" style="([^"]+)">[^"]*<path [^>]*><title>{name}[:,]', page))
+        for name in more
+    }
+    assert drawn == {name: looks[name] for name in more}
     for name, color in (("generalist", "var(--m0)"), ("student", "var(--m1)"), ("specialists", "var(--m2)")):
-        legends = set(re.findall(rf'background:([^"]+)"></(?:i|span)><bdi>{name}</bdi>', page))
-        assert legends == {color}
+        assert looks[name] == {f"--c:{color}"}
+        assert [other for other, found in looks.items() if color in str(found)] == [name]
+
+
+def test_a_page_is_about_the_network_that_was_asked_for():
+    values = {"generalist": 0.6, "next": 0.7, "student": 0.65, "specialists": 0.8}
+    evaluations = {name: _evaluation(value) for name, value in values.items()}
+    configs = {f"students/{name}": {"seed": n} for n, name in enumerate(values)}
+    curves = {f"students/{name}": _lines(20, VERTICALS) for name in ("student", "next")}
+    page = build_report_page(_full_inputs(evaluations=evaluations, subject="next", configs=configs, curves=curves))
+    text = _Page(page).text
+    assert "next, at 70.0%, closes 50% of the 20.0 points between the generalist (60.0% mpvap)" in text
+    assert "by log-softmax: next, at 71.0%, closes 50% of" in text
+    assert "The model next at a glance" in text
+    assert "mpvap: generalist 60.0%, specialists 80.0%, next 70.0%" in page
+    assert "Shown for next." in text
+    assert "Where next differs from the generalist" in text
+    legend = page.partition('<section id="verticals">')[2].partition("</ul>")[0]
+    assert re.findall(r"<bdi>([^<]+)</bdi></li>", legend) == ["generalist", "next", "specialists"]
+    reference = _Page(build_report_page(_full_inputs(evaluations=evaluations, subject="generalist"))).text
+    assert (
+        "generalist reaches 60.0% mpvap, where specialists reaches 80.0% mpvap, the highest of 4 evaluations."
+        in reference
+    )
 
 
 def test_correct_predictions_are_told_by_more_than_colour():
@@ -287,7 +321,7 @@ def test_only_leaf_classes_with_an_ap_are_ranked():
 
 def test_settings_that_differ_stand_before_all_settings():
     page = build_report_page(_full_inputs())
-    differences = page.partition("Where the student differs")[2].partition("<details>")[0]
+    differences = page.partition("differs from the generalist")[2].partition("<details>")[0]
     assert "top.name" in differences
     assert "top.widths" in differences
     assert "seed" not in differences
@@ -314,7 +348,7 @@ def test_settings_that_differ_stand_before_all_settings():
 )
 def test_the_gap_sentence_is_true_in_any_order(generalist, student, specialists, expected):
     values = {"generalist": generalist, "student": student, "specialists": specialists}
-    sentence = describe_gap({name: {"mpvap": value} for name, value in values.items() if value is not None})
+    sentence = describe_gap({name: {"mpvap": value} for name, value in values.items() if value is not None}, "student")
     assert re.search(expected, sentence), sentence
     assert sentence.endswith(".")
     assert sentence.count(". ") == 0

@@ -2,6 +2,7 @@
 
 import re
 
+import numpy as np
 import pytest
 
 from concentration.stages.report_page import ReportInputs, build_report_page
@@ -13,7 +14,7 @@ SYSTEMS = {"a": (0.5, 10.0), "b": (0.7, 20.0), "c": (0.6, 20.0), "d": (0.65, 30.
 
 def describe(values) -> list[System]:
     return [
-        System(name, "red", dict.fromkeys(QUALITIES, quality), {"multiply_adds": cost, "active": cost}, cost)
+        System(name, "--c:red", dict.fromkeys(QUALITIES, quality), {"multiply_adds": cost, "active": cost}, cost)
         for name, (quality, cost) in values.items()
     ]
 
@@ -39,23 +40,31 @@ def test_a_system_without_a_number_is_on_no_front():
 
 def test_the_part_is_drawn_for_four_systems_and_more():
     evaluations = {name: evaluation(*values) for name, values in SYSTEMS.items()}
-    colors = dict.fromkeys(SYSTEMS, "blue")
-    assert build_tradeoff_part(dict(list(evaluations.items())[:3]), colors) == {}
-    part = build_tradeoff_part(evaluations, colors)
+    looks = dict.fromkeys(SYSTEMS, "--c:blue")
+    assert build_tradeoff_part(dict(list(evaluations.items())[:3]), looks) == {}
+    part = build_tradeoff_part(evaluations, looks)
     assert [row["name"] for row in part["rows"]] == ["a", "b", "c", "f", "d", "e"]
     assert [row["name"] for row in part["rows"] if row["qualities"][0]["is_on_front"]] == ["a", "b", "e"]
     assert part["plots"].count("<figure") == 6
     for figure in re.findall(r"<figure.*?</figure>", part["plots"], re.DOTALL):
-        assert figure.count('class="dot"') == 6
+        assert figure.count('class="dot"') == 2 * 6, "in the plot, and beside the name"
         assert figure.count('class="end"') == 6
         places = re.findall(r'class="dot"[^>]*d="M(\d+) (\d+)h0"', figure)
         assert all(0 <= int(x) <= 1000 and 0 <= int(y) <= 1000 for x, y in places)
 
 
+def test_each_of_many_systems_has_a_line_for_its_name():
+    names = [f"system {n}" for n in range(30)]
+    part = build_tradeoff_part({name: evaluation(0.5, 20.0) for name in names}, dict.fromkeys(names, "--c:blue"))
+    for figure in re.findall(r"<figure.*?</figure>", part["plots"], re.DOTALL):
+        heights = sorted(float(top) for top in re.findall(r'class="end" dir="auto" style="top:([\d.]+)px', figure))
+        assert np.diff(heights).min() >= 14
+
+
 def test_parameters_in_use_are_all_where_nothing_else_is_said():
     part = build_tradeoff_part(
         {name: evaluation(0.5, 20.0, active=7 if name == "mixture" else None) for name in ("x", "y", "z", "mixture")},
-        dict.fromkeys(("x", "y", "z", "mixture"), "blue"),
+        dict.fromkeys(("x", "y", "z", "mixture"), "--c:blue"),
     )
     assert {row["name"]: row["costs"][1] for row in part["rows"]} == {"x": "60", "y": "60", "z": "60", "mixture": "7"}
 

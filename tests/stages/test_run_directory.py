@@ -115,6 +115,11 @@ def test_another_upstream_result_is_refused_with_both_hashes(directory):
     assert is_due(directory, {"targets": "ab", "data": "12"})
     refuse(directory, "upstream.targets was 'ab', is 'cd'", upstream={"data": "12", "targets": "cd"})
     refuse(directory, "upstream.targets was 'ab', is not there", upstream={"data": "12"})
+    refuse(
+        directory, "has changed since: upstream.targets", "overwrite=changed", upstream={"data": "12", "targets": "c"}
+    )
+    grown = {"data": "34", "targets": "ab"}
+    refuse(directory, "upstream.data was '12'", "overwrite=changed", "`concentrate add vertical=NAME`", upstream=grown)
 
 
 def test_what_changes_only_how_it_is_computed_may_change(directory, tmp_path):

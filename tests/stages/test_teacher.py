@@ -205,7 +205,7 @@ def test_a_teacher_that_is_there_is_kept_unless_its_content_changes(exports, wor
     data = tmp_path / "moved/tools-any.onnx.data"
     data.write_bytes(bytes(4) + data.read_bytes()[4:])
     refused = take_over(workdir, "tools", "onnx", path=tmp_path / "moved/tools-any.onnx", code=2)
-    assert "begun with another configuration: upstream.files was" in one_line(refused)
+    assert "what it was made from has changed since: upstream.files was" in one_line(refused)
     take_over(workdir, "tools", "onnx", "overwrite=true", path=tmp_path / "moved/tools-any.onnx")
     assert load_json(workdir / "teachers/tools/DONE.json")["checkpoint"] != checkpoint
     refused = concentrate("evaluate", "name=tools", f"workdir={workdir}", directory=tmp_path, code=2)

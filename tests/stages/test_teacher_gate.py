@@ -68,7 +68,7 @@ def test_a_loss_that_rose_answers_that_are_constant_and_no_validation_are_told(w
         lines = [json.dumps({"step": step, "seconds": 1, "train/loss": loss}) for step, loss in enumerate(losses)]
         (copy / "teachers" / vertical / "metrics.jsonl").write_text("\n".join(lines))
     out = concentrate_here("targets", f"workdir={copy}")
-    assert "NOTE: teacher of fruit: it diverged: its loss rose from 2 to 9" in out
+    assert "NOTE: teacher of fruit: it diverged: its loss rose from 1.5 to 7.5" in out
     assert out.count("diverged") == 1, "two batches' losses say nothing"
     assert "worse than" not in out, "there is nothing to compare it with"
     assert load_json(copy / "gates/tools.json")["generalist_ap"] is None

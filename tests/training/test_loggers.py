@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 from real_runs import TINY_NETWORK, Plant, Running, concentrate, load_json, load_lines, prepare_shards, run_command
@@ -52,12 +53,36 @@ def test_every_curve_has_its_name(plain):
     }
     lines = load_lines(plain)
     trained = [line for line in lines if "train/loss" in line]
-    assert [line["step"] for line in trained] == [2, 4, 6, 8, 10]
+    assert [line["step"] for line in trained] == [1, 2, 4, 6, 8, 10]
     for line in trained:
         assert line.keys() == expected | {"step", "seconds"}
     validated = [line for line in lines if "val/mpvap" in line]
     assert [line["step"] for line in validated] == [10]
     assert {"val/mpvap", "val/top1", "val/fruit/ap", "val/tools/ap"} <= validated[0].keys()
+
+
+def test_gamma_is_known_from_before_the_first_step(plain):
+    start, first = load_lines(plain)[:2]
+    assert start.keys() == {"step", "seconds", "train/fruit/gamma", "train/tools/gamma"}
+    assert (start["step"], first["step"]) == (0, 1)
+    assert start["train/fruit/gamma"] == pytest.approx(6**0.5, rel=0.01)
+    assert first["train/fruit/gamma"] != pytest.approx(6**0.5, rel=0.01), "a step has moved it"
+
+
+def test_a_run_that_ends_between_two_lines_has_one_more_over_as_many_steps_and_a_short_one_two(workdir):
+    curves = {}
+    for name, every, steps in (("each", 1, 8), ("between", 3, 8), ("short", 20, 8)):
+        more = (f"trainer.log_every_steps={every}", f"trainer.max_steps={steps}")
+        concentrate("student", f"name={name}", f"workdir={workdir}", *OPTIONS, *more, directory=workdir.parent)
+        lines = load_lines(workdir / "students" / name)
+        curves[name] = {line["step"]: line for line in lines if "train/loss" in line}
+    losses = [line["train/loss"] for line in curves["each"].values()]
+    assert list(curves["between"]) == [1, 3, 6, 8]
+    assert list(curves["short"]) == [1, 8]
+    for name, step, start in (("between", 3, 0), ("between", 6, 3), ("between", 8, 3), ("short", 8, 0)):
+        assert curves[name][step]["train/loss"] == pytest.approx(fmean(losses[start:step]), rel=1e-5), (name, step)
+    for line in curves["short"].values():
+        assert line["train/gradient_norm"] == curves["each"][line["step"]]["train/gradient_norm"]
 
 
 def test_what_is_logged_is_what_it_says(plain):
@@ -95,7 +120,7 @@ def read_offline_runs(run_path: Path) -> list[bytes]:
 def test_wandb_without_a_key_is_offline_and_resumed_under_the_same_id(workdir):
     command = ("student", "name=offline", f"workdir={workdir}", *OPTIONS, "logger=wandb")
     environment = {"HOME": str(workdir), **NO_WANDB, "WANDB_MODE": "online"}  # asked for, and not to be had
-    plant = Plant("concentration.training.loggers:JsonlLogger.log_metrics", 3, "after")
+    plant = Plant("concentration.training.loggers:JsonlLogger.log_metrics", 5, "after")
     kill = {"plant": plant, "code": -signal.SIGKILL}
     more = "trainer.checkpoint_every_seconds=0"
     concentrate(*command, more, directory=workdir.parent, **kill, **environment)
@@ -105,7 +130,7 @@ def test_wandb_without_a_key_is_offline_and_resumed_under_the_same_id(workdir):
     assert finished.err.count("wandb sync") == 1
     assert f"wandb sync {run_path}/wandb/offline-run-*" in finished.err
     assert load_json(run_path / "DONE.json")["step"] == 10
-    assert [line["step"] for line in load_lines(run_path) if "train/loss" in line] == [2, 4, 6, 8, 10]
+    assert [line["step"] for line in load_lines(run_path) if "train/loss" in line] == [1, 2, 4, 6, 8, 10]
     folders = sorted((run_path / "wandb").glob("offline-run-*"))
     assert len(folders) == 2
     assert {path.name.rpartition("-")[2] for path in folders} == {run_id}
@@ -206,6 +231,12 @@ def test_a_resumed_run_drops_the_lines_behind_its_checkpoint_and_goes_on_in_time
     assert kept[-1]["train/loss"] == 0.5
     assert "epoch" not in kept[-1]
     assert 100 <= kept[-1]["seconds"] < 110
+
+
+def test_a_run_that_begins_anew_before_its_first_checkpoint_has_no_line_of_the_one_before(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "seconds": 0.1, "train/fruit/gamma": 2.0}\n')
+    JsonlLogger(tmp_path / "metrics.jsonl", first_step=0)
+    assert load_metrics(tmp_path) == []
 
 
 def test_a_line_that_a_kill_cut_off_is_not_read(tmp_path):
