@@ -57,7 +57,7 @@ def list_inputs(paths: Sequence[str]) -> list[ImageOnDisk]:
     that is named is taken for one.
 
     Raises:
-        ConfigError: nothing is given, a path is not there or cannot be read, or no image is found.
+        ConfigError: nothing is given, a path is not there, is a pipe or cannot be read, or no image is found.
         DataError: a tar is damaged.
     """
     if not paths:
@@ -68,6 +68,8 @@ def list_inputs(paths: Sequence[str]) -> list[ImageOnDisk]:
             found += _list_folder(given)
         elif os.path.isfile(given):
             found += _list_shard(given) if given.lower().endswith(".tar") else [_describe_file(given)]
+        elif os.path.exists(given):
+            raise ConfigError(f"{given}: is a pipe or a device; write the image to a file, and give that")
         else:
             raise ConfigError(f"{given}: no such file or folder")
     if not found:
