@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from concentration.errors import DataError
+from concentration.errors import DataError, unreadable
 from concentration.schema import CONTROL, check_folder_name, parse_json
 
 
@@ -229,7 +229,7 @@ class Taxonomy:
         except FileNotFoundError:
             raise DataError(f"{path}: no such file; bring it, or run `concentrate prepare`, which writes one") from None
         except OSError as error:
-            raise DataError(f"{path}: cannot be read ({error.strerror}); correct its permissions") from None
+            raise unreadable(path, error) from None
         return cls.from_json(parse_json(content, str(path)), str(path))
 
 

@@ -342,6 +342,12 @@ def test_what_people_read_alike_is_not_two(ids, verticals, expected):
     assert f"here: {expected}" in str(caught.value)
 
 
+def test_a_folder_in_place_of_a_file_is_said_to_be_one(tmp_path):
+    with pytest.raises(DataError) as caught:
+        Taxonomy.load(tmp_path)
+    assert str(caught.value) == f"{tmp_path}: cannot be read (Is a directory); give a file"
+
+
 def test_classes_may_differ_in_capitals():
     classes = [{"id": class_id, "vertical": "v"} for class_id in ("Polish", "polish")]
     assert Taxonomy.from_json({"classes": classes}).num_classes == 2
