@@ -19,6 +19,16 @@ class DataError(ConcentrationError):
     """A file (shard, index, taxonomy, target, checkpoint) is not what it should be."""
 
 
+def unreadable(path: object, error: OSError) -> DataError:
+    """What is said of a file or folder that is there and cannot be read."""
+    advice = "bring it back"
+    if isinstance(error, PermissionError):
+        advice = "correct its permissions"
+    elif isinstance(error, IsADirectoryError):
+        advice = "give a file"
+    return DataError(f"{path}: cannot be read ({error.strerror}); {advice}")
+
+
 class DivergedError(ConcentrationError):
     """Training reached a loss that is not finite; the last good checkpoint is kept."""
 

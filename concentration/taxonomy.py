@@ -10,13 +10,13 @@ import hashlib
 import itertools
 import json
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from concentration.errors import DataError
+from concentration.errors import DataError, unreadable
 from concentration.schema import CONTROL, check_folder_name, parse_json
 
 
@@ -39,7 +39,7 @@ class Taxonomy:
     Raises:
         DataError: two classes with one id, an unknown parent, a cycle among the parents, a vertical with one class
             or with a name that cannot be a folder's; an id with a line break or another control character; ids or verticals that
-            differ in how their accents are encoded alone.
+            differ in spaces or how accents are encoded alone, or verticals in capitals.
     """
 
     def __init__(self, classes: Sequence[TaxonomyClass], where: str = "taxonomy"):
@@ -61,8 +61,10 @@ class Taxonomy:
         self.vertical_sizes = tuple(int(n) for n in np.bincount(vertical_of_position, minlength=len(self.verticals)))
         #: (M + 1,) first output of every vertical, and C.
         self.vertical_starts = tuple(int(n) for n in np.concatenate([[0], np.cumsum(self.vertical_sizes)]))
-        _check_spellings("class ids", self.position, where)
-        _check_spellings("verticals", self.verticals, where)
+        _check_spellings("class ids", self.position, where, _read_class, "spaces or how accents are encoded")
+        _check_spellings(
+            "verticals", self.verticals, where, _read_vertical, "capitals, spaces or how accents are encoded"
+        )
         for name, size in zip(self.verticals, self.vertical_sizes, strict=True):
             _check_folder_name(name, where)
             if size < 2:
@@ -227,7 +229,7 @@ class Taxonomy:
         except FileNotFoundError:
             raise DataError(f"{path}: no such file; bring it, or run `concentrate prepare`, which writes one") from None
         except OSError as error:
-            raise DataError(f"{path}: cannot be read ({error.strerror}); correct its permissions") from None
+            raise unreadable(path, error) from None
         return cls.from_json(parse_json(content, str(path)), str(path))
 
 
@@ -272,17 +274,26 @@ def _index_ids(classes: Sequence[TaxonomyClass], where: str) -> dict[str, int]:
     return position
 
 
-def _check_spellings(what: str, texts: Iterable[str], where: str) -> None:
-    """Raises: DataError where two texts look the same: macOS and Linux encode accents differently, and keep both."""
+def _check_spellings(what: str, texts: Iterable[str], where: str, read: Callable[[str], str], differences: str) -> None:
+    """Raises: DataError where two texts are read alike, which differ in `differences` alone."""
     seen: dict[str, str] = {}
     for text in texts:
-        composed = text if text.isascii() else unicodedata.normalize("NFC", text)
-        if composed in seen:
+        if (alike := read(text)) in seen:
             raise DataError(
-                f"{where}: the {what} {seen[composed]!a} and {text!a} are both '{composed}', with accents encoded in two ways; "
-                "rename one, with the same characters as the other where both are the same"
+                f"{where}: the {what} {seen[alike]!a} and {text!a} differ in {differences} alone; write both alike, or rename one"
             )
-        seen[composed] = text
+        seen[alike] = text
+
+
+def _read_class(text: str) -> str:
+    """As people read it. NOTE: macOS and Linux encode accents differently, and keep both; a CSV has `birds / gull`, too."""
+    composed = text if text.isascii() else unicodedata.normalize("NFC", text)
+    return "/".join(" ".join(part.split()) for part in composed.split("/"))
+
+
+def _read_vertical(text: str) -> str:
+    """Its folders are one on a disk that knows no capitals, as macOS's."""
+    return _read_class(text).casefold()
 
 
 def _check_folder_name(vertical: str, where: str) -> None:

@@ -321,6 +321,38 @@ def test_a_class_id_with_a_control_character_is_refused(character):
     assert len(str(caught.value).splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("ids", "verticals", "expected"),
+    [
+        (["a", "b", "b "], "vvv", "the class ids 'b' and 'b ' differ in spaces or how accents are encoded alone"),
+        (["v/a", "v/b", "v / a"], "vvv", "the class ids 'v/a' and 'v / a' differ in spaces"),
+        (["a b", "c", "a\xa0 b"], "vvv", r"the class ids 'a b' and 'a\xa0 b' differ in spaces"),
+        (
+            "abcd",
+            ["Birds", "Birds", "Birds ", "Birds "],
+            "the verticals 'Birds' and 'Birds ' differ in capitals, spaces",
+        ),
+        ("abcd", ["Birds", "Birds", "birds", "birds"], "the verticals 'Birds' and 'birds' differ in capitals, spaces"),
+    ],
+)
+def test_what_people_read_alike_is_not_two(ids, verticals, expected):
+    classes = [{"id": class_id, "vertical": v} for class_id, v in zip(ids, verticals, strict=True)]
+    with pytest.raises(DataError) as caught:
+        Taxonomy.from_json({"classes": classes}, "here")
+    assert f"here: {expected}" in str(caught.value)
+
+
+def test_a_folder_in_place_of_a_file_is_said_to_be_one(tmp_path):
+    with pytest.raises(DataError) as caught:
+        Taxonomy.load(tmp_path)
+    assert str(caught.value) == f"{tmp_path}: cannot be read (Is a directory); give a file"
+
+
+def test_classes_may_differ_in_capitals():
+    classes = [{"id": class_id, "vertical": "v"} for class_id in ("Polish", "polish")]
+    assert Taxonomy.from_json({"classes": classes}).num_classes == 2
+
+
 def test_ids_or_verticals_that_differ_in_how_accents_are_encoded_alone_are_refused():
     """macOS writes an accent after its letter, and Linux keeps what it is given."""
     composed, decomposed = "caf\xe9", "cafe\u0301"
@@ -330,7 +362,7 @@ def test_ids_or_verticals_that_differ_in_how_accents_are_encoded_alone_are_refus
     ):
         with pytest.raises(DataError) as caught:
             Taxonomy.from_json({"classes": [{"id": class_id, "vertical": v} for class_id, v in pairs]}, "here")
-        assert f"here: the {what} 'caf\\xe9' and 'cafe\\u0301' are both 'caf\xe9'" in str(caught.value)
+        assert f"here: the {what} 'caf\\xe9' and 'cafe\\u0301' differ in" in str(caught.value)
     alone = Taxonomy.from_json(
         {"classes": [{"id": "a", "vertical": decomposed}, {"id": decomposed, "vertical": decomposed}]}
     )

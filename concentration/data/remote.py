@@ -25,6 +25,8 @@ FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.5, 30.0
 #: Answers of a server after which another try may help: a timeout, too early, too many requests.
 _PASSING_STATUS = (408, 425, 429)
 
+_DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
+
 T = TypeVar("T")
 
 
@@ -102,7 +104,10 @@ class Remote:
         return size
 
     def copy(self, url: str, path: Path, check: Callable[[Path], T]) -> T:
-        """Writes the file to `path`, and returns what `check` says of it; its WrongContentError is a failed try."""
+        """Writes the file to `path`, and returns what `check` says of it; its WrongContentError is a failed try.
+
+        Raises: OSError where the disk is full, which is no fault of the server's.
+        """
 
         def fetch_and_check() -> T:
             self._call(url, "get_file", str(path))
@@ -116,6 +121,8 @@ class Remote:
             try:
                 return action()
             except (OSError, aiohttp.ClientError, *own) as error:
+                if getattr(error, "errno", None) in _DISK_IS_FULL:
+                    raise
                 reason = error.__cause__ if isinstance(error.__cause__, aiohttp.ClientError) else error
                 if number == self.retries or not _may_pass(reason, own_passing):
                     raise DataError(
@@ -197,6 +204,4 @@ def _may_pass(error: Exception, own_passing: tuple[type[Exception], ...]) -> boo
         return error.status >= 500 or error.status in _PASSING_STATUS
     if isinstance(error, aiohttp.InvalidURL | FileNotFoundError | PermissionError):
         return False
-    if isinstance(error, OSError):
-        return error.errno not in (errno.ENOSPC, errno.EDQUOT)
-    return isinstance(error, (aiohttp.ClientError, *own_passing))
+    return isinstance(error, (OSError, aiohttp.ClientError, *own_passing))

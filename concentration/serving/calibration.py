@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from concentration.errors import DataError
+from concentration.errors import DataError, unreadable
 from concentration.metrics.calibration import Scaling, load_scaling
 from concentration.schema import parse_json
 from concentration.taxonomy import Taxonomy
@@ -36,7 +36,7 @@ class Calibration:
         try:
             content = parse_json(path.read_bytes(), str(path))
         except OSError as error:
-            raise DataError(f"{path}: cannot be read ({error.strerror}); correct its permissions") from None
+            raise unreadable(path, error) from None
         try:
             scaling = load_scaling(content, taxonomy)
             threshold_C = np.full(taxonomy.num_classes, np.inf)

@@ -7,7 +7,7 @@ from typing import Literal
 
 import pydantic
 
-from concentration.errors import ConfigError, DataError
+from concentration.errors import ConfigError, DataError, unreadable
 from concentration.schema import Config, parse_config, parse_json
 from concentration.taxonomy import Taxonomy
 
@@ -53,8 +53,8 @@ def load_export(path: Path) -> ExportFolder:
     description = path / PREPROCESSING_FILE
     try:
         values = parse_json(description.read_bytes(), str(description))
-    except PermissionError:
-        raise DataError(f"{description}: cannot be read; correct its permissions") from None
+    except PermissionError as error:
+        raise unreadable(description, error) from None
     except OSError:
         have = sorted(found.parent.name for found in path.parent.glob(f"*/{PREPROCESSING_FILE}"))
         there = f" (exports beside it: {', '.join(have)})" if have else ""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from concentration.data.views import IMAGE_EXTENSIONS, is_hidden
-from concentration.errors import ConfigError, DataError
+from concentration.errors import ConfigError, DataError, unreadable
 
 #: What no encoded photograph exceeds; a larger file is not read.
 MOST_BYTES = 2**28
@@ -57,8 +57,8 @@ def list_inputs(paths: Sequence[str]) -> list[ImageOnDisk]:
     that is named is taken for one.
 
     Raises:
-        ConfigError: nothing is given, a path is not there or cannot be read, or no image is found.
-        DataError: a tar is damaged.
+        ConfigError: nothing is given, a path is not there or is a pipe, or no image is found.
+        DataError: a folder cannot be read, or a tar is damaged.
     """
     if not paths:
         raise ConfigError("no images: give files, folders or shards, as in `concentrate predict photo.jpg holiday/`")
@@ -68,6 +68,8 @@ def list_inputs(paths: Sequence[str]) -> list[ImageOnDisk]:
             found += _list_folder(given)
         elif os.path.isfile(given):
             found += _list_shard(given) if given.lower().endswith(".tar") else [_describe_file(given)]
+        elif os.path.exists(given):
+            raise ConfigError(f"{given}: is a pipe or a device; write the image to a file, and give that")
         else:
             raise ConfigError(f"{given}: no such file or folder")
     if not found:
@@ -77,7 +79,7 @@ def list_inputs(paths: Sequence[str]) -> list[ImageOnDisk]:
 
 def _list_folder(folder: str) -> Iterator[ImageOnDisk]:
     def refuse(error: OSError) -> None:
-        raise ConfigError(f"{error.filename}: cannot be read ({error.strerror}); correct its permissions")
+        raise unreadable(error.filename, error)
 
     for inside, folders, files in os.walk(folder, onerror=refuse):
         folders[:] = sorted(name for name in folders if not name.startswith("."))

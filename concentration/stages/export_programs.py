@@ -6,6 +6,7 @@ Shapes: B batch, C all classes, V classes of one vertical, S features of its cla
 import contextlib
 import logging
 import os
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ import onnx
 import torch
 from onnx import helper, numpy_helper
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from concentration.networks.classifier import Exportable
 from concentration.serving.export_folder import FEATURES, IMAGES, LOGITS
@@ -118,6 +120,8 @@ def save_onnx(model: onnx.ModelProto, path: Path) -> None:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """What exporters say of themselves is not the user's business; what goes wrong is raised."""
+    # NOTE: the bar that torch hides would make a lock between processes, which a run's jobs, ending at once, leave behind.
+    tqdm.set_lock(threading.RLock())
     earlier = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

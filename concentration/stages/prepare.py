@@ -38,7 +38,14 @@ from concentration.stages.prepare_given_shards import (
     index_given_shards,
     list_given_shards,
 )
-from concentration.stages.prepare_listing import begin_listing, forget, keeping, reopen
+from concentration.stages.prepare_listing import (
+    begin_listing,
+    check_training_images,
+    forget,
+    index_keys,
+    keeping,
+    reopen,
+)
 from concentration.stages.prepare_near_duplicates import forget_near_duplicates, hash_splits, report_near_duplicates
 from concentration.stages.prepare_summary import draw_summary, summarise_splits
 from concentration.stages.report_values import as_mapping
@@ -180,7 +187,7 @@ def _has_looked(config: PrepareConfig, directory: RunDirectory) -> bool:
 def _prepare_source(source: Source, config: PrepareConfig, directory: RunDirectory) -> None:
     """Writes all that the source lists, or what is new in it where something was finished before."""
     taxonomy, items = source.build_taxonomy(), source.list_items()
-    item_of_key = _index_keys(items)
+    item_of_key = index_keys(items)
     before, kept = _look_before(config, directory), Kept({}, 0, 0)
     if before is not None:
         taxonomy = append_classes(before.taxonomy(directory.path), taxonomy, f"data={config.data.kind}")
@@ -192,8 +199,8 @@ def _prepare_source(source: Source, config: PrepareConfig, directory: RunDirecto
             items_of[split].append(item)
     for line in [*source.list_notes(), *_describe(assignment), *_describe_kept(before, kept, items_of)]:
         print(f"prepare: {line}")
-    if before is None and not items_of["train"]:
-        raise DataError("data: no training image; lower the shares of the other splits, or give more images")
+    if before is None:
+        check_training_images(items_of["train"], taxonomy)
     if before is not None and directory.is_finished:
         if not any(items_of.values()) and taxonomy.num_classes == before.num_classes:
             return
@@ -238,16 +245,6 @@ def _look_before(config: PrepareConfig, directory: RunDirectory) -> Before | Non
         return Before.load(directory.path)
     _, taxonomy, _ = load_prepared(config.workdir, DataOverrides())  # refuses what has changed since
     return Before.look(directory.path, taxonomy)
-
-
-def _index_keys(items: Sequence[Item]) -> dict[str, Item]:
-    item_of_key: dict[str, Item] = {}
-    for item in items:
-        if item_of_key.setdefault(item.key, item) is not item:
-            raise DataError(
-                f"data: two samples have the key '{item.key}': {item_of_key[item.key].locator}, {item.locator}"
-            )
-    return item_of_key
 
 
 def _describe(assignment: Assignment) -> list[str]:

@@ -4,10 +4,11 @@ import contextlib
 import hashlib
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from concentration.data.appending import Before
+from concentration.data.sources.source import Item
 from concentration.errors import DataError
 from concentration.stages.run_directory import RunDirectory
 from concentration.targets import write_atomically
@@ -19,6 +20,31 @@ _LISTING = "listing.sha256"
 _PATTERNS = ("*.skipped", "*.hashes", "*.index", "*.tar", "*.pack")
 #: What the stage said of itself before something was appended.
 _DONE_BEFORE = ".DONE.before.json"
+
+
+def index_keys(items: Sequence[Item]) -> dict[str, Item]:
+    """Raises: DataError where two share a key."""
+    item_of_key: dict[str, Item] = {}
+    for item in items:
+        if (other := item_of_key.setdefault(item.key, item)) is not item:
+            raise DataError(
+                f"data: two samples have the key '{item.key}': {other.locator}, {item.locator}; list each image once"
+            )
+    return item_of_key
+
+
+def check_training_images(items: Sequence[Item], taxonomy: Taxonomy) -> None:
+    """Raises: DataError where there are none, or none of a vertical: at once, and not when all shards are written."""
+    if not items:
+        raise DataError("data: no training image; lower the shares of the other splits, or give more images")
+    labels = {label for item in items for label in item.labels}
+    seen = {taxonomy.classes[taxonomy.position[label]].vertical for label in labels}
+    for vertical in taxonomy.verticals:
+        if vertical not in seen:
+            raise DataError(
+                f"data: vertical '{vertical}' has no training image; add some, lower the shares of the other splits, or "
+                "remove it from the taxonomy"
+            )
 
 
 def begin_listing(path: Path, taxonomy: Taxonomy, listing: Iterable[str], before: Before | None) -> None:

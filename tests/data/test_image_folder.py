@@ -341,6 +341,15 @@ def test_a_link_to_nowhere_is_an_image_that_cannot_be_had(put):
     assert str(caught.value) == f"{root}/b/1.png: is missing"
 
 
+def test_a_pipe_is_not_waited_for(put):
+    root = put("a/1.png", "b/1.png")
+    os.mkfifo(root / "b" / "2.png")
+    source = open_folder(root)
+    [pipe] = [item for item in source.list_items() if item.locator == f"{root}/b/2.png"]
+    with pytest.raises(DataError, match=r"b/2\.png: cannot be decoded \(no file, but a folder, a pipe or a device\)"):
+        source.read(pipe)
+
+
 @pytest.mark.parametrize("damage", [lambda c: c[: len(c) // 2], lambda c: b"", lambda c: b"<html>", lambda c: c[:40]])
 def test_an_image_that_cannot_be_decoded_is_named(damage, put):
     root = put("a/1.png", "b/1.png")

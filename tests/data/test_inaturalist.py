@@ -169,6 +169,42 @@ def test_images_without_an_annotation_are_left_out_and_those_with_several_have_a
     assert source.list_notes() == ["1 images have no annotation, and are left out"]
 
 
+def test_what_pandas_writes_for_nothing_is_nothing(write):
+    def change(content):
+        content["categories"][0] |= {"genus": float("nan"), "common_name": float("nan")}
+        for image in content["images"][:2]:
+            image["rights_holder"] = float("nan")
+
+    source = open_source(write("train", 10, 0, change=change), split={"group": "rights_holder"})
+    assert describe(source)["Ficus carica"] == (("family:Moraceae",), "Plants")
+    assert source.build_taxonomy().classes[source.build_taxonomy().position["Ficus carica"]].name == "Ficus carica"
+    assert [item.group for item in source.list_items()][:3] == [None, None, "observer 0"]
+
+
+def test_the_number_0_is_a_group(write):
+    def change(content):
+        for image in content["images"]:
+            image["rights_holder"] = image["id"] // 5
+
+    source = open_source(write("train", 10, 0, change=change), split={"group": "rights_holder"})
+    assert [item.group for item in source.list_items()] == ["0"] * 5 + ["1"] * 5
+
+
+def test_a_file_that_begins_with_a_mark_is_read(write):
+    root = write("train", 5, 0)
+    (root / "train.json").write_bytes(b"\xef\xbb\xbf" + (root / "train.json").read_bytes())
+    assert len(open_source(root).list_items()) == 5
+
+
+def test_one_file_under_two_spellings_is_refused(write, tmp_path):
+    def change(content):
+        content["images"][1]["file_name"] = f"./{content['images'][0]['file_name']}"
+
+    data = {"kind": "inaturalist", "path": write("train", 5, 0, change=change)}
+    with pytest.raises(DataError, match=r"two samples have the key .*; list each image once"):
+        prepare(parse_config(PrepareConfig, {"workdir": tmp_path / "work", "num_processes": 1, "data": data}))
+
+
 def test_workers_get_no_listing(write):
     source = open_source(write("train", 300, 0))
     source.list_items()
@@ -193,7 +229,15 @@ def put(list_name, place, **values):
         (put("annotations", 1, image_id=[1]), "annotations[1]: 'image_id' is [1], expected a number"),
         (put("images", 2, file_name=None), "images[2]: 'file_name' is None"),
         (put("images", 2, file_name="a.tif"), "images[2] is 'a.tif', expected .jpg"),
+        (put("images", 2, id=0), "images[2] has the id 0, as one before it; give each image its own"),
+        (put("images", 2, file_name="\ud83d.jpg"), "surrogates not allowed"),
         (put("categories", 2, name=""), "categories[2]: 'name' is ''"),
+        (put("categories", 2, genus=5), "category 2: 'genus' is 5"),
+        (put("categories", 2, common_name="half \ud83d"), "surrogates not allowed"),
+        (
+            lambda content: content["categories"].append(content["categories"][0] | {"name": "Rosa"}),
+            "category 0 ('Rosa') has another name",
+        ),
         (put("categories", 2, supercategory=None), "category 2: 'supercategory' is None"),
     ],
 )
@@ -215,7 +259,10 @@ def test_files_that_are_missing_several_or_of_two_years_are_refused(write, tmp_p
         open_source(root).list_items()
     assert len(open_source(root, train="train.json").list_items()) == 5
     write("val", 5, 10, change=put("categories", 2, name="Rosa rosa"))
-    with pytest.raises(DataError, match=r"val\.json: category 2 \('Rosa rosa'\) is another one than in the other file"):
+    with pytest.raises(DataError, match=r"val\.json: categories\[2\]: category 2 \('Rosa rosa'\) has another name"):
+        open_source(root, train="train.json").list_items()
+    (root / "train.json").write_text("[" * 100_000)
+    with pytest.raises(DataError, match=r"train\.json: cannot be read as JSON"):
         open_source(root, train="train.json").list_items()
     (root / "train.json").write_text("{")
     with pytest.raises(DataError, match=r"train\.json: cannot be read as JSON"):

@@ -13,6 +13,7 @@ from servers import Server, answer, be_silent, send, serve
 
 import concentration.data.remote
 from concentration.data.index import ShardIndex, Split, check_keys, index_shard, load_split
+from concentration.data.remote import Remote
 from concentration.data.shard_cache import Access, CacheConfig, ShardCache, load_cache, save_access
 from concentration.errors import ConfigError, DataError
 from concentration.schema import parse_config
@@ -153,6 +154,16 @@ def test_a_directory_that_cannot_be_used_is_one_line(shards, tmp_path):
     (tmp_path / "cache").write_text("a file")
     with pytest.raises(ConfigError, match=rf"{tmp_path}/cache: cannot be used .*data\.cache\.directory"):
         build_cache(tmp_path, 2**20).open(shards[0])
+
+
+def test_a_full_disk_is_the_caches_and_not_the_servers(server, shards, tmp_path, monkeypatch):
+    if not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full")
+    copy = Remote.copy
+    monkeypatch.setattr(Remote, "copy", lambda remote, url, path, check: copy(remote, url, Path("/dev/full"), check))
+    with pytest.raises(ConfigError, match=rf"{tmp_path}/cache: cannot be used \(No space left on device\); free space"):
+        build_cache(tmp_path, 2**20).open(shards[0])
+    assert not list_entries(tmp_path)
 
 
 def test_a_cache_that_is_removed_while_it_is_used_is_filled_again(folder, shards, cache, tmp_path):

@@ -279,6 +279,7 @@ def test_images_that_are_none_are_answered_with_an_error(workdir, photos, tmp_pa
     [
         ([], {}, "no images: give files, folders or shards"),
         (["missing.jpg"], {}, "missing.jpg: no such file or folder"),
+        (["pipe"], {}, "pipe: is a pipe or a device; write the image to a file"),
         (["empty"], {}, "no images inside"),
         (["damaged.tar"], {}, "damaged.tar: truncated, compressed or no tar"),
         (["one.png"], {"name": "studnet"}, r"studnet: no export \(exports beside it: student\)"),
@@ -292,6 +293,7 @@ def test_a_mistake_is_named(workdir, tmp_path, monkeypatch, paths, options, expe
     monkeypatch.chdir(tmp_path)
     Path("damaged.tar").write_bytes(b"no tar" * 200)
     Path("empty").mkdir()
+    os.mkfifo("pipe")
     Path("one.png").write_bytes(draw_image("saw", 1))
     with pytest.raises(ConcentrationError, match=expected):
         predict(workdir, *paths, **options)

@@ -1,5 +1,7 @@
 """Every kind of network becomes a program that answers as it does, for any batch size; and a head of 100,000 classes does."""
 
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -64,6 +66,24 @@ NETWORKS = {
     ),
     "mixture with one decoder": build_routed,
 }
+
+
+def test_a_job_that_translates_leaves_no_lock_behind():
+    """Jobs of a run end at once, and the run would end with a warning of leaked semaphores."""
+    text = f"""
+import multiprocessing, os
+multiprocessing.set_start_method("forkserver")  # as in a run's jobs
+from concentration.networks.bases import SmallBaseConfig
+from concentration.networks.pace import PaceConfig
+from concentration.networks.student import NetworkConfig, Student
+from concentration.networks.top_layers import TopConfig
+from concentration.stages.export_programs import trace_program, translate_to_onnx
+translate_to_onnx(trace_program(Student({describe()!r}), {SIZE}))
+os._exit(0)
+"""
+    finished = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, timeout=120)
+    assert finished.returncode == 0, finished.stderr
+    assert "leaked" not in finished.stderr
 
 
 def scatter(network: torch.nn.Module) -> torch.nn.Module:

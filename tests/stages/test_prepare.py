@@ -349,6 +349,7 @@ def test_another_config_is_refused_until_it_may_replace(images, workdir):
 def test_a_vertical_without_training_images_is_refused_and_may_be_filled(images, workdir, tmp_path):
     shutil.move(images / "train" / "cars", tmp_path / "cars")
     refuse(build_config(images, workdir), "vertical 'cars' has no training image; add some")
+    assert not list_names(workdir, "*.tar"), "it is refused before anything is written"
     shutil.move(tmp_path / "cars", images / "train" / "cars")
     prepare(build_config(images, workdir))
     assert sorted(itertools.chain(*read_images(workdir, "train"))) == sorted(expect_images(images, "train"))

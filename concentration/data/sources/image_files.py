@@ -4,6 +4,7 @@ import collections
 import hashlib
 import os
 import re
+import stat
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -43,9 +44,11 @@ class ImageFilesConfig(Config):
 def read_image_file(path: Path) -> tuple[str, bytes]:
     """The extension and the bytes of the file as it is, after it was decoded as training will decode it.
 
-    Raises: DataError where it is missing, or cannot be read or decoded.
+    Raises: DataError where it is missing, is no file, or cannot be read or decoded.
     """
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # what a pipe holds would be waited for, for ever
+            raise ValueError("no file, but a folder, a pipe or a device")
         content = path.read_bytes()
         decode_shrunk(content, shorter_side=1)  # all of a file is read, however small its image becomes
     except UNDECODABLE as error:

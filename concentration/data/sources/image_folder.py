@@ -13,7 +13,7 @@ from concentration.data.sources.image_files import ImageFilesConfig, classes_of_
 from concentration.data.sources.source import Item, LocalSource
 from concentration.data.splits import SPLITS, Split, find_split
 from concentration.data.views import IMAGE_EXTENSIONS
-from concentration.errors import ConfigError, DataError
+from concentration.errors import ConfigError, DataError, unreadable
 from concentration.taxonomy import Taxonomy
 
 
@@ -178,7 +178,7 @@ def _list_images(top: Path, ignored: dict[str, int], hidden: list[str]) -> Itera
     """
 
     def refuse(error: OSError) -> None:
-        raise DataError(f"{error.filename}: cannot be read ({error.strerror}); correct its permissions")
+        raise unreadable(error.filename, error)
 
     above: dict[str, tuple[str, ...]] = {str(top): (os.path.realpath(top),)}
     for folder, inner, files in os.walk(top, onerror=refuse, followlinks=True):

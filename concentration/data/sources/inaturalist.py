@@ -6,6 +6,7 @@ belong together; `split.group=rights_holder` at least keeps an observer's togeth
 
 import functools
 import json
+import os
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -139,17 +140,18 @@ class INaturalistSource(LocalSource):
             for rank in ranks:
                 if not category.get(rank):
                     continue
-                node = (*node, f"{rank}:{category[rank]}")
+                called = _text(category, rank, f"{self._annotations}: category {number}")
+                node = (*node, f"{rank}:{called}")
                 if node not in id_of_node:
                     # NOTE: a name may occur twice: Ficus is a genus of figs, and one of snails.
                     is_taken = node[-1] in classes
                     id_of_node[node] = f"{node[-1]} ({', '.join(node[:-1])})" if is_taken else node[-1]
                 class_id = id_of_node[node]
-                classes.setdefault(class_id, TaxonomyClass(class_id, category[rank], parent, vertical))
+                classes.setdefault(class_id, TaxonomyClass(class_id, called, parent, vertical))
                 parent = (class_id,)
-            name = (
-                f"{category['name']} ({category['common_name']})" if category.get("common_name") else category["name"]
-            )
+            name = category["name"]
+            if category.get("common_name"):
+                name = f"{name} ({_text(category, 'common_name', f'{self._annotations}: category {number}')})"
             classes[class_of[number]] = TaxonomyClass(class_of[number], name, parent, vertical)
         return list(classes.values())
 
@@ -177,13 +179,18 @@ def load_coco(path: Path, group_field: str | None) -> dict[str, list[dict[str, A
     kept |= {"name", "common_name", "supercategory", *RANKS}
 
     def keep(values: dict[str, Any]) -> dict[str, Any]:
-        return {key: value for key, value in values.items() if key in kept}
+        entry = {key: value for key, value in values.items() if key in kept}
+        for value in entry.values():
+            if isinstance(value, str):
+                value.encode()  # "\ud83d" alone is half of an emoji, and no file can be written with it
+        return entry
 
     try:
-        with open(path, encoding="utf-8") as file:
-            content = json.load(file, object_hook=keep)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read as JSON ({error}); fetch it again") from None
+        with open(path, encoding="utf-8-sig") as file:
+            # NOTE: NaN is how pandas, and the sets themselves, write that there is nothing.
+            content = json.load(file, object_hook=keep, parse_constant=lambda _: None)
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path}: cannot be read as JSON ({error}); fetch it again, or write it anew") from None
     for name in ("images", "annotations", "categories"):
         entries = content.get(name) if isinstance(content, dict) else None
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
@@ -205,9 +212,11 @@ def _add_categories(
         number = _id(category, "id", f"{path}: categories[{place}]")
         name = _text(category, "name", f"{path}: categories[{place}]")
         if number in categories:
-            if category != categories[number]:
+            known = categories[number]
+            if other := sorted(key for key in {*category, *known} if category.get(key) != known.get(key)):
                 raise DataError(
-                    f"{path}: category {number} ('{name}') is another one than in the other file; use files of one year"
+                    f"{path}: categories[{place}]: category {number} ('{name}') has another {', '.join(other)} than where it "
+                    "comes first, here or in the other split's file; use files of one year, and an id for each category"
                 )
             continue
         categories[number] = category
@@ -237,14 +246,22 @@ def _list_images(
     if group_field is not None and not any(group_field in image for image in content["images"]):
         raise ConfigError(f"data.split.group={group_field}: no such field in the images of {path}")
     items = []
+    numbers: set[int | str] = set()
     for place, image in enumerate(content["images"]):
+        number = _id(image, "id", f"{path}: images[{place}]")
+        if number in numbers:  # the labels of both would go to the first
+            raise DataError(
+                f"{path}: images[{place}] has the id {number}, as one before it; give each image its own, in the annotations, too"
+            )
+        numbers.add(number)
         name = _text(image, "file_name", f"{path}: images[{place}]")
         if not has_image_extension(name):
             raise DataError(f"{path}: images[{place}] is '{name}', expected .{', .'.join(IMAGE_EXTENSIONS)}")
-        labels = labels_of.pop(_id(image, "id", f"{path}: images[{place}]"), None)
+        labels = labels_of.pop(number, None)
         if labels is not None:
             group = image.get(group_field)
-            items.append(Item(key_of_path(name), labels, name, split, str(group) if group else None))
+            key = key_of_path(os.path.normpath(name))  # a file is one image, however its path is written
+            items.append(Item(key, labels, name, split, None if group in (None, "") else str(group)))  # 0 is a group
     if labels_of:
         raise DataError(
             f"{path}: an annotation has the image_id {next(iter(labels_of))}, which is no image; fetch the file again"
