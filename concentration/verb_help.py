@@ -34,7 +34,7 @@ def _describe_group(group: str, chosen: str | None) -> str:
 def _read_comments(path: Path) -> Iterator[tuple[str, str]]:
     """(dotted key, comment) of the lines `key: value  # comment` of a file."""
     for key, line in _walk_keys(path.read_text(encoding="utf-8")):
-        if found := re.search(r"\s#\s*(.+)$", line):
+        if key and (found := re.search(r"\s#\s*(.+)$", line)):
             yield key, found[1]
 
 
