@@ -162,13 +162,13 @@ def write_override(key: str, value: str | Sequence[str]) -> str:
 
     `vertical=birds` needs nothing; `"vertical='1.5'"` is in quotes for Hydra, and those are in quotes for the shell.
     """
-    word = f"{key}={_quote(value)}" if isinstance(value, str) else f"{key}=[{','.join(map(_quote, value))}]"
+    word = f"{key}={quote(value)}" if isinstance(value, str) else f"{key}=[{','.join(map(quote, value))}]"
     if shlex.quote(word) == word:
         return word
     return shlex.quote(word) if re.search(r'["$`!]|\\\\', word) else f'"{word}"'
 
 
-def _quote(text: str) -> str:
+def quote(text: str) -> str:
     """As Hydra's grammar takes it: in quotes unless it can be read as nothing but this text."""
     is_name = re.fullmatch(r"[A-Za-z_/][\w./:%+-]*", text, re.ASCII) is not None
     is_number = re.fullmatch(r"-?[1-9]\d*|0", text, re.ASCII) is not None  # which is taken for its text

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from concentration.config import VERBS, find_config_directory, list_options
 
@@ -25,6 +26,21 @@ def describe_verb(verb: str, choices: Mapping[str, str | None], values: str) -> 
             comments |= {f"{place or name}.{key}": comment for key, comment in _read_comments(path)}
     parts.append(f"Keys and their values (KEY=VALUE changes one):\n{_annotate(values, comments)}")
     return "\n\n".join(parts)
+
+
+def list_alternatives(verb: str, key: str, value: Any) -> list[str]:
+    """What the comment behind a key under conf/ says that it may be, `none | batch | layer, ...`, where `value` is among it."""
+    parts = key.split(".")
+    files = {f"{verb}.yaml": key} | {f"{part}/*.yaml": ".".join(parts[at + 1 :]) for at, part in enumerate(parts)}
+    for pattern, own in files.items():
+        for path in find_config_directory().glob(pattern):
+            first, *others = dict(_read_comments(path)).get(own, "").split(" | ")
+            words = [re.match(r"[\w.-]*", other)[0] for other in others]
+            if words and str(value) in re.findall(r"[\w.-]+", first):  # which may say first what the key is
+                return [str(value), *words]
+            if str(value) in words:
+                return [*re.findall(r"^[\w.-]+$", first), *words]
+    return []
 
 
 def _describe_group(group: str, chosen: str | None) -> str:
