@@ -287,6 +287,12 @@ def test_a_shell_may_allow_few_open_files(workdir, tmp_path):
     assert (tmp_path / "work/students/student/DONE.json").exists()
 
 
+def test_too_few_open_files_are_refused(workdir, tmp_path):
+    """Training would hang."""
+    refused = run_in_shell(f"ulimit -n 63; $CONCENTRATE status workdir={workdir}", tmp_path, code=2)
+    assert "a process may open 63 files here (ulimit -Hn), expected at least 256" in one_line(refused)
+
+
 def test_a_folder_for_temporary_files_with_too_long_a_name_is_refused(workdir, tmp_path):
     long = tmp_path / ("x" * 80)
     long.mkdir()
