@@ -1,5 +1,6 @@
 """`concentrate VERB [overrides]`: the command line. Hydra composes, the config is checked, one stage runs."""
 
+import argparse
 import multiprocessing
 import os
 import signal
@@ -8,7 +9,7 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from concentration import preemption
 from concentration.completion import OPTION, complete, get_script
@@ -83,7 +84,7 @@ def _run_hydra(verb: str, rest: list[str]) -> int:
     from hydra import version
     from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
     from hydra._internal.hydra import Hydra
-    from hydra._internal.utils import create_config_search_path, get_args_parser
+    from hydra._internal.utils import create_config_search_path
     from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
     from hydra.types import RunMode
@@ -94,9 +95,7 @@ def _run_hydra(verb: str, rest: list[str]) -> int:
     version.setbase("1.3")
     # Our launchers keep the plugins' names and are checked by their schemas, as Hydra 1.3 still does.
     warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/\w+' is validated against ConfigStore schema")
-    parser = get_args_parser()
-    parser.prog = f"concentrate {verb}"
-    options = parser.parse_intermixed_args(rest)  # options may stand between overrides
+    options = _parse_options(rest)
     search_path: ConfigSearchPathImpl = create_config_search_path(str(find_config_directory()))
     if options.config_dir:
         directory = Path(options.config_dir).resolve()
@@ -108,9 +107,9 @@ def _run_hydra(verb: str, rest: list[str]) -> int:
     given, words = split_words(options.overrides) if VERBS[verb].positional else (options.overrides, [])
     overrides = [*HYDRA_OVERRIDES, *given]
     try:
-        mode = _compose_for_mode(hydra, verb, overrides, given)
+        composed = _compose(hydra, verb, overrides, given)
         if options.help:
-            print(_verb_help(verb, hydra.compose_config(verb, overrides, RunMode.RUN)))
+            print(_verb_help(verb, composed))
             return 0
         if options.cfg:
             hydra.show_cfg(verb, overrides, options.cfg, options.package, options.resolve)
@@ -118,7 +117,7 @@ def _run_hydra(verb: str, rest: list[str]) -> int:
         job = _Job(verb, words)
         if any(override.startswith("hydra/launcher=") for override in overrides):
             preemption.stop_at_once()  # this process only waits for the jobs
-        if options.multirun or mode == RunMode.MULTIRUN:
+        if options.multirun or composed.hydra.mode == RunMode.MULTIRUN:
             batches = hydra.multirun(
                 verb, job, [*overrides, "hydra.sweep.dir=${workdir}", "hydra.sweep.subdir=."], False
             )
@@ -128,8 +127,37 @@ def _run_hydra(verb: str, rest: list[str]) -> int:
         raise ConfigError(describe_composition_error(error, verb, given)) from None
 
 
-def _compose_for_mode(hydra: Any, verb: str, overrides: list[str], given: list[str]) -> Any:
-    """Whether one job is asked for or several, as Hydra says once it has composed the config.
+def _parse_options(words: list[str]) -> argparse.Namespace:
+    """Hydra's options, without those that `hydra.main` has and that would do nothing here.
+
+    Raises: ConfigError for another option.
+    """
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--help", "-h", action="store_true")
+    parser.add_argument("--multirun", "-m", action="store_true")
+    parser.add_argument("--config-dir", "-cd")
+    parser.add_argument("--cfg", "-c", choices=("job", "hydra", "all"))
+    parser.add_argument("--resolve", action="store_true")
+    parser.add_argument("--package", "-p")
+    options = parser.parse_intermixed_args(words)  # options may stand between overrides
+    if options.cfg is None and (options.resolve or options.package):
+        raise ConfigError(f"{'--resolve' if options.resolve else '--package'} has no effect without --cfg job")
+    return options
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(
+            f"{message}; the options are --help, --multirun, --cfg job, --resolve, --package KEY, and --config-dir DIR, with "
+            "which DIR/trainer/mine.yaml, a file of your own, is taken by trainer=mine"
+        )
+
+
+def _compose(hydra: Any, verb: str, overrides: list[str], given: list[str]) -> Any:
+    """The config of all jobs: it says whether one is asked for or several, and what `--help` shows.
 
     Raises: ConfigError for what Hydra has no error of its own for, as well.
     """
@@ -137,10 +165,9 @@ def _compose_for_mode(hydra: Any, verb: str, overrides: list[str], given: list[s
 
     try:
         # NOTE: not `Hydra.get_mode`, which does the same and keeps its errors to itself.
-        composed = hydra.compose_config(
+        return hydra.compose_config(
             verb, overrides, RunMode.MULTIRUN, with_log_configuration=False, validate_sweep_overrides=False
         )
-        return composed.hydra.mode
     except ValueError as error:
         raise ConfigError(describe_composition_error(error, verb, given)) from None
 
@@ -185,6 +212,8 @@ def _usage() -> str:
 Usage: concentrate VERB [KEY=VALUE ...]
        concentrate VERB --help          the keys of a verb and their values
        concentrate VERB -m KEY=A,B,C    several runs, one for each combination
+       concentrate VERB --cfg job       the config as YAML, without a run
+       concentrate VERB --config-dir DIR trainer=mine    with a file of your own, DIR/trainer/mine.yaml
        concentrate completion bash      completes verbs, keys and values: eval "$(concentrate completion bash)"
 
 {verbs}

@@ -17,6 +17,9 @@ _LONGEST_TEMPORARY = 70
 #: What macOS gives at most.
 _MOST_FILES = 10_240
 
+#: With fewer, processes that read ahead lose batches.
+_FEWEST_FILES = 256
+
 
 def end_with_parent() -> None:
     """Ends this process when the one that started it is gone, however it went: none must write beside the next run's.
@@ -69,9 +72,16 @@ def raise_file_limit() -> None:
 
     Those that read images hand over every tensor as a file of shared memory; where none can be opened the batch is lost, and
     training waits for it. 256 files (macOS) or 1,024 (most of Linux) are what a process has if it does not ask for more.
+
+    Raises: ConfigError where too few may be opened.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
+    if wanted < _FEWEST_FILES:
+        raise ConfigError(
+            f"a process may open {hard} files here (ulimit -Hn), expected at least {_FEWEST_FILES}: with fewer, training would "
+            "wait for batches that cannot be handed over; start it from a shell without that limit"
+        )
     if soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 

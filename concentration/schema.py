@@ -19,6 +19,9 @@ from concentration.errors import ConfigError, DataError
 #: after it: `.targets-NAME.json.1234567.tmp`.
 MAX_NAME_BYTES = 200
 
+#: Of a seed, and of any other integer.
+MOST_SEED, MOST_COUNT = 2**63 - 1, 2**31 - 1
+
 #: Control characters, and what else ends a line for `str.splitlines`.
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
@@ -79,7 +82,20 @@ class Config(pydantic.BaseModel):
         if isinstance(values, Mapping):
             for name, field in cls.model_fields.items():
                 if values.get(name) == "" and Path in _types_in(field.annotation):
-                    raise _EmptyPath(name)
+                    raise _WrongField(name, "", _EMPTY_PATH)
+        return values
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _refuse_giants(cls, values: Any) -> Any:
+        """Python's integers have no end, those of what is called with them have: counts and sizes 32 bits, a seed 64."""
+        if isinstance(values, Mapping):
+            for name, field in cls.model_fields.items():
+                most = MOST_SEED if name == "seed" else MOST_COUNT
+                given = value if isinstance(value := values.get(name), list | tuple) else [value]
+                giants = [one for one in given if type(one) is int and abs(one) > most]
+                if giants and not _is_text(field.annotation):
+                    raise _WrongField(name, giants[0], f"expected an integer from {-most} to {most}")
         return values
 
     def identity(self) -> dict[str, Any]:
@@ -162,13 +178,13 @@ def write_override(key: str, value: str | Sequence[str]) -> str:
 
     `vertical=birds` needs nothing; `"vertical='1.5'"` is in quotes for Hydra, and those are in quotes for the shell.
     """
-    word = f"{key}={_quote(value)}" if isinstance(value, str) else f"{key}=[{','.join(map(_quote, value))}]"
+    word = f"{key}={quote(value)}" if isinstance(value, str) else f"{key}=[{','.join(map(quote, value))}]"
     if shlex.quote(word) == word:
         return word
     return shlex.quote(word) if re.search(r'["$`!]|\\\\', word) else f'"{word}"'
 
 
-def _quote(text: str) -> str:
+def quote(text: str) -> str:
     """As Hydra's grammar takes it: in quotes unless it can be read as nothing but this text."""
     is_name = re.fullmatch(r"[A-Za-z_/][\w./:%+-]*", text, re.ASCII) is not None
     is_number = re.fullmatch(r"-?[1-9]\d*|0", text, re.ASCII) is not None  # which is taken for its text
@@ -193,8 +209,15 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no number")
 
 
-class _EmptyPath(ValueError):
-    """Of a field, whose name it carries."""
+_EMPTY_PATH = "empty, perhaps from a variable that is not set; give a path (. is the current folder)"
+
+
+class _WrongField(ValueError):
+    """What is wrong with the value of a field."""
+
+    def __init__(self, name: str, found: Any, problem: str):
+        super().__init__(problem)
+        self.name, self.found = name, found
 
 
 #: What pydantic calls a value that is no text.
@@ -224,9 +247,8 @@ def _describe_problem(model: type[pydantic.BaseModel], problem: Mapping[str, Any
         return f"unknown key '{dotted}'{suggest(path[-1], siblings, prefix)}"
     if problem["type"] == "missing":
         return f"'{dotted}' is missing: give {dotted}=VALUE"
-    if problem["type"] == "value_error" and isinstance(field := problem["ctx"]["error"], _EmptyPath):
-        key = ".".join([*path, str(field)])
-        return f"{key}='': empty, perhaps from a variable that is not set; give a path (. is the current folder)"
+    if problem["type"] == "value_error" and isinstance(wrong := problem["ctx"]["error"], _WrongField):
+        return f"{'.'.join([*path, wrong.name])}={wrong.found!r}: {wrong}"
     if problem["type"] == "literal_error":
         return _describe_choice(dotted, found, problem["ctx"]["expected"])
     if problem["type"] in ("union_tag_invalid", "union_tag_not_found"):

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from concentration.config import VERBS, find_config_directory, list_options
 
@@ -27,6 +28,21 @@ def describe_verb(verb: str, choices: Mapping[str, str | None], values: str) -> 
     return "\n\n".join(parts)
 
 
+def list_alternatives(verb: str, key: str, value: Any) -> list[str]:
+    """What the comment behind a key under conf/ says that it may be, `none | batch | layer, ...`, where `value` is among it."""
+    parts = key.split(".")
+    files = {f"{verb}.yaml": key} | {f"{part}/*.yaml": ".".join(parts[at + 1 :]) for at, part in enumerate(parts)}
+    for pattern, own in files.items():
+        for path in find_config_directory().glob(pattern):
+            first, *others = dict(_read_comments(path)).get(own, "").split(" | ")
+            words = [re.match(r"[\w.-]*", other)[0] for other in others]
+            if words and str(value) in re.findall(r"[\w.-]+", first):  # which may say first what the key is
+                return [str(value), *words]
+            if str(value) in words:
+                return [*re.findall(r"^[\w.-]+$", first), *words]
+    return []
+
+
 def _describe_group(group: str, chosen: str | None) -> str:
     return f"  {group}={'|'.join(list_options(group.partition('@')[0], chosen))}"
 
@@ -34,7 +50,7 @@ def _describe_group(group: str, chosen: str | None) -> str:
 def _read_comments(path: Path) -> Iterator[tuple[str, str]]:
     """(dotted key, comment) of the lines `key: value  # comment` of a file."""
     for key, line in _walk_keys(path.read_text(encoding="utf-8")):
-        if found := re.search(r"\s#\s*(.+)$", line):
+        if key and (found := re.search(r"\s#\s*(.+)$", line)):
             yield key, found[1]
 
 

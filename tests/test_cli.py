@@ -125,6 +125,13 @@ def test_help_of_every_verb_shows_its_choices_and_keys(verb, tmp_path):
         assert re.search(rf"^  {group}={re.escape('|'.join(options_for(verb, group)))}$", shown, re.MULTILINE), group
 
 
+def test_help_says_of_a_key_what_was_written_of_it(tmp_path):
+    """The comments of lists under `defaults:` are of no key."""
+    shown = concentrate("run", "--help", directory=tmp_path).out
+    assert re.search(r"^  - 16$", shown, re.MULTILINE)
+    assert re.search(r"^  norm: batch +# batch \| group", shown, re.MULTILINE)
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -166,6 +173,11 @@ def test_help_of_every_verb_shows_its_choices_and_keys(verb, tmp_path):
         ),
         (["predict", "verticals=[café,b]"], """in quotes: "verticals=['café',b]\""""),
         (["teacher", "vertical=${x}"], """no key 'x' for ${x}; a text with it: 'vertical="\\${x}"'"""),
+        (["student", f"seed={2**70}"], f"seed={2**70}: expected an integer from {1 - 2**63} to {2**63 - 1}"),
+        (["prepare", f"data.seed=-{2**70}"], f"data.seed=-{2**70}: expected an integer from"),
+        (["run", f"trainer.max_epochs={2**70}"], f"trainer.max_epochs={2**70}: expected an integer from"),
+        (["student", f"base.channels=[4,{2**70}]"], f"base.channels={2**70}: expected an integer from"),
+        (["student", f"name={2**70}", f"seed={2**62}"], "run `concentrate prepare` first"),
         (["student", "trainer.max_epochs=many"], "trainer.max_epochs='many'"),
         (["student", "trainer.max_epochs=-1"], "trainer.max_epochs=-1"),
         (["student", "trainer.sampling=class_balancd"], "did you mean 'class_balanced'?"),
@@ -185,17 +197,15 @@ def test_help_of_every_verb_shows_its_choices_and_keys(verb, tmp_path):
         (["student"], "shards: not there or not finished; run `concentrate prepare` first"),
         (["evaluate"], "run `concentrate prepare` first"),
         (["student", "--config-dir=not_there"], "--config-dir=not_there: no such directory"),
+        (["student", "--config-name=mine"], "--config-name=mine; the options are --help, --multirun"),
+        (["student", "--config-path", "mine"], "--config-path; the options are --help, --multirun"),
+        (["student", "--overwrite"], "--overwrite; the options are --help, --multirun"),
+        (["student", "--resolve"], "--resolve has no effect without --cfg job"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_a_mistake_is_answered_with_one_line_and_exit_code_2(arguments, expected, tmp_path):
     assert expected in mistake(*arguments, directory=tmp_path)
-
-
-def test_an_unknown_option_names_the_options(tmp_path):
-    finished = concentrate("student", "--overwrite", directory=tmp_path, code=2)
-    assert "--overwrite" in finished.err
-    assert "Traceback" not in finished.err
 
 
 def test_an_unknown_vertical_lists_the_verticals(workdir, tmp_path):
@@ -275,6 +285,12 @@ def test_a_shell_may_allow_few_open_files(workdir, tmp_path):
     options = " ".join([*TINY, "trainer.num_workers=4"])
     run_in_shell(f"ulimit -Sn 48; $CONCENTRATE student targets=labels workdir=work {options}", tmp_path)
     assert (tmp_path / "work/students/student/DONE.json").exists()
+
+
+def test_too_few_open_files_are_refused(workdir, tmp_path):
+    """Training would hang."""
+    refused = run_in_shell(f"ulimit -n 63; $CONCENTRATE status workdir={workdir}", tmp_path, code=2)
+    assert "a process may open 63 files here (ulimit -Hn), expected at least 256" in one_line(refused)
 
 
 def test_a_folder_for_temporary_files_with_too_long_a_name_is_refused(workdir, tmp_path):

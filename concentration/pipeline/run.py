@@ -29,11 +29,13 @@ from concentration.pipeline.slurm import SlurmConfig, SlurmLauncher
 from concentration.processes import count_cores
 from concentration.schema import write_override
 from concentration.stages.evaluate import EVALUATIONS, SPECIALISTS
+from concentration.stages.group_classes import check_top_k
 from concentration.stages.prepare import SHARDS, DataOverrides, load_prepared
 from concentration.stages.report import COMMAND_FILE, REPORT
 from concentration.stages.report_headline import find_unmeasured
 from concentration.stages.run_directory import RunDirectory
 from concentration.targets import write_atomically
+from concentration.taxonomy import Taxonomy
 
 __all__ = ["RunConfig", "run", "run_together"]
 
@@ -73,7 +75,7 @@ def run_together(configs: Sequence[RunConfig], has_report: bool) -> int:
         The number of jobs whose results were not there before.
 
     Raises:
-        ConfigError: there are no images to test with, or none to validate with where a job needs some.
+        ConfigError: there are no images to test with, or none to validate with where a job needs some; or too few classes.
         JobFailed, Preempted: as `run`.
     """
     workdir = configs[0].workdir
@@ -81,7 +83,7 @@ def run_together(configs: Sequence[RunConfig], has_report: bool) -> int:
     num_new = launcher.run([build_prepare_job(configs[0])])
     _, taxonomy, _ = load_prepared(workdir, DataOverrides())
     for config in configs:
-        _check_splits(config)
+        _check_data(config, taxonomy)
     jobs: dict[str, Job] = {}
     for config in configs:
         record_jobs(workdir, build_graph(config, taxonomy))
@@ -89,8 +91,8 @@ def run_together(configs: Sequence[RunConfig], has_report: bool) -> int:
     return num_new + launcher.run(list(jobs.values()))
 
 
-def _check_splits(config: RunConfig) -> None:
-    """Raises: ConfigError where the prepared data lack images that a job asks for, perhaps hours later."""
+def _check_data(config: RunConfig, taxonomy: Taxonomy) -> None:
+    """Raises: ConfigError where the prepared data lack images or classes that a job asks for, perhaps hours later."""
     done = RunDirectory(config.workdir / SHARDS).load_done("concentrate prepare", splits=dict)
     num_images = {split: done["splits"].get(split, {"samples": 0})["samples"] for split in SPLITS}
     reasons = {"test": "all networks are measured with them"}
@@ -114,13 +116,16 @@ def _check_splits(config: RunConfig) -> None:
                 f"teacher.trainer.keep_best=true: no val images of {', '.join(missing[:5])} to choose with; set it to false, or "
                 f"{describe_missing_split('val')}, and run again with overwrite=changed"
             )
+    if config.compare is not None:
+        check_top_k(config.compare.groups, taxonomy.num_classes, "compare.groups")
 
 
 def _run_on_slurm(config: RunConfig, launcher_config: SlurmConfig) -> None:
-    graph = build_graph(config, find_taxonomy(config))
+    taxonomy = find_taxonomy(config)
+    graph = build_graph(config, taxonomy)
     due = find_due(graph)
     if "prepare" not in due:
-        _check_splits(config)
+        _check_data(config, taxonomy)
     if not due:
         print("everything was done already: nothing is to do")
         _print_result(config)

@@ -83,11 +83,11 @@ class FoundGroups(NamedTuple):
     facts: dict[str, Any]
 
 
-def check_top_k(method: DetectionGroupsConfig, num_classes: int) -> None:
-    """Raises: ConfigError where every class would be detected in every image."""
+def check_top_k(method: DetectionGroupsConfig, num_classes: int, key: str = "method") -> None:
+    """Raises: ConfigError where every class would be detected in every image; `key` is where the method stands."""
     if method.top_k >= num_classes:
         raise ConfigError(
-            f"method.top_k={method.top_k} of {num_classes} classes: every class would be detected in every image; give "
+            f"{key}.top_k={method.top_k} of {num_classes} classes: every class would be detected in every image; give "
             f"fewer, {max(1, num_classes // 10)} say"
         )
 

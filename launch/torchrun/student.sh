@@ -13,7 +13,11 @@
 # Stopped in the middle, it continues from its last checkpoint when started again, with any number of GPUs. On SIGTERM it saves
 # and exits with 75.
 set -euo pipefail
-GPUS=${GPUS:-$(nvidia-smi --list-gpus | wc -l)}
+if [ -z "${GPUS:-}" ] && ! GPUS=$(set -o pipefail; nvidia-smi --list-gpus 2>/dev/null | wc -l); then
+    echo "$0: nvidia-smi, which counts the GPUs, does not work here; give their number, GPUS=8, or without any the number of" \
+        "processes and the trainer, GPUS=2 $0 trainer=cpu" >&2
+    exit 2
+fi
 exec python "$(dirname "$0")/run.py" \
     --nnodes="${NODES:-1}" \
     --nproc-per-node="$GPUS" \

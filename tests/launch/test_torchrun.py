@@ -51,6 +51,14 @@ def find_free_port() -> int:
         return free.getsockname()[1]
 
 
+def test_without_nvidia_smi_the_number_of_gpus_is_asked_for(workdir, tmp_path):
+    running = start_student(workdir, "uncounted", PATH="/usr/bin:/bin")
+    message = running.communicate(timeout=60)[1]
+    assert running.returncode == 2
+    assert "give their number, GPUS=8" in message
+    assert message.count("\n") == 1
+
+
 def test_a_signal_to_the_launcher_saves_and_ends_it_with_75(workdir):
     """torchrun alone would end with 1."""
     head = f"localhost:{find_free_port()}"

@@ -170,6 +170,15 @@ def test_images_that_a_later_job_asks_for_are_missed_before_anything_is_trained(
     assert not (workdir / "teachers").exists()
 
 
+def test_too_few_classes_for_found_groups_are_missed_before_anything_is_trained(tmp_path):
+    given, workdir = write_shards(tmp_path / "given"), tmp_path / "work"
+    data = ("data=shards", f"data.path={given}", "data.image_size=16", f"workdir={workdir}")
+    refused = Running(("run", *data, *NETWORKS, "experiment=compare"), tmp_path).wait()
+    assert refused.code == 2, refused.err
+    assert "compare.groups.top_k=50 of " in refused.err.splitlines()[-1]
+    assert not (workdir / "students").exists()
+
+
 def test_a_teacher_for_an_unknown_vertical_is_one_clear_error(finished, tmp_path):
     shutil.copytree(finished[0] / "shards", tmp_path / "work/shards")
     brought = [f"+teacher.external.greeks.{option}" for option in ("kind=onnx", "path=x", "classes=identity")]

@@ -1,11 +1,13 @@
 """`concentrate calibrate`: fitted on val, measured on test; its numbers are those of the saved scores."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import safetensors.numpy
+import torch
 from real_runs import (
     IMAGE_SIZE,
     TINY,
@@ -72,6 +74,17 @@ def test_its_numbers_are_those_of_the_saved_scores(workdir, content):
     assert content["before"]["top1"] == pytest.approx(load_json(workdir / "evaluations/generalist.json")["top1"])
     assert content["methods"]["vertical platt"]["test"]["top1"] == content["after"]["top1"]
     assert content["methods"]["none"]["test"]["ece"] == content["before"]["ece"]
+
+
+def test_what_the_page_shows_of_using_it_runs(workdir):
+    page = (Path(__file__).parents[2] / "docs/calibration.md").read_text(encoding="utf-8")
+    [example] = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    example = example.replace('Path("runs/mine")', "workdir").replace(
+        "calibrations/student.json", "calibrations/generalist.json"
+    )
+    variables = {"workdir": workdir, "images": torch.rand(2, 3, IMAGE_SIZE, IMAGE_SIZE)}
+    exec(compile(example.replace("students/student", "students/generalist"), "calibration.md", "exec"), variables)
+    assert variables["probability_BC"].shape == (2, variables["taxonomy"].num_classes)
 
 
 def test_thresholds_and_none_of_these_say_what_they_do(content):
