@@ -227,7 +227,10 @@ class Taxonomy:
         try:
             content = Path(path).read_bytes()
         except FileNotFoundError:
-            raise DataError(f"{path}: no such file; bring it, or run `concentrate prepare`, which writes one") from None
+            raise DataError(
+                f"{path}: no such file; correct the path or bring it back; `concentrate prepare` writes shards/taxonomy.json, "
+                "`concentrate group` groupings/NAME.json"
+            ) from None
         except OSError as error:
             raise unreadable(path, error) from None
         return cls.from_json(parse_json(content, str(path)), str(path))

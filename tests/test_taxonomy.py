@@ -272,7 +272,9 @@ def test_a_file_that_is_no_taxonomy_is_an_error_that_names_it(tmp_path: Path, co
     path.write_bytes(content)
     with pytest.raises(DataError, match=rf"wrong\.json: {message}"):
         Taxonomy.load(path)
-    with pytest.raises(DataError, match=r"absent\.json: no such file; bring it, or run `concentrate prepare`"):
+    with pytest.raises(
+        DataError, match=r"absent\.json: no such file; correct the path or bring it back; `concentrate prepare`"
+    ):
         Taxonomy.load(tmp_path / "absent.json")
 
 

@@ -1,5 +1,6 @@
 """An export: the folder with a network as programs, its taxonomy, and how an image becomes its input."""
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ EXPORTS = "exports"
 ONNX_FILES: Mapping[Weights, str] = {"float32": "model.onnx", "int8": "model.int8.onnx"}
 TORCH_FILE, NETWORK_FILE = "model.pt2", "model.safetensors"
 TAXONOMY_FILE, PREPROCESSING_FILE = "taxonomy.json", "preprocessing.json"
+#: Of the large files, as `sha256sum --check` reads it.
+CHECKSUMS_FILE = "SHA256SUMS"
 #: Beside them: features of training images, for nearest neighbours; none where the export was told so.
 NEIGHBOURS_FOLDER = "neighbours"
 #: The names of the programs' input and outputs.
@@ -64,3 +67,19 @@ def load_export(path: Path) -> ExportFolder:
     except ConfigError as error:
         raise DataError(f"{description}: {error}; export again with overwrite=true") from None
     return ExportFolder(path, Taxonomy.load(path / TAXONOMY_FILE), preprocessing)
+
+
+def write_checksum(path: Path) -> str:
+    """The line of a file in `SHA256SUMS`."""
+    with open(path, "rb") as file:
+        return f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {path.name}"
+
+
+def check_content(path: Path) -> None:
+    """Raises: DataError where a file is not what the export wrote; an earlier version wrote no checksums."""
+    checksums = path.with_name(CHECKSUMS_FILE)
+    if checksums.exists() and write_checksum(path).encode() not in checksums.read_bytes().splitlines():
+        raise DataError(
+            f"{path}: damaged, or changed since it was exported ({CHECKSUMS_FILE} beside it has another checksum); bring it "
+            "back, or export again with overwrite=true"
+        )

@@ -8,7 +8,15 @@ from typing import Literal
 import numpy as np
 
 from concentration.errors import ConfigError, DataError
-from concentration.serving.export_folder import FEATURES, IMAGES, LOGITS, ONNX_FILES, ExportFolder, Weights
+from concentration.serving.export_folder import (
+    FEATURES,
+    IMAGES,
+    LOGITS,
+    ONNX_FILES,
+    ExportFolder,
+    Weights,
+    check_content,
+)
 
 
 class Predictor:
@@ -53,6 +61,8 @@ def _open_session(export: ExportFolder, weights: Weights, num_threads: int, acce
     path = export.path / ONNX_FILES[weights]
     if not path.is_file():
         raise DataError(f"{path}: no such file; export again with overwrite=true")
+    for file in sorted(path.parent.glob(f"{path.name}*")):  # large weights lie in one of their own
+        check_content(file)
     providers = ["CPUExecutionProvider"]
     if accelerator == "gpu":
         providers.insert(0, "CUDAExecutionProvider")

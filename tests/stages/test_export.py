@@ -299,6 +299,24 @@ def test_a_mistake_is_named(workdir, tmp_path, monkeypatch, paths, options, expe
         predict(workdir, *paths, **options)
 
 
+def test_a_changed_bit_of_a_program_is_named_before_it_answers(workdir, photos, tmp_path):
+    """A copy may go wrong on its way to where it serves."""
+    exported = tmp_path / "exports/student"
+    shutil.copytree(workdir / "exports/student", exported)
+    subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=exported, check=True, capture_output=True)
+    program = exported / "model.onnx"
+    content = bytearray(program.read_bytes())
+    weights = max((tensor.raw_data for tensor in onnx.load(program).graph.initializer), key=len)
+    content[content.index(weights) + len(weights) // 2] ^= 1
+    program.write_bytes(content)
+    options = {"workdir": tmp_path, "paths": (str(photos),), "output": tmp_path / "answers"}
+    with pytest.raises(DataError, match=r"model\.onnx: damaged, or changed since it was exported"):
+        predict_stage.predict(predict_stage.PredictConfig(**options))
+    predict_stage.predict(predict_stage.PredictConfig(**options, weights="int8"))  # whose program is whole
+    (exported / "SHA256SUMS").unlink()  # as an earlier version leaves it
+    predict_stage.predict(predict_stage.PredictConfig(**options))
+
+
 def test_a_class_that_was_never_trained_is_found_by_its_neighbours(workdir, tmp_path):
     """`pear` is no class of the network; ten examples of it are enough for the nearest neighbours."""
     for label in ("pear", "quince"):
