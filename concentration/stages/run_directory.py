@@ -276,7 +276,13 @@ class RunDirectory:
     @contextlib.contextmanager
     def _lock(self, name: str, wait_seconds: float = 0) -> Iterator[None]:
         deadline = time.monotonic() + wait_seconds
-        with open(self.path / name, "w") as file:
+        try:
+            file = open(self.path / name, "w")  # noqa: SIM115 - closed below
+        except OSError as error:
+            raise ConfigError(
+                f"{self.path}: cannot be written to ({error.strerror}); give another workdir, or correct its permissions"
+            ) from None
+        with file:
             while True:
                 try:
                     # NOTE: not flock: a killed run's reading processes would go on holding it, for the seconds until they notice.

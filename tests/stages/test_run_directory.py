@@ -323,6 +323,12 @@ def test_a_directory_that_cannot_be_made_is_refused(tmp_path):
     refuse(RunDirectory(tmp_path / "students" / "a"), "cannot be made (Not a directory)", "another workdir")
 
 
+def test_a_directory_that_cannot_be_written_to_is_one_line(directory):
+    """As on a disk that is mounted for reading, or of another user's; the tests may be root, whom permissions do not stop."""
+    (directory.path / ".lock").mkdir(parents=True)
+    refuse(directory, "cannot be written to (Is a directory)", "another workdir")
+
+
 def test_a_config_is_kept_whole_and_readable(directory):
     is_due(directory, base="größe", num_workers=3)
     content = (directory.path / "config.json").read_text(encoding="utf-8")
