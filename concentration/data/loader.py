@@ -7,7 +7,6 @@ import contextlib
 import multiprocessing
 import multiprocessing.util
 import os
-import signal
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch import Tensor
 from concentration import preemption
 from concentration.data.decoding import UNDECODABLE, decode_shrunk, describe_undecodable
 from concentration.data.index import Split
+from concentration.data.loader_workers import kill, start_worker
 from concentration.data.order import Order
 from concentration.data.prefetch import Prefetch, check_room
 from concentration.data.sample_targets import LabelTargets, SampleTargets
@@ -327,7 +327,7 @@ def build_loader(
         # for seconds; and its workers would outlive a killed job, as they look for its server, not for it.
         multiprocessing_context="fork" if num_workers else None,
         pin_memory=pin_memory,
-        worker_init_fn=_start_worker,
+        worker_init_fn=start_worker,
         prefetch_factor=4 if num_workers else None,
         collate_fn=_identity,
     )
@@ -343,7 +343,7 @@ class _Loader(torch.utils.data.DataLoader):
         # NOTE: a process that exits with a loader still in use (an error keeps all that was in use) asks workers to end by
         # a signal, which they do not see, and would wait for ever.
         workers = set(multiprocessing.active_children()) - others
-        end = multiprocessing.util.Finalize(None, _kill, args=(workers,), exitpriority=1)
+        end = multiprocessing.util.Finalize(None, kill, args=(workers,), exitpriority=1)
         step_batches: StepBatches = self.dataset.batches
         prefetch = step_batches.begin_prefetch(self.sampler)  # its threads begin when the workers have been forked
         try:
@@ -376,15 +376,5 @@ class _Returned(torch.utils.data.Dataset):
             return error
 
 
-def _kill(workers: set[multiprocessing.Process]) -> None:
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would take the end of a worker for an accident
-    for worker in workers:
-        worker.kill()
-
-
 def _identity(batch: Batch | ConcentrationError) -> Batch | ConcentrationError:
     return batch
-
-
-def _start_worker(_: int) -> None:
-    torch.set_num_threads(1)
