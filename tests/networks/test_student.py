@@ -213,12 +213,16 @@ def rewrite_header(path: Path, header: dict[str, str]) -> None:
             {"verticals": {"birds": 5, "cars": 4, "dishes": 4}},
             r"weights do not fit its architecture: .* is \(12,\), expected \(13,\)",
         ),
-        ({"top": {"kind": "fc_fc", "top1": 2**40, "top2": 5}}, "weights do not fit its architecture: .*top1"),
+        ({"top": {"kind": "fc_fc", "top1": 2**31 - 1, "top2": 5}}, "weights do not fit its architecture: .*top1"),
         (
             {"verticals": {"birds": 10**12, "cars": 3, "dishes": 4}},
             r"weights do not fit its architecture: .*expected \(1000000000007,\)",
         ),
-        ({"top": {"kind": "fc_sc", "top1": 10**30, "top2": 5}}, "describes no network that can be built"),
+        ({"verticals": {"birds": 10**30, "cars": 3, "dishes": 4}}, "describes no network that can be built"),
+        (
+            {"top": {"kind": "fc_sc", "top1": 10**30, "top2": 5}},
+            r"describes no network of this version .*top\.top1=10{30}",
+        ),
         (
             {"verticals": {"birds": -5, "cars": 3, "dishes": 4}},
             "describes no network of this version .*verticals.birds=-5",
