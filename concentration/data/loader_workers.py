@@ -27,12 +27,13 @@ def kill(workers: set[multiprocessing.Process]) -> None:
 def _hand_over_error(queue: multiprocessing.queues.Queue, error: Exception, handed: tuple[int, object]) -> None:
     """Puts an error in the place of a batch, whose tensors go by shared memory: 64 MiB are all that a Docker container has."""
     number, _ = handed
+    reason = str(error).partition("\n")[0] or type(error).__name__
     room = ""
     if os.path.isdir(_SHARED_MEMORY):
         found = os.statvfs(_SHARED_MEMORY)
         room = f" {_SHARED_MEMORY} has {found.f_frsize * found.f_blocks / 2**20:,.3g} MiB, and"
     queue.put((number, ConfigError(
-        f"a batch cannot be handed over by the processes that read ahead ({str(error).splitlines()[0]});{room} each of them "
+        f"a batch cannot be handed over by the processes that read ahead ({reason});{room} each of them "
         "takes up to four batches of shared memory: give more (docker run --shm-size=8g), or lower trainer.num_workers (0 needs "
         "none) or the batch"
     )))  # fmt: skip
