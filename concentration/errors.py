@@ -1,5 +1,8 @@
 """What can go wrong that is not a bug here: each error is one clear line and an exit code."""
 
+import contextlib
+from collections.abc import Iterator
+
 
 class ConcentrationError(Exception):
     """Base of the errors that a user can act on. The message says what was found, what was expected, where, and what to do."""
@@ -37,3 +40,20 @@ class Preempted(ConcentrationError):
     """The process was asked to stop, has saved its state, and should be started again."""
 
     exit_code = 75
+
+
+@contextlib.contextmanager
+def naming_full_memory() -> Iterator[None]:
+    """Raises: ConfigError in place of what Python or torch raises where the machine or the GPU has no memory left."""
+    try:
+        yield
+    except Exception as error:
+        # NOTE: torch's by name, since importing it takes seconds; on a CPU it is a RuntimeError as any other.
+        said = str(error).partition("\n")[0]
+        is_full = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+        if not (is_full or "can't allocate memory" in said):
+            raise
+        raise ConfigError(
+            f"memory is full ({said[:200] or type(error).__name__}); lower trainer.batch_size or batch_size, raise "
+            "trainer.accumulate, or take a smaller network or data.image_size; `concentrate student plan=true` lists a step's memory"
+        ) from None

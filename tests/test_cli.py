@@ -8,13 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from hydra import compose, initialize_config_dir
 from real_runs import IMAGE_SIZE, TINY, Running, concentrate, one_line, prepare_shards, run_command
 
 from concentration import cli, preemption
 from concentration.config import VERBS, check_config, find_config_directory
-from concentration.errors import ConfigError
+from concentration.errors import ConfigError, naming_full_memory
 from concentration.pipeline import records
 
 CONF = find_config_directory()
@@ -291,6 +292,25 @@ def test_too_few_open_files_are_refused(workdir, tmp_path):
     """Training would hang."""
     refused = run_in_shell(f"ulimit -n 63; $CONCENTRATE status workdir={workdir}", tmp_path, code=2)
     assert "a process may open 63 files here (ulimit -Hn), expected at least 256" in one_line(refused)
+
+
+def test_full_memory_is_one_line(workdir, tmp_path):
+    """Twenty thousand gigabytes of weights for an image that was never so large."""
+    prepare_as(workdir, tmp_path)
+    wide = ("top=fc_fc", "data.image_size=200000", "trainer.max_steps=1")
+    refused = one_line(concentrate("student", "targets=labels", "workdir=work", *wide, directory=tmp_path, code=2))
+    assert "memory is full" in refused
+    assert "lower trainer.batch_size" in refused
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB."), MemoryError()]
+)
+def test_a_gpu_without_memory_left_is_named_in_the_same_way(error):
+    with pytest.raises(ConfigError, match="memory is full"), naming_full_memory():
+        raise error
+    with pytest.raises(RuntimeError, match="another"), naming_full_memory():
+        raise RuntimeError("another")
 
 
 def test_a_folder_for_temporary_files_with_too_long_a_name_is_refused(workdir, tmp_path):
