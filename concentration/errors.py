@@ -55,5 +55,6 @@ def naming_full_memory() -> Iterator[None]:
             raise
         raise ConfigError(
             f"memory is full ({said[:200] or type(error).__name__}); lower trainer.batch_size or batch_size, raise "
-            "trainer.accumulate, or take a smaller network or data.image_size; `concentrate student plan=true` lists a step's memory"
+            "trainer.accumulate, or take a smaller network or data.image_size; `concentrate student plan=true` says what a "
+            "step takes"
         ) from None
