@@ -168,7 +168,9 @@ def _train(config: AddConfig, directory: RunDirectory, served: Served, split: Sp
     def judge(trained: Student, num_steps: int) -> Mapping[str, Any]:
         before, after = measure_old_verticals(config, served.network, trained, served.taxonomy, taxonomy)
         _check_tolerance(config, before, after)
-        num_images = min(num_steps * config.trainer.batch_size, round(config.trainer.max_epochs * len(task.ordinals)))
+        batch_size = min(config.trainer.batch_size, len(ordinals))
+        epochs, steps = divmod(num_steps, -(-len(ordinals) // batch_size))  # the last step of an epoch has what is left
+        num_images = epochs * len(ordinals) + steps * batch_size
         facts = {"num_images": num_images, "num_images_of_retraining": round(served.epochs * len(split))}
         _print(config, before, after, facts)
         return {**served.describe(), "ap_before": before, "ap_after": after, **facts}

@@ -19,6 +19,7 @@ class TrainerConfig(Config):
     batch_size: samples of a step's global batch, over all processes and micro-batches.
     accumulate: micro-batches a step and process.
     max_epochs, max_steps: the earlier ends the run.
+    min_steps: passes go on beyond `max_epochs` until there are so many; for small verticals, of which an epoch has few.
     window_shards: shards that are shuffled into each other.
     sampling: `natural` sees every sample once an epoch; `class_balanced` draws classes evenly.
     class_weight: `inverse_sqrt` weighs a class by 1/sqrt(its images), with mean 1 over classes.
@@ -43,7 +44,7 @@ class TrainerConfig(Config):
          "log_every_steps", "compile", "validate_every_epochs", "max_skipped_share", "timeout_seconds"}
     )  # fmt: skip
 
-    later_fields: ClassVar[frozenset[str]] = frozenset({"resident"})
+    later_fields: ClassVar[frozenset[str]] = frozenset({"resident", "min_steps"})
 
     accelerator: Literal["cpu", "gpu"] = "cpu"
     devices: pydantic.PositiveInt | Literal["auto"] = 1
@@ -52,6 +53,7 @@ class TrainerConfig(Config):
     batch_size: pydantic.PositiveInt = 128
     accumulate: pydantic.PositiveInt = 1
     max_epochs: pydantic.PositiveFloat = 5
+    min_steps: pydantic.PositiveInt = 1
     max_steps: pydantic.PositiveInt | None = None
     num_workers: pydantic.NonNegativeInt = 0
     window_shards: pydantic.PositiveInt = 16
@@ -95,6 +97,14 @@ class TrainerConfig(Config):
         if (self.devices == "auto") != (self.num_nodes == "auto"):
             raise ValueError(
                 f"trainer.devices={self.devices} with trainer.num_nodes={self.num_nodes}: set both to auto, or none"
+            )
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _check_num_steps(self):
+        if self.max_steps is not None and self.min_steps > self.max_steps:
+            raise ValueError(
+                f"min_steps={self.min_steps} with max_steps={self.max_steps}: no run has both; lower one or raise the other"
             )
         return self
 
@@ -145,5 +155,5 @@ class LoggerConfig(Config):
 
 def count_steps(config: TrainerConfig, steps_per_epoch: int) -> int:
     """Optimizer steps of the whole run."""
-    steps = max(1, round(config.max_epochs * steps_per_epoch))
+    steps = max(config.min_steps, round(config.max_epochs * steps_per_epoch))
     return min(steps, config.max_steps) if config.max_steps else steps

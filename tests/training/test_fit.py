@@ -297,15 +297,27 @@ def test_an_average_leaves_frozen_weights_as_they_are_and_copies_no_images_or_te
         (("trainer.max_epochs=3", "trainer.validate_every_epochs=2"), [26, 39]),
         (("trainer.max_epochs=2", "trainer.accumulate=2"), [13, 26]),
         (("trainer.max_steps=16",), [13, 16]),
+        (("trainer.max_epochs=1", "trainer.min_steps=20"), [13, 20]),
     ],
 )
 def test_the_network_that_is_saved_has_been_validated(prepared, options, expected):
     """Also where the run is no multiple of the interval: 200 images in batches of 16 are 13 steps."""
-    name = f"last{len(expected)}{expected[-1]}"
+    name = f"last{expected[-1]}"
     run_path = train(prepared, name, *TINY_NETWORK, *LABELS, "trainer.num_workers=0", "trainer.batch_size=16", *options,
                      "trainer.keep_best=true", "optimizer.lr=0.05")  # fmt: skip
     assert [line["step"] for line in load_lines(run_path) if "val/mpvap" in line] == expected
     assert (run_path / "best.safetensors").exists()
+
+
+def test_at_least_and_at_most_so_many_steps(prepared):
+    """What epochs give, where it lies between."""
+    long = ("trainer.max_epochs=2", "trainer.min_steps=20")
+    short = ("trainer.max_epochs=1", "trainer.min_steps=14", "trainer.max_steps=14")
+    for name, options, steps in (("long", long, 26), ("short", short, 14)):
+        options = (*TINY_NETWORK, *LABELS, "trainer.num_workers=0", "trainer.batch_size=16", *options)
+        assert load_json(train(prepared, name, *options) / "DONE.json")["step"] == steps
+    options = (*FEW, "trainer.min_steps=6")
+    assert "min_steps=6 with max_steps=5: no run has both" in one_line(train(prepared, "never", *options, code=2))
 
 
 def test_two_averages_are_refused(prepared):
