@@ -141,7 +141,7 @@ class TopLayers(nn.Module):
         """The top-2 outputs of all verticals, one axis: the generic part first, then each vertical's own."""
         return self.compute_layers(features_BD).top2
 
-    def compute_layers(self, features_BD: Tensor) -> "Layers":
+    def compute_layers(self, features_BD: Tensor) -> Layers:
         """What every layer gives."""
         if not self.has_hidden:
             return Layers(features_BD, None, features_BD)

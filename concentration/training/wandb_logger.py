@@ -4,6 +4,7 @@ One group for a working directory, one job type for a verb, one id for a run dir
 goes on in its curves, and one that was begun anew (`overwrite=true`) has new ones.
 """
 
+import contextlib
 import json
 import netrc
 import os
@@ -56,6 +57,9 @@ class WandbLogger(Logger):
         """
         self._try(lambda run: run.log({f"charts/{name}": chart for name, chart in _draw_charts(lines).items()}))
         self._try(lambda run: run.finish())
+        if self._run is None:
+            with contextlib.suppress(Exception):
+                wandb.teardown()  # else its exit hook meets the same error, with a traceback
 
     def _try(self, do) -> None:
         if self._run is None:

@@ -325,7 +325,8 @@ def test_a_member_of_impossible_size_is_refused_and_not_read(size, place, write_
     content[place + 148 : place + 156] = b" " * 8
     content[place + 148 : place + 156] = f"{sum(content[place : place + 512]):06o}\0 ".encode()
     path.write_bytes(content)
-    refuse(path, taxonomy, "truncated", "a member of")
+    # From Python 3.14 on tarfile itself refuses a negative one.
+    refuse(path, taxonomy, "truncated", *(() if size.startswith(b"-") else ("a member of",)))
 
 
 @pytest.mark.parametrize("num_bytes", [2**50, 2**70])

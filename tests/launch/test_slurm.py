@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import hydra
@@ -28,7 +29,7 @@ def stand_ins(tmp_path) -> Path:
 
 def run_job(folder: Path, srun: str, script: str = "student.sh", *arguments: str, **environment: str):
     values = {
-        "PATH": f"{folder}:{os.environ['PATH']}",
+        "PATH": f"{folder}:{Path(sys.executable).parent}:{os.environ['PATH']}",  # as in an active environment
         "SLURM_JOB_ID": "9",
         "CONCENTRATION_LAUNCH": str(LAUNCH),
         "SRUN": srun,
