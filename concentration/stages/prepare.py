@@ -18,7 +18,7 @@ from concentration.data.order import permutation
 from concentration.data.packs import PACK_SUFFIX, write_pack
 from concentration.data.shard_cache import save_access
 from concentration.data.shards import write_shard
-from concentration.data.sources import DataConfig, build_source
+from concentration.data.sources import DataConfig, build_source, list_places
 from concentration.data.sources.glyph_scenes import GlyphScenesConfig
 from concentration.data.sources.glyphs import GlyphsConfig
 from concentration.data.sources.glyphs_100k.source import Glyphs100kConfig
@@ -92,6 +92,10 @@ class PrepareConfig(StageConfig):
         return self
 
     @property
+    def places(self) -> dict[str, str]:
+        return {} if self.append else list_places(self.data)
+
+    @property
     def near_duplicates(self) -> MaxDistance | None:
         """Those of glyphs are known: a character of another typeface."""
         is_drawn = isinstance(self.data, GlyphsConfig | Glyphs100kConfig | GlyphScenesConfig)
@@ -123,6 +127,7 @@ def prepare(config: PrepareConfig) -> None:
                 _prepare_given_shards(config.data, config, directory)
             else:
                 _prepare_source(build_source(config.data), config, directory)
+            directory.note_places(config)
         if not _has_looked(config, directory):
             _, taxonomy, _ = load_prepared(config.workdir, DataOverrides())
             directory.finish(_summarise(config, directory.path, taxonomy))

@@ -107,6 +107,28 @@ def test_every_image_lies_once_in_balanced_shards_that_webdataset_reads(images, 
     assert [c["id"] for c in taxonomy["classes"]] == list(CLASSES)
 
 
+def test_a_finished_set_names_the_folder_it_was_made_from_where_another_is_given(
+    images, workdir, tmp_path, monkeypatch
+):
+    prepare(build_config(images, workdir))
+    written = read_results(workdir)
+    other = shutil.copytree(images, tmp_path / "other")
+    with pytest.raises(ConfigError, match=rf"finished with data\.path={images}, and {other} was not looked at"):
+        prepare(build_config(other, workdir))
+    assert read_results(workdir) == written
+    monkeypatch.chdir(tmp_path)
+    prepare(build_config(Path("images/."), workdir))  # the same one
+    prepare(build_config(other, workdir, append=True))
+    images.rename(tmp_path / "gone")
+    prepare(build_config(other, workdir))
+    assert read_results(workdir) == written
+    with pytest.raises(ConfigError, match=rf"finished with data\.path={other}, and {images}"):
+        prepare(build_config(images, workdir))
+    (other / "train/birds/gull/0.png").unlink()
+    prepare(build_config(other.rename(images), workdir, overwrite="changed"))
+    assert len(list(itertools.chain(*read_images(workdir, "train")))) == 39
+
+
 def test_what_was_written_is_counted_and_indexed(images, workdir):
     prepare(build_config(images, workdir))
     prepared, taxonomy, fingerprint = load_prepared(workdir, DataOverrides())
