@@ -52,7 +52,7 @@ def describe_undecodable(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"cannot be read ({error.strerror})"
     if isinstance(error, UnidentifiedImageError):  # it names an object in memory
-        return "cannot be decoded (no image of a known format)"
+        return "cannot be decoded (no JPEG, PNG, WebP, GIF or BMP)"
     return f"cannot be decoded ({' '.join(str(error).split()) or type(error).__name__})"
 
 

@@ -158,7 +158,7 @@ def test_what_is_wrong_is_said_without_objects_in_memory_and_on_one_line():
         with pytest.raises(UNDECODABLE) as caught:
             decode_shrunk(content, 1)
         found.append(describe_undecodable(caught.value))
-    assert found[:2] == ["cannot be decoded (no image of a known format)"] * 2
+    assert found[:2] == ["cannot be decoded (no JPEG, PNG, WebP, GIF or BMP)"] * 2
     assert all(text.startswith("cannot be decoded (") and "object at" not in text for text in found)
     assert describe_undecodable(FileNotFoundError(2, "No such file", "1.png")) == "is missing"
     assert describe_undecodable(PermissionError(13, "Permission denied")) == "cannot be read (Permission denied)"

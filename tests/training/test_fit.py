@@ -562,7 +562,7 @@ def test_damaged_images_are_skipped_counted_and_named(tmp_path):
     run_path = train(workdir, "skips", *TINY, *LABELS, "trainer.max_skipped_share=0.02")
     lines = (run_path / "skipped.txt").read_text().splitlines()
     assert sorted(line.partition(":")[0].partition("/")[2] for line in lines) == ["train3", "train42", "train77"]
-    assert {line.partition(": ")[2] for line in lines} == {"cannot be decoded (no image of a known format)"}
+    assert {line.partition(": ")[2] for line in lines} == {"cannot be decoded (no JPEG, PNG, WebP, GIF or BMP)"}
     finished = train(workdir, "fails", *TINY, *LABELS, "trainer.max_skipped_share=0.01", code=2)
     message = finished.err.splitlines()[-1]
     assert message.startswith("concentrate: 3 of 200 images cannot be decoded")
