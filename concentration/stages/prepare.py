@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
@@ -45,6 +44,7 @@ from concentration.stages.prepare_listing import (
     index_keys,
     keeping,
     reopen,
+    settle_skipped,
 )
 from concentration.stages.prepare_near_duplicates import forget_near_duplicates, hash_splits, report_near_duplicates
 from concentration.stages.prepare_summary import draw_summary, summarise_splits
@@ -302,19 +302,7 @@ def _write_shards(
             sizes[shard] = len(chunk)
     with Progress("prepare", sum(sizes.values()), "images", path) as progress:
         run_tasks(tasks, list(sizes.values()), config.num_processes, progress)
-    skipped_of = {shard: shard.with_suffix(".skipped").read_text(encoding="utf-8").splitlines() for shard in sizes}
-    skipped = [line for lines in skipped_of.values() for line in lines]
-    write_atomically(path / "skipped.txt", "".join(f"{line}\n" for line in skipped))
-    if len(skipped) > max(1, config.max_skipped_share * num_listed):
-        for shard, lines in skipped_of.items():
-            if lines:  # it is written again once the images are repaired
-                shard.with_suffix(".skipped").unlink()
-        raise DataError(
-            f"{len(skipped)} of {num_listed} images cannot be read or decoded, more than "
-            f"max_skipped_share={config.max_skipped_share}; "
-            f"they are listed in {path}/skipped.txt: repair or remove them, or give max_skipped_share="
-            f"{math.ceil(1000 * len(skipped) / num_listed) / 1000:g}; the first: {skipped[0]}"
-        )
+    settle_skipped(path, list(sizes), num_listed, config.max_skipped_share)
 
 
 def _balance(items: Sequence[Item], samples_per_shard: int) -> list[list[Item]]:
