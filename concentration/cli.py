@@ -18,7 +18,7 @@ from concentration.errors import ConcentrationError, ConfigError, Preempted, nam
 from concentration.processes import check_surroundings, end, raise_file_limit
 from concentration.schema import suggest
 from concentration.stages.verbs import split_words
-from concentration.streams import open_streams
+from concentration.streams import open_streams, turn_away
 
 #: Nothing of Hydra's own is written: a run's directory is its workdir, and its config is kept there by the stage.
 HYDRA_OVERRIDES = (
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print("concentrate: stopped from the keyboard", file=sys.stderr)
         exit_code = 128 + signal.SIGINT
     except BrokenPipeError:  # `concentrate run --help | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        turn_away(sys.stdout)
         exit_code = 0
     end(exit_code)
 

@@ -32,6 +32,14 @@ def unreadable(path: object, error: OSError) -> DataError:
     return DataError(f"{path}: cannot be read ({error.strerror}); {advice}")
 
 
+def unloadable(library: str, error: ImportError, packages: str) -> ConfigError:
+    """What is said of a library that is not there, or is of another processor or Python, as a copied environment's is."""
+    if isinstance(error, ModuleNotFoundError):
+        return ConfigError(f"{library} is not installed; pip install {packages}")
+    reason = " ".join(str(error).split())[:200]
+    return ConfigError(f"{library} cannot be loaded ({reason}); here, pip install --force-reinstall {packages}")
+
+
 class DivergedError(ConcentrationError):
     """Training reached a loss that is not finite; the last good checkpoint is kept."""
 

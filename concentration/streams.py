@@ -49,6 +49,11 @@ class Lasting:
     def _turn_away(self, error: OSError) -> None:
         if error.errno not in _NOBODY_READS:
             raise error
-        nothing = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nothing, self._stream.fileno())
-        os.close(nothing)
+        turn_away(self._stream)
+
+
+def turn_away(stream: TextIO) -> None:
+    """From now on nothing is written, nor what waits to be: it would fail again when Python ends."""
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, stream.fileno())
+    os.close(nothing)

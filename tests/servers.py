@@ -83,6 +83,17 @@ def answer(status: int) -> Fault:
     return fail
 
 
+def redirect(place: str) -> Fault:
+    def fail(handler) -> bool:
+        handler.send_response(302)
+        handler.send_header("Location", place)
+        handler.send_header("Content-Length", "0")
+        handler.end_headers()
+        return True
+
+    return fail
+
+
 def send_part(content: bytes, num_announced: int) -> Fault:
     """Announces so many bytes, sends these, and closes the connection."""
 

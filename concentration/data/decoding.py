@@ -28,6 +28,9 @@ _MOST_JPEG_PIXELS = 178_956_970
 # What no camera or scanner exceeds; a WebP of 16 million pixels by ten is decoded for a minute.
 _LONGEST_SIDE = 65_535
 
+# By Pillow's name of a grey PNG's pixels: what white is among them.
+_WHITE_OF_FEW_BITS = {"L;2": 3, "L;4": 15}
+
 #: By EXIF's orientation: what makes the image upright.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -49,7 +52,7 @@ def describe_undecodable(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"cannot be read ({error.strerror})"
     if isinstance(error, UnidentifiedImageError):  # it names an object in memory
-        return "cannot be decoded (no image of a known format)"
+        return "cannot be decoded (no JPEG, PNG, WebP, GIF or BMP)"
     return f"cannot be decoded ({' '.join(str(error).split()) or type(error).__name__})"
 
 
@@ -89,6 +92,7 @@ def load_upright(image: Image.Image, orientation: int | None, shrink: float) -> 
         num_pixels = image.width * image.height
         needed = next((step for step in (1, 2, 4) if num_pixels <= _MOST_JPEG_PIXELS * step**2), 8)
         image.draft("RGB", tuple(min(math.ceil(side / shrink), side // needed) for side in image.size))
+    _scale_transparent_colour(image)
     image.load()
     if orientation in _UPRIGHT:
         image = image.transpose(_UPRIGHT[orientation])
@@ -133,10 +137,25 @@ def _has_one_scan(image: JpegImageFile, content: bytes) -> bool:
     return "progressive" not in image.info and header[:5] == bytes([0xFF, 0xDA, 0, header_bytes, image.layers])
 
 
+def _scale_transparent_colour(image: Image.Image) -> None:
+    """Makes the one colour that a PNG may call transparent, which has the file's bits, one of the pixels as Pillow loads them."""
+    colour = image.info.get("transparency")
+    if image.format != "PNG" or colour is None:
+        return
+    raw_mode = image.tile[0][3] if image.tile else None
+    if raw_mode in _WHITE_OF_FEW_BITS:
+        image.info["transparency"] = colour * 255 // _WHITE_OF_FEW_BITS[raw_mode]
+    elif raw_mode == "RGB;16B":
+        image.info["transparency"] = tuple(value >> 8 for value in colour)
+
+
 def _reduce_to_8_bits(image: Image.Image) -> Image.Image:
     """Grey or RGB, 8 bits a channel; what is transparent lies on white."""
     if image.mode.startswith("I"):  # grey of 16 bits, all of which Pillow would turn white, but for the darkest
-        return Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+        wide = np.asarray(image)
+        grey = (wide >> 8).clip(0, 255).astype(np.uint8)
+        grey[wide == image.info.get("transparency", -1)] = 255
+        return Image.fromarray(grey)
     if image.has_transparency_data:
         seen = image if image.mode == "RGBA" else image.convert("RGBA")
         opacity = seen.getchannel("A")

@@ -172,26 +172,45 @@ class SampleReader:
 
     def _read_at(self, number: int, row: int, offset: int, size: int, crc32: int) -> bytes:
         """The bytes of an image, by what `_locate` says of it."""
-        try:
-            content = os.pread(self._open(number), size, offset)
-        except OSError as error:
-            shard = self.split.shards[number]
-            raise DataError(f"{shard.path}: cannot be read ({error.strerror}); bring it back") from None
+        content, error = self._read_unchecked(number, offset, size)
+        if self.cache is not None and zlib.crc32(content) != crc32:
+            # The copy was checked when it was fetched: the disk has damaged it since, or somebody has.
+            self._discard_copy(number)
+            content, error = self._read_unchecked(number, offset, size)
+        if error is None and zlib.crc32(content) == crc32:
+            return content
+        shard = self.split.shards[number]
+        if self.cache is not None:
+            raise DataError(
+                f"{self.cache.directory}: its copy of {shard.path} is damaged again, just after it was fetched anew; look after "
+                "that disk, or run `concentrate prepare` again with another data.cache.directory"
+            )
+        if error is not None:
+            raise DataError(f"{shard.path}: cannot be read ({error.strerror}); bring it back")
         if len(content) != size:
-            shard = self.split.shards[number]
             raise DataError(
                 f"{shard.path}: ends inside the sample '{shard.keys[row]}'; the shard changed while it was read: "
                 "bring it back and run the same command again"
             )
-        if zlib.crc32(content) != crc32:
-            shard = self.split.shards[number]
-            if self.cache is not None:
-                self.cache.discard(shard)  # the copy was checked when it was fetched
-            raise DataError(
-                f"{shard.path}: the image of '{shard.keys[row]}' is not the one that was indexed; the shard was replaced or "
-                "damaged: bring it back and run the same command again, or prepare again"
-            )
-        return content
+        raise DataError(
+            f"{shard.path}: the image of '{shard.keys[row]}' is not the one that was indexed; the shard was replaced or "
+            "damaged: bring it back and run the same command again, or prepare again"
+        )
+
+    def _read_unchecked(self, number: int, offset: int, size: int) -> tuple[bytes, OSError | None]:
+        """The bytes there, or what stood against reading them."""
+        try:
+            return os.pread(self._open(number), size, offset), None
+        except OSError as error:
+            return b"", error
+
+    def _discard_copy(self, number: int) -> None:
+        """Takes a damaged copy out of the cache, unless another process has done so and fetched it again."""
+        if number in self._files:
+            file = self._files.pop(number)
+            if os.fstat(file).st_nlink > 0:
+                self.cache.discard(self.split.shards[number])
+            os.close(file)
 
     def _open(self, number: int) -> int:
         if number not in self._files:

@@ -143,6 +143,8 @@ class Remote:
     def _describe(self, error: Exception) -> str:
         if isinstance(error, FileNotFoundError) or getattr(error, "status", None) == 404:
             return "no such file"
+        if isinstance(error, aiohttp.TooManyRedirects):
+            return f"the server redirects it {len(error.history)} times, and to no file"
         if isinstance(error, aiohttp.ClientResponseError):
             return f"the server answers {error.status} {error.message}".strip()
         if isinstance(error, TimeoutError):

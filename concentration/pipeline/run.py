@@ -1,6 +1,5 @@
 """`concentrate run`: the whole pipeline, skipping what is done."""
 
-import json
 import shlex
 import sys
 from collections.abc import Sequence
@@ -27,7 +26,7 @@ from concentration.pipeline.plan import print_run_plan
 from concentration.pipeline.records import record_jobs
 from concentration.pipeline.slurm import SlurmConfig, SlurmLauncher
 from concentration.processes import count_cores
-from concentration.schema import write_override
+from concentration.schema import parse_json, write_override
 from concentration.stages.evaluate import EVALUATIONS, SPECIALISTS
 from concentration.stages.group_classes import check_top_k
 from concentration.stages.prepare import SHARDS, DataOverrides, load_prepared
@@ -172,4 +171,4 @@ def _load_result(config: RunConfig, name: str) -> dict:
     if not path.exists():
         again = f"concentrate evaluate {write_override('name', name)} {write_override('workdir', str(config.workdir))}"
         raise DataError(f"{path}: no such file, though its evaluation is finished; run `{again}`")
-    return json.loads(path.read_text())
+    return parse_json(path.read_bytes(), str(path))

@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+from concentration.data.folders import walk_folders
 from concentration.data.views import IMAGE_EXTENSIONS, is_hidden
-from concentration.errors import ConfigError, DataError, unreadable
+from concentration.errors import ConfigError, DataError
 
 #: What no encoded photograph exceeds; a larger file is not read.
 MOST_BYTES = 2**28
@@ -53,8 +54,8 @@ class ImageOnDisk(NamedTuple):
 def list_inputs(paths: Sequence[str]) -> list[ImageOnDisk]:
     """All images of files, folders (also those inside them, sorted) and tars, in the order that was given.
 
-    Of folders and tars those count that have the extension of an image and are not hidden, nor in a hidden folder there; a file
-    that is named is taken for one.
+    Links between folders are followed. Of folders and tars those count that have the extension of an image and are not hidden,
+    nor in a hidden folder there; a file that is named is taken for one.
 
     Raises:
         ConfigError: nothing is given, a path is not there or is a pipe, or no image is found.
@@ -78,14 +79,13 @@ def list_inputs(paths: Sequence[str]) -> list[ImageOnDisk]:
 
 
 def _list_folder(folder: str) -> Iterator[ImageOnDisk]:
-    def refuse(error: OSError) -> None:
-        raise unreadable(error.filename, error)
-
-    for inside, folders, files in os.walk(folder, onerror=refuse):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(files):
+    for inside, files in walk_folders(folder, hidden=[]):
+        for name in files:
             path = os.path.join(inside, name)
-            if _has_image_extension(name) and not name.startswith(".") and os.path.isfile(path):
+            is_answered = os.path.isfile(path) or not os.path.exists(
+                path
+            )  # of a link to nowhere it is said that it is one
+            if _has_image_extension(name) and not name.startswith(".") and is_answered:
                 yield _describe_file(path)
 
 
@@ -101,7 +101,8 @@ def _list_shard(path: str) -> Iterator[ImageOnDisk]:
 
 
 def _describe_file(path: str) -> ImageOnDisk:
-    return ImageOnDisk(path, path, 0, os.path.getsize(path))
+    """One that is gone is told as that when it is read."""
+    return ImageOnDisk(path, path, 0, os.path.getsize(path) if os.path.exists(path) else 0)
 
 
 def _has_image_extension(name: str) -> bool:

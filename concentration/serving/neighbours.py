@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from concentration.errors import ConfigError, DataError
+from concentration.errors import DataError, unloadable
 from concentration.schema import parse_json
 from concentration.serving.answers import NeighbourAnswer
 
@@ -115,6 +115,6 @@ def _contiguous(features_NT: np.ndarray) -> np.ndarray:
 def _import_faiss():
     try:
         import faiss  # a quarter of a second, and only those who ask for neighbours need it
-    except ImportError:
-        raise ConfigError("faiss is not installed, which finds neighbours; pip install faiss-cpu") from None
+    except ImportError as error:
+        raise unloadable("faiss, which finds neighbours,", error, "faiss-cpu") from None
     return faiss

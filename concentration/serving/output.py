@@ -118,7 +118,8 @@ class TableWriter:
         self._console.print(self._table)
 
     def _add(self, answer: ImageAnswer) -> None:
-        path = escape(answer.path)
+        # A name may hold what a terminal obeys: colours, a cleared screen.
+        path = escape("".join(character if character.isprintable() else "?" for character in answer.path))
         if answer.error is not None:
             self._table.add_row(path, f"[red]{escape(answer.error)}[/red]", "", "")
             return

@@ -110,13 +110,16 @@ function showPreview(file) {
   get("drop").classList.add("filled");
 }
 
-async function ask(file) {
+async function ask(file, note) {
   const number = ++newest;
   showPreview(file);
   document.body.classList.add("busy");
   get("took").textContent = "…";
   const started = performance.now();
+  let problem = "This file cannot be read: a folder, perhaps, or one that is gone.";
   try {
+    await file.slice(0, 1).arrayBuffer();
+    problem = "No answer: is `concentrate demo` still running?";
     const response = await fetch("answer", { method: "POST", body: file });
     const answer = await response.json();
     if (number !== newest) return;
@@ -127,9 +130,11 @@ async function ask(file) {
       showVerticals(answer.classes);
       showNeighbours(answer.neighbours);
     }
-    get("took").textContent = `${file.name || "pasted"} · ${Math.round(performance.now() - started)} ms`;
+    get("took").textContent = `${file.name || "pasted"}${note} · ${Math.round(performance.now() - started)} ms`;
   } catch (error) {
-    if (number === newest) showError("No answer: is `concentrate demo` still running?");
+    if (number !== newest) return;
+    showError(problem);
+    get("took").textContent = file.name || "pasted";
   } finally {
     if (number === newest) document.body.classList.remove("busy");
   }
@@ -137,18 +142,12 @@ async function ask(file) {
 
 function take(files) {
   const [file] = files;
-  if (file) ask(file);
+  if (file) ask(file, files.length > 1 ? `, the first of ${files.length}` : "");
 }
 
 get("file").addEventListener("change", (event) => {
   take(event.target.files);
   event.target.value = ""; // the same file may be given again
-});
-get("drop").addEventListener("keydown", (event) => {
-  if (event.key === "Enter" || event.key === " ") {
-    event.preventDefault();
-    get("file").click();
-  }
 });
 document.addEventListener("dragover", (event) => {
   event.preventDefault();
@@ -160,7 +159,14 @@ document.addEventListener("dragleave", (event) => {
 document.addEventListener("drop", (event) => {
   event.preventDefault();
   document.body.classList.remove("over");
-  take(event.dataTransfer.files);
+  if (event.dataTransfer.files.length) {
+    take(event.dataTransfer.files);
+  } else {
+    newest += 1;
+    document.body.classList.remove("busy");
+    showError("That was no file, but a text or a link: save the image, or copy and paste it.");
+    get("took").textContent = "\u00a0";
+  }
 });
 document.addEventListener("paste", (event) => take(event.clipboardData.files));
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-from concentration.errors import ConfigError, DataError
+from concentration.errors import ConfigError, DataError, unloadable
 from concentration.serving.export_folder import (
     FEATURES,
     IMAGES,
@@ -28,7 +28,7 @@ class Predictor:
         num_threads: of one call.
 
     Raises:
-        ConfigError: onnxruntime is not installed, or has no GPU.
+        ConfigError: onnxruntime cannot be loaded, or has no GPU.
         DataError: the program is missing or damaged, or is not that of the taxonomy.
     """
 
@@ -56,8 +56,8 @@ class Predictor:
 def _open_session(export: ExportFolder, weights: Weights, num_threads: int, accelerator: str):
     try:
         import onnxruntime  # a tenth of a second, which `--help` does not wait for
-    except ImportError:
-        raise ConfigError("onnxruntime is not installed; pip install onnxruntime") from None
+    except ImportError as error:
+        raise unloadable("onnxruntime", error, "onnxruntime") from None
     path = export.path / ONNX_FILES[weights]
     if not path.is_file():
         raise DataError(f"{path}: no such file; export again with overwrite=true")

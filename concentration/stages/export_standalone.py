@@ -14,13 +14,19 @@ STANDALONE_FILE = "predict.pyz"
 REQUIREMENTS = ("onnxruntime", "numpy", "pillow", "pydantic", "rich")
 
 _START = "concentration.stages.predict_standalone"
+# NOTE: in words that Python 2 understands, too, so that it says what is wrong.
 _MAIN = f"""\
 import sys
 
+if sys.version_info < (3, 11):
+    sys.stderr.write("predict: Python %d.%d is too old; run it with 3.11 or later\\n" % sys.version_info[:2])
+    sys.exit(2)
 try:
     from {_START} import main
-except ModuleNotFoundError as error:
-    print(f"predict: {{error.name}} is not installed; pip install {" ".join(REQUIREMENTS)}", file=sys.stderr)
+except ImportError as error:
+    from concentration.errors import unloadable
+    library = (error.name or "what this needs").partition(".")[0]
+    sys.stderr.write("predict: %s\\n" % unloadable(library, error, "{" ".join(REQUIREMENTS)}"))
     sys.exit(2)
 main()
 """

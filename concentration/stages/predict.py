@@ -4,6 +4,7 @@ Everything that this imports is carried by every export (`predict.pyz`), so it n
 """
 
 import contextlib
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,7 @@ from concentration.serving.inputs import list_inputs
 from concentration.serving.neighbours import NeighbourIndex
 from concentration.serving.output import TEXT_ENCODING, Format, build_writer, count_errors, standard_output
 from concentration.serving.predictor import Predictor
+from concentration.streams import turn_away
 
 #: Answered before a bar could be read.
 _FEW_IMAGES = 100
@@ -147,9 +149,26 @@ def _embed_examples(folder: Path, predictor: Predictor) -> tuple[np.ndarray, lis
 
 
 @contextlib.contextmanager
+def _writing_to_stdout() -> Iterator[None]:
+    """Ends what is inside, without a word, where nobody reads it any more.
+
+    Raises: ConfigError where it cannot be written for another reason.
+    """
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head`
+        turn_away(sys.stdout)
+    except OSError as error:
+        turn_away(sys.stdout)
+        raise ConfigError(f"standard output: cannot be written ({error.strerror}); give output=FILE") from None
+
+
+@contextlib.contextmanager
 def _open_output(path: Path | None) -> Iterator[TextIO]:
     if path is None:
-        yield standard_output()
+        with _writing_to_stdout():
+            yield standard_output()
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

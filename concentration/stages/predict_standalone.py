@@ -5,18 +5,22 @@ python exports/student/predict.pyz photo.jpg holiday/ best=3 format=jsonl
 
 import inspect
 import re
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from concentration.errors import ConcentrationError, ConfigError
 from concentration.schema import parse_config
+from concentration.serving.export_folder import PREPROCESSING_FILE
 from concentration.stages.predict import PredictConfig, ServingConfig, predict
 from concentration.stages.verbs import split_words
+from concentration.streams import open_streams
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Answers with the export that this file lies in, unless another one is named."""
+    open_streams()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_usage())
@@ -25,12 +29,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         if removed := [word for word in values if "=" not in word]:
             raise ConfigError(f"{removed[0]}: no such file, and no KEY=VALUE; correct the path or give a value")
-        given = {"export": str(Path(sys.argv[0]).absolute().parent)}
+        given = {"export": str(_find_export(Path(sys.argv[0])))}
         given |= {key: _parse_value(value) for key, value in (override.split("=", 1) for override in values)}
         predict(parse_config(PredictConfig, {**given, "paths": tuple(paths)}))
     except ConcentrationError as error:
         print(f"predict: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("predict: stopped from the keyboard", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+
+
+def _find_export(file: Path) -> Path:
+    """The folder of this file, or of what it is a link to: a link on the PATH, say; but a store may hold all files as links."""
+    folder = file.absolute().parent
+    return folder if (folder / PREPROCESSING_FILE).exists() else file.resolve().parent
 
 
 def _parse_value(text: str) -> object:

@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
@@ -18,7 +17,7 @@ from concentration.data.order import permutation
 from concentration.data.packs import PACK_SUFFIX, write_pack
 from concentration.data.shard_cache import save_access
 from concentration.data.shards import write_shard
-from concentration.data.sources import DataConfig, build_source
+from concentration.data.sources import DataConfig, build_source, list_places
 from concentration.data.sources.glyph_scenes import GlyphScenesConfig
 from concentration.data.sources.glyphs import GlyphsConfig
 from concentration.data.sources.glyphs_100k.source import Glyphs100kConfig
@@ -45,6 +44,7 @@ from concentration.stages.prepare_listing import (
     index_keys,
     keeping,
     reopen,
+    settle_skipped,
 )
 from concentration.stages.prepare_near_duplicates import forget_near_duplicates, hash_splits, report_near_duplicates
 from concentration.stages.prepare_summary import draw_summary, summarise_splits
@@ -92,6 +92,10 @@ class PrepareConfig(StageConfig):
         return self
 
     @property
+    def places(self) -> dict[str, str]:
+        return {} if self.append else list_places(self.data)
+
+    @property
     def near_duplicates(self) -> MaxDistance | None:
         """Those of glyphs are known: a character of another typeface."""
         is_drawn = isinstance(self.data, GlyphsConfig | Glyphs100kConfig | GlyphScenesConfig)
@@ -123,6 +127,7 @@ def prepare(config: PrepareConfig) -> None:
                 _prepare_given_shards(config.data, config, directory)
             else:
                 _prepare_source(build_source(config.data), config, directory)
+            directory.note_places(config)
         if not _has_looked(config, directory):
             _, taxonomy, _ = load_prepared(config.workdir, DataOverrides())
             directory.finish(_summarise(config, directory.path, taxonomy))
@@ -297,19 +302,7 @@ def _write_shards(
             sizes[shard] = len(chunk)
     with Progress("prepare", sum(sizes.values()), "images", path) as progress:
         run_tasks(tasks, list(sizes.values()), config.num_processes, progress)
-    skipped_of = {shard: shard.with_suffix(".skipped").read_text(encoding="utf-8").splitlines() for shard in sizes}
-    skipped = [line for lines in skipped_of.values() for line in lines]
-    write_atomically(path / "skipped.txt", "".join(f"{line}\n" for line in skipped))
-    if len(skipped) > max(1, config.max_skipped_share * num_listed):
-        for shard, lines in skipped_of.items():
-            if lines:  # it is written again once the images are repaired
-                shard.with_suffix(".skipped").unlink()
-        raise DataError(
-            f"{len(skipped)} of {num_listed} images cannot be read or decoded, more than "
-            f"max_skipped_share={config.max_skipped_share}; "
-            f"they are listed in {path}/skipped.txt: repair or remove them, or give max_skipped_share="
-            f"{math.ceil(1000 * len(skipped) / num_listed) / 1000:g}; the first: {skipped[0]}"
-        )
+    settle_skipped(path, list(sizes), num_listed, config.max_skipped_share)
 
 
 def _balance(items: Sequence[Item], samples_per_shard: int) -> list[list[Item]]:

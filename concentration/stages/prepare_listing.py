@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
@@ -97,6 +98,33 @@ def forget(directory: RunDirectory, before: Before) -> None:
     """What was appended is finished, too."""
     (directory.path / _DONE_BEFORE).unlink(missing_ok=True)
     before.forget(directory.path)
+
+
+def settle_skipped(path: Path, shards: Sequence[Path], num_listed: int, max_skipped_share: float) -> None:
+    """Notes and says which images of these shards were left out, of all that are listed.
+
+    Raises: DataError where they are too many, or all.
+    """
+    skipped_of = {shard: shard.with_suffix(".skipped").read_text(encoding="utf-8").splitlines() for shard in shards}
+    skipped = [line for lines in skipped_of.values() for line in lines]
+    write_atomically(path / "skipped.txt", "".join(f"{line}\n" for line in skipped))
+    if not skipped:
+        return
+    found = f"{len(skipped)} of {num_listed} images cannot be read or decoded"
+    first = f"the first: {skipped[0]}"
+    if len(skipped) <= max(1, max_skipped_share * num_listed) and len(skipped) < num_listed:
+        print(f"prepare: {found}, and {'is' if len(skipped) == 1 else 'are'} left out: {path}/skipped.txt; {first}")
+        return
+    for shard, lines in skipped_of.items():
+        if lines:  # it is written again once the images are repaired
+            shard.with_suffix(".skipped").unlink()
+    if len(skipped) == num_listed:
+        raise DataError(f"{found}: they lie elsewhere than data says, or are no images; {first}")
+    share = math.ceil(1000 * len(skipped) / num_listed) / 1000
+    raise DataError(
+        f"{found}, more than max_skipped_share={max_skipped_share}; they are listed in {path}/skipped.txt: repair or remove "
+        f"them, or give max_skipped_share={share:g}; {first}"
+    )
 
 
 def _remove_new(path: Path, before: Before | None) -> None:

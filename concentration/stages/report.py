@@ -1,20 +1,20 @@
 """`concentrate report`: one self-contained page with everything that was measured, and the same as JSON."""
 
 import importlib.metadata
-import json
 import math
 import platform
 import subprocess
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import concentration
 from concentration.errors import ConfigError
 from concentration.metrics.agreement import compare_in_verticals, compare_overall
-from concentration.schema import FolderName
+from concentration.schema import FolderName, parse_json
 from concentration.stages.calibrate import CALIBRATIONS
 from concentration.stages.evaluate import EVALUATIONS, load_answers
 from concentration.stages.prepare import SHARDS, SUMMARY_PICTURE, SUMMARY_TEXT, DataOverrides, load_prepared
@@ -68,7 +68,7 @@ def report(config: ReportConfig) -> None:
         configs=_load_configs(config.workdir),
         target_sets=_load_target_sets(config.workdir),
         students=_load_students(config.workdir),
-        gates={path.stem: json.loads(path.read_text()) for path in sorted((config.workdir / GATES).glob("*.json"))},
+        gates={path.stem: _load(path) for path in sorted((config.workdir / GATES).glob("*.json"))},
         agreement=_compare_answers(config.workdir, LAST, subject),
         compare=config.compare or (),
         compare_agreement=_compare_answers(config.workdir, *config.compare) if config.compare else None,
@@ -86,9 +86,14 @@ def report(config: ReportConfig) -> None:
     write_atomically(directory / "index.html", build_report_page(inputs))
 
 
+def _load(path: Path) -> Any:
+    """Raises: DataError where the file is damaged."""
+    return parse_json(path.read_bytes(), str(path))
+
+
 def _load_evaluations(config: ReportConfig) -> dict[str, dict]:
     paths = {path.stem: path for path in (config.workdir / EVALUATIONS).glob("*.json")}
-    loaded = {name: json.loads(path.read_text()) for name, path in paths.items()}
+    loaded = {name: _load(path) for name, path in paths.items()}
     loaded = {name: evaluation for name, evaluation in loaded.items() if evaluation["split"] == "test"}
     loaded = {name: e | {IMAGES: _identify_images(paths[name])} for name, e in loaded.items()}
     if not loaded:
@@ -135,7 +140,7 @@ def _compare_answers(workdir: Path, first: str, second: str) -> dict | None:
 def _load_calibrations(workdir: Path, evaluations: Mapping[str, dict]) -> dict[str, dict]:
     """Those of the networks that were evaluated, in the same order; one of an earlier network of that name is left out."""
     paths = {name: workdir / CALIBRATIONS / f"{name}.json" for name in evaluations}
-    loaded = {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
+    loaded = {name: _load(path) for name, path in paths.items() if path.exists()}
     return {
         name: c | {IMAGES: {"data": images} if (images := _load_upstream(paths[name]).get("test")) else {}}
         for name, c in loaded.items()
@@ -165,7 +170,7 @@ def _load_target_sets(workdir: Path) -> dict[str, list[dict]]:
     sets: dict[str, list[dict]] = {}
     for path in sorted((workdir / TARGETS).glob("*/*/DONE.json")):
         names = ("manifest.json", "DONE.json", SPEED_FILE)
-        facts = [json.loads((path.parent / name).read_text()) for name in names if (path.parent / name).exists()]
+        facts = [_load(path.parent / name) for name in names if (path.parent / name).exists()]
         sets.setdefault(path.parent.parent.name, []).append({key: fact[key] for fact in facts for key in fact})
     return sets
 
@@ -174,7 +179,7 @@ def _load_students(workdir: Path) -> dict[str, dict]:
     """The targets of each finished student that was trained on some, and how fast it learned from them."""
     students = {}
     for path in sorted((workdir / STUDENTS).glob("*/DONE.json")):
-        config, done = RunDirectory(path.parent).load_config(), json.loads(path.read_text())
+        config, done = RunDirectory(path.parent).load_config(), _load(path)
         targets = done.get("targets") or config.get("targets")  # `add` has them in its record
         if targets is None:  # made from networks that were there: nothing to compare in speed
             continue
@@ -182,7 +187,7 @@ def _load_students(workdir: Path) -> dict[str, dict]:
         students[path.parent.name] = {
             "targets": targets,
             "num_images": done["step"] * config["trainer"]["batch_size"],
-            **(json.loads(speed.read_text()) if speed.exists() else {}),
+            **(_load(speed) if speed.exists() else {}),
         }
     return students
 
@@ -190,7 +195,7 @@ def _load_students(workdir: Path) -> dict[str, dict]:
 def _describe_commands(config: ReportConfig) -> list[str]:
     """The command of the whole run, as it was given, where there was one; and the one that draws this page."""
     path = config.workdir / COMMAND_FILE
-    run = [json.loads(path.read_text())["command"]] if path.exists() else []
+    run = [_load(path)["command"]] if path.exists() else []
     return [*run, f"concentrate report workdir={config.workdir} name={config.name}"]
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import hashlib
+import os
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -49,6 +50,11 @@ class StageConfig(Config):
     workdir: Path
     overwrite: bool | Literal["changed"] = False
 
+    @property
+    def places(self) -> dict[str, str]:
+        """By key: where what the stage reads lies, which is no part of what it is, but is not looked at once it is finished."""
+        return {}
+
 
 class RunDirectory:
     """`config.json` when a stage has begun, `DONE.json` when it is finished; in between it can be continued.
@@ -71,7 +77,8 @@ class RunDirectory:
 
         Raises:
             Busy: another process works here.
-            ConfigError: the stage was begun with another config or other upstream results, and `overwrite` is false.
+            ConfigError: the stage was begun with another config or other upstream results, and `overwrite` is false; or it is
+                finished, and other places are given than those that it read.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -117,6 +124,7 @@ class RunDirectory:
         is_other = earlier is not None and known != identity
         if is_other and not config.overwrite:
             self._refuse(known, identity)
+        is_other = is_other or (earlier is not None and self.is_finished and self._read_elsewhere(config))
         if is_other or (config.overwrite is True and self.is_finished):
             self._set_aside()
             earlier = None
@@ -133,7 +141,8 @@ class RunDirectory:
         """Whether the stage is finished with this config, whatever has become of what it read.
 
         Raises:
-            ConfigError: it was begun with another config, and `overwrite` is false.
+            ConfigError: it was begun with another config, and `overwrite` is false; or it is finished, and other places are
+                given than those that it read.
         """
         begun = self._load("config.json")
         if begun is None:
@@ -144,7 +153,13 @@ class RunDirectory:
             if not config.overwrite:
                 self._refuse(earlier, config.identity())
             return False
-        return self.is_finished
+        return self.is_finished and not self._read_elsewhere(config)
+
+    def note_places(self, config: StageConfig) -> None:
+        """What a stage goes on or grows with may lie elsewhere than what it was begun with."""
+        begun = self._load_begun()
+        if begun["config"] != (config_now := config.model_dump(mode="json")):
+            write_atomically(self.path / "config.json", {**begun, "config": config_now})
 
     def reopen(self) -> None:
         """Takes the mark back: the stage is begun, and continued by the next run."""
@@ -210,6 +225,24 @@ class RunDirectory:
             f"{self.path}: what it was made from has changed since: {shown}; make it anew with overwrite=changed"
             + (f", or, {HOW_TO_GROW}" if is_of_other_data else "")
         )
+
+    def _read_elsewhere(self, config: StageConfig) -> bool:
+        """Whether the finished stage read other places than are given now.
+
+        Raises: ConfigError where it did, and `overwrite` is false: what lies there would not be seen.
+        """
+        read = flatten(self.load_config())
+        for key, place in config.places.items():
+            earlier = read.get(key)
+            if isinstance(earlier, str) and os.path.realpath(earlier) != os.path.realpath(place):
+                if not config.overwrite:
+                    raise ConfigError(
+                        f"{self.path}: finished with {key}={earlier}, and {place} was not looked at; give {key}={earlier}, which "
+                        "may be gone by now, add what is new by `concentrate prepare append=true`, or replace it with "
+                        "overwrite=true"
+                    )
+                return True
+        return False
 
     def forget_replaced(self) -> None:
         """Deletes what `overwrite` has set aside: at the stage's end, or by a stage that is about to write much."""

@@ -109,6 +109,10 @@ class NetworkStageConfig(TrainingStageConfig):
         return self
 
 
+# How often a balanced order may show one image in an epoch without a word.
+_MANY_TIMES = 20
+
+
 @dataclass(frozen=True)
 class Task:
     """What a network learns: which samples, with which targets, over which classes.
@@ -314,6 +318,34 @@ def _build_order(config: TrainingStageConfig, task: Task) -> Order:
         number = split.taxonomy.vertical_number(task.vertical)
         takes_part &= split.taxonomy.vertical_of_output[split.label_output] == number
     outputs, samples = split.label_output[takes_part], split.sample_of_label[takes_part]
+    if distributed.rank() == 0:
+        _note_balance(task, outputs)
     by_class = np.argsort(outputs, kind="stable")
     bounds = np.flatnonzero(np.diff(outputs[by_class])) + 1
     return ClassBalancedOrder(np.split(samples[by_class], bounds), len(task.ordinals), config.seed)
+
+
+def _note_balance(task: Task, output_L: np.ndarray) -> None:
+    """Says which leaves a balanced order never draws, and whose images it shows all the time. L labels that are drawn by."""
+    taxonomy = task.split.taxonomy
+    own = slice(None) if task.vertical is None else taxonomy.vertical_slice(task.vertical)
+    leaves = np.arange(taxonomy.num_classes)[own][taxonomy.is_leaf[own]]
+    counts_C = np.bincount(output_L, minlength=taxonomy.num_classes)
+    drawn = np.flatnonzero(counts_C)
+    times_C = len(task.ordinals) / (len(drawn) * np.maximum(counts_C, 1))
+    often = drawn[times_C[drawn] > _MANY_TIMES]
+    ids = [c.id for c in map(taxonomy.class_of_output, range(taxonomy.num_classes))]
+    never = [ids[output] for output in leaves[counts_C[leaves] == 0]]
+    shown = [
+        f"{ids[output]} ({times_C[output]:.0f} times)" for output in often[np.argsort(-times_C[often], kind="stable")]
+    ]
+    for names, what in (
+        (never, f"of {len(leaves)} leaves have no training image here, and are never drawn"),
+        (
+            shown,
+            f"classes have so few images that an epoch shows each over {_MANY_TIMES} times; class_weight is milder",
+        ),
+    ):
+        if names:
+            more = ", ..." * (len(names) > 5)
+            print(f"{task.title}: sampling=class_balanced: {len(names)} {what}: {', '.join(names[:5])}{more}")

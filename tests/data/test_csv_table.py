@@ -106,6 +106,10 @@ def test_workers_get_no_listing(write):
         (("path,labels", "1.jpg,a/"), "line 2: a label is 'a/'"),
         (("path,labels", ",a"), "line 2: the path is '', expected one that ends with .jpg"),
         (("path,labels", "1.gif,a"), "line 2: the path is '1.gif'"),
+        (
+            ("path,labels", "https://host/1.jpg,a"),
+            "line 2: the path is 'https://host/1.jpg', an address; fetch the images",
+        ),
         (("path,labels", "1.jpg,a", "", "1.jpg,b"), "line 4: '1.jpg' is on line 2 already"),
         (
             ("path,labels", "im/1.jpg,a", "./im/1.jpg,b"),

@@ -1,6 +1,8 @@
 """What encoded images become, and that `prepare` takes what is decoded later; more is in `test_views.py`, where they are seen."""
 
 import io
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -102,6 +104,35 @@ def test_a_colour_that_means_transparent_is_white(mode, format):
     np.testing.assert_array_equal(view, np.where(pixels == 9, 9, 255).transpose(2, 0, 1))
 
 
+def write_png(rows: np.ndarray, depth: int, transparent: int, num_channels=1) -> bytes:
+    """By hand, since Pillow writes neither colours of 16 bits nor greys of few; the samples of a row fill whole bytes."""
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    bits = ((rows[..., None] >> np.arange(depth)[::-1]) & 1).astype(np.uint8).reshape(len(rows), -1)
+    pixels = b"".join(b"\0" + row.tobytes() for row in np.packbits(bits, axis=1))
+    kind = 0 if num_channels == 1 else 2
+    header = struct.pack(">IIBBBBB", rows.shape[1] // num_channels, len(rows), depth, kind, 0, 0, 0)
+    colour = struct.pack(f">{num_channels}H", *[transparent] * num_channels)
+    chunks = ((b"IHDR", header), (b"tRNS", colour), (b"IDAT", zlib.compress(pixels)), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*each) for each in chunks)
+
+
+@pytest.mark.parametrize(("depth", "num_channels"), [(1, 1), (2, 1), (4, 1), (8, 1), (16, 1), (8, 3), (16, 3)])
+def test_a_png_s_transparent_colour_is_white_whatever_its_bits(depth, num_channels):
+    """A grey that is neither black nor white where there is one, and whose two bytes differ where it has two."""
+    most = 2**depth - 1
+    transparent = min(most // 3, 0x32C8)
+    rows = np.full((24, 24), most, dtype=np.int64)
+    rows[:8], rows[8:16] = transparent, 0
+    content = write_png(rows.repeat(num_channels, axis=1), depth, transparent, num_channels)
+    expected = np.full((24, 24), 255)
+    expected[8:16] = 0 if transparent else 255
+    for channel in decode_view(content, CentreView(), 0, 24)[0]:
+        np.testing.assert_array_equal(channel, expected)
+
+
 @pytest.mark.parametrize("size", [(24, 24), (48, 30)])
 def test_partly_transparent_pixels_are_between_themselves_and_white(size):
     pixels = np.random.default_rng(8).integers(0, 256, (*size[::-1], 4), dtype=np.uint8)
@@ -127,7 +158,7 @@ def test_what_is_wrong_is_said_without_objects_in_memory_and_on_one_line():
         with pytest.raises(UNDECODABLE) as caught:
             decode_shrunk(content, 1)
         found.append(describe_undecodable(caught.value))
-    assert found[:2] == ["cannot be decoded (no image of a known format)"] * 2
+    assert found[:2] == ["cannot be decoded (no JPEG, PNG, WebP, GIF or BMP)"] * 2
     assert all(text.startswith("cannot be decoded (") and "object at" not in text for text in found)
     assert describe_undecodable(FileNotFoundError(2, "No such file", "1.png")) == "is missing"
     assert describe_undecodable(PermissionError(13, "Permission denied")) == "cannot be read (Permission denied)"

@@ -159,6 +159,13 @@ def test_names_that_occur_twice_among_species_carry_their_numbers(write):
     assert {"Rosa canina", "Rosa canina #3"} <= set(ids)
 
 
+def test_a_species_that_is_called_as_an_inner_class_is_refused(write):
+    """It would take the place of the genus, and its parents be its children."""
+    root = write("train", 20, 0, change=lambda content: content["categories"][2].update(name="genus:Rosa"))
+    with pytest.raises(DataError, match=r"category 2 \('genus:Rosa'\) is called as another class"):
+        open_source(root).build_taxonomy()
+
+
 def test_images_without_an_annotation_are_left_out_and_those_with_several_have_all_labels(write):
     def change(content):
         del content["annotations"][0]

@@ -232,7 +232,7 @@ def test_an_undecodable_image_is_black_has_no_weight_and_is_marked(damaged):
 
 def test_a_skipped_image_is_explained(damaged):
     split, _ = damaged
-    assert explain_skipped(split, 6) == "cannot be decoded (no image of a known format)"
+    assert explain_skipped(split, 6) == "cannot be decoded (no JPEG, PNG, WebP, GIF or BMP)"
     assert explain_skipped(split, 5).startswith("cannot be seen in its stored views"), "it can be decoded now"
 
 

@@ -245,7 +245,13 @@ def test_workers_get_no_listing(write):
         (lambda root: (root / "test" / "a1.jpg").write_bytes(b""), "test/a1.jpg: lies in train, too"),
         (lambda root: (root / "class-descriptions-boxable.csv").unlink(), "0 files match data.descriptions="),
         (lambda root: (root / "v5-class-descriptions-boxable.csv").touch(), "2 files match data.descriptions="),
-        (lambda root: (root / "bbox_labels_600_hierarchy.json").write_text("{"), "cannot be read as JSON"),
+        (lambda root: (root / "bbox_labels_600_hierarchy.json").write_text("{"), "not JSON"),
+        (
+            lambda root: (root / "bbox_labels_600_hierarchy.json").write_text(
+                '{"LabelName": "r", "Subcategory": [' * 50_000
+            ),
+            "not JSON",
+        ),
         (lambda root: (root / "bbox_labels_600_hierarchy.json").write_text("[]"), "a node is [], expected LabelName"),
         (
             lambda root: (root / "bbox_labels_600_hierarchy.json").write_text('{"LabelName": "r", "Subcategory": 3}'),

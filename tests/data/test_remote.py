@@ -10,7 +10,7 @@ from pathlib import Path
 import fsspec
 import pytest
 from moto.server import ThreadedMotoServer
-from servers import answer, be_silent, hang_up, send, send_part, serve
+from servers import answer, be_silent, hang_up, redirect, send, send_part, serve
 
 import concentration.data.remote
 from concentration.data.remote import Remote, WrongContentError, join, name_of, parse_location
@@ -106,6 +106,15 @@ def test_what_does_not_pass_is_one_line_with_the_reason_and_the_tries(fault, exp
     server.faults["a.tar"] = [fault] * 10
     refuse(expected, build_remote(timeout_seconds=0.1), f"{server.url}/a.tar", tmp_path)
     assert server.count("a.tar") == num_requests
+
+
+def test_a_redirect_that_leads_to_itself_is_told_as_that(server, tmp_path):
+    server.faults["a.tar"] = [redirect("/a.tar")] * 100
+    remote, url = build_remote(), f"{server.url}/a.tar"
+    refuse("the server redirects it 10 times, and to no file (1 try)", remote, url, tmp_path)
+    for ask in (remote.read, remote.size):
+        with pytest.raises(DataError, match="redirects it 10 times"):
+            ask(url)
 
 
 def test_an_unavailable_server_is_not_taken_for_a_missing_file(server):

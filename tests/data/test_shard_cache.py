@@ -13,7 +13,9 @@ from servers import Server, answer, be_silent, send, serve
 
 import concentration.data.remote
 from concentration.data.index import ShardIndex, Split, check_keys, index_shard, load_split
+from concentration.data.loader import SampleReader
 from concentration.data.remote import Remote
+from concentration.data.sample_targets import LabelTargets
 from concentration.data.shard_cache import Access, CacheConfig, ShardCache, load_cache, save_access
 from concentration.errors import ConfigError, DataError
 from concentration.schema import parse_config
@@ -307,6 +309,51 @@ def test_a_split_knows_that_its_shards_are_remote_and_how_they_are_reached(serve
     (split.directory / "access.json").write_text("{")
     with pytest.raises(DataError, match=r"access\.json: missing or damaged"):
         load_cache(split)
+
+
+def build_reader(split: Split) -> SampleReader:
+    save_access(Access(cache=CacheConfig(retries=2)), split.directory)
+    return SampleReader(split, LabelTargets(split, smear=False), 8, None, 0)
+
+
+def damage(path: Path, shard: ShardIndex) -> None:
+    """As a failing disk does: the size and all but a byte of the first image are as before."""
+    content = bytearray(path.read_bytes())
+    content[int(shard.image_offset[0])] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("is_cut", [False, True])
+def test_a_copy_that_was_damaged_on_the_disk_is_fetched_again(is_cut, server, shards, split, tmp_path):
+    reader, other = build_reader(split), build_reader(split)
+    first, last = reader.read_encoded(0), other.read_encoded(1)
+    copy = tmp_path / "work/cache" / entry_of(shards[0])
+    os.truncate(copy, int(shards[0].image_offset[0])) if is_cut else damage(copy, shards[0])
+    assert reader.read_encoded(0) == other.read_encoded(0) == first
+    assert other.read_encoded(1) == last
+    assert server.count("0.tar") == 2, "once more, and not for each who has noticed"
+
+
+def test_a_source_that_was_replaced_is_named_where_its_copy_is_damaged_too(folder, server, shards, split, tmp_path):
+    reader = build_reader(split)
+    reader.read_encoded(0)
+    for path in (folder / "0.tar", tmp_path / "work/cache" / entry_of(shards[0])):
+        damage(path, shards[0])
+    with pytest.raises(DataError, match=rf"^{server.url}/0\.tar: cannot be fetched: the image of '0-0' is not"):
+        reader.read_encoded(0)
+
+
+def test_a_disk_that_damages_every_copy_is_named(shards, split, tmp_path, monkeypatch):
+    fetch = ShardCache._fetch
+
+    def fetch_and_damage(cache, *arguments):
+        fetched = fetch(cache, *arguments)
+        damage(cache.directory / entry_of(shards[0]), shards[0])
+        return fetched
+
+    monkeypatch.setattr(ShardCache, "_fetch", fetch_and_damage)
+    with pytest.raises(DataError, match=rf"^{tmp_path}/work/cache: its copy of .*/0\.tar is damaged again"):
+        build_reader(split).read_encoded(0)
 
 
 @pytest.mark.parametrize(

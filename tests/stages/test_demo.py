@@ -6,6 +6,7 @@ import signal
 import socket
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -63,31 +64,89 @@ def test_an_image_that_is_chosen_is_answered_by_vertical(browser, page, tmp_path
     assert browser.get_log("browser") == [], "no script, style or picture was refused or missing"
 
 
-def test_an_image_that_is_dropped_is_answered_and_a_text_is_refused(browser, page):
-    browser.get(page)
-    drop = """
-        const bytes = Uint8Array.from(atob(arguments[0]), (letter) => letter.charCodeAt(0));
+def drop(browser, *files: tuple[str, bytes]) -> None:
+    """Files by name and content, or a link where there are none."""
+    script = """
         const data = new DataTransfer();
-        data.items.add(new File([bytes], arguments[1]));
+        for (const [name, content] of arguments[0]) {
+            data.items.add(new File([Uint8Array.from(atob(content), (letter) => letter.charCodeAt(0))], name));
+        }
+        if (!arguments[0].length) data.setData('text/uri-list', 'http://127.0.0.1/photo.jpg');
         const event = new DragEvent('drop', {dataTransfer: data, bubbles: true, cancelable: true});
         document.querySelector('#drop').dispatchEvent(event);
     """
-    browser.execute_script(drop, base64.b64encode(draw_image("hammer", 2)).decode(), "hammer.png")
+    browser.execute_script(script, [(name, base64.b64encode(content).decode()) for name, content in files])
+
+
+def test_an_image_that_is_dropped_is_answered_and_a_text_is_refused(browser, page):
+    browser.get(page)
+    drop(browser, ("hammer.png", draw_image("hammer", 2)))
     wait_for_answer(browser)
     assert text(browser, "#headline .best") == "Hammer"
     browser.execute_script("document.querySelector('#took').textContent = ''")
-    browser.execute_script(drop, base64.b64encode(b"no image").decode(), "<b>notes</b>.txt")
+    drop(browser, ("<b>notes</b>.txt", b"no image"))
     wait_for_answer(browser)
     assert "cannot be decoded" in text(browser, "#headline")
     assert browser.find_elements("css selector", "article") == []
     assert "<b>notes</b>.txt" in text(browser, "#took"), "a name is shown as it is"
 
 
+def test_of_several_images_it_is_said_that_the_first_is_answered(browser, page):
+    browser.get(page)
+    drop(browser, *((f"{label}.png", draw_image(label, 2)) for label in ("saw", "lemon", "hammer")))
+    wait_for_answer(browser)
+    assert text(browser, "#headline .best") == "Saw"
+    assert text(browser, "#took").startswith("saw.png, the first of 3 · ")
+
+
+def test_a_link_or_a_folder_that_is_dropped_is_told_as_that(browser, page, tmp_path):
+    """Before, the answer to the image before it stayed, or the page asked whether anybody serves it."""
+    browser.get(page)
+    drop(browser, ("saw.png", draw_image("saw", 2)))
+    wait_for_answer(browser)
+    drop(browser)
+    assert "That was no file" in text(browser, "#headline")
+    assert browser.find_elements("css selector", "article") == []
+    (tmp_path / "holiday").mkdir()
+    place = browser.execute_script(
+        "const box = document.querySelector('#drop').getBoundingClientRect(); return {x: box.x + 50, y: box.y + 50}"
+    )
+    data = {"items": [], "files": [str(tmp_path / "holiday")], "dragOperationsMask": 1}
+    for kind in ("dragEnter", "dragOver", "drop"):
+        browser.execute_cdp_cmd("Input.dispatchDragEvent", {"type": kind, **place, "data": data})
+    assert "cannot be read: a folder, perhaps" in _wait_for_text(browser, "#headline", "read")
+    assert text(browser, "#took") == "holiday"
+
+
+def test_a_long_name_stays_beside_its_answer(browser, page):
+    browser.get(page)
+    drop(browser, (f"{'long' * 50}.png", draw_image("saw", 2)))
+    wait_for_answer(browser)
+    assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_keys_and_screen_readers_find_where_an_image_is_chosen(browser, page):
+    from selenium.webdriver.common.keys import Keys
+
+    browser.get(page)
+    browser.find_element("tag name", "body").send_keys(Keys.TAB)
+    focused = browser.switch_to.active_element
+    assert (focused.aria_role, focused.accessible_name) == ("button", "Choose an image, drop or paste one")
+    lit = "return getComputedStyle(document.querySelector('#drop')).borderColor"
+    accent = browser.execute_script("return getComputedStyle(document.documentElement).getPropertyValue('--accent')")
+    expected = f"rgb({', '.join(str(int(accent.strip()[place : place + 2], 16)) for place in (1, 3, 5))})"
+    _wait_until(browser, lambda: browser.execute_script(lit) == expected)
+
+
 def _wait_for_text(browser, selector: str, expected: str) -> str:
+    _wait_until(browser, lambda: expected in text(browser, selector))
+    return text(browser, selector)
+
+
+def _wait_until(browser, is_so: Callable[[], bool]) -> None:
     from selenium.webdriver.support.ui import WebDriverWait
 
-    WebDriverWait(browser, 30).until(lambda _: expected in text(browser, selector))
-    return text(browser, selector)
+    WebDriverWait(browser, 30).until(lambda _: is_so())
 
 
 def ask(address: str, content: bytes | None = None, host: str | None = None) -> tuple[int, bytes]:

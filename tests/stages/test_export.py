@@ -267,7 +267,7 @@ def test_images_that_are_none_are_answered_with_an_error(workdir, photos, tmp_pa
     (tmp_path / "wide.png").write_bytes(wide.getvalue())
     answers = predict(workdir, tmp_path, photos / "hammer.png")
     errors = [answer["error"] for answer in answers[:3]]
-    assert errors[:2] == ["cannot be decoded (no image of a known format)"] * 2
+    assert errors[:2] == ["cannot be decoded (no JPEG, PNG, WebP, GIF or BMP)"] * 2
     assert "70000 x 1 pixels" in errors[2]
     assert answers[3]["classes"]
     with pytest.raises(DataError, match="no image could be decoded, of 3"):

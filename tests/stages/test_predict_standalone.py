@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import shutil
 import subprocess
 import sys
@@ -65,3 +66,83 @@ def test_a_file_of_an_export_that_cannot_be_read_is_one_line(name, exported, pho
     (tmp_path / "moved" / name).unlink(missing_ok=True)
     (tmp_path / "moved" / name).mkdir()  # which root cannot read either
     assert f"{name}: cannot be read (Is a directory)" in run_alone(tmp_path / "moved", str(photos), code=2)
+
+
+def test_answers_that_nobody_reads_to_their_end_end_without_a_word(exported, photos):
+    """`predict.pyz ... | head -1`: the first answer fills the pipe, and the reader is gone."""
+    many = [str(photos / "hammer.png")] * 3000
+    command = [sys.executable, "-I", exported / "predict.pyz", *many, "format=jsonl"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+        assert json.loads(running.stdout.readline())["path"] == many[0]
+        running.stdout.close()
+        said = running.stderr.read()
+        assert running.wait(timeout=60) == 0
+    assert all(line.startswith("predict: ") and "/3000 images" in line for line in said.splitlines()), said
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+@pytest.mark.parametrize("format", ["table", "jsonl", "csv"])
+def test_answers_that_cannot_be_written_are_one_line(format, exported, photos):
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-I", exported / "predict.pyz", str(photos), f"format={format}"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "predict: standard output: cannot be written (No space left on device); give output=FILE\n"
+
+
+def test_streams_that_are_closed_are_none_of_its_business(exported, photos, tmp_path):
+    command = (
+        f'"{sys.executable}" -I "{exported}/predict.pyz" "{photos}" format=csv output="{tmp_path}/a.csv" <&- >&- 2>&-'
+    )
+    assert subprocess.run(["sh", "-c", command], timeout=120, check=False).returncode == 0
+    assert len((tmp_path / "a.csv").read_text().splitlines()) == 6
+
+
+def test_a_link_to_the_file_finds_the_export_and_an_export_of_links_is_one(exported, photos, tmp_path):
+    expected = run_alone(exported, str(photos), code=0)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/predict.pyz").symlink_to(exported / "predict.pyz")
+    assert run_alone(tmp_path / "bin", str(photos), code=0) == expected
+    (tmp_path / "store").mkdir()  # as those who keep large files by their hashes have it
+    (tmp_path / "links").mkdir()
+    for number, file in enumerate(exported.iterdir()):
+        shutil.copy(file, tmp_path / f"store/{number}")
+        (tmp_path / "links" / file.name).symlink_to(tmp_path / f"store/{number}")
+    assert run_alone(tmp_path / "links", str(photos), code=0) == expected
+
+
+@pytest.mark.parametrize("library", ["onnxruntime", "numpy", "faiss"])
+def test_a_library_of_another_processor_is_one_line_with_the_reason(library, exported, photos, tmp_path):
+    (tmp_path / f"{library}.py").write_text("raise ImportError('x.so: wrong ELF class\\n\\nsee the manual')")
+    shutil.copytree(exported, tmp_path / "export")
+    shutil.copytree(photos, tmp_path / "new" / "class")
+    command = [sys.executable, "export/predict.pyz", "new", "neighbours=true", "examples=new"]
+    environment = {"PYTHONPATH": str(tmp_path), "PATH": "/usr/bin"}
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=60, check=False
+    )
+    assert done.returncode == 2, done.stderr
+    [line] = done.stderr.splitlines()
+    assert "cannot be loaded (x.so: wrong ELF class see the manual); here, pip install --force-reinstall" in line
+
+
+def test_links_between_folders_are_followed_and_links_to_nowhere_are_answered_as_that(exported, photos, tmp_path):
+    (tmp_path / "asked/inside").mkdir(parents=True)
+    (tmp_path / "asked/more").symlink_to(photos)
+    (tmp_path / "asked/inside/back").symlink_to(tmp_path / "asked")
+    (tmp_path / "asked/gone.png").symlink_to(tmp_path / "nothing")
+    answers = run_alone(exported, str(tmp_path / "asked"), "format=jsonl", code=0)
+    found = {
+        Path(a["path"]).relative_to(tmp_path).as_posix(): a.get("error") for a in map(json.loads, answers.splitlines())
+    }
+    assert found == {"asked/gone.png": "is missing", "asked/more/hammer.png": None}
+
+
+def test_a_name_cannot_tell_the_terminal_what_to_do(exported, photos, tmp_path):
+    name = "\x1b[31m\x07new\nline\u202egnp.png"
+    shutil.copy(photos / "hammer.png", tmp_path / name)
+    shown = run_alone(exported, str(tmp_path), code=0)
+    assert "/?[31m?new?line?gnp.png" in "".join(line[:40].strip() for line in shown.splitlines()[1:])
+    assert not set("\x1b\x07\u202e") & set(shown)
+    [answer] = run_alone(exported, str(tmp_path), "format=jsonl", code=0).splitlines()
+    assert Path(json.loads(answer)["path"]).name == name, "for programs it is what it is"

@@ -107,6 +107,28 @@ def test_every_image_lies_once_in_balanced_shards_that_webdataset_reads(images, 
     assert [c["id"] for c in taxonomy["classes"]] == list(CLASSES)
 
 
+def test_a_finished_set_names_the_folder_it_was_made_from_where_another_is_given(
+    images, workdir, tmp_path, monkeypatch
+):
+    prepare(build_config(images, workdir))
+    written = read_results(workdir)
+    other = shutil.copytree(images, tmp_path / "other")
+    with pytest.raises(ConfigError, match=rf"finished with data\.path={images}, and {other} was not looked at"):
+        prepare(build_config(other, workdir))
+    assert read_results(workdir) == written
+    monkeypatch.chdir(tmp_path)
+    prepare(build_config(Path("images/."), workdir))  # the same one
+    prepare(build_config(other, workdir, append=True))
+    images.rename(tmp_path / "gone")
+    prepare(build_config(other, workdir))
+    assert read_results(workdir) == written
+    with pytest.raises(ConfigError, match=rf"finished with data\.path={other}, and {images}"):
+        prepare(build_config(images, workdir))
+    (other / "train/birds/gull/0.png").unlink()
+    prepare(build_config(other.rename(images), workdir, overwrite="changed"))
+    assert len(list(itertools.chain(*read_images(workdir, "train")))) == 39
+
+
 def test_what_was_written_is_counted_and_indexed(images, workdir):
     prepare(build_config(images, workdir))
     prepared, taxonomy, fingerprint = load_prepared(workdir, DataOverrides())
@@ -379,15 +401,33 @@ def test_too_many_undecodable_images_are_listed_and_may_be_repaired(images, work
     assert read_results(workdir) == read_results(tmp_path / "whole")
 
 
-def test_few_undecodable_images_are_listed_and_left_out(images, workdir):
+def test_few_undecodable_images_are_told_listed_and_left_out(images, workdir, capsys):
     damaged = images / "train" / "birds" / "gull" / "0.png"
     before = expect_images(images, "train")
     good = (damaged.read_bytes(), ["birds/gull"])
     damaged.write_bytes(b"\n")
     prepare(build_config(images, workdir))  # one is never too many
+    where = f"{workdir}/shards/skipped.txt; the first: {damaged}"
+    assert f"prepare: 1 of 80 images cannot be read or decoded, and is left out: {where}" in capsys.readouterr().out
     assert (workdir / "shards" / "skipped.txt").read_text().startswith(f"{damaged}: cannot be decoded")
     assert sorted([*itertools.chain(*read_images(workdir, "train")), good]) == sorted(before)
     assert RunDirectory(workdir / "shards").load_done("concentrate prepare")["splits"]["train"]["samples"] == 39
+
+
+def test_where_no_image_can_be_read_no_share_is_large_enough(images, workdir, tmp_path):
+    """A table whose paths start elsewhere, say; before, `max_skipped_share=1` was asked for, and then a split was missing."""
+    table = tmp_path / "table.csv"
+    rows = [f"{path.relative_to(images)},{path.parent.name}" for path in images.rglob("*.*")]
+    table.write_text("\n".join(["path,labels", *rows]))
+    data = {"kind": "csv", "path": table}
+    for share in (0.001, 1):
+        config = build_config(images, workdir, data=data, max_skipped_share=share)
+        refuse(
+            config,
+            "80 of 80 images cannot be read or decoded: they lie elsewhere than data says, or are no images",
+            "is missing",
+        )
+    prepare(build_config(images, workdir, data={**data, "root": images}))
 
 
 def test_a_shard_of_nothing_but_undecodable_images_is_not_there(images, workdir):

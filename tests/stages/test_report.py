@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from real_runs import TINY, append_sky, concentrate, concentrate_here, load_json, prepare_shards, prepare_shards_here
 
-from concentration.errors import ConfigError
+from concentration.errors import ConfigError, DataError
 
 
 def test_the_page_shows_the_data_where_they_were_summarised_and_is_there_without(tmp_path):
@@ -84,6 +84,16 @@ def test_a_network_that_was_not_evaluated_is_refused_by_name(grown):
     with pytest.raises(ConfigError) as error:
         concentrate_here("report", "name=nxt", f"workdir={grown}")
     assert "name: no evaluation of nxt on test (there: fruit, generalist, next, student)" in str(error.value)
+
+
+@pytest.mark.parametrize("file", ["evaluations/student.json", "gates/fruit.json", "calibrations/next.json", "run.json"])
+def test_a_damaged_file_that_the_page_shows_is_named(file, grown, tmp_path):
+    shutil.copytree(grown, tmp_path / "work")
+    damaged = tmp_path / "work" / file
+    damaged.parent.mkdir(exist_ok=True)
+    damaged.write_text('{"split": "te')
+    with pytest.raises(DataError, match=rf"^{damaged}: not JSON .*; bring it back, or write it again$"):
+        concentrate_here("report", "name=next", f"workdir={tmp_path / 'work'}")
 
 
 def test_calibrations_on_other_test_images_stand_apart_as_evaluations_do(grown):

@@ -438,6 +438,29 @@ def test_a_balanced_teacher_counts_the_classes_of_its_own_vertical_alone(prepare
     np.testing.assert_allclose(shares, 0.25, atol=0.03)
 
 
+def test_a_balanced_order_names_the_classes_that_it_never_draws_and_those_of_few_images(tmp_path):
+    given = write_shards(tmp_path / "given")
+    for path in given.glob("train-*.tar"):
+        path.unlink()
+    rare = [{0: "saw", 1: "yuzu"}.get(number, ("lemon", "hammer")[number % 2]) for number in range(200)]
+    write_tar(given / "train-000000.tar", [(f"t{n}", [label], draw_image(label, n)) for n, label in enumerate(rare)])
+    concentrate("prepare", "data=shards", f"data.path={given}", "data.image_size=16", f"workdir={tmp_path}/work",
+                directory=tmp_path)  # fmt: skip
+
+    def say(name: str, *options: str) -> str:
+        workdir = f"workdir={tmp_path}/work"
+        return concentrate(
+            "student", f"name={name}", workdir, *FEW, "trainer.max_steps=1", *options, directory=tmp_path
+        ).out
+
+    said = say("a", "trainer.sampling=class_balanced")
+    assert "3 of 7 leaves have no training image here, and are never drawn: cherry, drill, file\n" in said
+    often = "2 classes have so few images that an epoch shows each over 20 times"
+    assert f"student a: sampling=class_balanced: {often}" in said
+    assert ": yuzu (50 times), saw (50 times)\n" in said
+    assert "class_balanced" not in say("b")
+
+
 def test_class_weights_change_the_loss_as_the_formula_says(prepared):
     """At the first step, before anything is learnt, both runs have the same logits."""
     options = (*FEW, "trainer.max_steps=1", "trainer.prior=false", "pace=fixed", "trainer.batch_size=200")
@@ -539,7 +562,7 @@ def test_damaged_images_are_skipped_counted_and_named(tmp_path):
     run_path = train(workdir, "skips", *TINY, *LABELS, "trainer.max_skipped_share=0.02")
     lines = (run_path / "skipped.txt").read_text().splitlines()
     assert sorted(line.partition(":")[0].partition("/")[2] for line in lines) == ["train3", "train42", "train77"]
-    assert {line.partition(": ")[2] for line in lines} == {"cannot be decoded (no image of a known format)"}
+    assert {line.partition(": ")[2] for line in lines} == {"cannot be decoded (no JPEG, PNG, WebP, GIF or BMP)"}
     finished = train(workdir, "fails", *TINY, *LABELS, "trainer.max_skipped_share=0.01", code=2)
     message = finished.err.splitlines()[-1]
     assert message.startswith("concentrate: 3 of 200 images cannot be decoded")

@@ -8,6 +8,7 @@ from concentration.data.sources.csv_table import CsvConfig, CsvSource
 from concentration.data.sources.glyph_scenes import GlyphScenesConfig, GlyphScenesSource
 from concentration.data.sources.glyphs import GlyphsConfig, GlyphSource
 from concentration.data.sources.glyphs_100k.source import Glyphs100kConfig, Glyphs100kSource
+from concentration.data.sources.image_files import ImageFilesConfig
 from concentration.data.sources.image_folder import ImageFolderConfig, ImageFolderSource
 from concentration.data.sources.inaturalist import INaturalistConfig, INaturalistSource
 from concentration.data.sources.open_images import OpenImagesConfig, OpenImagesSource
@@ -39,3 +40,11 @@ _SOURCES = {
 def build_source(config: ImagesConfig) -> Source:
     """The source that a config describes."""
     return _SOURCES[type(config)](config)
+
+
+def list_places(config: ImagesConfig | ShardsConfig) -> dict[str, str]:
+    """By key: where images lie that are one's own. What is drawn is the same wherever its fonts are."""
+    if not isinstance(config, ImageFilesConfig | ShardsConfig):
+        return {}
+    given = {name: getattr(config, name, None) for name in ("path", "root", "annotations")}
+    return {f"data.{name}": str(place) for name, place in given.items() if place is not None}

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 
 import pydantic
 
+from concentration.data.remote import is_url
 from concentration.data.sources.image_files import (
     ImageFilesConfig,
     classes_of_paths,
@@ -136,6 +137,10 @@ def _find_columns(config: CsvConfig, header: Sequence[str]) -> dict[str, int]:
 
 
 def _check_path(text: str, where: str) -> str:
+    if is_url(text):
+        raise DataError(
+            f"{where}: the path is '{text}', an address; fetch the images, and write where they lie on this machine"
+        )
     if not has_image_extension(text):
         raise DataError(f"{where}: the path is '{text}', expected one that ends with .{', .'.join(IMAGE_EXTENSIONS)}")
     return text

@@ -9,11 +9,12 @@ from typing import ClassVar, Literal
 
 import pydantic
 
+from concentration.data.folders import walk_folders
 from concentration.data.sources.image_files import ImageFilesConfig, classes_of_paths, key_of_path, read_image_file
 from concentration.data.sources.source import Item, LocalSource
 from concentration.data.splits import SPLITS, Split, find_split
 from concentration.data.views import IMAGE_EXTENSIONS
-from concentration.errors import ConfigError, DataError, unreadable
+from concentration.errors import ConfigError, DataError
 from concentration.taxonomy import Taxonomy
 
 
@@ -176,18 +177,7 @@ def _list_images(top: Path, ignored: dict[str, int], hidden: list[str]) -> Itera
 
     Other files are counted in `ignored`, by their extension; hidden folders are added to `hidden`.
     """
-
-    def refuse(error: OSError) -> None:
-        raise unreadable(error.filename, error)
-
-    above: dict[str, tuple[str, ...]] = {str(top): (os.path.realpath(top),)}
-    for folder, inner, files in os.walk(top, onerror=refuse, followlinks=True):
-        way = above.pop(folder)
-        hidden += [os.path.join(folder, name) for name in inner if name.startswith(".")]
-        inner[:] = [name for name in inner if not name.startswith(".")]
-        ways = {name: _follow(folder, name, way) for name in inner}
-        inner[:] = [name for name in inner if ways[name] is not None]
-        above |= {os.path.join(folder, name): ways[name] for name in inner}
+    for folder, files in walk_folders(str(top), hidden):
         for name in files:
             path = Path(folder, name)
             extension = path.suffix.lower()
@@ -198,18 +188,6 @@ def _list_images(top: Path, ignored: dict[str, int], hidden: list[str]) -> Itera
                 yield path
             else:
                 ignored[extension] = ignored.get(extension, 0) + 1
-
-
-def _follow(folder: str, name: str, way: tuple[str, ...]) -> tuple[str, ...] | None:
-    """The way to a folder that lies in `folder`, which `way` leads to: the real paths of all folders from the top down.
-
-    None where it is a link back to one of them, or above: it would be followed for ever.
-    """
-    path = os.path.join(folder, name)
-    if not os.path.islink(path):
-        return (*way, os.path.join(way[-1], name))
-    real = os.path.realpath(path)
-    return None if any(Path(passed).is_relative_to(real) for passed in way) else (*way, real)
 
 
 def _check_names(path: Path, top: Path) -> None:

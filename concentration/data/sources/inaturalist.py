@@ -152,6 +152,11 @@ class INaturalistSource(LocalSource):
             name = category["name"]
             if category.get("common_name"):
                 name = f"{name} ({_text(category, 'common_name', f'{self._annotations}: category {number}')})"
+            if class_of[number] in classes:
+                raise DataError(
+                    f"{self._annotations}: category {number} ('{category['name']}') is called as another class, a species or one "
+                    "of the inner classes RANK:NAME; rename it"
+                )
             classes[class_of[number]] = TaxonomyClass(class_of[number], name, parent, vertical)
         return list(classes.values())
 

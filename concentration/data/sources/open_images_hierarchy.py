@@ -1,11 +1,11 @@
 """Open Images' tree of classes: nested nodes with `LabelName`, `Subcategory`, `Part`; a class may stand at several places."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from concentration.errors import DataError
+from concentration.errors import DataError, unreadable
+from concentration.schema import parse_json
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,9 @@ class Hierarchy:
 def load_hierarchy(path: Path) -> Hierarchy:
     """Raises: DataError where the file is no such tree."""
     try:
-        root = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read as JSON ({error}); fetch it again") from None
+        root = parse_json(path.read_bytes(), str(path))
+    except OSError as error:
+        raise unreadable(path, error) from None
     parents: dict[str, list[str]] = {}
     kinds: dict[str, list[str]] = {}
     parts: dict[str, list[str]] = {}
