@@ -99,12 +99,12 @@ class RunDirectory:
         self, stack: contextlib.ExitStack, config: StageConfig, upstream: Mapping[str, str], part: str | None
     ) -> bool:
         if part is None:
-            stack.enter_context(self._lock(".lock"))
+            stack.enter_context(self.lock(".lock"))
             for left_by_a_kill in self.path.glob(".*.tmp"):
                 left_by_a_kill.unlink()
             return self._enter(config, upstream)
-        stack.enter_context(self._lock(f".lock-{part}"))
-        with self._lock(".lock", wait_seconds=_ENTER_SECONDS):
+        stack.enter_context(self.lock(f".lock-{part}"))
+        with self.lock(".lock", wait_seconds=_ENTER_SECONDS):
             is_due = self._enter(config, upstream)
             self.forget_replaced()  # from now on other parts may write
             return is_due
@@ -193,6 +193,32 @@ class RunDirectory:
         """What the stage was begun with beside its config."""
         return self._load_begun()["identity"]["upstream"]
 
+    @contextlib.contextmanager
+    def lock(self, name: str, wait_seconds: float = 0) -> Iterator[None]:
+        """Holds the directory, or a part of its work, against other processes. Raises: Busy, after having waited for so long."""
+        deadline = time.monotonic() + wait_seconds
+        try:
+            file = open(self.path / name, "w")  # noqa: SIM115 - closed below
+        except OSError as error:
+            raise ConfigError(
+                f"{self.path}: cannot be written to ({error.strerror}); give another workdir, or correct its permissions"
+            ) from None
+        with file:
+            while True:
+                try:
+                    # NOTE: not flock: a killed run's reading processes would go on holding it, for the seconds until they notice.
+                    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() >= deadline:
+                        raise Busy(f"{self.path}: another process works here; wait for it or end it") from None
+                    time.sleep(0.05)
+                except OSError as error:
+                    raise ConfigError(
+                        f"{self.path}: cannot be locked ({error.strerror}); give a workdir on a file system with file locks"
+                    ) from None
+            yield  # released when the file is closed, also by kill -9
+
     def _refuse(self, earlier: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         before, after = flatten(earlier), flatten(now)
         told = {
@@ -272,31 +298,6 @@ class RunDirectory:
             if not isinstance(values.get(key), kind):
                 raise DataError(f"{path}: '{key}' is {values.get(key)!r:.80}, expected a {kind.__name__}; {again}")
         return values
-
-    @contextlib.contextmanager
-    def _lock(self, name: str, wait_seconds: float = 0) -> Iterator[None]:
-        deadline = time.monotonic() + wait_seconds
-        try:
-            file = open(self.path / name, "w")  # noqa: SIM115 - closed below
-        except OSError as error:
-            raise ConfigError(
-                f"{self.path}: cannot be written to ({error.strerror}); give another workdir, or correct its permissions"
-            ) from None
-        with file:
-            while True:
-                try:
-                    # NOTE: not flock: a killed run's reading processes would go on holding it, for the seconds until they notice.
-                    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if time.monotonic() >= deadline:
-                        raise Busy(f"{self.path}: another process works here; wait for it or end it") from None
-                    time.sleep(0.05)
-                except OSError as error:
-                    raise ConfigError(
-                        f"{self.path}: cannot be locked ({error.strerror}); give a workdir on a file system with file locks"
-                    ) from None
-            yield  # released when the file is closed, also by kill -9
 
 
 def _config_last(paths: Iterable[Path]) -> list[Path]:
