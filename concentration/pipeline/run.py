@@ -3,7 +3,7 @@
 import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -33,6 +33,7 @@ from concentration.stages.prepare import SHARDS, DataOverrides, load_prepared
 from concentration.stages.prepare_needs import check_needs
 from concentration.stages.report import COMMAND_FILE, REPORT
 from concentration.stages.report_headline import find_unmeasured
+from concentration.stages.run_directory import describe_lost
 from concentration.targets import write_atomically
 from concentration.taxonomy import Taxonomy
 
@@ -88,7 +89,16 @@ def run_together(configs: Sequence[RunConfig], has_report: bool) -> int:
     for config in configs:
         record_jobs(workdir, build_graph(config, taxonomy))
         jobs |= {job.name: job for job in build_jobs(config, taxonomy) if has_report or job.verb != "report"}
-    return num_new + launcher.run(list(jobs.values()))
+    num_new += launcher.run(list(jobs.values()))
+    _tell_lost(jobs.values())
+    return num_new
+
+
+def _tell_lost(jobs: Iterable[Job]) -> None:
+    """Nothing that is due asks these networks, but a user may count on them."""
+    for job in jobs:
+        if lost := describe_lost(job.directory):
+            print(f"{job.name}: {job.directory}: {lost}", file=sys.stderr)
 
 
 def _check_groups(config: RunConfig, taxonomy: Taxonomy) -> None:
@@ -106,6 +116,7 @@ def _run_on_slurm(config: RunConfig, launcher_config: SlurmConfig) -> None:
         check_needs(config.workdir / SHARDS, find_needs(config))
     if not due:
         print("everything was done already: nothing is to do")
+        _tell_lost(graph)
         _print_result(config)
         return
     launcher = SlurmLauncher(launcher_config, config.workdir)

@@ -21,6 +21,8 @@ _KEYS: Mapping[str, Mapping[str, type]] = {
 }
 
 SPEED_FILE = "speed.json"
+#: Of a stage that makes a network.
+NETWORK_FILE = "model.safetensors"
 
 #: What `overwrite` replaces waits here until it is known that the new can be made.
 REPLACED_FOLDER = ".replaced"
@@ -83,7 +85,7 @@ class RunDirectory:
         with contextlib.ExitStack() as stack:
             is_due = from_rank_zero(lambda: self._enter_locked(stack, config, upstream, part) or is_growing)
             if not is_due and rank() == 0:
-                print(f"{self.path}: finished already, nothing is to do")
+                print(f"{self.path}: {describe_lost(self.path) or 'finished already, nothing is to do'}")
             try:
                 yield is_due
             except BaseException as error:
@@ -298,6 +300,18 @@ class RunDirectory:
             if not isinstance(values.get(key), kind):
                 raise DataError(f"{path}: '{key}' is {values.get(key)!r:.80}, expected a {kind.__name__}; {again}")
         return values
+
+
+def describe_lost(path: Path) -> str:
+    """What a finished stage has lost of its network, and what to do; empty where all is there."""
+    if not (path / "DONE.json").exists():
+        return ""
+    done = parse_json((path / "DONE.json").read_bytes(), str(path / "DONE.json"))
+    files = done.get("files", [NETWORK_FILE] if "step" in done else []) if isinstance(done, dict) else []
+    lost = [name for name in files if not (path / name).exists()]
+    return (
+        f"finished, but {', '.join(lost)} is gone: bring it back, or make it anew with overwrite=true" if lost else ""
+    )
 
 
 def _config_last(paths: Iterable[Path]) -> list[Path]:

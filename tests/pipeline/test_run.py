@@ -123,6 +123,15 @@ def test_a_second_run_does_nothing_and_says_so(finished):
     assert "nothing is to do" in again.err + again.out
 
 
+def test_a_network_that_was_deleted_since_is_told(workdir):
+    """What is made of it is there, so nothing is due and nothing fails."""
+    (workdir / "teachers/greek/model.safetensors").unlink()
+    again = run(workdir)
+    [line] = [line for line in again.err.splitlines() if "model.safetensors" in line]
+    assert "teacher greek" in line
+    assert "bring it back, or make it anew with overwrite=true" in line
+
+
 def test_a_run_takes_a_teacher_that_is_brought_along(finished, tmp_path):
     """Our own teacher, exported: what follows from it is as if it had been trained."""
     expected, _ = finished
