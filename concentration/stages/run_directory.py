@@ -35,6 +35,8 @@ HOW_TO_GROW = (
 
 #: How long a part of a stage waits for the others to look at the directory.
 _ENTER_SECONDS = 60.0
+#: How long a stage waits for one that only looks whether it is held.
+_LOOK_SECONDS = 0.5
 
 
 class StageConfig(Config):
@@ -101,7 +103,7 @@ class RunDirectory:
         self, stack: contextlib.ExitStack, config: StageConfig, upstream: Mapping[str, str], part: str | None
     ) -> bool:
         if part is None:
-            stack.enter_context(self.lock(".lock"))
+            stack.enter_context(self.lock(".lock", _LOOK_SECONDS))
             for left_by_a_kill in self.path.glob(".*.tmp"):
                 left_by_a_kill.unlink()
             return self._enter(config, upstream)
@@ -126,6 +128,15 @@ class RunDirectory:
             values = {"identity": identity, "config": config.model_dump(mode="json")}
             write_atomically(self.path / "config.json", values)
         return not self.is_finished
+
+    @property
+    def is_held(self) -> bool:
+        """Whether another process works here. To be asked by one that holds nothing here itself: it would lose that."""
+        try:
+            with self.lock(".lock"):
+                return False
+        except Busy:
+            return True
 
     @property
     def is_finished(self) -> bool:

@@ -19,6 +19,7 @@ from real_runs import Finished, Running, load_json, run_command, write_shards
 from concentration.networks.student import load_student
 from concentration.pipeline import local
 from concentration.pipeline.run import _print_result
+from concentration.stages.run_directory import RunDirectory
 
 PREPARE = ("data.verticals=[greek,arrows]", "data.num_classes=12", "data.num_drawings=20", "data.image_size=16",
            "samples_per_shard=100")  # fmt: skip
@@ -320,6 +321,19 @@ def test_runs_at_once_share_what_they_need(finished, tmp_path, options):
     weights = [(workdir / "students" / name / "model.safetensors").read_bytes() for name in ("other", "student")]
     assert weights[0] == weights[1]
     assert set(status(workdir).values()) == {"done"}
+
+
+def test_a_stage_of_another_process_is_waited_for_without_asking_it_again(workdir):
+    """A process of a second or two every five seconds, for as long as another run trains."""
+    with RunDirectory(workdir / "students/generalist").lock(".lock"):
+        running = Running((*COMMAND, f"workdir={workdir}"), workdir.parent)
+        log = workdir / "jobs/student-generalist.log"
+        running.wait_for(lambda: "another process works here" in log.read_text(), 120)
+        time.sleep(12)
+    ended = running.wait()
+    assert ended.code == 0, ended.err
+    assert ended.err.count("student generalist: another run works on it, and is waited for") == 1
+    assert log.read_text().count("another process works here") == 1
 
 
 def test_a_run_whose_output_nobody_reads_goes_on(finished, tmp_path):
