@@ -92,9 +92,7 @@ class RunDirectory:
                 yield is_due
             except BaseException as error:
                 if rank() == 0:
-                    self._settle_replaced()
-                    if isinstance(error, ConcentrationError):
-                        self._forget_unless_begun()
+                    self._leave(error, part)
                 raise
             if rank() == 0:
                 self.forget_replaced()
@@ -106,15 +104,14 @@ class RunDirectory:
             stack.enter_context(self.lock(".lock", _LOOK_SECONDS))
             for left_by_a_kill in self.path.glob(".*.tmp"):
                 left_by_a_kill.unlink()
-            return self._enter(config, upstream)
-        stack.enter_context(self.lock(f".lock-{part}"))
+            return self._enter(config, upstream, part)
+        stack.enter_context(self.lock(f".lock-{part}", _LOOK_SECONDS))
         with self.lock(".lock", wait_seconds=_ENTER_SECONDS):
-            is_due = self._enter(config, upstream)
-            self.forget_replaced()  # from now on other parts may write
-            return is_due
+            return self._enter(config, upstream, part)
 
-    def _enter(self, config: StageConfig, upstream: Mapping[str, str]) -> bool:
-        self._settle_replaced()  # of a run that was killed
+    def _enter(self, config: StageConfig, upstream: Mapping[str, str], part: str | None) -> bool:
+        if not self._has_other_parts(part):
+            self._settle_replaced()  # of a run that was killed
         identity = {**config.identity(), "upstream": dict(upstream)}
         earlier = self._load("config.json")
         known = {} if earlier is None else _leave_out_runtime_fields(earlier["identity"], config)
@@ -132,11 +129,7 @@ class RunDirectory:
     @property
     def is_held(self) -> bool:
         """Whether another process works here. To be asked by one that holds nothing here itself: it would lose that."""
-        try:
-            with self.lock(".lock"):
-                return False
-        except Busy:
-            return True
+        return self._is_locked(".lock")
 
     @property
     def is_finished(self) -> bool:
@@ -257,6 +250,25 @@ class RunDirectory:
             for path in _config_last(replaced.iterdir()):
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
             replaced.rmdir()
+
+    def _leave(self, error: BaseException, part: str | None) -> None:
+        """After an error; of several parts, the last does it, for the others may still make what replaces the old."""
+        with contextlib.nullcontext() if part is None else self.lock(".lock", _ENTER_SECONDS):
+            if not self._has_other_parts(part):
+                self._settle_replaced()
+                if isinstance(error, ConcentrationError):
+                    self._forget_unless_begun()
+
+    def _has_other_parts(self, part: str | None) -> bool:
+        own = f".lock-{part}"
+        return part is not None and any(self._is_locked(p.name) for p in self.path.glob(".lock-*") if p.name != own)
+
+    def _is_locked(self, name: str) -> bool:
+        try:
+            with self.lock(name):
+                return False
+        except Busy:
+            return True
 
     def _forget_unless_begun(self) -> None:
         """A mistake that was found before anything was written may be corrected without `overwrite`."""
