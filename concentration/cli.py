@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     verb, *rest = arguments or ["help"]
     try:
         if verb in ("-h", "--help", "help"):
-            print(_usage())
+            print(_usage(), flush=True)
             sys.exit(0 if arguments else ConfigError.exit_code)
         if verb in ("completion", OPTION) and len(rest) == 1:
             print(get_script(*rest) if verb == "completion" else "\n".join(complete(*rest)))
@@ -51,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         check_surroundings()
         raise_file_limit()
         exit_code = _run_hydra(verb, rest)
+        sys.stdout.flush()
     except ConcentrationError as error:
         exit_code = _say(error)
     except KeyboardInterrupt:

@@ -86,6 +86,17 @@ def raise_file_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
+def check_semaphores() -> None:
+    """Raises: ConfigError where processes cannot be given a lock, each of which is a file of shared memory."""
+    try:
+        multiprocessing.get_context("fork").Lock()  # of which nobody else keeps track
+    except OSError as error:
+        raise ConfigError(
+            f"/dev/shm: processes that read images need semaphores there, and none can be made ({error.strerror}); give more "
+            "shared memory (docker run --shm-size=8g), or read in one process: trainer.num_workers=0, num_processes=1"
+        ) from None
+
+
 def count_cores() -> int:
     """Those that this process may use: a scheduler may have given it few of the machine's."""
     if hasattr(os, "sched_getaffinity"):  # not on macOS

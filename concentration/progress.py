@@ -1,6 +1,7 @@
 """Progress of long work: a bar on a terminal, a line now and then elsewhere, and a status file that others can read."""
 
 import json
+import math
 import os
 import socket
 import sys
@@ -36,8 +37,9 @@ class Progress:
         self._quiet = quiet
         self._done = self._done_at_start = 0
         self._text = ""
-        self._started = time.time()
-        self._wrote_status = self._wrote_line = 0.0
+        # NOTE: durations by a clock that nobody sets: after one that was set back, a running stage showed no sign of life.
+        self._started, self._begun = time.time(), time.monotonic()
+        self._wrote_status = self._wrote_line = -math.inf
         self._bar: rich.progress.Progress | None = None
 
     def __enter__(self) -> "Progress":
@@ -69,10 +71,10 @@ class Progress:
 
     @property
     def units_per_second(self) -> float:
-        return (self._done - self._done_at_start) / max(time.time() - self._started, 1e-9)
+        return (self._done - self._done_at_start) / max(time.monotonic() - self._begun, 1e-9)
 
     def _publish(self, state: str, force: bool = False) -> None:
-        now = time.time()
+        now = time.monotonic()
         if self._quiet:
             return
         if self._bar is not None:
@@ -99,7 +101,7 @@ class Progress:
                 "process": os.getpid(),
                 "host": socket.gethostname(),
                 "started": self._started,
-                "updated": now,
+                "updated": time.time(),
             }
             from concentration.targets import write_atomically  # imports torch, which `predict` does without
 

@@ -280,6 +280,16 @@ def test_a_shell_may_have_closed_the_standard_streams(workdir, tmp_path):
     assert (tmp_path / "work/teachers/tools/DONE.json").exists()
 
 
+def test_a_full_device_ends_no_training_and_takes_no_results_without_a_word(workdir, tmp_path):
+    prepare_as(workdir, tmp_path)
+    options = " ".join(TINY)
+    run_in_shell(f"$CONCENTRATE teacher vertical=tools workdir=work {options} 2>/dev/full", tmp_path)
+    assert (tmp_path / "work/teachers/tools/DONE.json").exists()
+    for command in ("status workdir=work", "predict --help", "--help"):
+        refused = run_in_shell(f"$CONCENTRATE {command} >/dev/full", tmp_path, code=2)
+        assert "standard output: No space left on device" in one_line(refused)
+
+
 def test_a_shell_may_allow_few_open_files(workdir, tmp_path):
     """Of those that read, each batch takes several: with so few training would wait for ever for one that was lost."""
     prepare_as(workdir, tmp_path)

@@ -29,6 +29,7 @@ from concentration.data.views import CentreView, View, ViewConfig, Views, decode
 from concentration.distributed import slice_of_rank
 from concentration.errors import ConcentrationError, DataError
 from concentration.packed_targets import VIEW_BYTES
+from concentration.processes import check_semaphores
 from concentration.targets import SoftTargets
 
 #: An image's bytes are read with others, until they are so many: see `SampleReader.read`.
@@ -337,6 +338,8 @@ def build_loader(
 ) -> torch.utils.data.DataLoader:
     """The micro-batches with these numbers, in order, read ahead by at most `num_workers` processes."""
     num_workers = min(num_workers, len(numbers))
+    if num_workers:
+        check_semaphores()
     return _Loader(
         _Returned(batches),
         sampler=numbers,

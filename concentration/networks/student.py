@@ -376,7 +376,11 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str,
     """Writes a network file, whole or not at all."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with replacing(path) as temporary:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         safetensors.torch.save_file(tensors, temporary, dict(header))
+        if temporary.stat().st_mode != mode:
+            temporary.chmod(mode)  # safetensors lets nobody else read, whatever the umask, and teams share networks
         sort_metadata_of_file(temporary)
 
 

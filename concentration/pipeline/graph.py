@@ -34,6 +34,7 @@ from concentration.serving.export_folder import EXPORTS
 from concentration.stages.evaluate import SPECIALISTS
 from concentration.stages.export import ExportConfig
 from concentration.stages.prepare import SHARDS, DataOverrides, PrepareConfig, load_prepared
+from concentration.stages.prepare_needs import Need
 from concentration.stages.report import REPORT, ReportConfig
 from concentration.stages.run_directory import RunDirectory, StageConfig
 from concentration.stages.student import HardTargetsConfig, LabelShare, Outside, TargetsChoice
@@ -144,16 +145,29 @@ class RunConfig(TrainedRun, LabelsConfig):
         return self
 
 
-def build_prepare_job(config: RunConfig) -> Job:
+def build_prepare_job(config: RunConfig, needs: Sequence[Need] = ()) -> Job:
     """The first job: only after it are the verticals known."""
     stage = PrepareConfig(
         **get_shared(config),
         data=config.data,
         samples_per_shard=config.samples_per_shard,
         max_skipped_share=config.max_skipped_share,
+        needs=tuple(needs),
         num_processes=config.num_processes,
     )
     return Job("prepare", "prepare", stage, config.workdir / SHARDS, (), f"writing shards from data={config.data.kind}")
+
+
+def find_needs(config: RunConfig) -> list[Need]:
+    """The images that a job asks for, perhaps hours later."""
+    needs = [Need(split="test", why="all networks are measured with them")]
+    if config.compare is not None:
+        needs.append(Need(split=config.compare.groups.split, why="compare.groups finds its groups with them"))
+    if config.trainer.keep_best or config.generalist.trainer.keep_best:
+        needs.append(Need(split="val", why="trainer.keep_best=true chooses with them"))
+    if config.teacher.trainer.keep_best:
+        needs.append(Need(split="val", why="teacher.trainer.keep_best=true chooses with them", of_each_vertical=True))
+    return needs
 
 
 def build_jobs(config: RunConfig, taxonomy: Taxonomy) -> list[Job]:
@@ -196,7 +210,7 @@ def build_jobs(config: RunConfig, taxonomy: Taxonomy) -> list[Job]:
     exports = [_export_job(config)] if config.export else []
     others = [] if config.compare is None else build_compare_jobs(config, config.compare)
     report = Job(
-        "report",
+        f"report {config.name}",  # students of one folder each have theirs in a queue; they write the same page
         "report",
         ReportConfig(**get_shared(config), name=config.name),
         config.workdir / REPORT,
@@ -208,8 +222,8 @@ def build_jobs(config: RunConfig, taxonomy: Taxonomy) -> list[Job]:
 
 
 def build_graph(config: RunConfig, taxonomy: Taxonomy) -> list[Job]:
-    """`prepare` and all jobs after it. Raises: as `build_jobs`."""
-    prepare = build_prepare_job(config)
+    """`prepare`, which looks for what the others need, and all jobs after it. Raises: as `build_jobs`."""
+    prepare = build_prepare_job(config, find_needs(config))
     jobs = build_jobs(config, taxonomy)
     return [prepare, *(replace(job, after=job.after or (prepare.name,)) for job in jobs)]
 

@@ -18,10 +18,11 @@ from concentration.pipeline.failures import describe_failures
 from concentration.pipeline.jobs import BUSY, LOG, Job, run_forked
 from concentration.progress import build_bars, load_status
 from concentration.schema import Config
+from concentration.stages.run_directory import RunDirectory
 
 POLL_SECONDS = 0.2
-#: After which a job is tried again whose directory another run works in.
-BUSY_SECONDS = 5.0
+#: Between two looks at a directory that another run works in.
+BUSY_SECONDS = 1.0
 #: Imported once, in the server from which job processes are forked: a job then starts in milliseconds, not in seconds.
 PRELOAD = ["concentration.pipeline.graph", "concentration.training.fit"]
 
@@ -52,14 +53,14 @@ class LocalLauncher:
         running: list[_Running] = []
         finished: set[str] = set()
         failed: dict[str, int] = {}
-        held_until: dict[str, float] = {}
+        look_at: dict[str, float] = {}
         num_new = 0
         preemption.note_signals(signal.SIGINT)
         with _Display(len(jobs)) as display, _ending(running):
             while running or (waiting and not preemption.noted_signal()):
                 for job in [job for job in waiting if finished.issuperset(job.after)]:
-                    is_due = held_until.get(job.name, 0.0) <= time.monotonic() and not preemption.noted_signal()
-                    if is_due and len(running) < self._num_processes:
+                    has_place = len(running) < self._num_processes and not preemption.noted_signal()
+                    if has_place and not _is_held(job, look_at):
                         waiting.remove(job)
                         running.append(self._start(job))
                         display.start(job)
@@ -74,7 +75,7 @@ class LocalLauncher:
                         if code == 0:
                             finished.add(process.job.name)
                         elif code == BUSY:
-                            held_until[process.job.name] = time.monotonic() + BUSY_SECONDS
+                            look_at[process.job.name] = time.monotonic() + BUSY_SECONDS
                             waiting.append(process.job)
                         else:
                             failed[process.job.name] = code
@@ -98,6 +99,16 @@ class LocalLauncher:
             with open(job.file(LOG), "ab") as log, preemption.left_to_parent(signal.SIGUSR1, signal.SIGUSR2):
                 process = subprocess.Popen(job.command(), stdout=log, stderr=subprocess.STDOUT)
         return _Running(job, process, time.monotonic(), earlier)
+
+
+def _is_held(job: Job, look_at: dict[str, float]) -> bool:
+    """Whether another run works on a job; one of which that is known is looked at every second, which costs no process."""
+    if job.name not in look_at:
+        return False
+    if look_at[job.name] > time.monotonic():
+        return True
+    look_at[job.name] = time.monotonic() + BUSY_SECONDS
+    return RunDirectory(job.directory).is_held
 
 
 @dataclass

@@ -2,14 +2,12 @@
 
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from rich.console import Console
 from rich.table import Table
 
-from concentration.data.index import describe_missing_split
-from concentration.data.splits import SPLITS
-from concentration.errors import ConfigError, DataError
+from concentration.errors import DataError
 from concentration.pipeline.compare import COMPARED, GENERALIST
 from concentration.pipeline.dry_run import print_dry_run, print_submitted
 from concentration.pipeline.graph import (
@@ -18,6 +16,7 @@ from concentration.pipeline.graph import (
     build_jobs,
     build_prepare_job,
     find_due,
+    find_needs,
     find_taxonomy,
 )
 from concentration.pipeline.jobs import Job
@@ -30,9 +29,10 @@ from concentration.schema import parse_json, write_override
 from concentration.stages.evaluate import EVALUATIONS, SPECIALISTS
 from concentration.stages.group_classes import check_top_k
 from concentration.stages.prepare import SHARDS, DataOverrides, load_prepared
+from concentration.stages.prepare_needs import check_needs
 from concentration.stages.report import COMMAND_FILE, REPORT
 from concentration.stages.report_headline import find_unmeasured
-from concentration.stages.run_directory import RunDirectory
+from concentration.stages.run_directory import describe_lost
 from concentration.targets import write_atomically
 from concentration.taxonomy import Taxonomy
 
@@ -82,39 +82,26 @@ def run_together(configs: Sequence[RunConfig], has_report: bool) -> int:
     num_new = launcher.run([build_prepare_job(configs[0])])
     _, taxonomy, _ = load_prepared(workdir, DataOverrides())
     for config in configs:
-        _check_data(config, taxonomy)
+        check_needs(workdir / SHARDS, find_needs(config))
+        _check_groups(config, taxonomy)
     jobs: dict[str, Job] = {}
     for config in configs:
         record_jobs(workdir, build_graph(config, taxonomy))
         jobs |= {job.name: job for job in build_jobs(config, taxonomy) if has_report or job.verb != "report"}
-    return num_new + launcher.run(list(jobs.values()))
+    num_new += launcher.run(list(jobs.values()))
+    _tell_lost(jobs.values())
+    return num_new
 
 
-def _check_data(config: RunConfig, taxonomy: Taxonomy) -> None:
-    """Raises: ConfigError where the prepared data lack images or classes that a job asks for, perhaps hours later."""
-    done = RunDirectory(config.workdir / SHARDS).load_done("concentrate prepare", splits=dict)
-    num_images = {split: done["splits"].get(split, {"samples": 0})["samples"] for split in SPLITS}
-    reasons = {"test": "all networks are measured with them"}
-    if config.compare is not None:
-        reasons.setdefault(config.compare.groups.split, "compare.groups finds its groups with them")
-    if config.trainer.keep_best or config.generalist.trainer.keep_best:
-        reasons.setdefault("val", "trainer.keep_best=true chooses with them")
-    for split, reason in reasons.items():
-        if not num_images[split]:
-            found = ", ".join(f"{count} {name}" for name, count in num_images.items())
-            raise ConfigError(
-                f"{config.workdir / SHARDS}: no {split} images ({found}), and {reason}; {describe_missing_split(split)}, "
-                "and run again with overwrite=changed"
-            )
-    if config.teacher.trainer.keep_best:
-        by_vertical = done["splits"].get("val", {"by_vertical": {}})["by_vertical"]
-        if missing := [
-            vertical for vertical in done["splits"]["train"]["by_vertical"] if not by_vertical.get(vertical)
-        ]:
-            raise ConfigError(
-                f"teacher.trainer.keep_best=true: no val images of {', '.join(missing[:5])} to choose with; set it to false, or "
-                f"{describe_missing_split('val')}, and run again with overwrite=changed"
-            )
+def _tell_lost(jobs: Iterable[Job]) -> None:
+    """Nothing that is due asks these networks, but a user may count on them."""
+    for job in jobs:
+        if lost := describe_lost(job.directory):
+            print(f"{job.name}: {job.directory}: {lost}", file=sys.stderr)
+
+
+def _check_groups(config: RunConfig, taxonomy: Taxonomy) -> None:
+    """Raises: ConfigError where there are too few classes for the groups that are to be found among them."""
     if config.compare is not None:
         check_top_k(config.compare.groups, taxonomy.num_classes, "compare.groups")
 
@@ -123,10 +110,12 @@ def _run_on_slurm(config: RunConfig, launcher_config: SlurmConfig) -> None:
     taxonomy = find_taxonomy(config)
     graph = build_graph(config, taxonomy)
     due = find_due(graph)
+    _check_groups(config, taxonomy)
     if "prepare" not in due:
-        _check_data(config, taxonomy)
+        check_needs(config.workdir / SHARDS, find_needs(config))
     if not due:
         print("everything was done already: nothing is to do")
+        _tell_lost(graph)
         _print_result(config)
         return
     launcher = SlurmLauncher(launcher_config, config.workdir)

@@ -21,6 +21,7 @@ from concentration.pipeline.records import JobRecords, load_records, record_jobs
 from concentration.pipeline.slurm_queue import QueuedJob, cancel_jobs, load_queue, load_settled_queue, submit_script
 from concentration.pipeline.states import find_states
 from concentration.schema import Config
+from concentration.stages.run_directory import RunDirectory
 from concentration.targets import write_atomically
 
 #: In `jobs/`: what is submitted.
@@ -30,6 +31,9 @@ SLURM_LOG = ".slurm"
 
 #: Between two looks at the queue.
 POLL_SECONDS = 3.0
+
+#: How long a run waits for another one that is submitting jobs of the same folder.
+_SUBMIT_SECONDS = 300.0
 
 TimeLimit = Annotated[str, pydantic.StringConstraints(pattern=r"^(\d+-)?\d+(:\d+){0,2}$")]
 
@@ -95,6 +99,12 @@ class SlurmLauncher:
         Raises:
             ConfigError: SLURM is not here or refuses; or a job is on its way with another config.
         """
+        folder = RunDirectory(self._workdir / JOBS)
+        folder.path.mkdir(parents=True, exist_ok=True)
+        with folder.lock(".lock", _SUBMIT_SECONDS):  # each run sees what the other has submitted
+            return self._submit(jobs, due)
+
+    def _submit(self, jobs: Sequence[Job], due: Set[str]) -> dict[Batch, str]:
         records = load_records(self._workdir)
         submitted_before = [record.slurm_id for record in records.jobs.values() if record.slurm_id]
         queue = load_settled_queue(records.user, submitted_before)

@@ -13,6 +13,7 @@ from concentration.pipeline.jobs import BUSY, CANCELLED, EXIT_CODE, JOBS, LOG
 from concentration.pipeline.records import JobRecord, JobRecords
 from concentration.pipeline.slurm_queue import QueuedJob
 from concentration.progress import load_status
+from concentration.stages.run_directory import describe_lost
 
 #: A process of another machine, of which nothing else is known, counts as running for so long after its last sign of life.
 SILENT_SECONDS = 600.0
@@ -57,7 +58,7 @@ def describe_directory(directory: Path) -> StageState:
     amount = _describe_amount(latest)
     is_only_a_sum = not (directory / "config.json").exists()  # of several stages: `targets` of all verticals
     if (directory / "DONE.json").exists() or (is_only_a_sum and latest["state"] == "done"):
-        return StageState("done", amount)
+        return StageState("done", amount, why=describe_lost(directory))
     if latest["state"] == "stopped":
         return StageState("preempted", amount, why="saved; the same command continues")
     if latest["state"] != "running":
@@ -90,7 +91,7 @@ def _find_state(workdir: Path, record: JobRecord, queue: Mapping[str, QueuedJob]
     proof = directory / record.proof
     is_proven = proof.exists() and (exit_code is None or exit_code == 0 or proof.stat().st_mtime > ended_at)
     if is_proven:
-        return StageState("done", amount)
+        return StageState("done", amount, why=describe_lost(directory))
     if exit_code == Preempted.exit_code:
         return StageState("preempted", amount, why="saved; `concentrate run` continues")
     is_cancelled = exit_code is None and queued is not None and queued.state == "CANCELLED"

@@ -22,10 +22,7 @@ from concentration.data.sources.glyph_scenes import GlyphScenesConfig
 from concentration.data.sources.glyphs import GlyphsConfig
 from concentration.data.sources.glyphs_100k.source import Glyphs100kConfig
 from concentration.data.sources.source import Item, Source
-from concentration.data.sources.webdataset_shards import (
-    ShardsConfig,
-    load_shards_taxonomy,
-)
+from concentration.data.sources.webdataset_shards import ShardsConfig, load_shards_taxonomy
 from concentration.data.splits import SPLITS, Assignment, assign_splits
 from concentration.data.views import Share, ViewConfig
 from concentration.errors import ConfigError, DataError
@@ -47,6 +44,7 @@ from concentration.stages.prepare_listing import (
     settle_skipped,
 )
 from concentration.stages.prepare_near_duplicates import forget_near_duplicates, hash_splits, report_near_duplicates
+from concentration.stages.prepare_needs import Need, check_needs
 from concentration.stages.prepare_summary import draw_summary, summarise_splits
 from concentration.stages.report_values import as_mapping
 from concentration.stages.run_directory import RunDirectory, StageConfig
@@ -70,17 +68,19 @@ class PrepareConfig(StageConfig):
         alone. Every sample, position and split that was there stays. Of given shards, tars that are new are indexed after
         the others, and new classes must stand at the end of their taxonomy.json.
     max_skipped_share: of images that cannot be decoded; one is never too many.
+    needs: what later stages need; `run` says so here, and the stage fails where it is not there.
     num_processes: None is one per core.
     """
 
     runtime_fields: ClassVar[frozenset[str]] = StageConfig.runtime_fields | {
-        "append", "num_processes", "max_skipped_share"
+        "append", "num_processes", "max_skipped_share", "needs"
     }  # fmt: skip
 
     data: DataConfig
     append: bool = False
     samples_per_shard: pydantic.PositiveInt = 4000
     max_skipped_share: Share = 0.001
+    needs: tuple[Need, ...] = ()
     num_processes: pydantic.PositiveInt | None = None
 
     @pydantic.model_validator(mode="after")
@@ -106,7 +106,7 @@ def prepare(config: PrepareConfig) -> None:
     """Runs the stage; what an earlier run wrote whole is kept, if the source still lists the same.
 
     Raises:
-        ConfigError: the shards that are given lie where this stage writes.
+        ConfigError: the shards that are given lie where this stage writes, or what is needed is not there.
         DataError: the source is not what it should be, too many images cannot be decoded, two samples share a key, or a
             vertical has no training image.
     """
@@ -120,17 +120,16 @@ def prepare(config: PrepareConfig) -> None:
     with directory.begin(config, upstream={}, is_growing=config.append or is_to_look_anew) as is_due:
         if directory.is_finished and isinstance(config.data, ShardsConfig) and config.data.is_remote:
             save_access(config.data.access, directory.path)  # a cache may be moved or grow at any time
-        if not is_due:
-            return
-        if config.append or not directory.is_finished:
+        if is_due and (config.append or not directory.is_finished):
             if isinstance(config.data, ShardsConfig):
                 _prepare_given_shards(config.data, config, directory)
             else:
                 _prepare_source(build_source(config.data), config, directory)
             directory.note_places(config)
-        if not _has_looked(config, directory):
+        if is_due and not _has_looked(config, directory):
             _, taxonomy, _ = load_prepared(config.workdir, DataOverrides())
             directory.finish(_summarise(config, directory.path, taxonomy))
+    check_needs(directory.path, config.needs)
 
 
 class PreparedData(Config):

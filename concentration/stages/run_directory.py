@@ -22,6 +22,8 @@ _KEYS: Mapping[str, Mapping[str, type]] = {
 }
 
 SPEED_FILE = "speed.json"
+#: Of a stage that makes a network.
+NETWORK_FILE = "model.safetensors"
 
 #: What `overwrite` replaces waits here until it is known that the new can be made.
 REPLACED_FOLDER = ".replaced"
@@ -34,6 +36,8 @@ HOW_TO_GROW = (
 
 #: How long a part of a stage waits for the others to look at the directory.
 _ENTER_SECONDS = 60.0
+#: How long a stage waits for one that only looks whether it is held.
+_LOOK_SECONDS = 0.5
 
 
 class StageConfig(Config):
@@ -90,14 +94,12 @@ class RunDirectory:
         with contextlib.ExitStack() as stack:
             is_due = from_rank_zero(lambda: self._enter_locked(stack, config, upstream, part) or is_growing)
             if not is_due and rank() == 0:
-                print(f"{self.path}: finished already, nothing is to do")
+                print(f"{self.path}: {describe_lost(self.path) or 'finished already, nothing is to do'}")
             try:
                 yield is_due
             except BaseException as error:
                 if rank() == 0:
-                    self._settle_replaced()
-                    if isinstance(error, ConcentrationError):
-                        self._forget_unless_begun()
+                    self._leave(error, part)
                 raise
             if rank() == 0:
                 self.forget_replaced()
@@ -106,18 +108,17 @@ class RunDirectory:
         self, stack: contextlib.ExitStack, config: StageConfig, upstream: Mapping[str, str], part: str | None
     ) -> bool:
         if part is None:
-            stack.enter_context(self._lock(".lock"))
+            stack.enter_context(self.lock(".lock", _LOOK_SECONDS))
             for left_by_a_kill in self.path.glob(".*.tmp"):
                 left_by_a_kill.unlink()
-            return self._enter(config, upstream)
-        stack.enter_context(self._lock(f".lock-{part}"))
-        with self._lock(".lock", wait_seconds=_ENTER_SECONDS):
-            is_due = self._enter(config, upstream)
-            self.forget_replaced()  # from now on other parts may write
-            return is_due
+            return self._enter(config, upstream, part)
+        stack.enter_context(self.lock(f".lock-{part}", _LOOK_SECONDS))
+        with self.lock(".lock", wait_seconds=_ENTER_SECONDS):
+            return self._enter(config, upstream, part)
 
-    def _enter(self, config: StageConfig, upstream: Mapping[str, str]) -> bool:
-        self._settle_replaced()  # of a run that was killed
+    def _enter(self, config: StageConfig, upstream: Mapping[str, str], part: str | None) -> bool:
+        if not self._has_other_parts(part):
+            self._settle_replaced()  # of a run that was killed
         identity = {**config.identity(), "upstream": dict(upstream)}
         earlier = self._load("config.json")
         known = {} if earlier is None else _leave_out_runtime_fields(earlier["identity"], config)
@@ -132,6 +133,11 @@ class RunDirectory:
             values = {"identity": identity, "config": config.model_dump(mode="json")}
             write_atomically(self.path / "config.json", values)
         return not self.is_finished
+
+    @property
+    def is_held(self) -> bool:
+        """Whether another process works here. To be asked by one that holds nothing here itself: it would lose that."""
+        return self._is_locked(".lock")
 
     @property
     def is_finished(self) -> bool:
@@ -208,6 +214,32 @@ class RunDirectory:
         """What the stage was begun with beside its config."""
         return self._load_begun()["identity"]["upstream"]
 
+    @contextlib.contextmanager
+    def lock(self, name: str, wait_seconds: float = 0) -> Iterator[None]:
+        """Holds the directory, or a part of its work, against other processes. Raises: Busy, after having waited for so long."""
+        deadline = time.monotonic() + wait_seconds
+        try:
+            file = open(self.path / name, "w")  # noqa: SIM115 - closed below
+        except OSError as error:
+            raise ConfigError(
+                f"{self.path}: cannot be written to ({error.strerror}); give another workdir, or correct its permissions"
+            ) from None
+        with file:
+            while True:
+                try:
+                    # NOTE: not flock: a killed run's reading processes would go on holding it, for the seconds until they notice.
+                    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() >= deadline:
+                        raise Busy(f"{self.path}: another process works here; wait for it or end it") from None
+                    time.sleep(0.05)
+                except OSError as error:
+                    raise ConfigError(
+                        f"{self.path}: cannot be locked ({error.strerror}); give a workdir on a file system with file locks"
+                    ) from None
+            yield  # released when the file is closed, also by kill -9
+
     def _refuse(self, earlier: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         before, after = flatten(earlier), flatten(now)
         told = {
@@ -251,6 +283,25 @@ class RunDirectory:
             for path in _config_last(replaced.iterdir()):
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
             replaced.rmdir()
+
+    def _leave(self, error: BaseException, part: str | None) -> None:
+        """After an error; of several parts, the last does it, for the others may still make what replaces the old."""
+        with contextlib.nullcontext() if part is None else self.lock(".lock", _ENTER_SECONDS):
+            if not self._has_other_parts(part):
+                self._settle_replaced()
+                if isinstance(error, ConcentrationError):
+                    self._forget_unless_begun()
+
+    def _has_other_parts(self, part: str | None) -> bool:
+        own = f".lock-{part}"
+        return part is not None and any(self._is_locked(p.name) for p in self.path.glob(".lock-*") if p.name != own)
+
+    def _is_locked(self, name: str) -> bool:
+        try:
+            with self.lock(name):
+                return False
+        except Busy:
+            return True
 
     def _forget_unless_begun(self) -> None:
         """A mistake that was found before anything was written may be corrected without `overwrite`."""
@@ -306,30 +357,17 @@ class RunDirectory:
                 raise DataError(f"{path}: '{key}' is {values.get(key)!r:.80}, expected a {kind.__name__}; {again}")
         return values
 
-    @contextlib.contextmanager
-    def _lock(self, name: str, wait_seconds: float = 0) -> Iterator[None]:
-        deadline = time.monotonic() + wait_seconds
-        try:
-            file = open(self.path / name, "w")  # noqa: SIM115 - closed below
-        except OSError as error:
-            raise ConfigError(
-                f"{self.path}: cannot be written to ({error.strerror}); give another workdir, or correct its permissions"
-            ) from None
-        with file:
-            while True:
-                try:
-                    # NOTE: not flock: a killed run's reading processes would go on holding it, for the seconds until they notice.
-                    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if time.monotonic() >= deadline:
-                        raise Busy(f"{self.path}: another process works here; wait for it or end it") from None
-                    time.sleep(0.05)
-                except OSError as error:
-                    raise ConfigError(
-                        f"{self.path}: cannot be locked ({error.strerror}); give a workdir on a file system with file locks"
-                    ) from None
-            yield  # released when the file is closed, also by kill -9
+
+def describe_lost(path: Path) -> str:
+    """What a finished stage has lost of its network, and what to do; empty where all is there."""
+    if not (path / "DONE.json").exists():
+        return ""
+    done = parse_json((path / "DONE.json").read_bytes(), str(path / "DONE.json"))
+    files = done.get("files", [NETWORK_FILE] if "step" in done else []) if isinstance(done, dict) else []
+    lost = [name for name in files if not (path / name).exists()]
+    return (
+        f"finished, but {', '.join(lost)} is gone: bring it back, or make it anew with overwrite=true" if lost else ""
+    )
 
 
 def _config_last(paths: Iterable[Path]) -> list[Path]:

@@ -21,7 +21,7 @@ from concentration.networks.routed_teachers import RoutedTeachers
 from concentration.schema import Config, FolderName, hash_values
 from concentration.stages.plan import count_most_labels, print_training_plan
 from concentration.stages.prepare import SHARDS, PreparedData, load_prepared
-from concentration.stages.run_directory import RunDirectory
+from concentration.stages.run_directory import HOW_TO_GROW, RunDirectory
 from concentration.stages.targets import TARGETS, SoftTargetsConfig
 from concentration.stages.teacher import TEACHERS, identify_teachers, load_teachers, measure_teachers
 from concentration.stages.train_network import (
@@ -162,7 +162,7 @@ def student(config: StudentConfig) -> None:
     directory = RunDirectory(config.workdir / STUDENTS / config.name)
     upstream = {"data": fingerprint, **identify_base_checkpoint(config)}
     if config.targets.kind == "soft":
-        upstream["targets"] = _identify_targets(config, taxonomy)
+        upstream["targets"] = _identify_targets(config, taxonomy, fingerprint)
     elif config.targets.kind == "online":
         upstream["teachers"] = identify_teachers(config.workdir, taxonomy)
     with directory.begin(config, upstream) as is_due:
@@ -255,7 +255,7 @@ def _load_fitting_teachers(config: StudentConfig, taxonomy: Taxonomy, prepared: 
     return RoutedTeachers(teachers, config.targets.top_k, config.tail, _build_mix(config, taxonomy))
 
 
-def _identify_targets(config: StudentConfig, taxonomy: Taxonomy) -> str:
+def _identify_targets(config: StudentConfig, taxonomy: Taxonomy, fingerprint: str) -> str:
     """A hash of all verticals' targets.
 
     Raises:
@@ -268,6 +268,13 @@ def _identify_targets(config: StudentConfig, taxonomy: Taxonomy) -> str:
             f"targets.name={config.targets.name}: no such targets (there: {', '.join(have)}); run `concentrate targets` first"
         )
     directories = {vertical: RunDirectory(root / vertical) for vertical in taxonomy.verticals}
+    is_grown = any(d.is_finished and d.load_upstream().get("data") != fingerprint for d in directories.values())
+    hint = f", or, {HOW_TO_GROW}" if is_grown else ""
+    for vertical, directory in directories.items():
+        if not directory.is_finished:
+            raise ConfigError(
+                f"{directory.path}: not there or not finished; run `{write_command('targets', vertical)}` first{hint}"
+            )
     done = {v: d.load_done(write_command("targets", v)) for v, d in directories.items()}
     for vertical, directory in directories.items():
         _check_teacher(config, vertical, done[vertical]["teacher"])

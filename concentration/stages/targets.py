@@ -132,12 +132,13 @@ def _make_targets(
             rows_of[directory.path / f"{split.index_names[shard]}.safetensors"] = (shard, ordinals)
     part = f"{config.part}-of-{config.num_parts}" if config.num_parts > 1 else None
     with directory.begin(config, {"data": fingerprint, "teacher": teacher_hash}, part) as is_due:
+        if is_due or config.gate.action == "stop":  # which asks of finished targets, too, whether to go on with them
+            answers = _open_teacher(config, vertical, split, view)
+            if config.gate.action != "off":
+                check_teacher(config.gate, config.workdir, split, vertical, answers.network)
         if not is_due:
             progress.advance(sum(len(ordinals) for _, ordinals in rows_of.values()))
             return None
-        answers = _open_teacher(config, vertical, split, view)
-        if config.gate.action != "off":
-            check_teacher(config.gate, config.workdir, split, vertical, answers.network)
         mine = [path for path, (shard, _) in rows_of.items() if shard % config.num_parts == config.part]
         due = [path for path in mine if not path.exists()]
         progress.advance(sum(len(ordinals) for path, (_, ordinals) in rows_of.items() if path not in due))

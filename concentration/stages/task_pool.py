@@ -6,8 +6,8 @@ import multiprocessing
 from collections.abc import Callable, Sequence
 
 from concentration import preemption
-from concentration.errors import DataError
-from concentration.processes import count_cores, end_with_parent
+from concentration.errors import ConfigError
+from concentration.processes import check_semaphores, count_cores, end_with_parent
 from concentration.progress import Progress
 
 
@@ -22,7 +22,8 @@ def run_tasks(
         num_processes: None is one per core.
 
     Raises:
-        DataError: a process was killed; or what a task raises.
+        ConfigError: there are no semaphores; or a process was killed; what others have done is kept.
+        DataError: what a task raises.
     """
     num_processes = min(num_processes or count_cores(), len(tasks))
     if num_processes <= 1:
@@ -30,6 +31,7 @@ def run_tasks(
             task()
             progress.advance(size)
         return
+    check_semaphores()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["concentration.stages.prepare"])  # torch is imported once, not by every worker
     with concurrent.futures.ProcessPoolExecutor(num_processes, mp_context=context, initializer=end_with_parent) as pool:
@@ -40,7 +42,7 @@ def run_tasks(
                 future.result()
                 progress.advance(size_of[future])
         except concurrent.futures.process.BrokenProcessPool:
-            raise DataError(
+            raise ConfigError(
                 "a process that read images ended abruptly, probably killed for want of memory; "
                 f"give fewer than num_processes={num_processes}, and run the same command again: it continues"
             ) from None

@@ -31,14 +31,13 @@ from concentration.networks.student import LossKind, NetworkConfig, Student, loa
 from concentration.networks.top_layers import TopConfig
 from concentration.schema import Config
 from concentration.stages.prepare import SHARDS, DataOverrides, PreparedData
-from concentration.stages.run_directory import HOW_TO_GROW, RunDirectory, StageConfig, hash_file
+from concentration.stages.run_directory import HOW_TO_GROW, NETWORK_FILE, RunDirectory, StageConfig, hash_file
 from concentration.targets import load_metadata
 from concentration.taxonomy import Taxonomy
 from concentration.training.configs import LoggerConfig, TrainerConfig
 from concentration.training.optimizers import OptimizerConfig
 from concentration.training.training_data import TrainingData
 
-NETWORK_FILE = "model.safetensors"
 #: Beside it with `trainer.keep_best`, of the same form.
 BEST_FILE = "best.safetensors"
 

@@ -26,7 +26,7 @@ class JsonlLogger(Logger):
     def __init__(self, path: Path, first_step: int):
         super().__init__()
         self._path = path
-        self._started = time.time()
+        self._started = time.monotonic()
         if path.exists() and rank_zero_only.rank == 0:
             lines = path.read_text().splitlines() if first_step else ()
             kept = [line for line in lines if step_of_line(line) <= first_step]
@@ -44,7 +44,7 @@ class JsonlLogger(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         values = {name: round(float(value), 6) for name, value in metrics.items() if name != "epoch"}
-        seconds = round(time.time() - self._started, 2)
+        seconds = round(time.monotonic() - self._started, 2)
         append_text(self._path, json.dumps({"step": step, "seconds": seconds, **values}) + "\n")
 
     @rank_zero_only

@@ -1,6 +1,7 @@
 """`concentrate run launcher=slurm` on a real SLURM: dependencies, failures, and what is submitted again."""
 
 import re
+import shutil
 
 import pytest
 from cluster.pipelines import (
@@ -18,7 +19,7 @@ from real_runs import wait_for_hold
 pytestmark = pytest.mark.cluster
 
 ALL_JOBS = {"prepare", "teacher fruit, teacher tools", "targets fruit, targets tools", "student generalist",
-            "student student", "evaluate generalist", "evaluate specialists", "evaluate student", "report"}  # fmt: skip
+            "student student", "evaluate generalist", "evaluate specialists", "evaluate student", "report student"}  # fmt: skip
 
 
 def test_a_chain_on_slurm_makes_what_this_machine_makes(slurm, shards, undisturbed, tmp_path):
@@ -41,6 +42,30 @@ def test_a_whole_run_on_slurm_makes_what_this_machine_makes(slurm, shards, undis
     assert_same_results(pipeline.workdir, undisturbed)
 
 
+def test_images_that_a_later_job_asks_for_are_missed_when_they_are_prepared(slurm, shards, tmp_path):
+    """As on this machine, and not by the evaluation after all training."""
+    given = shutil.copytree(shards, tmp_path / "given")
+    for path in given.glob("test-*"):
+        path.unlink()
+    pipeline = Pipeline(tmp_path / "work", given, slurm.environment)
+    failed = pipeline.run(*ON_SLURM, "launcher.wait=true", code=2)
+    assert "prepare failed (exit code 2)" in failed.err
+    assert re.search("no test images .* and all networks are measured with them; set data", failed.err)
+    assert "student generalist" in next(line for line in failed.err.splitlines() if "not run because of it" in line)
+    assert "no test images" in pipeline.run(*ON_SLURM, code=2).err.splitlines()[-1]
+
+
+def test_runs_at_once_share_what_they_submit(slurm, shards, tmp_path):
+    pipelines = [Pipeline(tmp_path / "work", shards, slurm.environment, (f"name={n}",)) for n in ("student", "other")]
+    held = (*ON_SLURM, "launcher.options=[--hold]")
+    ended = [one.wait(200) for one in [pipeline.start(*held) for pipeline in pipelines]]
+    slurm.run("scancel", *pipelines[0].ids().values())
+    assert [one.code for one in ended] == [0, 0], "\n".join(one.err for one in ended)
+    first, second = (submitted(one).keys() for one in ended)
+    assert first | second == ALL_JOBS | {"student other", "evaluate other", "report other"}
+    assert not first & second
+
+
 @pytest.mark.long
 def test_a_teacher_that_fails_stops_only_what_depends_on_it(slurm, shards, tmp_path):
     pipeline = Pipeline(tmp_path / "work", shards, slurm.environment)
@@ -49,7 +74,7 @@ def test_a_teacher_that_fails_stops_only_what_depends_on_it(slurm, shards, tmp_p
     failed = pipeline.run(*ON_SLURM, "launcher.wait=true", *broken, code=2)
     assert re.search(r"teacher fruit failed \(exit code 2\); the end of .*\n.*missing\.pt2", failed.err)
     waiting = next(line for line in failed.err.splitlines() if "not run because of it" in line)
-    assert all(job in waiting for job in ("targets fruit", "student student", "evaluate specialists", "report"))
+    assert all(job in waiting for job in ("targets fruit", "student student", "evaluate specialists", "report student"))
     assert "targets tools" not in waiting
     states = pipeline.status()
     assert states["teachers/fruit"].startswith("failed")
@@ -59,7 +84,14 @@ def test_a_teacher_that_fails_stops_only_what_depends_on_it(slurm, shards, tmp_p
         assert states[done] == "done", done
 
     again = pipeline.run(*ON_SLURM, "launcher.wait=true")
-    jobs = {"teacher fruit", "targets fruit", "student student", "evaluate specialists", "evaluate student", "report"}
+    jobs = {
+        "teacher fruit",
+        "targets fruit",
+        "student student",
+        "evaluate specialists",
+        "evaluate student",
+        "report student",
+    }
     assert submitted(again).keys() == jobs
     assert set(pipeline.status().values()) == {"done"}
 
@@ -86,7 +118,14 @@ def test_a_teacher_that_is_cancelled_is_not_requeued_and_the_command_given_again
     assert all(states[stage] == "done" for stage in ("teachers/tools", "targets/default/tools"))
 
     again = pipeline.run(*ON_SLURM, "launcher.wait=true")
-    jobs = {"teacher fruit", "targets fruit", "student student", "evaluate specialists", "evaluate student", "report"}
+    jobs = {
+        "teacher fruit",
+        "targets fruit",
+        "student student",
+        "evaluate specialists",
+        "evaluate student",
+        "report student",
+    }
     assert submitted(again).keys() == jobs
     assert set(pipeline.status().values()) == {"done"}
     assert_same_results(workdir, undisturbed)
@@ -97,12 +136,12 @@ def test_a_job_that_waits_and_is_cancelled_is_shown_and_submitted_again(slurm, s
     trained = ("shards", "teachers", "targets", "students", "evaluations")
     pipeline = Pipeline(copy_stages(undisturbed, tmp_path / "work", *trained), shards, slurm.environment)
     pipeline.run(*ON_SLURM, "launcher.options=[--hold]")
-    slurm.run("scancel", pipeline.ids()["report"])
+    slurm.run("scancel", pipeline.ids()["report student"])
     assert pipeline.status()["report"].startswith("cancelled before it began")
     stopped = pipeline.run(*ON_SLURM, "launcher.options=[--hold]")
-    assert submitted(stopped).keys() == {"report"}
-    slurm.run("scancel", pipeline.ids()["report"])
-    assert submitted(pipeline.run(*ON_SLURM, "launcher.wait=true")).keys() == {"report"}
+    assert submitted(stopped).keys() == {"report student"}
+    slurm.run("scancel", pipeline.ids()["report student"])
+    assert submitted(pipeline.run(*ON_SLURM, "launcher.wait=true")).keys() == {"report student"}
 
 
 @pytest.mark.long
@@ -111,7 +150,7 @@ def test_a_job_that_a_signal_kills_in_its_first_moments_is_requeued(slurm, shard
     workdir = copy_stages(undisturbed, tmp_path / "work", *trained)
     pipeline = Pipeline(workdir, shards, {**slurm.environment, **terminating_at_first(tmp_path / "site")})
     pipeline.run(*ON_SLURM)
-    report = pipeline.ids()["report"]
+    report = pipeline.ids()["report student"]
     described = slurm.wait_for_end(report)
     assert (described["JobState"], described["Restarts"]) == ("COMPLETED", "1"), pipeline.log()
     assert pipeline.is_finished()

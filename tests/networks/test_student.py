@@ -5,6 +5,7 @@ Shapes: B batch, C all classes.
 
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ import concentration.networks.student
 from concentration.errors import ConfigError, DataError
 from concentration.networks.bases import TimmConfig
 from concentration.networks.bases.small import SmallBase, SmallBaseConfig
-from concentration.networks.student import NetworkConfig, Student, load_student
+from concentration.networks.student import NetworkConfig, Student, load_student, save_tensors
 from concentration.objectives.sigmoid_cross_entropy import sigmoid_cross_entropy
 from concentration.schema import parse_config
 from concentration.targets import SoftTargets, load_metadata
@@ -159,6 +160,16 @@ def test_a_saved_network_gives_the_same_logits(tmp_path, pace, top):
     assert loaded.config == student.config
     assert torch.equal(loaded(draw_images()), student.eval()(draw_images()))
     assert load_metadata(tmp_path / "model.safetensors")["taxonomy"] == "abc"
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o002, 0o664), (0o022, 0o644), (0o077, 0o600)])
+def test_a_saved_network_may_be_read_by_whom_the_umask_lets(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        save_tensors(tmp_path / "model.safetensors", {"weight": torch.ones(2)}, {})
+    finally:
+        os.umask(before)
+    assert (tmp_path / "model.safetensors").stat().st_mode & 0o777 == mode
 
 
 def test_the_order_of_the_verticals_survives_the_file(tmp_path):

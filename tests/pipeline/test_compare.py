@@ -39,7 +39,7 @@ def test_every_job_comes_after_those_that_it_waits_for(jobs):
 
 def test_every_system_is_trained_and_evaluated_before_the_report(jobs):
     assert {name.removeprefix("evaluate ") for name in jobs if name.startswith("evaluate ")} == NAMES
-    assert set(jobs["report"].after) == {f"evaluate {name}" for name in NAMES}
+    assert set(jobs["report student"].after) == {f"evaluate {name}" for name in NAMES}
     assert jobs["group features"].after == jobs["group confusion"].after == ("student generalist",)
     assert set(jobs["mixture mixture"].after) == {f"teacher features-{number}" for number in range(4)}
     assert jobs["augment augmented_random"].after == ("group random",)

@@ -19,6 +19,7 @@ from real_runs import Finished, Running, load_json, run_command, write_shards
 from concentration.networks.student import load_student
 from concentration.pipeline import local
 from concentration.pipeline.run import _print_result
+from concentration.stages.run_directory import RunDirectory
 
 PREPARE = ("data.verticals=[greek,arrows]", "data.num_classes=12", "data.num_drawings=20", "data.image_size=16",
            "samples_per_shard=100")  # fmt: skip
@@ -123,6 +124,15 @@ def test_a_second_run_does_nothing_and_says_so(finished):
     assert "nothing is to do" in again.err + again.out
 
 
+def test_a_network_that_was_deleted_since_is_told(workdir):
+    """What is made of it is there, so nothing is due and nothing fails."""
+    (workdir / "teachers/greek/model.safetensors").unlink()
+    again = run(workdir)
+    [line] = [line for line in again.err.splitlines() if "model.safetensors" in line]
+    assert "teacher greek" in line
+    assert "bring it back, or make it anew with overwrite=true" in line
+
+
 def test_a_run_takes_a_teacher_that_is_brought_along(finished, tmp_path):
     """Our own teacher, exported: what follows from it is as if it had been trained."""
     expected, _ = finished
@@ -155,7 +165,7 @@ def test_a_run_takes_a_teacher_that_is_brought_along(finished, tmp_path):
         ("test", (), r"no test images \(\d+ train, \d+ val, 0 test\), and all networks .* them; set data.split.test_"),
         ("val", ("trainer.keep_best=true",), r"no val images .* trainer.keep_best=true chooses with them; set data.split.val_"),
         ("val", ("experiment=compare",), r"no val images .* compare.groups finds its groups with them; set data.split.val_"),
-        ("val", ("teacher.trainer.keep_best=true",), "no val images of fruit, tools to choose with; set it to false, or"),
+        ("val", ("teacher.trainer.keep_best=true",), "no val images .* teacher.trainer.keep_best=true chooses with them; set"),
     ],
 )  # fmt: skip
 def test_images_that_a_later_job_asks_for_are_missed_before_anything_is_trained(missing, options, expected, tmp_path):
@@ -217,7 +227,7 @@ def test_a_failing_teacher_stops_only_what_depends_on_it(workdir):
     assert "teacher greek failed (exit code 2); the end of" in failed.err
     assert "the loss is not finite" in failed.err or "not finite" in failed.err, "the end of its log is shown"
     waiting = next(line for line in failed.err.splitlines() if "not run because of it" in line)
-    assert all(job in waiting for job in ("targets greek", "student student", "evaluate specialists", "report"))
+    assert all(job in waiting for job in ("targets greek", "student student", "evaluate specialists", "report student"))
     assert (workdir / "students/generalist/DONE.json").exists()
     assert (workdir / "evaluations/generalist.json").exists()
     states = status(workdir)
@@ -311,6 +321,19 @@ def test_runs_at_once_share_what_they_need(finished, tmp_path, options):
     weights = [(workdir / "students" / name / "model.safetensors").read_bytes() for name in ("other", "student")]
     assert weights[0] == weights[1]
     assert set(status(workdir).values()) == {"done"}
+
+
+def test_a_stage_of_another_process_is_waited_for_without_asking_it_again(workdir):
+    """A process of a second or two every five seconds, for as long as another run trains."""
+    with RunDirectory(workdir / "students/generalist").lock(".lock"):
+        running = Running((*COMMAND, f"workdir={workdir}"), workdir.parent)
+        log = workdir / "jobs/student-generalist.log"
+        running.wait_for(lambda: "another process works here" in log.read_text(), 120)
+        time.sleep(12)
+    ended = running.wait()
+    assert ended.code == 0, ended.err
+    assert ended.err.count("student generalist: another run works on it, and is waited for") == 1
+    assert log.read_text().count("another process works here") == 1
 
 
 def test_a_run_whose_output_nobody_reads_goes_on(finished, tmp_path):

@@ -143,3 +143,12 @@ def test_a_damaged_list_of_jobs_is_one_clear_error(tmp_path, content):
     write_atomically(tmp_path / "jobs/jobs.json", content)
     with pytest.raises(DataError, match=r"jobs\.json"):
         load_records(tmp_path)
+
+
+def test_a_finished_network_that_is_gone_is_told(tmp_path):
+    done = tmp_path / "students/x/DONE.json"
+    for facts, name in (({"step": 3}, "model.safetensors"), ({"files": {"external.json": "0"}}, "external.json")):
+        write_atomically(done, {"config": "0", **facts})
+        assert f"finished, but {name} is gone: bring it back, or make it anew" in state_of(tmp_path).why
+        (done.parent / name).touch()
+        assert (state_of(tmp_path).state, state_of(tmp_path).why) == ("done", "")

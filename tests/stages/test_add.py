@@ -73,6 +73,7 @@ def test_a_vertical_comes_and_the_old_ones_stay(workdir):
         ("teacher", "vertical=fruit", *TINY),
         ("targets", "vertical=fruit", "targets.top_k=5"),
         ("evaluate", "name=student"),
+        ("student", "name=new", "targets.top_k=5", *TINY),
     ],
     ids=lambda arguments: arguments[0],
 )

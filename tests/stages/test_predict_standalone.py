@@ -87,7 +87,10 @@ def test_answers_that_cannot_be_written_are_one_line(format, exported, photos):
         command = [sys.executable, "-I", exported / "predict.pyz", str(photos), f"format={format}"]
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120, check=False)
     assert done.returncode == 2
-    assert done.stderr == "predict: standard output: cannot be written (No space left on device); give output=FILE\n"
+    assert (
+        done.stderr
+        == "predict: standard output: No space left on device; free some, or send it elsewhere, and run again\n"
+    )
 
 
 def test_streams_that_are_closed_are_none_of_its_business(exported, photos, tmp_path):

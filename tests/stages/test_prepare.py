@@ -257,19 +257,40 @@ def prepare_and_be_killed(config: PrepareConfig) -> None:
     concentration.stages.prepare.build_source = KilledSource
     try:
         prepare(config)
-    except DataError as error:
+    except ConfigError as error:
         (config.workdir / "error").write_text(str(error))
 
 
 def test_a_worker_that_was_killed_is_one_line(images, workdir):
     config = build_config(images, workdir, num_processes=2)
+    prepare_in_another(config)
+    error = (workdir / "error").read_text()
+    assert "ended abruptly, probably killed for want of memory; give fewer than num_processes=2" in error
+    assert "\n" not in error
+
+
+def test_an_append_whose_worker_was_killed_goes_on_with_what_the_others_have_written(images, workdir):
+    prepare(build_config(images, workdir, samples_per_shard=2))
+    for number in range(30):
+        wren = images / f"train/birds/wren/{number}.webp"  # number 2 kills
+        wren.parent.mkdir(exist_ok=True)
+        shutil.copy(images / f"train/birds/kite/{(2, 5, 8)[number % 3]}.webp", wren)
+    config = build_config(images, workdir, num_processes=2, samples_per_shard=2, append=True)
+    prepare_in_another(config)
+    assert "it continues" in (workdir / "error").read_text()
+    assert list_names(workdir, "DONE.json") == []
+    written = {path: path.stat().st_ino for path in (workdir / "shards").glob("train-*.skipped")}
+    assert written
+    prepare(config)
+    assert {path: path.stat().st_ino for path in written} == written
+    assert sum(map(len, read_images(workdir, "train"))) == 40 + 30
+
+
+def prepare_in_another(config: PrepareConfig) -> None:
     process = multiprocessing.get_context("spawn").Process(target=prepare_and_be_killed, args=(config,))
     process.start()
     process.join(60)
     assert process.exitcode == 0
-    error = (workdir / "error").read_text()
-    assert "ended abruptly, probably killed for want of memory; give fewer than num_processes=2" in error
-    assert "\n" not in error
 
 
 def test_what_the_source_and_the_splits_could_not_do_is_said(images, workdir, capsys):

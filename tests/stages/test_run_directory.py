@@ -190,7 +190,7 @@ def finished(directory) -> RunDirectory:
 
 
 def read_all(directory: RunDirectory) -> dict[str, bytes]:
-    files = (path for path in directory.path.rglob("*") if path.is_file() and path.name != ".lock")
+    files = (path for path in directory.path.rglob("*") if path.is_file() and not path.name.startswith(".lock"))
     return {str(path.relative_to(directory.path)): path.read_bytes() for path in files}
 
 
@@ -252,12 +252,40 @@ def test_a_kill_while_bringing_back_loses_nothing(num_renames, finished, monkeyp
     assert read_all(finished) == before
 
 
-def test_a_part_of_a_stage_replaces_at_once_what_was_there(finished):
-    """For the others may write from then on."""
-    with contextlib.suppress(DataError), finished.begin(build(finished, seed=1, overwrite=True), {}, part="0-of-2"):
-        assert not (finished.path / REPLACED_FOLDER).exists()
+def fail_part(directory: RunDirectory, part: str, message: str = "a typing error") -> None:
+    with (
+        contextlib.suppress(DataError),
+        directory.begin(build(directory, seed=1, overwrite=True), {}, part=part) as due,
+    ):
+        assert due
+        raise DataError(message)
+
+
+def hold_part(directory: RunDirectory, may_end) -> None:
+    with contextlib.suppress(DataError), directory.begin(build(directory, seed=1, overwrite=True), {}, part="1-of-2"):
+        (directory.path / "held").touch()
+        may_end.wait(60)
+        (directory.path / "held").unlink()
         raise DataError("a typing error")
-    assert not (finished.path / "model").exists()
+
+
+def test_what_parts_of_a_stage_have_replaced_comes_back_with_the_last_that_fails(finished):
+    before = read_all(finished)
+    fail_part(finished, "0-of-2")
+    assert read_all(finished) == before
+    may_end = _FORK.Event()
+    process = _FORK.Process(target=hold_part, args=(finished, may_end))
+    process.start()
+    deadline = time.monotonic() + 20
+    while not (finished.path / "held").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    fail_part(finished, "0-of-2")
+    assert (finished.path / REPLACED_FOLDER / "model").exists(), "the other may still make it"
+    may_end.set()
+    process.join(20)
+    assert read_all(finished) == before
+    assert not is_due(finished)
 
 
 def test_a_mistake_that_is_found_before_anything_is_written_may_be_corrected(directory):

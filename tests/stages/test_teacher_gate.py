@@ -57,6 +57,9 @@ def test_what_it_measures_is_what_evaluate_measures(workdir):
         assert gate["generalist_ap"] == pytest.approx(evaluation(workdir, "generalist.val")["pvap"][vertical], abs=1e-5)
         assert 0 < gate["constant_ap"] < gate["generalist_ap"]
         assert gate["num_val"] == evaluation(workdir, f"{vertical}.val")["num_samples"]
+    with pytest.raises(ConfigError, match=r"teacher of tools: .*it is worse than generalist"):
+        concentrate_here("targets", "gate.action=stop", f"workdir={workdir}")  # which are finished
+    assert "finished already" in concentrate_here("targets", "vertical=fruit", "gate.action=stop", f"workdir={workdir}")
 
 
 def test_a_loss_that_rose_answers_that_are_constant_and_no_validation_are_told(workdir, tmp_path):

@@ -15,6 +15,7 @@ from statistics import fmean
 import pytest
 from real_runs import TINY_NETWORK, Plant, Running, concentrate, load_json, load_lines, prepare_shards, run_command
 
+from concentration.progress import STATUS_SECONDS, Progress, load_status
 from concentration.training.loggers import JsonlLogger
 from concentration.training.metrics_file import load_metrics
 
@@ -218,6 +219,19 @@ def test_each_job_of_a_multirun_is_a_wandb_run_of_its_own(workdir):
         runs = list((workdir / "teachers" / vertical / "wandb").glob("offline-run-*/*.wandb"))
         assert len(runs) == 1
         assert f"train/{vertical}/loss".encode() in runs[0].read_bytes()
+
+
+def test_a_clock_that_is_set_back_stops_neither_status_nor_curves(tmp_path, monkeypatch):
+    """A machine's clock is set when its network comes; `status` took such a stage for dead for as long as the clock had lost."""
+    now = time.time()
+    logger = JsonlLogger(tmp_path / "metrics.jsonl", 0)
+    with Progress("student", 10, "steps", tmp_path) as progress:
+        monkeypatch.setattr(time, "time", lambda: now - 3600)
+        time.sleep(STATUS_SECONDS + 0.1)
+        progress.update(5)
+        assert load_status(tmp_path)["done"] == 5
+    logger.log_metrics({"loss": 1.0}, step=5)
+    assert 0 <= load_lines(tmp_path)[0]["seconds"] < 60
 
 
 def test_a_resumed_run_drops_the_lines_behind_its_checkpoint_and_goes_on_in_time(tmp_path):
