@@ -5,7 +5,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from rich.console import Console
 from rich.table import Table
 
 from concentration.networks.cost import build_without_weights
@@ -14,6 +13,7 @@ from concentration.pipeline.jobs import Job
 from concentration.pipeline.planned_data import NUM_PROBED, PlannedData, look_at_data
 from concentration.pipeline.probe import NUM_TIMED, NUM_WARM_UP, Speed, find_obstacle, measure_speed
 from concentration.processes import count_cores
+from concentration.progress import build_console
 from concentration.stages.evaluate import SPECIALISTS, EvaluateConfig
 from concentration.stages.expert import ExpertConfig
 from concentration.stages.expert import describe_step as describe_expert_step
@@ -62,7 +62,7 @@ def print_run_plan(config: RunConfig) -> None:
     data = look_at_data(config)
     jobs = [build_prepare_job(config), *build_jobs(config, data.taxonomy)]
     plans = _Planner(config, data).plan(jobs)
-    console = Console(soft_wrap=True, highlight=False)
+    console = build_console()
     console.print(_tabulate(config, plans))
     num_processes = config.num_processes or count_cores()
     for line in _describe(config, data, plans, num_processes, time.perf_counter() - start):
@@ -209,11 +209,11 @@ def _tabulate(config: RunConfig, plans: Sequence[StagePlan]) -> Table:
     stored = sum(plan.stored_bytes or 0 for plan in plans)
     passing = max((plan.passing_bytes or 0 for plan in left), default=0)
     seconds = sum(plan.seconds or 0 for plan in left)
-    table.add_column("stage", "all; time of what is left", no_wrap=True)
-    table.add_column("images", justify="right")
-    table.add_column("MiB kept", f"{stored / 2**20:,.1f}", justify="right")
-    table.add_column("MiB passing", f"<= {passing / 2**20:,.1f}", justify="right")
-    table.add_column("h:mm:ss", _format_hours(seconds), justify="right")
+    table.add_column("stage", "all; time of what is left", overflow="fold")
+    table.add_column("images", justify="right", no_wrap=True)
+    table.add_column("MiB kept", f"{stored / 2**20:,.1f}", justify="right", no_wrap=True)
+    table.add_column("MiB passing", f"<= {passing / 2**20:,.1f}", justify="right", no_wrap=True)
+    table.add_column("h:mm:ss", _format_hours(seconds), justify="right", no_wrap=True)
     table.add_column("", min_width=12)
     for plan in plans:
         is_done = plan.job.finished_at() is not None

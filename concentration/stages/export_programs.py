@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxscript.optimizer
 import torch
 from onnx import helper, numpy_helper
 from torch import Tensor, nn
@@ -57,8 +58,12 @@ def translate_to_onnx(program: torch.export.ExportedProgram) -> onnx.ModelProto:
     """The same operations in ONNX."""
     with _quiet():
         exported = torch.onnx.export(
-            program, input_names=[IMAGES], output_names=[LOGITS, FEATURES], dynamo=True, verbose=False
+            program, input_names=[IMAGES], output_names=[LOGITS, FEATURES], dynamo=True, verbose=False, optimize=False
         )
+        # NOTE: torch's own `optimize` looks for patterns among all pairs of nodes, minutes at 500 verticals; what it fuses
+        # beside this is fused by onnxruntime, too.
+        onnxscript.optimizer.fold_constants(exported.model)
+        onnxscript.optimizer.remove_unused_nodes(exported.model)
     return exported.model_proto
 
 

@@ -84,6 +84,15 @@ def draw_line_chart(chart: LineChart) -> Markup:
     )
 
 
+def choose_named(chart: LineChart) -> Sequence[Series]:
+    """The series whose names have room at the ends of their lines: all, or some of every height, the outermost among them."""
+    most = chart.height_px // LABEL_HEIGHT_PX
+    if len(chart.series) <= most:
+        return chart.series
+    ranked = sorted(chart.series, key=lambda series: float(series.points[-1, 1]))
+    return [ranked[number] for number in np.linspace(0, len(ranked) - 1, most).round().astype(int)]
+
+
 def draw_legend(entries: Sequence[tuple[str, str]]) -> Markup:
     """Names with a swatch of their look."""
     items = Markup("").join(
@@ -303,17 +312,18 @@ def _draw_ticks(x_axis: Axis, y_axis: Axis, chart: LineChart) -> Markup:
 
 
 def _draw_end_labels(chart: LineChart, y_axis: Axis) -> Markup:
-    wanted = [chart.height_px * (1 - float(y_axis.position(s.points[-1, 1]))) for s in chart.series]
+    series = choose_named(chart)
+    wanted = [chart.height_px * (1 - float(y_axis.position(s.points[-1, 1]))) for s in series]
     placed = spread_labels(wanted, LABEL_HEIGHT_PX, chart.height_px)
     leaders = Markup("").join(
         Markup('<path style="{}" d="M0 {:.1f}L14 {:.1f}"/>').format(s.look, a, b)
-        for s, a, b in zip(chart.series, wanted, placed, strict=True)
+        for s, a, b in zip(series, wanted, placed, strict=True)
     )
     labels = Markup("").join(
         Markup('<span class="end" dir="auto" title="{name}: {value}" style="top:{:.1f}px;{}">{name}</span>').format(
             y, s.look, name=s.name, value=chart.y_format(float(s.points[-1, 1]))
         )
-        for s, y in zip(chart.series, placed, strict=True)
+        for s, y in zip(series, placed, strict=True)
     )
     return Markup('<svg class="leaders" width="14" height="{}" aria-hidden="true">{}</svg>{}').format(
         chart.height_px, leaders, labels

@@ -2,18 +2,20 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from markupsafe import Markup
 
-from concentration.stages.report_charts import LineChart, Series, draw_legend, draw_line_chart
+from concentration.stages.report_charts import LineChart, Series, choose_named, draw_legend, draw_line_chart
 from concentration.stages.report_looks import plain
 from concentration.stages.report_values import DASH, format_count, format_percent, format_short
 
 #: Curves of one run by key, each (N, 2) of step and value, N >= 1.
 Curves = Mapping[str, np.ndarray]
 SMALL = {"height_px": 96, "max_points": 90, "num_ticks": 3, "names": "hidden"}
+#: Of a chart with a name at the end of each line: a screen's height.
+_MOST_HIGH_PX = 640
 
 
 @dataclass(frozen=True)
@@ -89,12 +91,13 @@ def build_pace_part(runs: Mapping[str, Curves], order: Sequence[str], subject: s
         for vertical, points in gammas.items()
         if points[0, 1] != 0
     ]
-    height = max(280, 16 * len(gammas))
+    height = min(max(280, 16 * len(gammas)), _MOST_HIGH_PX)
     routed = _by_vertical(students[run], "train/", "/routed", order)
     charts = [
-        draw_line_chart(LineChart("gamma", absolute, height_px=height, names="line_end", y_scale=_scale_for(absolute))),
-        draw_line_chart(LineChart("gamma relative to its start", relative, height_px=height, names="line_end")),
+        LineChart("gamma", absolute, height_px=height, names="line_end", y_scale=_scale_for(absolute)),
+        LineChart("gamma relative to its start", relative, height_px=height, names="line_end"),
     ]
+    charts = [replace(chart, note=_describe_named(chart)) for chart in charts]
     rows = [
         [
             vertical,
@@ -105,7 +108,7 @@ def build_pace_part(runs: Mapping[str, Curves], order: Sequence[str], subject: s
         ]
         for vertical, points in gammas.items()
     ]
-    return PacePart(run, Markup("").join(charts), rows)
+    return PacePart(run, Markup("").join(map(draw_line_chart, charts)), rows)
 
 
 def draw_vertical_charts(
@@ -149,6 +152,11 @@ def _runs_below(folder: str, runs: Mapping[str, Curves]) -> dict[str, Curves]:
 
 def _by_vertical(curves: Curves, prefix: str, suffix: str, order: Sequence[str]) -> dict[str, np.ndarray]:
     return {v: curves[f"{prefix}{v}{suffix}"] for v in order if f"{prefix}{v}{suffix}" in curves}
+
+
+def _describe_named(chart: LineChart) -> str:
+    num_named, num_all = len(choose_named(chart)), len(chart.series)
+    return "" if num_named == num_all else f"{num_named} of {num_all} are named; a line says its name when pointed at"
 
 
 def _series_of(runs: Mapping[str, Curves], key: str, looks: Mapping[str, str]) -> list[Series]:

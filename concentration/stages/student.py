@@ -233,7 +233,7 @@ def count_classes(config: LearningConfig, split: Split, ordinals: np.ndarray | r
     taxonomy, smear = split.taxonomy, config.smear is not False
     if isinstance(ordinals, range):
         counts_C = split.count_smeared() if smear else split.count_labels()
-        num_routed_M = np.array([len(split.routed(vertical)) for vertical in taxonomy.verticals])
+        num_routed_M = split.count_routed()
     else:
         counts_C = split.count_in(ordinals, smear)
         is_taken_N = np.zeros(len(split), dtype=bool)

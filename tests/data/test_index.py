@@ -550,6 +550,7 @@ def test_counts_and_routing_are_the_slow_ones(counted_together, split_and_labels
             if any(taxonomy.classes[taxonomy.position[class_id]].vertical == vertical for class_id in ids)
         ]
         assert split.routed(vertical).tolist() == expected
+        assert split.count_routed()[taxonomy.vertical_number(vertical)] == len(expected)
         by_shard = split.by_shard(split.routed(vertical))
         assert len(by_shard) == 4
         assert [part.tolist() for part in by_shard] == [

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from real_runs import Finished, concentrate, one_line, prepare_shards
 
 from concentration.pipeline.jobs import Job
@@ -52,6 +53,23 @@ def test_a_run_is_planned_before_and_after_its_data_are_prepared(tmp_path):
     refused = one_line(plan(workdir, *DATA, "data.seed=1", code=2))
     assert "begun with another configuration: data.seed was 0, is 1" in refused
     assert rows(plan(workdir, *DATA, "data.seed=1", "overwrite=true").out)["student student"][0] == "768"
+
+
+def test_numbers_are_whole_beside_long_names_of_verticals_where_there_is_no_terminal(tmp_path):
+    for name in ("one", "another"):
+        for number in range(8):
+            path = (
+                tmp_path
+                / f"images/{name} vertical of a long name, as catalogues have them/class {number % 2}/{number}.png"
+            )
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8), (9 * number, 0, 0)).save(path)
+    data = ("data=image_folder", f"data.path={tmp_path / 'images'}", "data.image_size=16")
+    told = rows(plan(tmp_path / "work", *data).out)
+    teachers = [cells for name, cells in told.items() if name.startswith("teacher ")]
+    assert len(teachers) == 2
+    for cells in teachers:
+        assert re.fullmatch(r"\d+:\d\d:\d\d", cells[3]), cells
 
 
 def test_given_shards_are_indexed_before_they_are_planned(tmp_path):

@@ -1,5 +1,6 @@
 """Every kind of network becomes a program that answers as it does, for any batch size; and a head of 100,000 classes does."""
 
+import cProfile
 import subprocess
 import sys
 import time
@@ -157,6 +158,20 @@ def test_a_head_of_100_000_classes_is_exported_and_agrees(tmp_path):
         print(
             f"{file}: {sizes[file] / 1e6:.0f} MB, {1000 * time_one(tmp_path / file, images[:1]):.1f} ms for one image"
         )
+
+
+def test_translating_takes_no_more_for_a_vertical_where_there_are_many():
+    translate_to_onnx(trace_program(Student(describe()), SIZE))  # what comes once
+
+    def count_calls(num_verticals: int) -> int:
+        network = Student(describe(verticals={f"v{number}": 2 for number in range(num_verticals)}))
+        program = trace_program(network, SIZE)
+        profile = cProfile.Profile()
+        profile.runcall(translate_to_onnx, program)
+        return sum(entry.callcount for entry in profile.getstats())
+
+    few, more, many = map(count_calls, (20, 40, 80))
+    assert many - more < 2.25 * (more - few), "twice the verticals, more than twice the work"
 
 
 def open_session(path) -> onnxruntime.InferenceSession:

@@ -1,9 +1,12 @@
 """Axes, labels and thinned curves of the report's charts."""
 
+import re
+
 import numpy as np
 import pytest
 
 from concentration.stages.report_charts import Axis, LineChart, Series, draw_line_chart, spread_labels
+from concentration.stages.report_curves import build_pace_part
 from concentration.stages.report_values import format_points, format_short, read_curves, thin_curve
 
 
@@ -22,6 +25,20 @@ def test_a_name_that_is_cut_keeps_its_beginning_in_either_direction(browser, tmp
         const first = range.getBoundingClientRect(), place = end.getBoundingClientRect();
         return first.left >= place.left - 1 && first.right <= place.right + 1; })"""
     assert browser.execute_script(script) == [True, True]
+
+
+def test_the_charts_of_gamma_of_200_verticals_fit_a_screen_and_name_those_that_have_room_for_it():
+    verticals = [f"vertical {number}." for number in range(200)]
+    curves = {f"train/{v}/gamma": np.array([[0.0, 1.0], [9.0, 2.0 + n]]) for n, v in enumerate(verticals)}
+    charts = build_pace_part({"students/student": curves}, verticals, "student").charts
+    heights = [int(height) for height in re.findall(r'class="plot"[^>]*height:(\d+)px', charts)]
+    assert len(heights) == 2
+    assert max(heights) <= 640
+    named = re.findall(r'class="end"[^>]*>([^<]*)<', charts)
+    assert len(named) <= 2 * 640 / 15
+    assert {verticals[0], verticals[-1]} <= set(named), "the outermost are named"
+    assert charts.count('class="line"') == 400, "every line is drawn, and says its name when pointed at"
+    assert f"{len(named) // 2} of 200 are named" in charts
 
 
 @pytest.mark.parametrize("num_ticks", [3, 5])

@@ -150,6 +150,20 @@ def test_a_full_page_is_well_formed_and_shows_every_part():
         assert text in page.text
 
 
+def test_a_long_name_stays_beside_its_swatch_on_a_narrow_screen(browser, tmp_path):
+    name = "a_name_of_a_network_without_a_place_to_break_it"
+    page = build_report_page(_full_inputs(evaluations={"generalist": _evaluation(0.6), name: _evaluation(0.7)}))
+    (tmp_path / "page.html").write_text(page, encoding="utf-8")
+    browser.set_window_size(500, 900)
+    browser.get((tmp_path / "page.html").as_uri())
+    script = """return [...document.querySelectorAll('.swatch, .legend i')].map(swatch => {
+        const own = swatch.getBoundingClientRect(), name = swatch.nextElementSibling.getClientRects()[0];
+        return name.left >= own.right && name.top < own.bottom && own.top < name.bottom; })"""
+    beside = browser.execute_script(script)
+    assert beside
+    assert all(beside)
+
+
 def test_the_page_loads_nothing():
     page = build_report_page(_full_inputs())
     assert not re.search(r"https?:|url\(|@import|<script|<link", page, flags=re.IGNORECASE)
@@ -362,7 +376,9 @@ def test_what_was_measured_elsewhere_is_in_no_comparison():
     text = _Page(page).text
     results = page.partition('id="results"')[2].partition("</section>")[0]
     assert "67%" in results, "of the gap closed"
-    assert re.search(r"<bdi>lucky</bdi></th><td>99\.0%</td>.*<td>–</td>", results), "neither bold nor part of a gap"
+    assert re.search(r"<bdi>lucky</bdi></span></th><td>99\.0%</td>.*<td>–</td>", results), (
+        "neither bold nor part of a gap"
+    )
     assert "1,000 test images in 9 verticals (vertical 0, " in text
     assert "vertical 5 and 3 more)" in text
     assert "– test images in unknown verticals" in text
