@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal
 
 from concentration.distributed import from_rank_zero, rank
 from concentration.errors import Busy, ConcentrationError, ConfigError, DataError
+from concentration.progress import STATUS_FILE
 from concentration.schema import Config, flatten, hash_values, parse_json
 from concentration.targets import write_atomically
 
@@ -110,7 +111,10 @@ class RunDirectory:
         if part is None:
             stack.enter_context(self.lock(".lock", _LOOK_SECONDS))
             for left_by_a_kill in self.path.glob(".*.tmp"):
-                left_by_a_kill.unlink()
+                if not left_by_a_kill.name.startswith(
+                    f".{STATUS_FILE}."
+                ):  # another may be writing it, without the lock
+                    left_by_a_kill.unlink()
             return self._enter(config, upstream, part)
         stack.enter_context(self.lock(f".lock-{part}", _LOOK_SECONDS))
         with self.lock(".lock", wait_seconds=_ENTER_SECONDS):
@@ -259,7 +263,7 @@ class RunDirectory:
         )
 
     def _read_elsewhere(self, config: StageConfig) -> bool:
-        """Whether the finished stage read other places than are given now.
+        """Whether the finished stage read other places than are given now; where what it read is gone, it has moved.
 
         Raises: ConfigError where it did, and `overwrite` is false: what lies there would not be seen.
         """
@@ -267,13 +271,13 @@ class RunDirectory:
         for key, place in config.places.items():
             earlier = read.get(key)
             if isinstance(earlier, str) and os.path.realpath(earlier) != os.path.realpath(place):
-                if not config.overwrite:
+                if config.overwrite:
+                    return True
+                if "://" in earlier or os.path.exists(earlier):
                     raise ConfigError(
-                        f"{self.path}: finished with {key}={earlier}, and {place} was not looked at; give {key}={earlier}, which "
-                        "may be gone by now, add what is new by `concentrate prepare append=true`, or replace it with "
-                        "overwrite=true"
+                        f"{self.path}: finished with {key}={earlier}, and {place} was not looked at; give {key}={earlier}, add "
+                        "what is new by `concentrate prepare append=true`, or replace it with overwrite=true"
                     )
-                return True
         return False
 
     def forget_replaced(self) -> None:

@@ -124,6 +124,9 @@ def test_a_finished_set_names_the_folder_it_was_made_from_where_another_is_given
     assert read_results(workdir) == written
     with pytest.raises(ConfigError, match=rf"finished with data\.path={other}, and {images}"):
         prepare(build_config(images, workdir))
+    other.rename(images)
+    prepare(build_config(images, workdir))  # it has moved
+    images.rename(other)
     (other / "train/birds/gull/0.png").unlink()
     prepare(build_config(other.rename(images), workdir, overwrite="changed"))
     assert len(list(itertools.chain(*read_images(workdir, "train")))) == 39

@@ -62,8 +62,8 @@ def test_evaluations_on_other_test_images_stand_apart(grown, name, beside, below
     concentrate_here("report", f"name={name}", f"workdir={grown}")
     results, page = _read_results(grown)
     first, *others = results.partition("<tbody>")[2].split("<tbody>")
-    assert re.findall(r"<bdi>(\w+)</bdi></th>", first) == beside
-    assert sorted(re.findall(r"<bdi>(\w+)</bdi></th>", "".join(others))) == below
+    assert re.findall(r"<bdi>(\w+)</bdi></span></th>", first) == beside
+    assert sorted(re.findall(r"<bdi>(\w+)</bdi></span></th>", "".join(others))) == below
     assert 'class="best"' in first
     assert 'class="best"' not in "".join(others)
     found = {n: load_json(grown / "evaluations" / f"{n}.json")["num_samples"] for n in ("student", "fruit", "next")}

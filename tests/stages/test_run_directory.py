@@ -346,6 +346,17 @@ def test_a_damaged_file_is_refused_with_what_to_do(content, name, directory):
             directory.load_done("concentrate student")
 
 
+def test_what_a_kill_left_is_cleared_but_a_status_that_another_writes(directory):
+    """Bars are begun before the lock is taken: two runs at once met in this folder, and one ended with exit code 2."""
+    directory.path.mkdir(parents=True)
+    left, written = directory.path / ".model.safetensors.1.tmp", directory.path / ".status.json.1.tmp"
+    left.touch()
+    written.touch()
+    with directory.begin(build(directory), {}):
+        assert not left.exists()
+        assert written.exists()
+
+
 def test_a_directory_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "students").write_text("a file")
     refuse(RunDirectory(tmp_path / "students" / "a"), "cannot be made (Not a directory)", "another workdir")
