@@ -6,6 +6,7 @@ python docs/tables.py collect TABLE WORKDIR [KEY=VALUE ...]     WORKDIR/seed-*/ 
 python docs/tables.py                                           docs/results/*.json -> docs/tables.md and docs/results/*.png
 """
 
+import io
 import itertools
 import json
 import subprocess
@@ -17,6 +18,7 @@ import hydra
 import numpy as np
 import yaml
 from matplotlib.figure import Figure
+from PIL import Image
 
 from concentration.config import check_config, find_config_directory
 from concentration.errors import ConcentrationError, ConfigError
@@ -249,7 +251,7 @@ def _draw_verticals(result: Mapping, path: Path) -> None:
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
     figure.legend(loc="outside right upper", frameon=False, fontsize=8)
-    figure.savefig(path, dpi=110)
+    _save(figure, path)
 
 
 def _draw_losses(result: Mapping, path: Path) -> None:
@@ -268,7 +270,14 @@ def _draw_losses(result: Mapping, path: Path) -> None:
     axes.set(yscale="log", xlabel="step", ylabel="training loss")
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(x=0.02)
-    figure.savefig(path, dpi=110)
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    """In 64 colours: a fourth of the bytes, and nothing that the eye would miss."""
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=110)
+    Image.open(picture).convert("RGB").quantize(64).save(path, optimize=True)
 
 
 def _close_gap(name: str, rows: Mapping[str, Mapping]) -> list[float]:
