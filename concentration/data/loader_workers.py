@@ -1,5 +1,6 @@
 """The processes that read ahead: how they start, how they end, and what becomes of a batch that they cannot hand over."""
 
+import contextlib
 import multiprocessing
 import multiprocessing.queues
 import os
@@ -32,8 +33,10 @@ def _hand_over_error(queue: multiprocessing.queues.Queue, error: Exception, hand
     if os.path.isdir(_SHARED_MEMORY):
         found = os.statvfs(_SHARED_MEMORY)
         room = f" {_SHARED_MEMORY} has {found.f_frsize * found.f_blocks / 2**20:,.3g} MiB, and"
-    queue.put((number, ConfigError(
+    told = ConfigError(
         f"a batch cannot be handed over by the processes that read ahead ({reason});{room} each of them "
         "takes up to four batches of shared memory: give more (docker run --shm-size=8g), or lower trainer.num_workers (0 needs "
         "none) or the batch"
-    )))  # fmt: skip
+    )
+    with contextlib.suppress(ValueError):  # the queue is closed: another process has told it, and nobody waits any more
+        queue.put((number, told))

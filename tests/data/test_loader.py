@@ -15,6 +15,7 @@ import torch
 from concentration.data import loader
 from concentration.data.index import ShardIndex, index_shard, load_split
 from concentration.data.loader import Batch, SampleReader, StepBatches, StepLoader, build_loader, explain_skipped
+from concentration.data.loader_workers import start_worker
 from concentration.data.order import SequentialOrder, WindowOrder
 from concentration.data.sample_targets import LabelTargets
 from concentration.data.views import CentreView, ViewConfig, decode_view, draw_views
@@ -342,4 +343,19 @@ def test_a_process_that_exits_with_a_loader_in_use_does_not_wait_for_its_workers
     is_alive = process.is_alive()
     process.kill()
     assert not is_alive
+    assert process.exitcode == 0
+
+
+def lose_a_batch_after_the_end() -> None:
+    start_worker(0)
+    queue = multiprocessing.Queue()
+    queue.close()
+    queue._on_queue_feeder_error(OSError("no space"), (0, "a batch"))
+
+
+def test_a_batch_that_is_lost_when_nobody_waits_any_more_is_not_told():
+    """Two workers may find shared memory full, and the second one when the first has ended the run."""
+    process = multiprocessing.get_context("fork").Process(target=lose_a_batch_after_the_end)
+    process.start()
+    process.join(20)
     assert process.exitcode == 0
