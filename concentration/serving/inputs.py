@@ -82,9 +82,8 @@ def _list_folder(folder: str) -> Iterator[ImageOnDisk]:
     for inside, files in walk_folders(folder, hidden=[]):
         for name in files:
             path = os.path.join(inside, name)
-            is_answered = os.path.isfile(path) or not os.path.exists(
-                path
-            )  # of a link to nowhere it is said that it is one
+            # Of a link to nowhere it is said that it is one.
+            is_answered = os.path.isfile(path) or not os.path.exists(path)
             if _has_image_extension(name) and not name.startswith(".") and is_answered:
                 yield _describe_file(path)
 

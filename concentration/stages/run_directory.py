@@ -111,9 +111,8 @@ class RunDirectory:
         if part is None:
             stack.enter_context(self.lock(".lock", _LOOK_SECONDS))
             for left_by_a_kill in self.path.glob(".*.tmp"):
-                if not left_by_a_kill.name.startswith(
-                    f".{STATUS_FILE}."
-                ):  # another may be writing it, without the lock
+                # Another process may be writing its status, without the lock.
+                if not left_by_a_kill.name.startswith(f".{STATUS_FILE}."):
                     left_by_a_kill.unlink()
             return self._enter(config, upstream, part)
         stack.enter_context(self.lock(f".lock-{part}", _LOOK_SECONDS))

@@ -269,13 +269,10 @@ def _identify_targets(config: StudentConfig, taxonomy: Taxonomy, fingerprint: st
         )
     directories = {vertical: RunDirectory(root / vertical) for vertical in taxonomy.verticals}
     is_grown = any(d.is_finished and d.load_upstream().get("data") != fingerprint for d in directories.values())
-    hint = f", or, {HOW_TO_GROW}" if is_grown else ""
-    for vertical, directory in directories.items():
-        if not directory.is_finished:
-            raise ConfigError(
-                f"{directory.path}: not there or not finished; run `{write_command('targets', vertical)}` first{hint}"
-            )
-    done = {v: d.load_done(write_command("targets", v)) for v, d in directories.items()}
+    try:
+        done = {v: d.load_done(write_command("targets", v)) for v, d in directories.items()}
+    except ConfigError as error:
+        raise ConfigError(f"{error}, or, {HOW_TO_GROW}" if is_grown else str(error)) from None
     for vertical, directory in directories.items():
         _check_teacher(config, vertical, done[vertical]["teacher"])
         made_with = directory.load_config()["targets"]
