@@ -27,6 +27,8 @@ FROZEN, LOG, EXIT_CODE = ".json", ".log", ".exit"
 CANCELLED = 128 + signal.SIGTERM
 #: The exit code of a job whose directory another run's job works in; what that one ends with is kept in the end.
 BUSY = 76
+#: In the environment of ranks: a file for their exit code that no other run of the job writes or deletes.
+OWN_EXIT_CODE = "CONCENTRATION_EXIT_CODE"
 #: The proof of every stage that keeps a `RunDirectory`.
 DONE_FILE = "DONE.json"
 
@@ -118,6 +120,8 @@ def run_frozen(path: Path) -> int:
     if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
         try:
             write_atomically(path.with_suffix(EXIT_CODE), f"{code}\n")
+            if OWN_EXIT_CODE in os.environ:
+                write_atomically(Path(os.environ[OWN_EXIT_CODE]), f"{code}\n")
         except ConcentrationError as error:
             print(f"concentrate: {error}", file=sys.stderr)
             return code or error.exit_code

@@ -5,9 +5,11 @@ import multiprocessing
 import os
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from rich.console import Console
@@ -15,7 +17,7 @@ from rich.console import Console
 from concentration import preemption
 from concentration.errors import Preempted
 from concentration.pipeline.failures import describe_failures
-from concentration.pipeline.jobs import BUSY, LOG, Job, run_forked
+from concentration.pipeline.jobs import BUSY, LOG, OWN_EXIT_CODE, Job, run_forked
 from concentration.progress import build_bars, load_status
 from concentration.schema import Config
 from concentration.stages.run_directory import RunDirectory
@@ -41,6 +43,7 @@ class LocalLauncher:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(PRELOAD)
+        self._exit_codes = tempfile.TemporaryDirectory(prefix="concentration-")
 
     def run(self, jobs: Sequence[Job]) -> int:
         """Returns when all have finished, with the number of those whose results were not there before.
@@ -89,6 +92,8 @@ class LocalLauncher:
 
     def _start(self, job: Job) -> "_Running":
         frozen, earlier = job.freeze(), job.finished_at()
+        own_exit_code = Path(self._exit_codes.name, job.file_name)
+        own_exit_code.unlink(missing_ok=True)
         if job.resources.num_processes == 1:
             process = self._context.Process(target=run_forked, args=(frozen,), name=job.name)
             # The first begins the server, which must outlive a signal to all: it knows how jobs end.
@@ -97,8 +102,9 @@ class LocalLauncher:
         else:
             # SIGTERM is for torchrun, which passes it on; of these it would die, and leave its processes behind.
             with open(job.file(LOG), "ab") as log, preemption.left_to_parent(signal.SIGUSR1, signal.SIGUSR2):
-                process = subprocess.Popen(job.command(), stdout=log, stderr=subprocess.STDOUT)
-        return _Running(job, process, time.monotonic(), earlier)
+                environment = {**os.environ, OWN_EXIT_CODE: str(own_exit_code)}
+                process = subprocess.Popen(job.command(), stdout=log, stderr=subprocess.STDOUT, env=environment)
+        return _Running(job, process, time.monotonic(), earlier, own_exit_code)
 
 
 def _is_held(job: Job, look_at: dict[str, float]) -> bool:
@@ -117,6 +123,7 @@ class _Running:
     process: "multiprocessing.Process | subprocess.Popen"
     started: float
     earlier: int | None
+    own_exit_code: Path
     is_told: bool = False
 
     def tell_to_stop(self) -> None:
@@ -133,7 +140,8 @@ class _Running:
         """The exit code, negative for a signal, or None while it runs."""
         if isinstance(self.process, subprocess.Popen):
             code = self.process.poll()
-            return self.job.exit_code() or code if code else code  # torchrun has a code of its own for every end
+            # torchrun has a code of its own for every end, and the job's file is also that of another run's same job
+            return int(self.own_exit_code.read_text()) if code and self.own_exit_code.exists() else code
         return self.process.exitcode
 
 
