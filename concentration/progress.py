@@ -12,6 +12,7 @@ import rich.progress
 from rich.console import Console
 
 from concentration.errors import DataError, Preempted
+from concentration.files import write_atomically
 from concentration.preemption import stop_if_asked
 
 #: Seconds between two writes of the status file, and between two lines where there is no terminal.
@@ -103,8 +104,6 @@ class Progress:
                 "started": self._started,
                 "updated": time.time(),
             }
-            from concentration.targets import write_atomically  # imports torch, which `predict` does without
-
             write_atomically(self._directory / STATUS_FILE, status)
 
 

@@ -3,24 +3,18 @@
 Shapes: B batch, K kept classes, V classes of one vertical, C all classes, M verticals, R rows of a shard, N records.
 """
 
-import contextlib
-import json
-import os
-import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
-import safetensors
-import safetensors.numpy
 import torch
 from torch import Tensor
 
+from concentration.array_files import compute_checksum, map_arrays, save_arrays
 from concentration.errors import DataError
 from concentration.packed_targets import SHORT_VIEW_BYTES, VIEW_BYTES, PackedLayout, pack, unpack
-from concentration.schema import parse_json
 
 #: How stored targets are written.
 Codec = Literal["plain", "packed"]
@@ -134,8 +128,7 @@ class TargetRecords:
         arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
         metadata = {"codec": codec, "vertical_size": str(vertical_size), "num_kept": str(self.index.shape[1])}
         metadata["crc32"] = compute_checksum(arrays)
-        content = safetensors.numpy.save(arrays, metadata)
-        write_atomically(path, sort_metadata(content))
+        save_arrays(path, arrays, metadata)
 
 
 def count_target_bytes(codec: Codec, vertical_size: int, top_k: int, num_rows: int, num_views: int) -> int:
@@ -254,154 +247,3 @@ class TargetFile:
             raise ValueError("a probability lies outside [0, 1]")
         if not ((tail >= 0) & np.isfinite(tail)).all():
             raise ValueError("a tail mass is negative or not finite")
-
-
-def sort_metadata(content: bytes) -> bytes:
-    """The safetensors file `content` with its metadata in the order of their keys.
-
-    NOTE: the library writes them in an order that changes from run to run; but files are known by their hash, so the same
-    arrays must give the same bytes.
-    """
-    stop = 8 + int.from_bytes(content[:8], "little")
-    return content[:8] + _sort_header(content[8:stop]) + content[stop:]
-
-
-def sort_metadata_of_file(path: Path) -> None:
-    """`sort_metadata` in place, without reading the arrays."""
-    with open(path, "r+b") as file:
-        header = file.read(int.from_bytes(file.read(8), "little"))
-        file.seek(8)
-        file.write(_sort_header(header))
-
-
-def _sort_header(header: bytes) -> bytes:
-    entries = json.loads(header)
-    entries["__metadata__"] = dict(sorted(entries["__metadata__"].items()))
-    text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode().ljust(len(header))
-    assert len(text) == len(header), "the library writes its header in another form than this"
-    return text
-
-
-def load_arrays(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
-    """Reads named arrays of a safetensors file.
-
-    Raises:
-        DataError: the file is missing or damaged, or lacks one of them.
-    """
-    _, arrays = map_arrays(path)
-    missing = [name for name in names if name not in arrays]
-    if missing:
-        raise DataError(f"{path}: lacks {', '.join(missing)}, found {list(arrays)}; run the step that writes it again")
-    return {name: np.array(arrays[name]) for name in names}
-
-
-def map_arrays(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
-    """The header and the arrays of a safetensors file, memory-mapped.
-
-    Raises:
-        DataError: the file is missing or damaged.
-    """
-    metadata = load_metadata(path)  # the library checks the header, and that the arrays fill the file
-    content = np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))
-    start = 8 + int.from_bytes(content[:8].tobytes(), "little")
-    header = parse_json(content[8:start].tobytes(), str(path))
-    header.pop("__metadata__", None)
-    arrays = {}
-    for name, entry in header.items():
-        if entry["dtype"] not in _DTYPES:
-            raise DataError(
-                f"{path}: {name!r} is {entry['dtype']}, expected one of {', '.join(_DTYPES)}; make it again"
-            )
-        first, last = entry["data_offsets"]
-        flat = content[start + first : start + last].view(_DTYPES[entry["dtype"]])
-        try:
-            arrays[name] = flat.reshape(entry["shape"])
-        except ValueError as error:  # an empty array with sides that numpy has not
-            raise DataError(f"{path}: damaged ({name!r}: {error}); make it again") from None
-    return metadata, arrays
-
-
-_DTYPES = {
-    "BOOL": np.bool_,
-    "U8": np.uint8,
-    "U16": np.uint16,
-    "U32": np.uint32,
-    "U64": np.uint64,
-    "I32": np.int32,
-    "I64": np.int64,
-    "F16": np.float16,
-    "F32": np.float32,
-}
-
-
-def load_metadata(path: Path) -> dict[str, str]:
-    """The header of a safetensors file.
-
-    Raises:
-        DataError: the file is missing or damaged.
-    """
-    try:
-        with safetensors.safe_open(path, framework="numpy") as file:
-            return file.metadata() or {}
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file; the step that writes it has not finished: run it again") from None
-    except safetensors.SafetensorError as error:
-        reason = " ".join(str(error).split())  # it quotes the file
-        raise DataError(f"{path}: damaged ({reason}); delete it and run the step that writes it again") from None
-
-
-def compute_checksum(arrays: Mapping[str, np.ndarray]) -> str:
-    """8 hex digits, of the arrays' names, types and shapes, too: two arrays of one size may change places."""
-    checksum = 0
-    for name, array in sorted(arrays.items()):
-        checksum = zlib.crc32(f"{name} {array.dtype.str} {array.shape}".encode(), checksum)
-        checksum = zlib.crc32(array, checksum)
-    return f"{checksum:08x}"
-
-
-def write_atomically(path: Path, content: bytes | str | Mapping) -> None:
-    """Writes bytes, text or a mapping as JSON so that a reader, or a crash, meets the old file or the new, never a half."""
-    if isinstance(content, Mapping):
-        content = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-    if isinstance(content, str):
-        content = content.encode()
-    with replacing(path) as temporary:
-        temporary.write_bytes(content)
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Gives another path to write to; when that is done, it takes the place of `path`, whole and safe on the disk.
-
-    Raises:
-        DataError: it cannot be written; the old file is as it was.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, safetensors.SafetensorError) as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise _cannot_be_written(path, error) from None
-
-
-def append_text(path: Path, text: str) -> None:
-    """Adds text to the end of a file.
-
-    Raises:
-        DataError: it cannot be written; a part of the text may be there.
-    """
-    try:
-        with open(path, "a") as file:
-            file.write(text)
-    except OSError as error:
-        raise _cannot_be_written(path, error) from None
-
-
-def _cannot_be_written(path: Path, error: Exception) -> DataError:
-    reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-    return DataError(f"{path}: cannot be written ({reason}); free space or correct the permissions")

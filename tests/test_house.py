@@ -18,7 +18,9 @@ PACKAGE = Path(concentration.__file__).parent
 FLOORS = {
     "": 0,  # concentration/__init__.py
     "errors": 0,
+    "array_files": 1,
     "distributed": 1,
+    "files": 1,
     "label_mix": 1,
     "packed_targets": 1,
     "preemption": 1,
@@ -62,6 +64,8 @@ PLACES = {
 
 CORE = {
     "errors",
+    "files",
+    "array_files",
     "schema",
     "taxonomy",
     "targets",

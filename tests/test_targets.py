@@ -1,10 +1,8 @@
 """Soft targets: what top-K keeps and leaves out, and files that come back exactly or are refused by name."""
 
-import contextlib
 import dataclasses
 import json
 import mmap
-import os
 from pathlib import Path
 
 import numpy as np
@@ -14,17 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from concentration.array_files import load_arrays, load_metadata
 from concentration.errors import DataError
-from concentration.targets import (
-    SoftTargets,
-    TargetFile,
-    TargetRecords,
-    count_target_bytes,
-    keep_top_k,
-    load_arrays,
-    load_metadata,
-    write_atomically,
-)
+from concentration.targets import SoftTargets, TargetFile, TargetRecords, count_target_bytes, keep_top_k
 
 
 def make_records(**changes: np.ndarray) -> TargetRecords:
@@ -289,25 +279,6 @@ def test_arrays_that_changed_places_are_noticed(tmp_path):
         TargetFile(path, 10, 2).verify()
 
 
-@pytest.mark.parametrize(
-    ("entry", "num_bytes", "message"),
-    [
-        ({"dtype": "U16", "shape": [0, 2**63], "data_offsets": [0, 0]}, 0, r"damaged \('a\\nb': "),
-        ({"dtype": "U16", "shape": [1] * 80, "data_offsets": [0, 2]}, 2, r"damaged \('a\\nb': "),
-        ({"dtype": "F8_E4M3", "shape": [2], "data_offsets": [0, 2]}, 2, r"'a\\nb' is F8_E4M3, expected"),
-        ({"dtype": "BF16", "shape": [1], "data_offsets": [0, 2]}, 2, r"'a\\nb' is BF16, expected"),
-        ({"dtype": "new\n", "shape": [1], "data_offsets": [0, 2]}, 2, "damaged"),
-    ],
-)
-def test_arrays_that_numpy_has_not_are_refused_in_one_line(tmp_path, entry, num_bytes, message):
-    path = tmp_path / "x.safetensors"
-    header = json.dumps({"a\nb": entry}).encode()
-    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(num_bytes))
-    with pytest.raises(DataError, match=message) as caught:
-        load_arrays(path, ["a\nb"])
-    assert "\n" not in str(caught.value)
-
-
 def test_a_file_without_a_checksum_is_refused(tmp_path):
     path = save(tmp_path, make_records())
     arrays = load_arrays(path, ("row", "index", "probability", "tail"))
@@ -315,47 +286,6 @@ def test_a_file_without_a_checksum_is_refused(tmp_path):
     safetensors.numpy.save_file(arrays, path, metadata)
     with pytest.raises(DataError, match="None when it was written"):
         TargetFile(path, 10, 2).verify()
-
-
-@pytest.mark.parametrize("stops_in", ["fsync", "replace"])
-@pytest.mark.parametrize("interruption", [KeyboardInterrupt(), OSError(28, "No space left on device")])
-def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch, stops_in, interruption):
-    path = save(tmp_path, make_records())
-
-    def stop(*_):
-        raise interruption
-
-    monkeypatch.setattr(os, stops_in, stop)
-    with contextlib.suppress(KeyboardInterrupt, DataError):
-        make_records(tail=np.ones(3, np.float16)).save(path, "plain", 10)
-        pytest.fail("the write was not interrupted")
-    monkeypatch.undo()
-    np.testing.assert_array_equal(read_all(path)[2], make_records().tail)
-    make_records(tail=np.ones(3, np.float16)).save(path, "plain", 10)
-    np.testing.assert_array_equal(read_all(path)[2], [1, 1, 1])
-    assert [file.name for file in tmp_path.iterdir()] == ["train-000000.safetensors"]  # no litter
-
-
-def test_a_write_that_the_system_refuses_is_an_error_that_says_why(tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("in the way")
-    with pytest.raises(DataError, match=r"x\.json: cannot be written \((File exists|Not a directory)\)"):
-        write_atomically(tmp_path / "file" / "x.json", {})
-
-    def fail(_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(DataError, match=r"x\.json: cannot be written \(No space left on device\); free space"):
-        write_atomically(tmp_path / "x.json", {"a": 1})
-    assert [file.name for file in tmp_path.iterdir()] == ["file"]  # no half file, and no temporary one
-
-
-def test_bytes_text_and_mappings_are_written_into_new_directories(tmp_path):
-    for content, expected in ((b"\x00\xff", b"\x00\xff"), ("größe", "größe".encode())):
-        write_atomically(tmp_path / "new" / "deep" / "file", content)
-        assert (tmp_path / "new" / "deep" / "file").read_bytes() == expected
-    write_atomically(tmp_path / "file.json", {"a": ["größe"]})
-    assert json.loads((tmp_path / "file.json").read_text()) == {"a": ["größe"]}
 
 
 @pytest.mark.parametrize("codec", ["plain", "packed"])

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from concentration.errors import DataError
+from concentration.files import write_atomically
 from concentration.schema import MAX_NAME_BYTES
-from concentration.targets import write_atomically
 from concentration.taxonomy import Taxonomy, TaxonomyClass
 
 

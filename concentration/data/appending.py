@@ -16,7 +16,7 @@ from concentration.data.index import ShardIndex
 from concentration.data.sources.source import Item
 from concentration.data.splits import SPLITS, Split
 from concentration.errors import DataError
-from concentration.targets import write_atomically
+from concentration.files import write_atomically
 from concentration.taxonomy import Taxonomy
 
 _FILE = "appending.json"

@@ -8,14 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import save
 
+from concentration.array_files import load_arrays, load_metadata, save_arrays
 from concentration.data.decoding import UNDECODABLE
 from concentration.data.index import ShardIndex, Split
 from concentration.data.near_duplicates import hash_image
 from concentration.data.shard_cache import ShardCache
 from concentration.errors import DataError
-from concentration.targets import load_arrays, load_metadata, write_atomically
 
 
 def hash_shard(index_path: Path, cache: ShardCache | None) -> None:
@@ -41,7 +40,7 @@ def hash_shard(index_path: Path, cache: ShardCache | None) -> None:
             found = None
         if found is not None:
             hash_S[row], is_hashed_S[row] = found, True
-    write_atomically(path, save({"hash": hash_S, "is_hashed": is_hashed_S}, {"index": shard.digest}))
+    save_arrays(path, {"hash": hash_S, "is_hashed": is_hashed_S}, {"index": shard.digest})
 
 
 def load_hashes(split: Split) -> tuple[np.ndarray, np.ndarray]:

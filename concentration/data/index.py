@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from safetensors.numpy import save
 
+from concentration.array_files import load_arrays, load_metadata, save_arrays
 from concentration.data.remote import Location, is_url, name_of
 from concentration.data.shard_members import LabelMember, walk_samples
 from concentration.errors import DataError
-from concentration.targets import load_arrays, load_metadata, sort_metadata, write_atomically
 from concentration.taxonomy import Taxonomy
 
 #: The indices of so many shards stay in memory: 50 bytes a sample.
@@ -80,7 +79,7 @@ class ShardIndex:
     def save(self, path: Path) -> None:
         arrays = {name: getattr(self, name) for name in _ARRAYS}
         header = {"path": str(self.path), "size_bytes": str(self.size_bytes), "digest": self.digest}
-        write_atomically(path, sort_metadata(save(arrays, header)))
+        save_arrays(path, arrays, header)
 
     @classmethod
     def load(cls, path: Path) -> "ShardIndex":

@@ -12,7 +12,7 @@ import numpy as np
 from concentration.data.index import ShardIndex
 from concentration.data.sources.source import Item, Source
 from concentration.errors import DataError
-from concentration.targets import replacing
+from concentration.files import replacing
 from concentration.taxonomy import Taxonomy
 
 #: In place of `.tar`.

@@ -23,8 +23,8 @@ import pydantic
 from concentration.data.index import ShardIndex, Split
 from concentration.data.remote import Remote, WrongContentError
 from concentration.errors import ConfigError, DataError
+from concentration.files import write_atomically
 from concentration.schema import Config, flatten, parse_config
-from concentration.targets import write_atomically
 
 #: Beside the indices: how the shards that they describe are reached.
 ACCESS_FILE = "access.json"

@@ -11,14 +11,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import safetensors.numpy
 import torch
 from torch import Tensor
 
+from concentration.array_files import load_arrays, load_metadata, save_arrays
 from concentration.errors import DataError
 from concentration.grouping.class_groups import NO_GROUP
 from concentration.grouping.kmeans import Centroids
-from concentration.targets import load_arrays, load_metadata, sort_metadata, write_atomically
 
 CENTROIDS_FILE = "centroids.safetensors"
 
@@ -57,7 +56,7 @@ class CentroidRouter:
     def save(self, path: Path) -> None:
         arrays = {"centroid": self.centroids.centroid_KD.cpu().numpy(), "price": self.centroids.price_K.cpu().numpy()}
         header = {"layer": self.layer, "normalise": str(self.normalise).lower(), "network": self.network}
-        write_atomically(path, sort_metadata(safetensors.numpy.save(arrays, header)))
+        save_arrays(path, arrays, header)
 
     @classmethod
     def load(cls, path: Path) -> "CentroidRouter":
@@ -80,7 +79,7 @@ def prepare_features(feature_BD: Tensor, normalise: bool) -> Tensor:
 
 def save_group_ids(path: Path, group_S: np.ndarray) -> None:
     """Writes the groups of one shard's samples, whole or not at all."""
-    write_atomically(path, safetensors.numpy.save({"group": group_S.astype(np.int32)}))
+    save_arrays(path, {"group": group_S.astype(np.int32)})
 
 
 def load_group_ids(

@@ -12,11 +12,11 @@ import pydantic
 import torch
 from torch import Tensor, nn
 
+from concentration.array_files import load_metadata
 from concentration.errors import ConfigError, DataError
 from concentration.networks.gater import Gater, GaterConfig, run_chosen
 from concentration.networks.student import NetworkConfig, Student, check_fit, load_tensors, save_tensors
 from concentration.schema import Config, parse_config, parse_json
-from concentration.targets import load_metadata
 
 #: Where a mixture's description stands in the header of its file.
 HEADER = "mixture"

@@ -13,7 +13,9 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from concentration.array_files import load_metadata, sort_metadata
 from concentration.errors import ConfigError, DataError
+from concentration.files import replacing
 from concentration.networks.auxiliary_classifier import AuxiliaryClassifier
 from concentration.networks.auxiliary_heads import AuxiliaryHeads, HeadsConfig
 from concentration.networks.bases.base_network import normalise_images
@@ -26,7 +28,7 @@ from concentration.objectives.fused_head import GradientTime, fused_loss_by_vert
 from concentration.objectives.sigmoid_cross_entropy import sigmoid_cross_entropy_by_vertical
 from concentration.objectives.softmax_cross_entropy import compute_log_odds, softmax_cross_entropy_by_vertical
 from concentration.schema import Config, parse_config, parse_json
-from concentration.targets import SoftTargets, load_metadata, replacing, sort_metadata_of_file
+from concentration.targets import SoftTargets
 
 #: `sigmoid`: classes are independent (Gao et al., Equations 1 and 2). `softmax`: they exclude each other, over all verticals.
 LossKind = Literal["sigmoid", "softmax"]
@@ -381,7 +383,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str,
         safetensors.torch.save_file(tensors, temporary, dict(header))
         if temporary.stat().st_mode != mode:
             temporary.chmod(mode)  # safetensors lets nobody else read, whatever the umask, and teams share networks
-        sort_metadata_of_file(temporary)
+        sort_metadata(temporary)
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:

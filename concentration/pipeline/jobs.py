@@ -12,11 +12,11 @@ from typing import Literal
 
 from concentration import preemption
 from concentration.errors import Busy, ConcentrationError, Preempted, naming_full_memory
+from concentration.files import write_atomically
 from concentration.processes import end_with_parent
 from concentration.schema import parse_config
 from concentration.stages.run_directory import StageConfig
 from concentration.stages.verbs import STAGE_VERBS
-from concentration.targets import write_atomically
 
 #: In the working directory: the frozen configs, logs and exit codes of a run's jobs. Not in the stages' own directories, which
 #: `overwrite` clears, and then nothing could be started again.

@@ -8,9 +8,9 @@ from pathlib import Path
 import pydantic
 
 from concentration.errors import ConfigError, DataError
+from concentration.files import write_atomically
 from concentration.pipeline.jobs import JOBS, Job
 from concentration.schema import Config, parse_config, parse_json
-from concentration.targets import write_atomically
 
 JOBS_FILE = "jobs.json"
 

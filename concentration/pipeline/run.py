@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from concentration.errors import DataError
+from concentration.files import write_atomically
 from concentration.pipeline.compare import COMPARED, GENERALIST
 from concentration.pipeline.dry_run import print_dry_run, print_submitted
 from concentration.pipeline.graph import (
@@ -33,7 +34,6 @@ from concentration.stages.prepare_needs import check_needs
 from concentration.stages.report import COMMAND_FILE, REPORT
 from concentration.stages.report_headline import find_unmeasured
 from concentration.stages.run_directory import describe_lost
-from concentration.targets import write_atomically
 from concentration.taxonomy import Taxonomy
 
 __all__ = ["RunConfig", "run", "run_together"]

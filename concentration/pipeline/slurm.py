@@ -15,6 +15,7 @@ import pydantic
 
 from concentration import preemption
 from concentration.errors import ConfigError, Preempted
+from concentration.files import write_atomically
 from concentration.pipeline.failures import describe_failures
 from concentration.pipeline.jobs import CANCELLED, FROZEN, JOBS, Job, Resources, load_frozen
 from concentration.pipeline.records import JobRecords, load_records, record_jobs
@@ -22,7 +23,6 @@ from concentration.pipeline.slurm_queue import QueuedJob, cancel_jobs, load_queu
 from concentration.pipeline.states import find_states
 from concentration.schema import Config
 from concentration.stages.run_directory import RunDirectory
-from concentration.targets import write_atomically
 
 #: In `jobs/`: what is submitted.
 SCRIPT_FILE = "job.sh"

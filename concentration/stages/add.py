@@ -15,6 +15,7 @@ import pydantic
 import torch
 
 from concentration import distributed
+from concentration.array_files import load_metadata
 from concentration.data.index import Split, load_split
 from concentration.data.order import permutation
 from concentration.errors import ConfigError
@@ -35,7 +36,6 @@ from concentration.stages.targets import TARGETS, SoftTargetsConfig, TargetsConf
 from concentration.stages.teacher import TEACHERS, TeacherConfig, teacher
 from concentration.stages.teacher_gate import GateConfig, measure_vertical
 from concentration.stages.train_network import NETWORK_FILE, Task, TrainingStageConfig, train_from_here
-from concentration.targets import load_metadata
 from concentration.taxonomy import Taxonomy
 from concentration.training.configs import TrainerConfig
 from concentration.training.optimizers import OptimizerConfig

@@ -13,6 +13,7 @@ import pydantic
 
 from concentration.data.index import Split, load_split
 from concentration.errors import ConfigError
+from concentration.files import write_atomically
 from concentration.metrics.calibration import (
     Answers,
     Form,
@@ -35,7 +36,6 @@ from concentration.stages.evaluate import SubjectConfig, find_checkpoint, is_mod
 from concentration.stages.prepare import SHARDS, DataOverrides, load_prepared
 from concentration.stages.run_directory import RunDirectory
 from concentration.stages.subject import Subject
-from concentration.targets import write_atomically
 from concentration.taxonomy import Taxonomy
 
 CALIBRATIONS = "calibrations"

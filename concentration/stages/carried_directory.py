@@ -11,20 +11,20 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
-import safetensors.numpy
 
+from concentration.array_files import compute_checksum, map_arrays, save_arrays
 from concentration.data.index import ShardIndex, Split, load_split
 from concentration.data.regrouped_index import find_kept_rows, map_positions, regroup_index
 from concentration.data.sample_targets import load_manifest
 from concentration.data.shard_cache import ACCESS_FILE
 from concentration.data.splits import SPLITS
 from concentration.errors import ConfigError, DataError
+from concentration.files import write_atomically
 from concentration.schema import hash_values
 from concentration.stages.carried_targets import link_file
 from concentration.stages.prepare import SHARDS, count_samples
 from concentration.stages.run_directory import RunDirectory
 from concentration.stages.verbs import write_command
-from concentration.targets import compute_checksum, map_arrays, sort_metadata, write_atomically
 from concentration.taxonomy import Taxonomy
 
 
@@ -124,9 +124,7 @@ def _carry_file(source: Path, destination: Path, earlier_row: np.ndarray, num_sa
         raise DataError(f"{source}: damaged (its checksum is another than when it was written); make the targets again")
     row = np.searchsorted(earlier_row, arrays["row"]).astype(arrays["row"].dtype)
     arrays = {**arrays, "row": row}
-    header = {**metadata, "crc32": compute_checksum(arrays)}
-    content = safetensors.numpy.save({name: np.ascontiguousarray(array) for name, array in arrays.items()}, header)
-    write_atomically(destination, sort_metadata(content))
+    save_arrays(destination, arrays, {**metadata, "crc32": compute_checksum(arrays)})
 
 
 @contextlib.contextmanager

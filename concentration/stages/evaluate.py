@@ -10,14 +10,15 @@ from typing import Annotated, Literal
 
 import numpy as np
 import pydantic
-import safetensors.numpy
 from torch import Tensor
 
+from concentration.array_files import load_arrays, load_metadata, save_arrays
 from concentration.data.crops import NumCrops
 from concentration.data.index import Split, describe_missing_split, load_split
 from concentration.data.mapped_labels import load_class_map, map_labels
 from concentration.distributed import choose_device
 from concentration.errors import ConfigError, DataError
+from concentration.files import write_atomically
 from concentration.metrics.agreement import LeafAnswers, select_leaf_answers
 from concentration.metrics.ensembles import Combination
 from concentration.metrics.evaluation import Evaluator, measure_kept_bytes
@@ -34,7 +35,6 @@ from concentration.stages.student import STUDENTS
 from concentration.stages.subject import Subject
 from concentration.stages.teacher import TEACHERS, identify_teachers, load_teachers
 from concentration.stages.train_network import load_network
-from concentration.targets import load_arrays, load_metadata, write_atomically
 from concentration.taxonomy import Taxonomy
 
 EVALUATIONS = "evaluations"
@@ -331,8 +331,7 @@ def _sum_known(numbers: Iterable[int | None]) -> int | None:
 
 def save_answers(path: Path, answers: LeafAnswers, data: str) -> None:
     """Keeps what a network answered about each sample of the split with this fingerprint, for comparisons with others."""
-    content = safetensors.numpy.save(answers.arrays(), {"data": data})
-    write_atomically(path / ANSWERS_FILE, content)
+    save_arrays(path / ANSWERS_FILE, answers.arrays(), {"data": data})
 
 
 def load_answers(workdir: Path, name: str) -> tuple[LeafAnswers, str] | None:
@@ -350,5 +349,5 @@ def _save_scores(config: EvaluateConfig, subject: Subject, ordinals: np.ndarray,
     for row, ordinal in enumerate(ordinals):
         label_NC[row, subject.labels(int(ordinal))] = 1
     ids = {"class_ids": "\n".join(taxonomy.class_of_output(output).id for output in range(taxonomy.num_classes))}
-    content = safetensors.numpy.save({"scores": scores_NC, "labels": label_NC}, ids)
-    write_atomically(config.output.with_name(f"{config.output.name}.safetensors"), content)
+    path = config.output.with_name(f"{config.output.name}.safetensors")
+    save_arrays(path, {"scores": scores_NC, "labels": label_NC}, ids)

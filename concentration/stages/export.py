@@ -13,6 +13,7 @@ from concentration.data.loader import SampleReader
 from concentration.data.order import permutation
 from concentration.data.sample_targets import LabelTargets
 from concentration.errors import ConfigError
+from concentration.files import write_atomically
 from concentration.networks.classifier import Exportable
 from concentration.progress import Progress
 from concentration.schema import FolderName, parse_json
@@ -59,7 +60,6 @@ from concentration.stages.report_values import as_mapping
 from concentration.stages.run_directory import RunDirectory, StageConfig
 from concentration.stages.student import STUDENTS
 from concentration.stages.train_network import load_network
-from concentration.targets import write_atomically
 from concentration.taxonomy import Taxonomy
 
 

@@ -19,9 +19,9 @@ from onnx import helper, numpy_helper
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from concentration.files import replacing
 from concentration.networks.classifier import Exportable
 from concentration.serving.export_folder import FEATURES, IMAGES, LOGITS
-from concentration.targets import replacing
 
 #: One protobuf file holds at most 2 GiB; above this the weights lie in a file beside it, NAME.data.
 _MOST_INSIDE_BYTES = 3 * 2**29

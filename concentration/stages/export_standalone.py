@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import concentration
-from concentration.targets import write_atomically
+from concentration.files import write_atomically
 
 STANDALONE_FILE = "predict.pyz"
 #: What has to be installed for it; faiss-cpu beside them for neighbours.

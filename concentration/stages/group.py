@@ -8,6 +8,7 @@ import pydantic
 from concentration import distributed
 from concentration.data.index import load_split
 from concentration.data.splits import SPLITS
+from concentration.files import write_atomically
 from concentration.grouping.class_groups import ClassGroups
 from concentration.schema import FolderName
 from concentration.stages.group_classes import (
@@ -24,7 +25,6 @@ from concentration.stages.run_directory import RunDirectory, StageConfig, hash_f
 from concentration.stages.sample_stream import SampleStream
 from concentration.stages.student import STUDENTS
 from concentration.stages.train_network import load_network
-from concentration.targets import write_atomically
 from concentration.taxonomy import Taxonomy
 
 #: In `groupings/NAME/`: the groups of classes, to be read and to be looked at.

@@ -18,6 +18,7 @@ from concentration.data.index import load_split
 from concentration.data.order import SequentialOrder
 from concentration.data.sample_targets import LabelTargets
 from concentration.errors import ConfigError, DataError
+from concentration.files import write_atomically
 from concentration.grouping.sample_groups import CentroidRouter
 from concentration.metrics.gater_quality import GaterQuality, measure_gater
 from concentration.networks.cost import without_pretrained
@@ -43,7 +44,6 @@ from concentration.stages.train_network import (
     load_network,
     train_built_network,
 )
-from concentration.targets import write_atomically
 from concentration.taxonomy import Taxonomy
 from concentration.training.configs import LoggerConfig, TrainerConfig
 from concentration.training.optimizers import OptimizerConfig

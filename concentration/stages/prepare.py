@@ -26,6 +26,7 @@ from concentration.data.sources.webdataset_shards import ShardsConfig, load_shar
 from concentration.data.splits import SPLITS, Assignment, assign_splits
 from concentration.data.views import Share, ViewConfig
 from concentration.errors import ConfigError, DataError
+from concentration.files import write_atomically
 from concentration.progress import Progress
 from concentration.schema import Config, parse_config
 from concentration.stages.prepare_given_shards import (
@@ -49,7 +50,6 @@ from concentration.stages.prepare_summary import draw_summary, summarise_splits
 from concentration.stages.report_values import as_mapping
 from concentration.stages.run_directory import RunDirectory, StageConfig
 from concentration.stages.task_pool import run_tasks
-from concentration.targets import write_atomically
 from concentration.taxonomy import Taxonomy
 
 SHARDS = "shards"

@@ -11,8 +11,8 @@ from pathlib import Path
 from concentration.data.appending import Before
 from concentration.data.sources.source import Item
 from concentration.errors import DataError
+from concentration.files import write_atomically
 from concentration.stages.run_directory import RunDirectory
-from concentration.targets import write_atomically
 from concentration.taxonomy import Taxonomy
 
 #: In `shards/`: a hash of what was to be done when the stage was begun.

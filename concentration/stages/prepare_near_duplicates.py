@@ -19,9 +19,9 @@ from concentration.data.index import Split
 from concentration.data.near_duplicates import HASH_BITS, NearDuplicates, WholeImage, find_near_duplicates
 from concentration.data.shard_cache import load_cache
 from concentration.data.views import decode_view
+from concentration.files import write_atomically
 from concentration.progress import Progress
 from concentration.stages.task_pool import run_tasks
-from concentration.targets import write_atomically
 
 #: In `shards/`: the pairs, and the first of them side by side.
 PAIRS_TABLE, PAIRS_PICTURE = "near_duplicates.csv", "near_duplicates.png"

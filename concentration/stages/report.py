@@ -13,6 +13,7 @@ import torch
 
 import concentration
 from concentration.errors import ConfigError
+from concentration.files import write_atomically
 from concentration.metrics.agreement import compare_in_verticals, compare_overall
 from concentration.schema import FolderName, parse_json
 from concentration.stages.calibrate import CALIBRATIONS
@@ -26,7 +27,6 @@ from concentration.stages.student import STUDENTS
 from concentration.stages.targets import TARGETS
 from concentration.stages.teacher import TEACHERS
 from concentration.stages.teacher_gate import GATES
-from concentration.targets import write_atomically
 from concentration.training.metrics_file import load_metrics
 
 REPORT = "report"

@@ -12,9 +12,9 @@ from typing import Any, ClassVar, Literal
 
 from concentration.distributed import from_rank_zero, rank
 from concentration.errors import Busy, ConcentrationError, ConfigError, DataError
+from concentration.files import write_atomically
 from concentration.progress import STATUS_FILE
 from concentration.schema import Config, flatten, hash_values, parse_json
-from concentration.targets import write_atomically
 
 #: What every file of a run holds at least, and of which type.
 _KEYS: Mapping[str, Mapping[str, type]] = {

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from concentration.array_files import load_metadata
 from concentration.data.index import Split
 from concentration.errors import ConfigError
 from concentration.networks.student import Student, load_student
@@ -11,7 +12,6 @@ from concentration.stages.carried_targets import count_earlier_shards, find_earl
 from concentration.stages.run_directory import RunDirectory, hash_file
 from concentration.stages.student import STUDENTS, LearningConfig
 from concentration.stages.train_network import NETWORK_FILE
-from concentration.targets import load_metadata
 from concentration.taxonomy import Taxonomy
 
 

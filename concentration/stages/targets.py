@@ -17,6 +17,7 @@ import torch
 from concentration.data.index import Split, load_split
 from concentration.data.views import INTERPOLATION, ViewConfig, describe_decoder
 from concentration.distributed import choose_device
+from concentration.files import write_atomically
 from concentration.progress import Progress
 from concentration.schema import Config, FolderName
 from concentration.stages.prepare import SHARDS, DataOverrides, load_prepared
@@ -27,7 +28,7 @@ from concentration.stages.teacher_gate import GateConfig, check_teacher
 from concentration.stages.train_network import load_network
 from concentration.stages.verbs import write_command
 from concentration.stages.verify_targets import verify_targets
-from concentration.targets import Codec, TargetRecords, keep_top_k, write_atomically
+from concentration.targets import Codec, TargetRecords, keep_top_k
 
 TARGETS = "targets"
 

@@ -11,8 +11,10 @@ from typing import Literal
 import numpy as np
 import pydantic
 
+from concentration.array_files import load_metadata
 from concentration.data.index import Split, load_split
 from concentration.errors import ConfigError, DataError
+from concentration.files import write_atomically
 from concentration.metrics.average_precision import mean_average_precision
 from concentration.metrics.evaluation import Evaluator
 from concentration.networks.classifier import Classifier
@@ -23,7 +25,6 @@ from concentration.stages.run_directory import RunDirectory
 from concentration.stages.subject import Subject
 from concentration.stages.teacher import TEACHERS
 from concentration.stages.train_network import NETWORK_FILE, load_network
-from concentration.targets import load_metadata, write_atomically
 from concentration.taxonomy import Taxonomy
 from concentration.training.loggers import load_metrics
 

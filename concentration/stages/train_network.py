@@ -13,6 +13,7 @@ import pydantic
 import torch
 
 from concentration import distributed
+from concentration.array_files import load_metadata
 from concentration.data.index import Split, load_split
 from concentration.data.loader import SampleReader
 from concentration.data.order import ClassBalancedOrder, Order, WindowOrder
@@ -32,7 +33,6 @@ from concentration.networks.top_layers import TopConfig
 from concentration.schema import Config
 from concentration.stages.prepare import SHARDS, DataOverrides, PreparedData
 from concentration.stages.run_directory import HOW_TO_GROW, NETWORK_FILE, RunDirectory, StageConfig, hash_file
-from concentration.targets import load_metadata
 from concentration.taxonomy import Taxonomy
 from concentration.training.configs import LoggerConfig, TrainerConfig
 from concentration.training.optimizers import OptimizerConfig

@@ -11,10 +11,11 @@ import torch
 from concentration.data.index import Split
 from concentration.data.sample_targets import load_manifest
 from concentration.errors import DataError
+from concentration.files import write_atomically
 from concentration.metrics.evaluation import Evaluator
 from concentration.progress import Progress
 from concentration.stages.teacher_answers import TeacherAnswers
-from concentration.targets import TargetFile, keep_top_k, write_atomically
+from concentration.targets import TargetFile, keep_top_k
 
 #: Worse than this is no rounding: float16 and the packed codec keep probabilities to 0.02, and swap near-equal classes.
 _LEAST_AGREEMENT, _MOST_DIFFERENCE = 0.95, 0.01

@@ -15,8 +15,8 @@ from concentration.data.index import Split
 from concentration.data.loader import Batch, explain_skipped
 from concentration.distributed import broadcast_flag, gather_objects, sum_over_ranks
 from concentration.errors import DataError, DivergedError, Preempted
+from concentration.files import append_text
 from concentration.progress import Progress
-from concentration.targets import append_text
 from concentration.training.checkpoints import CheckpointDirectory
 from concentration.training.module import StudentModule
 

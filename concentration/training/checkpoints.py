@@ -15,8 +15,8 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from concentration.distributed import from_rank_zero, sum_over_ranks, wait_for_all
 from concentration.errors import DataError
+from concentration.files import write_atomically
 from concentration.networks.student import Student
-from concentration.targets import write_atomically
 from concentration.training.head_files import DAMAGES, check_head, load_head, load_verified, remove_heads, save_head
 
 

@@ -25,9 +25,9 @@ from torch import Tensor
 
 from concentration import distributed
 from concentration.errors import DataError
+from concentration.files import write_atomically
 from concentration.networks.head_plan import Part
 from concentration.networks.student import Student
-from concentration.targets import write_atomically
 
 #: What reading a damaged file of `torch.save` raises.
 DAMAGES = (RuntimeError, OSError, EOFError, KeyError, ValueError, pickle.UnpicklingError)

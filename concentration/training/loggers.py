@@ -9,7 +9,7 @@ from pathlib import Path
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from concentration.targets import append_text, write_atomically
+from concentration.files import append_text, write_atomically
 from concentration.training.configs import LoggerConfig
 from concentration.training.metrics_file import METRICS_FILE, load_metrics, step_of_line
 

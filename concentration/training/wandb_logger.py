@@ -16,7 +16,7 @@ from urllib.parse import urlparse
 import wandb
 from lightning.pytorch.loggers import Logger
 
-from concentration.targets import write_atomically
+from concentration.files import write_atomically
 
 ID_FILE = "wandb.json"
 STEP = "trainer/global_step"

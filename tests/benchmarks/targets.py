@@ -19,11 +19,12 @@ from concentration.data.loader import SampleReader, StepBatches
 from concentration.data.order import WindowOrder
 from concentration.data.sample_targets import LabelTargets, SampleTargets, StoredTargets
 from concentration.data.views import INTERPOLATION, ViewConfig
+from concentration.files import write_atomically
 from concentration.networks.bases.small import SmallBaseConfig
 from concentration.networks.pace import PaceConfig
 from concentration.networks.student import NetworkConfig, Student
 from concentration.networks.top_layers import TopConfig
-from concentration.targets import Codec, TargetRecords, write_atomically
+from concentration.targets import Codec, TargetRecords
 from concentration.taxonomy import Taxonomy, TaxonomyClass
 
 NUM_VERTICALS, VERTICAL_SIZE, NUM_KEPT = 20, 500, 100

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 
 import concentration.networks.student
+from concentration.array_files import load_metadata
 from concentration.errors import ConfigError, DataError
 from concentration.networks.bases import TimmConfig
 from concentration.networks.bases.small import SmallBase, SmallBaseConfig
 from concentration.networks.student import NetworkConfig, Student, load_student, save_tensors
 from concentration.objectives.sigmoid_cross_entropy import sigmoid_cross_entropy
 from concentration.schema import parse_config
-from concentration.targets import SoftTargets, load_metadata
+from concentration.targets import SoftTargets
 
 VERTICALS = {"birds": 5, "cars": 3, "dishes": 4}
 C = 12

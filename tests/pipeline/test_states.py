@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from concentration.errors import DataError
+from concentration.files import write_atomically
 from concentration.pipeline.records import JobRecord, JobRecords, load_records
 from concentration.pipeline.slurm_queue import QueuedJob
 from concentration.pipeline.states import find_states
-from concentration.targets import write_atomically
 
 NOT_A_PROCESS = 2**22 + 1
 

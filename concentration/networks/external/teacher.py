@@ -13,11 +13,11 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from concentration.errors import ConfigError, DataError
+from concentration.files import write_atomically
 from concentration.networks.external import ExternalConfig, ExternalModel, build_external_model
 from concentration.networks.external.class_map import ClassMap, check_outputs, check_softmax_is_left, load_class_ids
 from concentration.networks.external.model import one_line
 from concentration.schema import parse_json
-from concentration.targets import write_atomically
 from concentration.taxonomy import Taxonomy
 
 #: In the teacher's directory: its config and the class of each output; and beside it the folder of the model's own files.

@@ -14,11 +14,11 @@ import safetensors.torch
 from torch import Tensor, nn
 
 from concentration.errors import ConfigError, DataError
+from concentration.files import write_atomically
 from concentration.networks.bases.base_network import PerChannel, PerChannelPositive
 from concentration.networks.external.class_map import OutputKind
 from concentration.networks.external.model import Crop, ExternalModel, ExternalModelConfig, check_is_file, one_line
 from concentration.schema import suggest
-from concentration.targets import write_atomically
 
 
 class TimmModelConfig(ExternalModelConfig):

@@ -35,8 +35,8 @@ from concentration.data.sources.glyphs_100k.unicode_tables import (
     UnicodeTables,
 )
 from concentration.data.splits import SPLITS, Split
+from concentration.files import write_atomically
 from concentration.progress import Progress
-from concentration.targets import write_atomically
 
 #: Typefaces that are held out: no network trains on them.
 TEST_TYPEFACES = ("TW-Kai", "Noto Sans", "Noto Sans CJK", "BabelStone Han", "Noto Music")
