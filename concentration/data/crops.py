@@ -14,7 +14,7 @@ from PIL import Image
 
 from concentration.data.decoding import UNDECODABLE, decode_shrunk
 from concentration.data.index import Split
-from concentration.data.loader import ReadSamples, SampleReader
+from concentration.data.reader import ReadSamples, SampleReader
 from concentration.data.sample_targets import SampleTargets
 from concentration.packed_targets import VIEW_BYTES
 

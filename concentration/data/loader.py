@@ -6,11 +6,8 @@ Shapes: B samples of a rank's micro-batch, G samples of a global batch.
 import contextlib
 import multiprocessing
 import multiprocessing.util
-import os
-import zlib
 from collections.abc import Iterator
-from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,22 +15,14 @@ import torch.utils.data
 from torch import Tensor
 
 from concentration import preemption
-from concentration.data.decoding import UNDECODABLE, decode_shrunk, describe_undecodable
-from concentration.data.index import Split
 from concentration.data.loader_workers import kill, start_worker
 from concentration.data.order import Order
 from concentration.data.prefetch import Prefetch, check_room
-from concentration.data.sample_targets import LabelTargets, SampleTargets
-from concentration.data.shard_cache import ShardCache, load_cache
-from concentration.data.views import CentreView, View, ViewConfig, Views, decode_view, draw_views
+from concentration.data.reader import Reader
 from concentration.distributed import slice_of_rank
 from concentration.errors import ConcentrationError, DataError
-from concentration.packed_targets import VIEW_BYTES
 from concentration.processes import check_semaphores
 from concentration.targets import SoftTargets
-
-#: An image's bytes are read with others, until they are so many: see `SampleReader.read`.
-_READ_TOGETHER_BYTES = 2**18
 
 
 class Batch(NamedTuple):
@@ -60,190 +49,6 @@ class Batch(NamedTuple):
     random_BR: Tensor
     is_grey_B: Tensor
     global_count: int
-
-
-class ReadSamples(NamedTuple):
-    """Images (B, 3, H, W) uint8, targets, and (B,), (B, 13), (B, R), (B,): as in `Batch`."""
-
-    images: Tensor
-    targets: SoftTargets
-    skipped_B: Tensor
-    view_BV: Tensor
-    random_BR: Tensor
-    is_grey_B: Tensor
-
-
-class Reader(Protocol):
-    """Reads samples by ordinal, inside worker processes, too.
-
-    Attributes:
-        split: of the samples.
-        cache: of shards that lie elsewhere; None where all that is read is here.
-    """
-
-    split: Split
-    cache: ShardCache | None
-
-    def read(self, ordinals: np.ndarray, epoch: int) -> ReadSamples:
-        """The samples' images and targets in this epoch."""
-
-
-class SampleReader:
-    """Reads and decodes samples by ordinal; holds open files, which do not travel to worker processes.
-
-    Raises:
-        DataError: a shard cannot be read or fetched, or has changed since it was indexed.
-    """
-
-    def __init__(self, split: Split, targets: SampleTargets, image_size: int, views: ViewConfig | None, seed: int):
-        self.split = split
-        self._targets = targets
-        self._image_size = image_size
-        self._views = views
-        self._seed = seed
-        #: None where the shards lie on this machine.
-        self.cache = load_cache(split)
-        self._files: dict[int, int] = {}
-
-    def __getstate__(self):
-        return {**self.__dict__, "_files": {}}
-
-    def __del__(self):
-        for file in self._files.values():
-            os.close(file)
-
-    def read(self, ordinals: np.ndarray, epoch: int) -> ReadSamples:
-        """The samples' images and targets in this epoch."""
-        size = self._image_size
-        # As decoders give them: a transposing copy of each image would be the dearest step beside decoding small ones.
-        images = np.empty((len(ordinals), size, size, 3), dtype=np.uint8).transpose(0, 3, 1, 2)
-        views = self.choose_views(ordinals, epoch)
-        seen: list[View | None] = []
-        is_grey_B = np.ones(len(ordinals), dtype=bool)
-        # NOTE: decoding empties the processor's caches of everything else, so that what comes between two images takes
-        # several times as long as it does alone: hence the loop does no more than it must, and files are read in stretches.
-        for row, content in enumerate(self._read_stretches(ordinals)):
-            try:
-                images[row], view, is_grey_B[row] = decode_view(content, views, row, size)
-            except UNDECODABLE:
-                images[row], view = 0, None
-            seen.append(view)
-        skipped_B = np.array([view is None for view in seen], dtype=bool)
-        records = b"".join(bytes(VIEW_BYTES) if view is None else view.encode() for view in seen)
-        view_BV = np.frombuffer(bytearray(records), dtype=np.uint8).reshape(len(ordinals), VIEW_BYTES)
-        images, skipped_B, view_BV, is_grey_B = map(torch.from_numpy, (images, skipped_B, view_BV, is_grey_B))
-        return ReadSamples(images, self.lookup(ordinals, epoch), skipped_B, view_BV, view_BV[:, :0], is_grey_B)
-
-    def lookup(self, ordinals: np.ndarray, epoch: int) -> SoftTargets:
-        """The samples' targets alone."""
-        return self._targets.lookup(ordinals, epoch)
-
-    def choose_views(self, ordinals: np.ndarray, epoch: int) -> Views:
-        """The views that the targets are of, where they are of stored ones; else new ones."""
-        if stored := self._targets.views(ordinals, epoch):
-            return stored
-        return CentreView() if self._views is None else draw_views(self._views, self._seed, epoch, ordinals)
-
-    def read_encoded(self, ordinal: int) -> bytes:
-        """The image's bytes as they lie in the shard."""
-        return next(self._read_stretches(np.array([ordinal])))
-
-    def _read_stretches(self, ordinals: np.ndarray) -> Iterator[bytes]:
-        """The images' bytes in turn, of which a few are read at once, and never so many that they would fill the memory."""
-        contents, num_bytes = [], 0
-        for place in self._locate(ordinals):
-            contents.append(self._read_at(*place))
-            num_bytes += len(contents[-1])
-            if num_bytes >= _READ_TOGETHER_BYTES:
-                yield from contents
-                contents, num_bytes = [], 0
-        yield from contents
-
-    def _locate(self, ordinals: np.ndarray) -> list[list[int]]:
-        """For each sample: its shard's number and its row there, and its image's offset, size and checksum."""
-        numbers = np.searchsorted(self.split.shard_start, ordinals, side="right") - 1
-        rows = ordinals - self.split.shard_start[numbers]
-        places = np.empty((len(ordinals), 5), dtype=np.int64)
-        places[:, 0], places[:, 1] = numbers, rows
-        for number in set(numbers.tolist()):
-            shard, of_shard = self.split.shards[number], numbers == number
-            for column, values in enumerate((shard.image_offset, shard.image_size, shard.image_crc32), start=2):
-                places[of_shard, column] = values[rows[of_shard]]
-        return places.tolist()
-
-    def _read_at(self, number: int, row: int, offset: int, size: int, crc32: int) -> bytes:
-        """The bytes of an image, by what `_locate` says of it."""
-        content, error = self._read_unchecked(number, offset, size)
-        if self.cache is not None and zlib.crc32(content) != crc32:
-            # The copy was checked when it was fetched: the disk has damaged it since, or somebody has.
-            self._discard_copy(number)
-            content, error = self._read_unchecked(number, offset, size)
-        if error is None and zlib.crc32(content) == crc32:
-            return content
-        shard = self.split.shards[number]
-        if self.cache is not None:
-            raise DataError(
-                f"{self.cache.directory}: its copy of {shard.path} is damaged again, just after it was fetched anew; look after "
-                "that disk, or run `concentrate prepare` again with another data.cache.directory"
-            )
-        if error is not None:
-            raise DataError(f"{shard.path}: cannot be read ({error.strerror}); bring it back")
-        if len(content) != size:
-            raise DataError(
-                f"{shard.path}: ends inside the sample '{shard.keys[row]}'; the shard changed while it was read: "
-                "bring it back and run the same command again"
-            )
-        raise DataError(
-            f"{shard.path}: the image of '{shard.keys[row]}' is not the one that was indexed; the shard was replaced or "
-            "damaged: bring it back and run the same command again, or prepare again"
-        )
-
-    def _read_unchecked(self, number: int, offset: int, size: int) -> tuple[bytes, OSError | None]:
-        """The bytes there, or what stood against reading them."""
-        try:
-            return os.pread(self._open(number), size, offset), None
-        except OSError as error:
-            return b"", error
-
-    def _discard_copy(self, number: int) -> None:
-        """Takes a damaged copy out of the cache, unless another process has done so and fetched it again."""
-        if number in self._files:
-            file = self._files.pop(number)
-            if os.fstat(file).st_nlink > 0:
-                self.cache.discard(self.split.shards[number])
-            os.close(file)
-
-    def _open(self, number: int) -> int:
-        if number not in self._files:
-            if self.cache is not None:
-                self._close_evicted()
-            if len(self._files) >= 256:
-                os.close(self._files.pop(next(iter(self._files))))
-            shard = self.split.shards[number]
-            self._files[number] = (
-                os.open(shard.path, os.O_RDONLY) if isinstance(shard.path, Path) else self.cache.open(shard)
-            )
-        return self._files[number]
-
-    def _close_evicted(self) -> None:
-        """Closes copies that the cache has removed: open, they would go on filling the disk."""
-        for number, file in list(self._files.items()):
-            if os.fstat(file).st_nlink == 0:
-                os.close(self._files.pop(number))
-
-
-def explain_skipped(split: Split, ordinal: int) -> str:
-    """Why the image of a sample was skipped: decoded once more, as readers say only that it was.
-
-    Raises:
-        DataError: as `SampleReader`.
-    """
-    reader = SampleReader(split, LabelTargets(split, smear=False), image_size=1, views=None, seed=0)
-    try:
-        decode_shrunk(reader.read_encoded(ordinal), shorter_side=1)
-    except UNDECODABLE as error:
-        return describe_undecodable(error)
-    return "cannot be seen in its stored views (it could not be decoded when they were drawn)"
 
 
 class StepBatches(torch.utils.data.Dataset):

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from concentration.data.distortions import DISTORTION_BYTES
 from concentration.data.index import Split
-from concentration.data.loader import Batch, ReadSamples, SampleReader, StepBatches, build_loader
+from concentration.data.loader import Batch, StepBatches, build_loader
 from concentration.data.order import SequentialOrder
+from concentration.data.reader import ReadSamples, SampleReader
 from concentration.data.rendering import draw_random, render
 from concentration.data.sample_targets import LabelTargets
 from concentration.data.view_records import encode_views

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from concentration.data.index import load_split
-from concentration.data.loader import SampleReader
 from concentration.data.packs import PACK_SUFFIX
+from concentration.data.reader import SampleReader
 from concentration.data.sample_targets import LabelTargets
 from concentration.data.sources import build_source
 from concentration.data.sources.webdataset_shards import ShardsConfig

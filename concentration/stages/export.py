@@ -9,8 +9,8 @@ import onnx
 import pydantic
 
 from concentration.data.index import Split, load_split
-from concentration.data.loader import SampleReader
 from concentration.data.order import permutation
+from concentration.data.reader import SampleReader
 from concentration.data.sample_targets import LabelTargets
 from concentration.errors import ConfigError
 from concentration.files import write_atomically

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from concentration.data.index import Split
-from concentration.data.loader import SampleReader
+from concentration.data.reader import SampleReader
 from concentration.data.sample_targets import LabelTargets
 from concentration.errors import DataError
 from concentration.metrics.calibration import sigmoid

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from concentration.data.index import Split
-from concentration.data.loader import Batch, SampleReader, StepBatches, build_loader
+from concentration.data.loader import Batch, StepBatches, build_loader
 from concentration.data.order import Order
+from concentration.data.reader import SampleReader
 from concentration.data.sample_targets import LabelTargets
 from concentration.networks.student import Student
 

@@ -15,8 +15,8 @@ import torch
 from concentration import distributed
 from concentration.array_files import load_metadata
 from concentration.data.index import Split, load_split
-from concentration.data.loader import SampleReader
 from concentration.data.order import ClassBalancedOrder, Order, WindowOrder
+from concentration.data.reader import SampleReader
 from concentration.data.resident import ResidentReader, load_resident
 from concentration.data.sample_targets import LabelTargets, SampleTargets
 from concentration.data.view_records import encode_views

@@ -12,7 +12,8 @@ from lightning.pytorch.callbacks import Callback, Checkpoint
 
 from concentration import preemption
 from concentration.data.index import Split
-from concentration.data.loader import Batch, explain_skipped
+from concentration.data.loader import Batch
+from concentration.data.reader import explain_skipped
 from concentration.distributed import broadcast_flag, gather_objects, sum_over_ranks
 from concentration.errors import DataError, DivergedError, Preempted
 from concentration.files import append_text

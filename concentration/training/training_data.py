@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from concentration.data.index import Split
-from concentration.data.loader import Reader
 from concentration.data.order import Order
+from concentration.data.reader import Reader
 from concentration.data.resident import ResidentImages
 from concentration.networks.routed_teachers import RoutedTeachers
 from concentration.taxonomy import Taxonomy

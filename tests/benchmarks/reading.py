@@ -23,8 +23,9 @@ from PIL import Image
 
 from concentration.data.distortions import DistortionConfig
 from concentration.data.index import Split
-from concentration.data.loader import SampleReader, StepBatches, build_loader
+from concentration.data.loader import StepBatches, build_loader
 from concentration.data.order import WindowOrder
+from concentration.data.reader import SampleReader
 from concentration.data.resident import ResidentReader, load_resident
 from concentration.data.sample_targets import LabelTargets
 from concentration.data.views import CentreView, ViewConfig, decode_view

@@ -15,8 +15,9 @@ from data import draw_photograph, encode_jpeg
 from measure import Comparison, publish, take_best, time_once
 
 from concentration.data.index import Split, index_shard, load_split
-from concentration.data.loader import SampleReader, StepBatches
+from concentration.data.loader import StepBatches
 from concentration.data.order import WindowOrder
+from concentration.data.reader import SampleReader
 from concentration.data.sample_targets import LabelTargets, SampleTargets, StoredTargets
 from concentration.data.views import INTERPOLATION, ViewConfig
 from concentration.files import write_atomically

@@ -16,8 +16,9 @@ from PIL import Image
 
 from concentration.data.decoding import UNDECODABLE, decode_shrunk, open_image
 from concentration.data.index import Split, index_shard
-from concentration.data.loader import SampleReader, StepBatches
+from concentration.data.loader import StepBatches
 from concentration.data.order import SequentialOrder
+from concentration.data.reader import SampleReader
 from concentration.data.sample_targets import LabelTargets
 from concentration.data.sources.image_files import read_image_file
 from concentration.data.views import CentreView, decode_view

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from concentration.data.index import index_shard, load_split
-from concentration.data.loader import Batch, SampleReader, StepBatches
+from concentration.data.loader import Batch, StepBatches
 from concentration.data.order import SequentialOrder, WindowOrder
+from concentration.data.reader import SampleReader
 from concentration.data.rendering import draw_random, render
 from concentration.data.resident import ResidentReader, load_resident
 from concentration.data.sample_targets import LabelTargets

@@ -13,7 +13,7 @@ from servers import Server, answer, be_silent, send, serve
 
 import concentration.data.remote
 from concentration.data.index import ShardIndex, Split, check_keys, index_shard, load_split
-from concentration.data.loader import SampleReader
+from concentration.data.reader import SampleReader
 from concentration.data.remote import Remote
 from concentration.data.sample_targets import LabelTargets
 from concentration.data.shard_cache import Access, CacheConfig, ShardCache, load_cache, save_access

@@ -9,8 +9,8 @@ from real_runs import TINY, concentrate, load_json, one_line, prepare_shards, st
 from sklearn.metrics import adjusted_rand_score
 
 from concentration.data.index import load_split
-from concentration.data.loader import SampleReader
 from concentration.data.order import SequentialOrder
+from concentration.data.reader import SampleReader
 from concentration.data.sample_targets import LabelTargets
 from concentration.grouping.class_groups import NO_GROUP, ClassGroups
 from concentration.grouping.sample_groups import CentroidRouter

@@ -9,7 +9,7 @@ import torch
 from real_runs import TINY, concentrate, load_json, load_weights, one_line, prepare_shards
 
 from concentration.data.index import load_split
-from concentration.data.loader import SampleReader
+from concentration.data.reader import SampleReader
 from concentration.data.sample_targets import LabelTargets
 from concentration.networks.mixture import load_mixture
 from concentration.networks.student import load_student

@@ -19,7 +19,7 @@ from real_runs import (
 )
 
 from concentration.data.index import load_split
-from concentration.data.loader import SampleReader
+from concentration.data.reader import SampleReader
 from concentration.data.sample_targets import StoredTargets
 from concentration.networks.student import load_student
 from concentration.targets import TargetFile, TargetRecords

@@ -10,7 +10,7 @@ from PIL import Image
 
 from concentration.data.distortions import DistortionConfig
 from concentration.data.index import load_split
-from concentration.data.loader import SampleReader
+from concentration.data.reader import SampleReader
 from concentration.data.sample_targets import LabelTargets
 from concentration.data.sources.glyphs_100k import classes, source
 from concentration.data.sources.glyphs_100k.classes import Character, Face
