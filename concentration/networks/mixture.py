@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from concentration.array_files import load_metadata
 from concentration.errors import ConfigError, DataError
 from concentration.networks.gater import Gater, GaterConfig, run_chosen
-from concentration.networks.student import NetworkConfig, Student, check_fit, load_tensors, save_tensors
+from concentration.networks.network_file import check_fit, load_tensors, save_tensors
+from concentration.networks.student import NetworkConfig, Student
 from concentration.schema import Config, parse_config, parse_json
 
 #: Where a mixture's description stands in the header of its file.

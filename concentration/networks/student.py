@@ -3,22 +3,20 @@
 Shapes: B batch, C all classes, M verticals.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, Self
 
 import pydantic
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from concentration.array_files import load_metadata, sort_metadata
+from concentration.array_files import load_metadata
 from concentration.errors import ConfigError, DataError
-from concentration.files import replacing
 from concentration.networks.auxiliary_classifier import AuxiliaryClassifier
 from concentration.networks.auxiliary_heads import AuxiliaryHeads, HeadsConfig
 from concentration.networks.bases.base_network import normalise_images
+from concentration.networks.network_file import check_fit, load_tensors, save_tensors
 from concentration.networks.pace import Pace, PaceConfig
 from concentration.networks.routed_base import ServedBaseConfig, build_served_base
 from concentration.networks.sharded_head import ShardedHead
@@ -354,44 +352,3 @@ def load_student(path: Path) -> Student:
     student = Student(config)
     student.load_state_dict(tensors)
     return student.eval()
-
-
-def check_fit(build: Callable[[], nn.Module], tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Raises: DataError where the tensors are not those of the network, which is found before memory is asked for it."""
-    try:
-        with torch.device("meta"):
-            expected = build().state_dict()
-    except (RuntimeError, TypeError) as error:  # sizes that no tensor has
-        reason = str(error).splitlines()[0]
-        raise DataError(
-            f"{path}: its header describes no network that can be built ({reason}); train it again"
-        ) from None
-    for name in sorted(tensors.keys() | expected.keys()):
-        have, want = (tuple(t[name].shape) if name in t else "nothing" for t in (tensors, expected))
-        if have != want:
-            raise DataError(
-                f"{path}: weights do not fit its architecture: {name!r} is {have}, expected {want}; train it again"
-            )
-
-
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> None:
-    """Writes a network file, whole or not at all."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with replacing(path) as temporary:
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        safetensors.torch.save_file(tensors, temporary, dict(header))
-        if temporary.stat().st_mode != mode:
-            temporary.chmod(mode)  # safetensors lets nobody else read, whatever the umask, and teams share networks
-        sort_metadata(temporary)
-
-
-def load_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a network file. Raises: DataError where it is missing or damaged."""
-    try:
-        return safetensors.torch.load_file(path)
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
-    except (safetensors.SafetensorError, TypeError) as error:  # TypeError: a side that torch has not; it adds a stack
-        reason = " ".join(str(error).split())[:200]
-        raise DataError(f"{path}: damaged, or no safetensors file ({reason}); restore it, or train it again") from None

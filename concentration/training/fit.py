@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from torch.nn.parallel import DistributedDataParallel
 
@@ -39,7 +40,7 @@ from concentration.training.weight_averaging import build_weight_averaging
 
 
 class Fitted(NamedTuple):
-    """The steps of the whole run, and the images a second of this process's part of it (None where nothing was left to do)."""
+    """num_steps: of the whole run. images_per_second: since this process began, over all ranks; None if nothing was left to do."""
 
     num_steps: int
     images_per_second: float | None
@@ -60,8 +61,8 @@ def fit(
     With `shard_head`, rank 0's student is whole again at the end, and the others' are not.
 
     Raises:
-        ConfigError: a switch cannot be had on this machine.
-        DataError: too many images cannot be decoded; a checkpoint lacks a part of its head.
+        ConfigError: the config asks for something that this machine or data set does not have.
+        DataError: too many images cannot be decoded, or a checkpoint lacks a part of its head.
         DivergedError: a loss is not finite.
         Preempted: a signal asked to stop; everything is saved.
     """
@@ -87,34 +88,17 @@ def fit(
         data.resident,
         config.update_in_backward,
     )
-    # Updates in the backward pass have one process, which holds the whole head.
+    # With updates in the backward pass there is one process, which holds the whole head.
     is_spread = config.shard_head and not config.update_in_backward
     if is_spread:
-        student.shard_head()
-        ignored = [f"student.{name}" for name in list_head_names(student)]
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, ignored)
+        _spread_head(module)
     if config.compile:
         student.compile()
     with (
         open_loggers(logger, run_path, first_step) as loggers,
         Progress(title, total_steps, "steps", run_path, quiet=rank() != 0) as progress,
     ):
-        callbacks = [
-            LastValidation(),
-            FiniteLoss(data.split),
-            SkippedImages(data.split, len(data.order), run_path / "skipped.txt", config.max_skipped_share),
-            Curves(
-                list(data.taxonomy.verticals),
-                torch.from_numpy(data.taxonomy.vertical_of_output),
-                config.log_every_steps,
-                total_steps,
-            ),
-            ProgressReport(progress),
-            *build_weight_averaging(config.ema_decay, config.polyak_start, total_steps),
-            *([BestNetwork(checkpoints)] if config.keep_best else []),
-            Preemption(checkpoints),
-            ClockCheckpoint(checkpoints, config.checkpoint_every_seconds),
-        ]
+        callbacks = _build_callbacks(config, data, checkpoints, progress, run_path, total_steps)
         trainer = _build_trainer(config, callbacks, loggers, run_path, total_steps, steps_per_epoch)
         batches = StepBatches(data.reader, data.order, batch_size, config.accumulate, rank(), world_size())
         loader = StepLoader(batches, total_steps * config.accumulate, config.num_workers, config.accelerator == "gpu")
@@ -132,8 +116,44 @@ def fit(
     return Fitted(total_steps, round(num_images / seconds, 1) if num_images else None)
 
 
+def _spread_head(module: StudentModule) -> None:
+    """Leaves each rank its part of the head, which DistributedDataParallel then does not touch."""
+    module.student.shard_head()
+    ignored = [f"student.{name}" for name in list_head_names(module.student)]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, ignored)
+
+
+def _build_callbacks(
+    config: TrainerConfig,
+    data: TrainingData,
+    checkpoints: CheckpointDirectory,
+    progress: Progress,
+    run_path: Path,
+    total_steps: int,
+) -> list[pl.Callback]:
+    """In the order in which they are called: what may end the run comes after what must have seen its last step."""
+    taxonomy = data.taxonomy
+    vertical_of_output_C = torch.from_numpy(taxonomy.vertical_of_output)
+    return [
+        LastValidation(),
+        FiniteLoss(data.split),
+        SkippedImages(data.split, len(data.order), run_path / "skipped.txt", config.max_skipped_share),
+        Curves(list(taxonomy.verticals), vertical_of_output_C, config.log_every_steps, total_steps),
+        ProgressReport(progress),
+        *build_weight_averaging(config.ema_decay, config.polyak_start, total_steps),
+        *([BestNetwork(checkpoints)] if config.keep_best else []),
+        Preemption(checkpoints),
+        ClockCheckpoint(checkpoints, config.checkpoint_every_seconds),
+    ]
+
+
 def _build_trainer(
-    config: TrainerConfig, callbacks, loggers, run_path, total_steps: int, steps_per_epoch: int
+    config: TrainerConfig,
+    callbacks: list[pl.Callback],
+    loggers: list[Logger],
+    run_path: Path,
+    total_steps: int,
+    steps_per_epoch: int,
 ) -> pl.Trainer:
     environment = _StartedProcesses() if is_distributed() else LightningEnvironment()
     devices = local_world_size() if config.devices == "auto" else config.devices
@@ -159,21 +179,21 @@ def _build_trainer(
         enable_model_summary=False,
         default_root_dir=run_path,
     )
-    # NOTE: Lightning's own handler of SIGTERM would end with exit code 0, and broadcasts in the middle of whatever runs.
+    # NOTE: Lightning's own SIGTERM handler ends with exit code 0, and broadcasts in the middle of whatever is running.
     trainer._signal_connector.register_signal_handlers = lambda: None
     return trainer
 
 
 class _StartedProcesses(TorchElasticEnvironment):
-    """The ranks that torchrun has set, or `distributed.start` from srun's; Lightning's own for SLURM would requeue jobs."""
+    """The ranks as torchrun, or `distributed.start` under srun, has set them. Lightning's own class for SLURM would requeue jobs."""
 
     def validate_settings(self, num_devices: int, num_nodes: int) -> None:
-        """Nothing: `_check_machine` has, and machines may have unequal numbers of processes."""
+        """Does nothing: `_check_machine` has checked, and machines may run unequal numbers of processes."""
 
 
 def _build_val_loader(data: TrainingData, batch_size: int, num_workers: int) -> torch.utils.data.DataLoader | None:
     if data.val_reader is None:
-        return None  # NOTE: of no loaders, [], Lightning says that a validation is due, and none comes
+        return None  # NOTE: not []: with an empty list Lightning says that a validation is due, and none comes
     order = SequentialOrder(data.val_ordinals)
     batch_size = max(world_size(), min(batch_size, len(order)))
     batches = StepBatches(data.val_reader, order, batch_size, 1, rank(), world_size())
@@ -195,7 +215,7 @@ def _check_machine(config: TrainerConfig) -> None:
 
 
 def _silence_libraries() -> None:
-    """Hides what Lightning says of itself; its errors stay."""
+    """Hides Lightning's messages and warnings; its errors are still shown."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning.*")
     warnings.filterwarnings("ignore", module="torch.optim.lr_scheduler")

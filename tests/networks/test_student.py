@@ -18,7 +18,8 @@ from concentration.array_files import load_metadata
 from concentration.errors import ConfigError, DataError
 from concentration.networks.bases import TimmConfig
 from concentration.networks.bases.small import SmallBase, SmallBaseConfig
-from concentration.networks.student import NetworkConfig, Student, load_student, save_tensors
+from concentration.networks.network_file import save_tensors
+from concentration.networks.student import NetworkConfig, Student, load_student
 from concentration.objectives.sigmoid_cross_entropy import sigmoid_cross_entropy
 from concentration.schema import parse_config
 from concentration.targets import SoftTargets
