@@ -1,4 +1,4 @@
-"""The taxonomy: classes with parents, grouped into verticals; which output is whose, label smearing and routing.
+"""The taxonomy: classes with parents, grouped into verticals; their order in the outputs, label smearing and routing.
 
 Shapes: C all classes, M verticals, V classes of one vertical.
 """
@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import json
 import unicodedata
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from concentration.schema import CONTROL, check_folder_name, parse_json
 
 @dataclass(frozen=True)
 class TaxonomyClass:
-    """One class: a leaf or an inner node, both are outputs of the networks."""
+    """One class: a leaf or an inner node of the hierarchy. Networks have an output for either."""
 
     id: str
     name: str
@@ -33,13 +33,13 @@ class TaxonomyClass:
 class Taxonomy:
     """Classes in file order, and the output index, which orders them by vertical so that each vertical is one slice.
 
-    Verticals come in the order of their first appearance. Inside a vertical, classes keep their file order; classes
+    Verticals come in the order of their first appearance. Inside a vertical, classes keep their file order. Classes
     are only ever appended to a file, so a class keeps its position inside its vertical for ever.
 
     Raises:
-        DataError: two classes with one id, an unknown parent, a cycle among the parents, a vertical with one class
-            or with a name that cannot be a folder's; an id with a line break or another control character; ids or verticals that
-            differ in spaces or how accents are encoded alone, or verticals in capitals.
+        DataError: two classes share an id; a parent is unknown, or parents form a cycle; a vertical has one class only, or a
+            name that no folder can have; an id holds a control character; two ids or two verticals differ only in spaces or
+            in how accents are encoded, or two verticals only in capitals.
     """
 
     def __init__(self, classes: Sequence[TaxonomyClass], where: str = "taxonomy"):
@@ -50,16 +50,16 @@ class Taxonomy:
         self.verticals = tuple(dict.fromkeys(c.vertical for c in self.classes))
         vertical_number = {name: number for number, name in enumerate(self.verticals)}
         vertical_of_position = np.array([vertical_number[c.vertical] for c in self.classes], dtype=np.int64)
-        #: (C,) position in the file of every output.
+        #: (C,) for every output, the position of its class in the file.
         self.position_of_output = np.argsort(vertical_of_position, kind="stable")
-        #: (C,) output of every position in the file.
+        #: (C,) for every position in the file, the output of its class.
         self.output_of_position = np.empty_like(self.position_of_output)
         self.output_of_position[self.position_of_output] = np.arange(len(self.classes))
         #: (C,) number of the vertical of every output.
         self.vertical_of_output = vertical_of_position[self.position_of_output]
         #: (M,) number of classes in every vertical: N_v.
         self.vertical_sizes = tuple(int(n) for n in np.bincount(vertical_of_position, minlength=len(self.verticals)))
-        #: (M + 1,) first output of every vertical, and C.
+        #: (M + 1,) the first output of every vertical, then C.
         self.vertical_starts = tuple(int(n) for n in np.concatenate([[0], np.cumsum(self.vertical_sizes)]))
         _check_spellings("class ids", self.position, where, _read_class, "spaces or how accents are encoded")
         _check_spellings(
@@ -107,7 +107,7 @@ class Taxonomy:
 
     @functools.cached_property
     def is_leaf(self) -> np.ndarray:
-        """(C,) bool by output: the classes that are nobody's parent."""
+        """(C,) bool by output: whether the class is nobody's parent."""
         leaf = np.ones(self.num_classes, dtype=bool)
         for c in self.classes:
             for parent in c.parents:
@@ -116,7 +116,7 @@ class Taxonomy:
 
     @functools.cached_property
     def ancestors(self) -> tuple[tuple[int, ...], ...]:
-        """By output, the outputs of all ancestors inside the class's own vertical, sorted; several parents are followed."""
+        """By output: the outputs of all ancestors inside the class's own vertical, along all of its parents, sorted."""
         memo: dict[str, frozenset[int]] = {}
         for class_id in _parents_first(self.classes, self.position):
             c = self.classes[self.position[class_id]]
@@ -135,7 +135,7 @@ class Taxonomy:
 
     @functools.cached_property
     def smeared_outputs(self) -> tuple[np.ndarray, np.ndarray]:
-        """`smear([output])` of all outputs one after the other: (C + 1,) where each one's begin, and (S,) outputs; int64."""
+        """`smear([output])` of all outputs, concatenated: (C + 1,) where each begins, and (S,) the outputs; both int64."""
         smeared = [self.smear([output]) for output in range(self.num_classes)]
         start = np.cumsum([0, *map(len, smeared)])
         return start, np.fromiter(itertools.chain.from_iterable(smeared), dtype=np.int64, count=start[-1])
@@ -145,7 +145,7 @@ class Taxonomy:
         return tuple(self.verticals[number] for number in sorted({int(self.vertical_of_output[o]) for o in outputs}))
 
     def lineage(self, output: int) -> tuple[str, ...]:
-        """Names from the furthest ancestor (along first parents inside the vertical) to the class itself."""
+        """Names from the furthest ancestor to the class itself, along the first parent inside the vertical."""
         names = []
         c: TaxonomyClass | None = self.class_of_output(output)
         while c is not None:
@@ -162,35 +162,28 @@ class Taxonomy:
             DataError: there is no such vertical.
         """
         self.vertical_number(vertical)
-        inside = [c for c in self.classes if c.vertical == vertical]
-        ids = {c.id for c in inside}
-        own_parents = [tuple(parent for parent in c.parents if parent in ids) for c in inside]
-        classes = [TaxonomyClass(c.id, c.name, p, c.vertical) for c, p in zip(inside, own_parents, strict=True)]
-        return Taxonomy(classes, f"{self._where} [{vertical}]")
+        return self._keep({vertical}, f"{self._where} [{vertical}]")
 
     def without(self, verticals: Sequence[str]) -> "Taxonomy":
-        """The classes of the other verticals in the same order; a parent that is gone is left out.
+        """The classes of the other verticals in the same order.
 
         Raises:
-            DataError: one of them is not there, or none would be left.
+            DataError: one of these verticals does not exist, or no other would be left.
         """
         for vertical in verticals:
             self.vertical_number(vertical)
-        kept = [c for c in self.classes if c.vertical not in verticals]
+        kept = set(self.verticals) - set(verticals)
         if not kept:
             raise DataError(f"{self._where}: no vertical would be left without {', '.join(verticals)}; keep one")
-        ids = {c.id for c in kept}
-        own_parents = [tuple(parent for parent in c.parents if parent in ids) for c in kept]
-        classes = [TaxonomyClass(c.id, c.name, p, c.vertical) for c, p in zip(kept, own_parents, strict=True)]
-        return Taxonomy(classes, f"{self._where} without {', '.join(verticals)}")
+        return self._keep(kept, f"{self._where} without {', '.join(verticals)}")
 
     def merged(self, verticals: Sequence[str], into: str) -> "Taxonomy":
-        """The same classes in the same order, those of all these verticals in one vertical of the name `into`.
+        """The same classes in the same order, with these verticals merged into one named `into`.
 
-        Parents that lay in another of them lie inside the vertical then, and their classes are smeared to them, too.
+        A parent that lay in another of these verticals then lies inside the merged one, so labels are smeared to it, too.
 
         Raises:
-            DataError: one of them is not there, or another vertical has the name.
+            DataError: one of these verticals does not exist, or a vertical that is not merged is named `into`.
         """
         for vertical in verticals:
             self.vertical_number(vertical)
@@ -199,9 +192,16 @@ class Taxonomy:
         classes = [dataclasses.replace(c, vertical=into) if c.vertical in verticals else c for c in self.classes]
         return Taxonomy(classes, f"{self._where} with {into}")
 
+    def _keep(self, verticals: Set[str], where: str) -> "Taxonomy":
+        """The classes of these verticals in the same order, without the parents that lie in others."""
+        kept = [c for c in self.classes if c.vertical in verticals]
+        ids = {c.id for c in kept}
+        classes = [dataclasses.replace(c, parents=tuple(p for p in c.parents if p in ids)) for c in kept]
+        return Taxonomy(classes, where)
+
     @functools.cached_property
     def fingerprint(self) -> str:
-        """A hash of ids, parents and verticals in order: what outputs mean. Display names are left out."""
+        """A hash of ids, parents and verticals in order, that is of what the outputs mean; names for display do not count."""
         text = "\n".join(json.dumps([c.id, sorted(c.parents), c.vertical]) for c in self.classes)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -214,7 +214,7 @@ class Taxonomy:
 
     @classmethod
     def from_json(cls, content: object, where: str = "taxonomy") -> "Taxonomy":
-        """Raises: DataError, naming the entry, where `content` has not the form of DESIGN.md, section 4."""
+        """The taxonomy of a parsed `taxonomy.json`. Raises: DataError, naming the entry, where `content` is none."""
         if not isinstance(content, Mapping) or not isinstance(content.get("classes"), list):
             raise DataError(f'{where}: expected {{"classes": [...]}}, found {type(content).__name__} without it')
         if not content["classes"]:
@@ -223,7 +223,7 @@ class Taxonomy:
 
     @classmethod
     def load(cls, path: str | Path) -> "Taxonomy":
-        """Raises: DataError where the file is missing, is no JSON, or describes no valid taxonomy."""
+        """The taxonomy of a file. Raises: DataError where it is missing, not JSON, or not a valid taxonomy."""
         try:
             content = Path(path).read_bytes()
         except FileNotFoundError:
@@ -239,7 +239,7 @@ class Taxonomy:
 _KEYS = ("id", "name", "parents", "vertical")
 
 
-@functools.cache  # a key of the user's own comes in every class
+@functools.cache  # a key of the user's own is in every class
 def _find_near_key(key: str) -> list[str]:
     return difflib.get_close_matches(key.lower(), _KEYS, n=1, cutoff=0.75)
 
@@ -248,7 +248,7 @@ def _parse_class(entry: object, where: str) -> TaxonomyClass:
     if not isinstance(entry, Mapping):
         raise DataError(f"{where}: expected an object with id, name, parents, vertical; found {entry!r}")
     for key in entry:
-        # Keys of the user's own are fine; "parent" for "parents" would lose the hierarchy without a word.
+        # Keys of the user's own are fine, but "parent" for "parents" would silently lose the hierarchy.
         if key not in _KEYS and (near := _find_near_key(key)):
             raise DataError(f"{where}: unknown key {key!r}; did you mean '{near[0]}'?")
     class_id, vertical = entry.get("id"), entry.get("vertical")
@@ -278,7 +278,7 @@ def _index_ids(classes: Sequence[TaxonomyClass], where: str) -> dict[str, int]:
 
 
 def _check_spellings(what: str, texts: Iterable[str], where: str, read: Callable[[str], str], differences: str) -> None:
-    """Raises: DataError where two texts are read alike, which differ in `differences` alone."""
+    """Raises: DataError where `read` makes two texts the same, which then differ only in `differences`."""
     seen: dict[str, str] = {}
     for text in texts:
         if (alike := read(text)) in seen:
@@ -289,13 +289,13 @@ def _check_spellings(what: str, texts: Iterable[str], where: str, read: Callable
 
 
 def _read_class(text: str) -> str:
-    """As people read it. NOTE: macOS and Linux encode accents differently, and keep both; a CSV has `birds / gull`, too."""
+    """The text as people read it. NOTE: macOS and Linux encode accents differently; and a CSV may say `birds / gull`."""
     composed = text if text.isascii() else unicodedata.normalize("NFC", text)
     return "/".join(" ".join(part.split()) for part in composed.split("/"))
 
 
 def _read_vertical(text: str) -> str:
-    """Its folders are one on a disk that knows no capitals, as macOS's."""
+    """As `_read_class`, and without capitals: on a disk that ignores case, as macOS's does, two folders would be one."""
     return _read_class(text).casefold()
 
 

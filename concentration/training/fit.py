@@ -40,7 +40,7 @@ from concentration.training.weight_averaging import build_weight_averaging
 
 
 class Fitted(NamedTuple):
-    """num_steps: of the whole run. images_per_second: since this process began, over all ranks; None if nothing was left to do."""
+    """Steps of the whole run, and images a second of all ranks since this process began (None where nothing was left to do)."""
 
     num_steps: int
     images_per_second: float | None
@@ -131,7 +131,7 @@ def _build_callbacks(
     run_path: Path,
     total_steps: int,
 ) -> list[pl.Callback]:
-    """In the order in which they are called: what may end the run comes after what must have seen its last step."""
+    """In the order in which Lightning calls them: `FiniteLoss` before what saves, `BestNetwork` before `Preemption`."""
     taxonomy = data.taxonomy
     vertical_of_output_C = torch.from_numpy(taxonomy.vertical_of_output)
     return [
@@ -185,7 +185,7 @@ def _build_trainer(
 
 
 class _StartedProcesses(TorchElasticEnvironment):
-    """The ranks as torchrun, or `distributed.start` under srun, has set them. Lightning's own class for SLURM would requeue jobs."""
+    """The ranks as torchrun, or `distributed.start` under srun, has set them; Lightning's class for SLURM would requeue jobs."""
 
     def validate_settings(self, num_devices: int, num_nodes: int) -> None:
         """Does nothing: `_check_machine` has checked, and machines may run unequal numbers of processes."""
