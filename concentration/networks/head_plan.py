@@ -21,16 +21,16 @@ class Part:
 
 
 def plan_shards(vertical_sizes: Sequence[int], world_size: int) -> list[list[Part]]:
-    """The parts that each rank holds, in the order of the outputs; at most one part of a vertical, at least one part.
+    """The parts that each rank holds, in the order of the outputs: at least one part, and at most one of each vertical.
 
-    A class costs the same wherever it is (a row of the classifier, and a column of logits), so the cost of a part is its
-    classes. A vertical of more than an even share of all classes is cut into equal pieces that are not; then the largest
-    piece goes to the rank that has the least, and so on (Graham 1969: no rank gets more than 4/3 of what the fullest has in
-    the best plan of these pieces). The pieces of a vertical that come to one rank are consecutive, hence one part. Equal
-    arguments give equal plans.
+    A class costs the same wherever it is (a row of the classifier and a column of logits), so the cost of a part is its number
+    of classes. A vertical with more than an even share of all classes is first cut into equal pieces of no more than that
+    share. Then the largest piece that is left goes to the rank with the fewest classes, until none is left; no rank gets more
+    than 4/3 of what the fullest rank has in the best plan for these pieces (Graham 1969). A vertical's pieces on one rank are
+    made consecutive, hence one part. Equal arguments give equal plans.
 
     Raises:
-        ConfigError: fewer classes than ranks.
+        ConfigError: there are fewer classes than ranks.
     """
     num_classes = sum(vertical_sizes)
     if num_classes < world_size:

@@ -1,6 +1,8 @@
-"""Self-paced logits of Figure 4: each vertical's logits L2-normalised, then scaled by gamma.
+"""Self-paced logits, Figure 4: each vertical's logits are L2-normalised, then scaled by gamma.
 
 Shapes: B batch, V classes of one vertical, M verticals, C all classes.
+
+Source: Gao et al., section 3.3.
 """
 
 import math
@@ -19,15 +21,15 @@ from concentration.schema import Config
 class PaceConfig(Config):
     """How a vertical's logits are paced.
 
-    kind: `none` leaves logits as they are; `fixed` and `vertical` have one gamma a vertical, `class` one a class; `fixed`
-        is not trained.
-    init: gamma at the start, `sqrt` for sqrt(N_v); trained gammas deviate from it by a normal of `deviation`.
-    log: gamma = init * exp(rho) and rho is trained, so that gamma stays positive and moves by shares.
-    lr: a learning rate of gamma's own; None takes the optimizer's.
-    offset: trained numbers added after the scaling, one a vertical or one a class.
+    kind: `none` leaves logits as they are; `vertical` trains one gamma per vertical and `class` one per class; `fixed` has one
+        per vertical, which is not trained.
+    init: gamma at the start, `sqrt` for sqrt(N_v); to trained gammas normal noise with standard deviation `deviation` is added.
+    log: gamma = init * exp(rho), and rho is trained: gamma stays positive, and a step changes it by a share of itself.
+    lr: gamma's own learning rate; None takes the optimizer's.
+    offset: trained numbers that are added after the scaling, one per vertical or one per class.
 
     Source: Gao et al., section 3.3 and the five settings of Figure 5. `log`, `lr` and `offset` are additions: without
-    an offset a vertical's loss cannot fall under N_v * softplus(-gamma / sqrt(N_v)), and gamma moves slowly.
+    an offset a vertical's loss cannot fall below N_v * softplus(-gamma / sqrt(N_v)), and gamma moves slowly.
     """
 
     kind: Literal["none", "vertical", "class", "fixed"]
@@ -57,7 +59,7 @@ class Pace(nn.Module):
         super().__init__()
         self.vertical_sizes = list(vertical_sizes)
         self.config = config
-        #: Where only a part of the classes is here, which; then sizes and parameters are of these (`sharded_head`).
+        #: For each vertical, which of its classes are held here; None means all. Sizes and parameters are those of held classes.
         self.ranges: list[ClassRange | None] = [None] * len(vertical_sizes)
         sizes = torch.tensor(self.vertical_sizes, dtype=torch.float32)
         start_M = sizes.sqrt() if config.init == "sqrt" else torch.full_like(sizes, config.init)
@@ -79,7 +81,7 @@ class Pace(nn.Module):
             )
 
     def forward(self, logits: Sequence[Tensor]) -> list[Tensor]:
-        """Paced logits, float32, from raw logits; (B, V) per vertical."""
+        """Paced logits in float32, (B, V) per vertical, from raw logits of the same shapes; as they are with `kind=none`."""
         if self.config.kind == "none":
             return list(logits)
         paced = []
@@ -89,31 +91,31 @@ class Pace(nn.Module):
         return paced
 
     def by_vertical(self) -> list[tuple[Tensor | None, Tensor | None]]:
-        """gamma and offset of every vertical: a number or (V,) each; None where there is none."""
+        """gamma and offset of every vertical: each a number or (V,), None where there is none."""
         nothing = [None] * len(self.vertical_sizes)
         gammas, offsets = nothing, nothing
         if self.config.kind != "none":
-            gammas = self._by_vertical(self.compute_gamma(), self.is_per_class("gamma"))
+            gammas = self._split(self.compute_gamma(), self.is_per_class("gamma"))
         if self.config.offset != "none":
-            offsets = self._by_vertical(self.offset, self.is_per_class("offset"))
+            offsets = self._split(self.offset, self.is_per_class("offset"))
         return list(zip(gammas, offsets, strict=True))
 
     def compute_gamma(self) -> Tensor:
-        """gamma, (M,), or (C,) with `kind=class`."""
+        """gamma: (M,), or (C,) with `kind=class`."""
         return self.start * self.rho.exp() if self.config.log else self.gamma
 
     def gamma_by_vertical(self) -> Tensor:
-        """(M,): gamma, or its mean over a vertical's classes; for logs."""
-        gammas = self._by_vertical(self.compute_gamma().detach(), self.is_per_class("gamma"))
+        """(M,): gamma, or its mean over the vertical's classes. For logs."""
+        gammas = self._split(self.compute_gamma().detach(), self.is_per_class("gamma"))
         return torch.stack([gamma.mean() for gamma in gammas])
 
     def is_per_class(self, name: str) -> bool:
-        """Whether this parameter or buffer has a number for every class; else it has one for every vertical."""
+        """Whether this parameter or buffer has a number per class; otherwise it has one per vertical."""
         return (self.config.offset if name == "offset" else self.config.kind) == "class"
 
     @torch.no_grad()
     def keep(self, parts: Sequence[Part], ranges: Sequence[ClassRange]) -> None:
-        """Drops the numbers of all classes and verticals but these parts'; `ranges` are the same parts."""
+        """Keeps only the numbers of these parts; `ranges` describes the same parts."""
         by_class = torch.cat(
             [torch.arange(len(part)) + classes.start for part, classes in zip(parts, ranges, strict=True)]
         )
@@ -123,7 +125,7 @@ class Pace(nn.Module):
         self.vertical_sizes, self.ranges = [len(part) for part in parts], list(ranges)
 
     def set_prior(self, logit_C: Tensor) -> None:
-        """Starts the offsets at given logits (C,): each class's, or a vertical's mean probability as a logit."""
+        """Sets the offsets to these logits (C,): a class's own, or for a vertical the logit of its mean probability."""
         with torch.no_grad():
             if self.config.offset == "class":
                 self.offset.copy_(logit_C)
@@ -132,19 +134,20 @@ class Pace(nn.Module):
                 self.offset.copy_(torch.stack(means).logit())
 
     def gamma_parameters(self) -> list[nn.Parameter]:
-        """The parameters that `pace.lr` is for."""
+        """The parameters that learn at `pace.lr`."""
         return [p for name, p in self.named_parameters() if name in ("gamma", "rho")]
 
-    def _by_vertical(self, values: Tensor, per_class: bool) -> Sequence[Tensor]:
+    def _split(self, values: Tensor, per_class: bool) -> Sequence[Tensor]:
+        """By vertical: a number, or (V,) where `per_class`."""
         return values.split(self.vertical_sizes) if per_class else values.unbind()
 
 
 def normalise(logits_BV: Tensor, classes: ClassRange | None = None) -> Tensor:
-    """x / sqrt(sum x^2 + N_v * EPSILON) in float32 at least: the L2-normalisation of Equation 3, with a finite slope at x = 0.
+    """x / sqrt(sum x^2 + N_v * EPSILON), in float32 at least: the L2 normalisation of Equation 3, with a finite slope at x = 0.
 
-    `classes` says which classes of a vertical these are where they are not all.
+    `classes` says which classes of a vertical these are, where they are not all.
     """
-    # NOTE: F.normalize clamps the norm instead, and its slope explodes near x = 0.
+    # NOTE: F.normalize clamps the norm instead, so its slope explodes near x = 0.
     logits_BV = logits_BV.to(torch.promote_types(logits_BV.dtype, torch.float32))
     square_B1, size = logits_BV.square().sum(1, keepdim=True), logits_BV.shape[1]
     if classes is not None:
@@ -155,5 +158,5 @@ def normalise(logits_BV: Tensor, classes: ClassRange | None = None) -> Tensor:
 
 
 def lowest_loss_without_offset(vertical_size: int, gamma: float) -> float:
-    """The least loss that a wholly negative vertical can reach: all logits equal, at -gamma/sqrt(N_v)."""
+    """The least loss, without an offset, of a vertical in which no class is present: all logits are -gamma/sqrt(N_v)."""
     return vertical_size * math.log1p(math.exp(-gamma / math.sqrt(vertical_size)))

@@ -1,25 +1,26 @@
-"""A head whose classes are spread over ranks: each rank holds classifier and pace of some verticals, or of a part of one.
+"""A head whose classes are spread over ranks: each rank holds the classifiers and pace of some verticals, or of a part of one.
 
-Base network, top-1 and top-2 stay on every rank, under DistributedDataParallel. A step moves
+Base network, top-1 and top-2 stay on every rank, under DistributedDataParallel. A step moves, by all-to-all,
 
-    top-2 outputs       each sample's, to the ranks that hold a vertical which sees them     all-to-all
-    targets             of all samples, to all ranks                                         all-to-all
-    losses              of each sample in each vertical, back to its rank                    all-to-all
-    gradients           of the top-2 outputs, back, and summed there (a reduce-scatter)      all-to-all
+    top-2 outputs       of each sample, to the ranks with a vertical that sees them
+    targets             of all samples, to all ranks
+    losses              of each sample in each vertical, back to the sample's rank
+    gradients           of the top-2 outputs, back to the sample's rank, which sums them
 
-and no gradient of the head. The loss has no collective but where a vertical is cut: then the squared norm and the sum that the
-norm's Jacobian needs, two numbers a sample, are summed over the ranks that hold it (one more for an offset of the vertical).
+and no gradient of the head. The loss itself needs no collective, except where a vertical is cut: there the squared norm and the
+sum in the norm's Jacobian, two numbers a sample, are summed over the ranks that hold the vertical (and a third one where the
+vertical has an offset).
 
-All-to-all with a share for each pair of ranks, not all-gather and reduce-scatter, because ranks may have different
-numbers of samples, and because with top=fc_sc and sc_sc each rank needs its own verticals' blocks only: the bytes are those of
-an all-gather where all verticals share their features (fc_fc), and fewer elsewhere.
+Why all-to-all, and not all-gather and reduce-scatter: ranks may have different numbers of samples, and with top=fc_sc and sc_sc
+each rank needs its own verticals' blocks alone. Where all verticals share their features (fc_fc) the bytes are those of
+an all-gather, elsewhere they are fewer.
 
-Top-2 is not spread: where a head is large enough for this, its share of the parameters is small (42 of 592 million, for a million
-classes and FC4096-SC512), and to move its outputs, (W-1)/W M s2 numbers a sample over W ranks, is less than to move its
-inputs, (W-1) s1, from three ranks on at these sizes.
+Why top-2 is not spread: its share of the parameters is small in heads that are large enough for this (42 of 592 million, for a
+million classes and FC4096-SC512). And from three ranks on, at these sizes, it is cheaper to move its outputs, (W-1)/W M s2
+numbers a sample over W ranks, than its inputs, (W-1) s1.
 
 Shapes: B this rank's samples, G all ranks' samples, T all top-2 outputs, t those that a rank needs, K kept classes, M verticals,
-C all classes, P the parts that a rank holds (`head_plan.Part`).
+C all classes, P the parts that a rank holds (`head_plan.Part`), H the classes that it holds.
 """
 
 import itertools
@@ -40,8 +41,8 @@ from concentration.objectives.fused_block import ClassRange, HeadParameters
 from concentration.objectives.fused_head import GradientTime, check_targets, fused_vertical_loss
 from concentration.targets import SoftTargets
 
-#: Samples of a block of a vertical that is cut, at least: with fewer, time goes into waiting for sums over ranks. (Of 400,000
-#: classes on two gloo processes a step took 0.50 s; 0.61 with the 5 samples that a cache holds, 0.54 with 64.)
+#: Where a vertical is cut, a block has at least so many samples: with fewer, time goes into waiting for sums over ranks. (A step
+#: of 400,000 classes on two gloo processes took 0.50 s; 0.61 s with the 5 samples that a cache holds, 0.54 s with 64.)
 LEAST_BLOCK_SAMPLES = 16
 
 
@@ -52,15 +53,15 @@ class ShardedHead:
 
     Attributes:
         plan: the parts of every rank.
-        parts: of this rank.
-        ranges: the same, as the loss wants them.
-        num_holders: for each part, how many ranks hold parts of its vertical.
-        sent: bytes that this rank has sent to others, by what they were.
+        parts: the parts of this rank.
+        ranges: the same parts, as the loss takes them.
+        num_holders: for each of these parts, how many ranks hold parts of its vertical.
+        sent: bytes that this rank has sent to others, by kind ("targets", "losses", ...).
 
     Args:
-        vertical_sizes: of all verticals.
-        num_generic: top-2 outputs that all verticals see.
-        individual_sizes: that each sees alone.
+        vertical_sizes: V of every vertical.
+        num_generic: how many top-2 outputs all verticals see.
+        individual_sizes: for every vertical, how many top-2 outputs it alone sees.
     """
 
     def __init__(self, vertical_sizes: Sequence[int], num_generic: int, individual_sizes: Sequence[int]):
@@ -74,7 +75,7 @@ class ShardedHead:
             tuple(rank for rank, parts in enumerate(self.plan) if any(part.vertical == vertical for part in parts))
             for vertical in range(len(vertical_sizes))
         ]
-        # Every rank makes every group, in the same order, also those that it is not in.
+        # Every rank must make every group, in the same order, also those that it is not in.
         groups = {ranks: dist.new_group(list(ranks)) for ranks in dict.fromkeys(holders) if len(ranks) > 1}
         self.num_holders = [len(holders[part.vertical]) for part in self.parts]
         self.ranges = [self._build_range(part, holders[part.vertical], groups) for part in self.parts]
@@ -89,19 +90,19 @@ class ShardedHead:
         class_weight_C: Tensor | None,
         gradients: GradientTime,
     ) -> Tensor:
-        """What each vertical's classes add to the loss of each of this rank's samples, (B, M).
+        """The loss of each of this rank's samples in each vertical, (B, M).
 
-        NOTE: the gradients of this rank's `parameters` are the mean over ranks of what each rank's samples give, not their
-        sum: what DistributedDataParallel makes of all other parameters, so that one factor (`training.module.share_of_sample`)
+        NOTE: the gradients of this rank's `parameters` are the mean over ranks of what each rank's samples give, not the
+        sum. DistributedDataParallel does the same for all other parameters, so one factor (`training.module.share_of_sample`)
         is right for both.
 
         Args:
-            top2_BT: of this rank's samples.
-            split_top2: of the columns that this rank needs, what each of its parts' classifiers sees.
-            parameters: of this rank's parts.
+            top2_BT: top-2 outputs of this rank's samples.
+            split_top2: from the columns (G, t) that this rank needs to what the classifier of each of its parts sees.
+            parameters: classifier and pace of each of this rank's parts.
 
         Raises:
-            DataError: targets name a class that is none, or are not finite.
+            DataError: targets name a class that does not exist, or are not finite.
         """
         check_targets(targets, len(top2_BT), sum(self.vertical_sizes), len(self.vertical_sizes))
         shapes = self._gather_shapes(targets)
@@ -117,10 +118,10 @@ class ShardedHead:
     @_disable_dynamo
     @torch.no_grad()
     def compute_logits(self, top2_BT: Tensor, compute_held: Callable[[Tensor], list[Tensor]]) -> list[Tensor]:
-        """Logits of this rank's samples in every vertical, (B, V) each, for validation: they are all moved.
+        """Logits of this rank's samples, (B, V) for every vertical. For validation: every logit is sent to its sample's rank.
 
         Args:
-            compute_held: from the top-2 outputs that this rank needs to the logits of its parts.
+            compute_held: from the top-2 outputs (G, t) that this rank needs to the logits of each of its parts.
         """
         counts = distributed.gather_sizes([len(top2_BT)], top2_BT.device)
         counts = [count for (count,) in counts]
@@ -134,13 +135,13 @@ class ShardedHead:
         return [torch.cat(pieces[vertical], dim=1) for vertical in sorted(pieces)]
 
     def gather_features(self, top2_BT: Tensor, counts: Sequence[int]) -> Tensor:
-        """(G, t) of all ranks' samples, what this rank's parts see."""
+        """The top-2 outputs (G, t) of all ranks' samples that this rank's parts see."""
         sent = [torch.cat([top2_BT[:, columns] for columns in of_rank], dim=1) for of_rank in self._columns]
         width = sent[self.rank].shape[1]
         return torch.cat(self._exchange("features", sent, [(count, width) for count in counts]))
 
     def scatter_feature_gradients(self, gradient_Gt: Tensor, counts: Sequence[int], num_columns: int) -> Tensor:
-        """(B, T) for this rank's samples, the sum of what all ranks found for them."""
+        """The gradients (B, T) of this rank's samples, summed over what all ranks found for them."""
         widths = [sum(columns.stop - columns.start for columns in of_rank) for of_rank in self._columns]
         shapes = [(counts[self.rank], width) for width in widths]
         received = self._exchange("feature gradients", gradient_Gt.split(counts), shapes)
@@ -153,7 +154,7 @@ class ShardedHead:
         return total_BT
 
     def return_losses(self, loss_GP: Tensor, counts: Sequence[int]) -> Tensor:
-        """(B, M) of this rank's samples."""
+        """The losses (B, M) of this rank's samples, from those that each rank has of all samples in its parts."""
         shapes = [(counts[self.rank], len(parts)) for parts in self.plan]
         received = self._exchange("losses", loss_GP.split(counts), shapes)
         loss_BM = loss_GP.new_zeros(counts[self.rank], len(self.vertical_sizes))
@@ -163,12 +164,12 @@ class ShardedHead:
         return loss_BM
 
     def send_loss_gradients(self, gradient_BM: Tensor, counts: Sequence[int]) -> Tensor:
-        """(G, P) of this rank's parts."""
+        """The reverse of `return_losses`: gradients (G, P) of all samples in this rank's parts."""
         sent = [torch.stack([gradient_BM[:, part.vertical] for part in parts], dim=1) for parts in self.plan]
         return torch.cat(self._exchange("losses", sent, [(count, len(self.parts)) for count in counts]))
 
     def sum_by_vertical(self, value_P: Tensor) -> Tensor:
-        """(M,) from one number of each part: parts of a vertical add up."""
+        """(M,) from one number per part: those of a vertical's parts are added."""
         value_M = value_P.new_zeros(len(self.vertical_sizes))
         for value, part in zip(value_P, self.parts, strict=True):
             value_M[part.vertical] = value
@@ -182,11 +183,11 @@ class ShardedHead:
         return shapes
 
     def _gather_targets(self, targets: SoftTargets, shapes: Sequence["_Shape"]) -> SoftTargets:
-        """Of all ranks' samples, each weighed by 1/world_size: see `loss_by_vertical`."""
+        """The targets of all ranks' samples, each weighted by 1/world_size: see `loss_by_vertical`."""
         num_kept, num_verticals = max(shape.num_kept for shape in shapes), len(self.vertical_sizes)
         padding = (0, num_kept - targets.index_BK.shape[1])
         parts = {
-            # int32 holds all classes; unused places are class 0 with probability 0.
+            # int32 is enough for all classes; unused places are class 0 with probability 0.
             "index_BK": torch.nn.functional.pad(targets.index_BK.int(), padding),
             "probability_BK": torch.nn.functional.pad(targets.probability_BK, padding),
             "background_BM": targets.background_BM,
@@ -230,19 +231,19 @@ class ShardedHead:
 
 
 def list_columns(parts: Sequence[Part], num_generic: int, individual_sizes: Sequence[int]) -> list[slice]:
-    """The top-2 outputs that these parts' classifiers see."""
+    """The columns of the top-2 outputs that these parts' classifiers see."""
     bounds = list(itertools.pairwise(itertools.accumulate(individual_sizes, initial=num_generic)))
     seen = [(0, num_generic), *(bounds[part.vertical] for part in parts)]
     return [slice(start, stop) for start, stop in seen if stop > start]
 
 
 def all_reduce_bytes(num_bytes: int, world_size: int) -> int:
-    """What each rank sends in a ring all-reduce of `num_bytes`: every part but one, to sum it, then to spread the sum."""
+    """What each rank sends in a ring all-reduce of `num_bytes`: all but one share, first to sum them, then to spread the sums."""
     return 2 * (world_size - 1) * num_bytes // world_size
 
 
 class _Shape(NamedTuple):
-    """Of a rank's targets."""
+    """The shape of a rank's targets."""
 
     num_samples: int
     num_kept: int
@@ -251,7 +252,7 @@ class _Shape(NamedTuple):
 
 
 class _Features(torch.autograd.Function):
-    """(B, T) of this rank's samples to (G, t) of this rank's parts."""
+    """From (B, T) of this rank's samples to (G, t) of this rank's parts."""
 
     @staticmethod
     def forward(ctx, top2_BT: Tensor, head: ShardedHead, counts: list[int]) -> Tensor:
@@ -262,12 +263,12 @@ class _Features(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, gradient_Gt: Tensor):
         gradient_BT = ctx.head.scatter_feature_gradients(gradient_Gt, ctx.counts, ctx.num_columns)
-        # Back to the sum: DistributedDataParallel divides what comes of it.
+        # The losses were divided by the world size; DistributedDataParallel divides what comes of this gradient once more.
         return gradient_BT.mul_(ctx.head.world_size).to(ctx.dtype), None, None
 
 
 class _Losses(torch.autograd.Function):
-    """(G, P) of this rank's parts, each divided by the world size, to (B, M) of this rank's samples."""
+    """From losses (G, P) of this rank's parts, each divided by the world size, to losses (B, M) of this rank's samples."""
 
     @staticmethod
     def forward(ctx, loss_GP: Tensor, head: ShardedHead, counts: list[int]) -> Tensor:
@@ -277,5 +278,5 @@ class _Losses(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient_BM: Tensor):
-        # NOTE: not multiplied by the world size: the gradients of the head's parameters are those of the divided losses.
+        # NOTE: not multiplied by the world size: the gradients of the head's parameters must be those of the divided losses.
         return ctx.head.send_loss_gradients(gradient_BM, ctx.counts), None, None

@@ -1,6 +1,7 @@
 """The network: base network, top layers, pace. A student or generalist has all verticals, a teacher has one.
 
-Shapes: B batch, C all classes, M verticals.
+Shapes: B batch, H and W height and width of an image, D features, C all classes, V classes of one vertical, M verticals,
+T all top-2 outputs, P parts of the head that this rank holds.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,18 +29,19 @@ from concentration.objectives.softmax_cross_entropy import compute_log_odds, sof
 from concentration.schema import Config, parse_config, parse_json
 from concentration.targets import SoftTargets
 
-#: `sigmoid`: classes are independent (Gao et al., Equations 1 and 2). `softmax`: they exclude each other, over all verticals.
+#: `sigmoid`: classes are independent (Gao et al., Equations 1 and 2). `softmax`: of all classes of all verticals one is true.
 LossKind = Literal["sigmoid", "softmax"]
 
-#: Of a batch in a vertical, in the mean over verticals: with so few on a CPU the readable form of the loss is faster than the
-#: fused one (docs/speed.md).
+#: With at most so many logits of a batch per vertical, in the mean over verticals, the readable form of the loss is faster on a
+#: CPU than the fused one (docs/speed.md).
 FEW_LOGITS = 1 << 16
 
 
 class NetworkConfig(Config):
-    """Everything that fixes the architecture: a checkpoint carries it, so that it can be loaded without a run's config.
+    """Everything that fixes the architecture. A network file carries it, so that it can be loaded without a run's config.
 
-    num_blocks: SC blocks of verticals that were merged from several; every other vertical has one.
+    verticals: the number of classes of each, in the order of the outputs.
+    num_blocks: SC blocks of those verticals that were merged from several; every other vertical has one.
     """
 
     loss: LossKind = "sigmoid"
@@ -75,24 +77,24 @@ class NetworkConfig(Config):
         return self
 
     def list_num_blocks(self) -> list[int]:
-        """SC blocks of every vertical."""
+        """For every vertical, how many SC blocks it has."""
         return [self.num_blocks.get(vertical, 1) for vertical in self.verticals]
 
     def without_auxiliaries(self) -> Self:
-        """The same network as it is served."""
+        """The same network without the taps for auxiliary classifiers: as it is saved and served."""
         return self.model_copy(update={"base": self.base.without_taps()})
 
 
 class Student(nn.Module):
-    """`student(images)` gives logits (B, C), `student(images, targets)` the loss of each sample (B,).
+    """`student(images)` gives logits (B, C), `student(images, targets)` the loss of each sample, (B,).
 
-    Of a network with the softmax as loss, too, the logits are those whose sigmoids are its probabilities. In training the loss
-    has those of the auxiliary classifiers in it, where the base network has taps for them; they are not saved.
+    The sigmoids of the logits are the network's probabilities, also where it is trained with a softmax. In training mode the
+    loss includes those of the auxiliary classifiers, where the base network has taps for them; they are not saved.
 
-    With `weight_B` each sample's loss is multiplied by its weight. (Afterwards it may only be multiplied by one number for all
-    samples, as sum and mean do: see `fused_loss_by_vertical`, which also says what `gradients` chooses.)
+    `weight_B` multiplies the samples' losses. Afterwards the losses may only be multiplied by one number for all samples, as
+    sum and mean do: see `fused_loss_by_vertical`, which also says what `gradients` chooses.
 
-    Images are (B, 3, H, W), uint8 or float in [0, 1]; the base network's mean and deviation are applied here, so that a
+    Images are (B, 3, H, W), uint8 or float in [0, 1]. The base network's mean and deviation are applied here, so that a
     saved network needs no preprocessing beside it but the resize.
 
     The loss is computed inside `forward` so that DistributedDataParallel sees one call per step.
@@ -107,16 +109,16 @@ class Student(nn.Module):
         self.pace = Pace(vertical_sizes, config.pace)
         self.auxiliaries = nn.ModuleList(AuxiliaryClassifier(tap, vertical_sizes) for tap in self.base.taps)
         self.augmentations = nn.ModuleList(self._build_heads(heads) for heads in config.augmentations)
-        #: What stays in eval mode while the rest is trained; see `augmented.augment`.
+        #: These stay in eval mode while the rest is trained; see `augmented.augment`.
         self.frozen_modules: list[nn.Module] = []
         mean, std = self.base.mean, self.base.std
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
         self.register_buffer("class_weight_C", None, persistent=False)
         self.gradients: GradientTime = "forward"
-        #: Where each rank has a part of the head only; see `shard_head`.
+        #: Set where each rank holds only a part of the head; see `shard_head`.
         self.sharding: ShardedHead | None = None
-        # The latest step's loss by vertical, summed over samples, for logs: a forward pass returns only what DDP should see.
+        # The latest step's loss by vertical, summed over samples. A buffer for logs: `forward` returns only what DDP should see.
         self.register_buffer("vertical_loss_M", torch.zeros(len(vertical_sizes)), persistent=False)
 
     @property
@@ -152,24 +154,25 @@ class Student(nn.Module):
         return loss_B
 
     def compute_logits(self, images: Tensor) -> list[Tensor]:
-        """Per vertical (B, V), before a softmax."""
+        """Paced logits, (B, V) per vertical; of a network with loss=softmax, what its softmax is taken of."""
         layers = self.compute_layers(images)
         if self.sharding is None:
             return self._compute_logits(layers)
         return self.sharding.compute_logits(layers.top2, self._compute_held_logits)
 
     def compute_layers(self, images: Tensor) -> Layers:
-        """What the base network and the hidden top layers give."""
+        """The outputs of the base network and the hidden top layers."""
         return self.top.compute_layers(self.base(self.normalise_images(images)))
 
     def finish_logits(self, raw_BC: Tensor) -> Tensor:
-        """(B, C) as the network gives them, from its classifier's outputs."""
+        """The network's logits (B, C) from the raw logits of its classifiers, (B, C)."""
         return self._join_logits(self.pace(raw_BC.split(list(self.config.verticals.values()), dim=1)))
 
     def compute_features(self, images: Tensor, layer: Layer) -> Tensor:
-        """(B, D): what the base network gives, or the top-1 outputs.
+        """The features (B, D) of the base network, or the outputs of top-1.
 
-        Raises: ConfigError where there is no top-1.
+        Raises:
+            ConfigError: top-1 is asked for, and there is none.
         """
         if layer == "top1" and not self.top.has_hidden:
             raise ConfigError("layer=top1: a network with top=linear has no top-1; give layer=base")
@@ -177,13 +180,13 @@ class Student(nn.Module):
         return features_BD if layer == "base" else self.top.compute_top1(features_BD)
 
     def answer(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (B, C) and the top-2 outputs of all verticals (B, T), which the classifiers see; of the whole head."""
+        """Logits (B, C), and the top-2 outputs of all verticals (B, T), which the classifiers see. Needs the whole head."""
         layers = self.compute_layers(images)
         return self._join_logits(self._compute_logits(layers)), layers.top2.float()
 
     @property
     def classifier_weights(self) -> list[str]:
-        """The names of the classifiers' weights, (V, s2) each."""
+        """The names of the classifiers' weights, (V, S) each, in the `state_dict`."""
         return [f"top.classifiers.{number}.weight" for number in range(len(self.top.classifiers))]
 
     def head_parameters(self) -> list[HeadParameters]:
@@ -194,9 +197,10 @@ class Student(nn.Module):
         ]
 
     def shard_head(self) -> None:
-        """Keeps this rank's part of classifiers and pace, and drops the others'; called on all ranks of equal weights.
+        """Keeps this rank's part of classifiers and pace. All ranks call it together, with equal weights.
 
-        Raises: ConfigError where there are fewer classes than ranks.
+        Raises:
+            ConfigError: there are fewer classes than ranks.
         """
         self.sharding = ShardedHead(
             list(self.config.verticals.values()), self.top.num_generic, self.top.individual_sizes
@@ -205,7 +209,7 @@ class Student(nn.Module):
         self.pace.keep(self.sharding.parts, self.sharding.ranges)
 
     def unshard_head(self) -> None:
-        """Makes room for the whole head again; its values are to be loaded."""
+        """Makes room for the whole head again, uninitialised: its values must be loaded next."""
         self.sharding = None
         sizes = list(self.config.verticals.values())
         self.top.individual_sizes = [self.top.block_size * blocks for blocks in self.config.list_num_blocks()]
@@ -216,7 +220,7 @@ class Student(nn.Module):
         self.pace = Pace(sizes, self.config.pace)
 
     def gamma_by_vertical(self) -> Tensor:
-        """(M,) for logs; all ranks call it."""
+        """gamma of every vertical, or its mean over the vertical's classes, (M,). For logs; all ranks call it together."""
         gamma_P = self.pace.gamma_by_vertical()
         if self.sharding is None:
             return gamma_P
@@ -227,25 +231,24 @@ class Student(nn.Module):
         return self.sharding.sum_by_vertical(gamma_P * gamma_P.new_tensor(shares))
 
     def held_square_norm(self) -> Tensor:
-        """() the squared norm of the gradients of this rank's part of the head; over ranks, every number counts once."""
+        """The squared norm () of the gradients of this rank's part of the head; summed over ranks, every number counts once."""
         squares = [p.grad.square().sum() for p in self.top.classifiers.parameters() if p.grad is not None]
         for name, parameter in self.pace.named_parameters():
             if parameter.grad is not None:
                 square = parameter.grad.square()
-                if not self.pace.is_per_class(name):  # each rank that holds a part of the vertical has the same number
+                if not self.pace.is_per_class(name):  # all ranks that hold parts of a vertical have the same number
                     square = square / square.new_tensor(self.sharding.num_holders)
                 squares.append(square.sum())
         return torch.stack(squares).sum()
 
     def normalise_images(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) float32 with the mean and deviation that the base network expects."""
+        """Images (B, 3, H, W) as float32, normalised as the base network expects."""
         return normalise_images(images, self.mean, self.std)
 
     def set_prior(self, frequency_C: Tensor) -> None:
-        """Starts the outputs at the classes' frequencies (C,) in [0, 1], the auxiliary classifiers' too.
+        """Starts all outputs, also those of auxiliary classifiers, at the classes' frequencies (C,) in [0, 1].
 
-        The offset takes them where there is pace, the output bias where there is none: before a norm a bias at the prior
-        would drown the features.
+        With pace the offset takes them, without it the output bias: before a norm, a bias at the prior would drown the features.
         """
         frequency_C = frequency_C.double().clamp(1e-6, 1 - 1e-6)
         logit_C = (frequency_C.log() if self.config.loss == "softmax" else frequency_C.logit()).float()
@@ -257,7 +260,7 @@ class Student(nn.Module):
             self.pace.set_prior(logit_C)
 
     def save(self, path: Path, metadata: Mapping[str, str]) -> None:
-        """Writes weights and architecture as one safetensors file, whole or not at all; without auxiliary classifiers."""
+        """Writes weights and architecture, without auxiliary classifiers, as one safetensors file, whole or not at all."""
         assert self.sharding is None, "a part of a network is no network"
         header = {"network": self.config.without_auxiliaries().model_dump_json(), **metadata}
         served = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("auxiliaries.")}
@@ -267,8 +270,8 @@ class Student(nn.Module):
         """Takes the base network's weights from another network's file.
 
         Raises:
-            ConfigError: its base network is another one.
-            DataError: the file is missing, damaged or no safetensors file.
+            ConfigError: that network has another base network.
+            DataError: the file is missing, damaged or not a safetensors file.
         """
         prefix = "base."
         tensors = load_tensors(path)
@@ -287,7 +290,7 @@ class Student(nn.Module):
         return AuxiliaryHeads(num_features, self.base.feature_map, config)
 
     def _compute_head_loss(self, layers: Layers, targets: SoftTargets) -> Tensor:
-        """(B, M) of the top layers' classifiers."""
+        """The loss (B, M) of the top layers' classifiers, in the fastest form that fits."""
         is_softmax = self.config.loss == "softmax"
         if is_softmax or self.augmentations or self._takes_readable_form(layers.top2):
             assert self.sharding is None, "no rank has all classes of a sample's softmax, or of a head's group"
@@ -299,13 +302,13 @@ class Student(nn.Module):
         return self.sharding.loss_by_vertical(layers.top2, self.top.split_top2, *head)
 
     def _takes_readable_form(self, top2: Tensor) -> bool:
-        """Where logits are few, the fused form's many small steps for each vertical take longer than their arithmetic."""
+        """Whether logits are so few that the fused form's many small steps per vertical would take longer than the arithmetic."""
         if self.sharding is not None or self.gradients == "backward" or top2.device.type != "cpu":
             return False
         return len(top2) * self.num_outputs <= FEW_LOGITS * len(self.config.verticals)
 
     def _compute_auxiliary_loss(self, auxiliary: AuxiliaryClassifier, maps: Tensor, targets: SoftTargets) -> Tensor:
-        """(B, M), not yet weighed. Auxiliary classifiers are never spread over ranks."""
+        """The loss (B, M) of one auxiliary classifier, before its weight. These classifiers are never spread over ranks."""
         hidden_BS = auxiliary(maps)
         if self.config.loss == "softmax":
             return softmax_cross_entropy_by_vertical(auxiliary.classify(hidden_BS), targets, self.class_weight_C)
@@ -313,14 +316,14 @@ class Student(nn.Module):
         return fused_loss_by_vertical(hidden, heads, targets, self.class_weight_C, self.gradients)
 
     def _join_logits(self, logits: Sequence[Tensor]) -> Tensor:
-        """(B, C) of the verticals' (B, V); those of a softmax as the log-odds of each class."""
+        """(B, C) from (B, V) of each vertical; with a softmax, the log-odds of each class."""
         logits_BC = torch.cat(list(logits), dim=1)
         if self.config.loss == "softmax":
             logits_BC = compute_log_odds(logits_BC.double().log_softmax(1))
         return logits_BC.float()
 
     def _compute_logits(self, layers: Layers) -> list[Tensor]:
-        """(B, V) of every vertical, with what auxiliary heads add."""
+        """Paced logits (B, V) of every vertical, including what auxiliary heads add."""
         if not self.augmentations:
             return self._compute_held_logits(layers.top2)
         added_BC = sum(heads(layers.at(heads.config.layer)) for heads in self.augmentations)
@@ -328,7 +331,7 @@ class Student(nn.Module):
         return self.pace([own + more for own, more in zip(self.top.classify(layers.top2), added, strict=True)])
 
     def _compute_held_logits(self, top2: Tensor) -> list[Tensor]:
-        """(B, V) of every vertical, or of the parts of them that are here."""
+        """Paced logits (B, V) of every vertical, or of those parts of verticals that are held here."""
         return self.pace(self.top.classify(top2))
 
 
@@ -345,7 +348,7 @@ def load_student(path: Path) -> Student:
         config = parse_config(NetworkConfig, parse_json(header["network"], "network"))
     except (ConfigError, DataError) as error:
         raise DataError(f"{path}: its header describes no network of this version ({error}); train it again") from None
-    if getattr(config.base, "pretrained", False):  # its weights are in the file: fetch nothing
+    if getattr(config.base, "pretrained", False):  # the weights are in the file: nothing is to be fetched
         config = config.model_copy(update={"base": config.base.model_copy(update={"pretrained": False})})
     tensors = load_tensors(path)
     check_fit(lambda: Student(config), tensors, path)

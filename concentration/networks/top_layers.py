@@ -1,13 +1,16 @@
-"""The top layers of Figure 3: top-1, top-2 and the classifiers, fully connected (FC) or structurally connected (SC); or none.
+"""The top layers of Figure 3: top-1, top-2 and the classifiers, fully connected (FC) or structurally connected (SC).
 
     kind            Figure 3   top-1                 top-2
     fc_fc           (a)        one, shared           one, shared
     fc_sc           (b)        one, shared           one per vertical
     sc_sc           (c)        one per vertical      one per vertical
-    fc_sc_generic   (d)        one, shared           a generic part of size x, shared, and s2 - x per vertical
-    linear                     none                  none: the classifiers see the features, as in GoogLeNet
+    fc_sc_generic   (d)        one, shared           a shared generic part of size x, and s2 - x per vertical
+    linear          -          none                  none: the classifiers see the features, as in GoogLeNet
 
-Shapes: B batch, D features of the base network, M verticals, V classes of one vertical, s1 and s2 sizes of top-1 and top-2.
+Shapes: B batch, D features of the base network, M verticals, V classes of one vertical, s1 and s2 the sizes of top-1 and top-2,
+S what one classifier sees (s2, or D with `linear`), X the generic part of top-2, C all classes.
+
+Source: Gao et al., section 3.2 and Figure 3.
 """
 
 from collections.abc import Sequence
@@ -22,7 +25,7 @@ from concentration.schema import Config
 
 TopKind = Literal["fc_fc", "fc_sc", "sc_sc", "fc_sc_generic", "linear"]
 
-#: Where features are taken: what the base network gives, or the top-1 outputs.
+#: Where features are taken: at the output of the base network, or of top-1.
 Layer = Literal["base", "top1"]
 
 
@@ -30,7 +33,7 @@ class TopConfig(Config):
     """Sizes and structure of the top layers.
 
     `generic` is x of Figure 3 (d), from 0 (equal to fc_sc) to `top2` (equal to fc_fc). `norm` acts on top-1 and top-2
-    before their ReLU: `layer` normalises each vertical's block on its own; `batch` uses batch statistics, so that results
+    before their ReLU: `layer` normalises each vertical's block on its own; `batch` uses batch statistics, so results
     depend on how a batch is split over processes.
     """
 
@@ -65,7 +68,12 @@ class TopConfig(Config):
 
 
 class Layers(NamedTuple):
-    """What the layers of a network give for a batch, (B, outputs) each; `top1` is None where there is none."""
+    """The outputs of a network's layers for a batch.
+
+    base: (B, D) features.
+    top1: (B, s1), or (B, M*s1) where each vertical has its own; None with `linear`.
+    top2: (B, X + M*(s2 - X)), the generic part first, then each vertical's own; the features with `linear`.
+    """
 
     base: Tensor
     top1: Tensor | None
@@ -76,12 +84,13 @@ class Layers(NamedTuple):
 
 
 class TopLayers(nn.Module):
-    """From base features (B, D) to one tensor of raw logits (B, V) per vertical.
+    """From base features (B, D) to raw logits (B, V) for each vertical. Activations are ReLUs.
 
     Args:
-        num_blocks: SC blocks of each vertical, 1 as a rule; one that was merged from several has theirs.
-
-    Source: Gao et al., section 3.2 and Figure 3. Activations are ReLUs.
+        num_features: D.
+        vertical_sizes: V of each vertical.
+        num_blocks: how many SC blocks each vertical has. It is 1, but for a vertical that was merged from several, which keeps
+            all of theirs (see `regrouping`).
     """
 
     def __init__(
@@ -95,18 +104,18 @@ class TopLayers(nn.Module):
         num_blocks = [1] * len(vertical_sizes) if num_blocks is None else num_blocks
         self.num_generic = num_features if config.kind == "linear" else _num_generic(config)
         self.block_size = 0 if config.kind == "linear" else config.top2 - self.num_generic
-        #: Of each vertical whose classifier is here, the top-2 outputs that it sees alone.
+        #: For each classifier held here: how many top-2 outputs it alone sees.
         self.individual_sizes = [self.block_size * blocks for blocks in num_blocks]
         self.has_hidden = config.kind != "linear"
         if self.has_hidden:
             self._build_hidden(num_features, sum(num_blocks), config)
-        # One parameter per vertical: slicing one flat weight under autograd costs a full-size gradient per slice.
+        # One parameter per vertical: under autograd, each slice of one flat weight costs a gradient of the full size.
         self.classifiers = nn.ModuleList(map(nn.Linear, self.seen_sizes, vertical_sizes))
         self._initialise()
 
     @property
     def seen_sizes(self) -> list[int]:
-        """The top-2 outputs that each classifier sees."""
+        """For each classifier held here: how many top-2 outputs it sees, S."""
         return [self.num_generic + size for size in self.individual_sizes]
 
     def _build_hidden(self, num_features: int, num_blocks: int, config: TopConfig) -> None:
@@ -117,7 +126,7 @@ class TopLayers(nn.Module):
         if config.kind == "sc_sc":
             self.top2 = BlockLinear(num_blocks, config.top1, config.top2)
         else:
-            # All verticals' top-2 layers share their input, so they are ONE product: 7 times faster than a loop over M.
+            # All verticals' top-2 layers share their input, so they are ONE product: 7 times faster than M of them.
             self.top2 = nn.Linear(config.top1, num_top2)
         generic_block = [self.num_generic] if self.num_generic else []
         self.top2_norm = _build_norm(
@@ -129,20 +138,20 @@ class TopLayers(nn.Module):
         return self.classify(self.compute_top2(features_BD))
 
     def classify(self, top2: Tensor) -> list[Tensor]:
-        """Raw logits from the top-2 outputs that the classifiers which are here see, (B, V) each."""
+        """Raw logits, (B, V) for each classifier held here, from the top-2 outputs that these see."""
         hidden = self.split_top2(top2)
         return [classify(hidden_BS) for classify, hidden_BS in zip(self.classifiers, hidden, strict=True)]
 
     def hidden(self, features_BD: Tensor) -> list[Tensor]:
-        """Each vertical's top-2 output, (B, s2): what its classifier sees."""
+        """What each vertical's classifier sees, (B, S)."""
         return self.split_top2(self.compute_top2(features_BD))
 
     def compute_top2(self, features_BD: Tensor) -> Tensor:
-        """The top-2 outputs of all verticals, one axis: the generic part first, then each vertical's own."""
+        """The top-2 outputs of all verticals side by side: see `Layers`."""
         return self.compute_layers(features_BD).top2
 
     def compute_layers(self, features_BD: Tensor) -> Layers:
-        """What every layer gives."""
+        """The outputs of all layers."""
         if not self.has_hidden:
             return Layers(features_BD, None, features_BD)
         top1 = self.compute_top1(features_BD)
@@ -153,7 +162,7 @@ class TopLayers(nn.Module):
         return torch.relu(self.top1_norm(self.top1(features_BD)))
 
     def split_top2(self, top2: Tensor) -> list[Tensor]:
-        """What each classifier sees, (B, s2), of the generic part and the blocks of the classifiers that are here."""
+        """What each classifier held here sees, (B, S): the generic part and its own blocks."""
         generic_BX, individual = top2[:, : self.num_generic], top2[:, self.num_generic :]
         if not self.block_size:
             return [generic_BX] * len(self.classifiers)
@@ -162,7 +171,7 @@ class TopLayers(nn.Module):
 
     @torch.no_grad()
     def keep(self, parts: Sequence[Part]) -> None:
-        """Drops all rows of the classifiers but these parts'; a classifier is then a part's."""
+        """Keeps only these parts of the classifiers, each as a classifier of its own."""
         self.individual_sizes = [self.individual_sizes[part.vertical] for part in parts]
         kept = []
         for part in parts:
@@ -174,7 +183,7 @@ class TopLayers(nn.Module):
         self.classifiers = nn.ModuleList(kept)
 
     def set_prior(self, logit_C: Tensor) -> None:
-        """Starts the output biases at given logits (C,), in the order of the output index."""
+        """Sets the output biases to these logits (C,), which are in the order of the output index."""
         with torch.no_grad():
             for classify, logit_V in zip(
                 self.classifiers, logit_C.split([c.out_features for c in self.classifiers]), strict=True
@@ -194,7 +203,7 @@ class TopLayers(nn.Module):
 
 
 class BlockLinear(nn.Module):
-    """A linear layer per block of the input: (B, M*I) to (B, M*O), block m seeing only block m."""
+    """A linear layer for each block of the input: from (B, M*I) to (B, M*O), output block m sees input block m alone."""
 
     def __init__(self, num_blocks: int, num_in: int, num_out: int):
         super().__init__()
@@ -208,7 +217,7 @@ class BlockLinear(nn.Module):
 
 
 class BlockLayerNorm(nn.Module):
-    """Layer normalisation of each block of the last axis on its own; blocks may have different sizes."""
+    """Layer normalisation of each block of the last axis on its own. Blocks may differ in size."""
 
     def __init__(self, block_sizes: Sequence[int]):
         super().__init__()
@@ -221,7 +230,10 @@ class BlockLayerNorm(nn.Module):
 
 
 def count_top_parameters(config: TopConfig, num_features: int, num_classes: int, num_verticals: int) -> int:
-    """Weights of the top layers without biases and norms, by the formulas under Figure 3 (Gao et al., section 3.2)."""
+    """The weights of the top layers, without biases and norms, by the formulas of section 3.2 (Gao et al.).
+
+    `num_features` is the paper's s_b, `num_classes` its N, `num_verticals` its M.
+    """
     if config.kind == "linear":
         return num_features * num_classes
     top1, top2, generic = config.top1, config.top2, _num_generic(config)

@@ -1,13 +1,14 @@
-"""The loss and its gradient in closed form in a block of one vertical's logits: the arithmetic of the fused head.
+"""The loss of a block of one vertical's logits and its gradient in closed form: the arithmetic of the fused head.
 
-For one sample and one vertical, with x the raw logits, n = sqrt(sum x^2 + N_v EPSILON), y = gamma x / n + offset, and
-g = weight * class weight * (sigmoid(y) - z), the derivative of the loss by y:
+For one sample and one vertical, let x be the raw logits, n = sqrt(sum x^2 + N_v EPSILON) their norm, y = gamma x / n + offset
+the paced logits, and g = weight * class weight * (sigmoid(y) - z) the derivative of the loss with respect to y. Then the
+derivative with respect to
 
-    by x:        (h - x <h, x> / n^2) / n     where h = gamma g: the whole Jacobian of Equation 3
-    by gamma:    <g, x> / n                   (per class: its terms)
-    by offset:   sum g                        (per class: its terms)
+    x        is  (h - x <h, x> / n^2) / n    with h = gamma g: the whole Jacobian of Equation 3
+    gamma    is  <g, x> / n                  (with one gamma per class: its terms)
+    offset   is  sum g                       (with one offset per class: its terms)
 
-Without pace y = x, and the derivative by x is g.
+Without pace y = x, and the derivative with respect to x is g.
 
 Shapes: R samples of a block (B of a batch), V classes of one vertical, S features of a classifier, C all classes, K listed
 classes of a sample.
@@ -24,16 +25,16 @@ from torch import Tensor
 
 from concentration.targets import SoftTargets
 
-#: Added under the root of the norm as N_v times this, so that its slope stays finite when all logits are 0.
+#: N_v times this is added under the root of the norm, whose slope so stays finite when all logits are 0.
 EPSILON = 1e-6
 
 
 class HeadParameters(NamedTuple):
-    """Of one vertical.
+    """Classifier and pace of one vertical.
 
-    weight: (V, S), bias: (V,), of the classifier.
-    gamma: (), or (V,) where every class has its own; None is no pace.
-    offset: (), or (V,), added after the scaling; None adds nothing.
+    weight, bias: (V, S) and (V,), of the classifier.
+    gamma: (), or (V,) where every class has its own; None without pace.
+    offset: () or (V,), added after the scaling; None adds nothing.
     """
 
     weight: Tensor
@@ -44,12 +45,12 @@ class HeadParameters(NamedTuple):
 
 @dataclass(frozen=True)
 class ClassRange:
-    """Which classes of a vertical are computed here: all, or a rank's share of a vertical that several ranks hold.
+    """Which classes of a vertical are computed here: all, or this rank's share of a vertical that several ranks hold.
 
-    start: number of its first class among all C outputs.
+    start: the output index of the first of them.
     vertical_size: N_v of the whole vertical.
-    sum_over_shards: adds what the ranks of one vertical have; None where one rank has all of it.
-    block_samples: of a block, the same on all ranks of a vertical, so that their sums meet; None chooses by the classes.
+    sum_over_shards: adds up what the ranks of the vertical have; None where one rank holds all of it.
+    block_samples: R, equal on all ranks of the vertical so that they sum over the same samples; None chooses it by V.
     """
 
     start: int
@@ -59,9 +60,9 @@ class ClassRange:
 
 
 class VerticalTargets(NamedTuple):
-    """The targets of a batch as one vertical's classes see them.
+    """The targets of a batch as far as they concern one vertical's classes.
 
-    index_BK: inside the vertical; 0 with probability 0 where a listed class is not of these.
+    index_BK: counted inside these classes; 0, with probability 0, where a listed class is none of them.
     """
 
     index_BK: Tensor
@@ -72,7 +73,7 @@ class VerticalTargets(NamedTuple):
 
     @classmethod
     def of(cls, targets: SoftTargets, number: int, classes: slice, class_weight_C: Tensor | None) -> "VerticalTargets":
-        """As the vertical of this number, or these classes of it, see a batch's targets."""
+        """The part of a batch's targets that concerns `classes`, which belong to vertical `number`."""
         is_here_BK = (targets.index_BK >= classes.start) & (targets.index_BK < classes.stop)
         return cls(
             torch.where(is_here_BK, targets.index_BK - classes.start, 0),
@@ -88,11 +89,11 @@ class VerticalTargets(NamedTuple):
 
 
 class Block(NamedTuple):
-    """What is known of a block of logits.
+    """The loss of a block of logits, and its derivatives where they are asked for.
 
     loss_R: of each sample.
-    slope_RV, scale_R: their product is the derivative of the loss by the raw logits.
-    gamma, offset, bias_V: the derivatives by these, summed over the block.
+    slope_RV, scale_R: their product is the derivative of the loss with respect to the raw logits.
+    gamma, offset, bias_V: the derivatives with respect to these, summed over the block's samples.
     """
 
     loss_R: Tensor
@@ -111,7 +112,11 @@ def compute_block(
     upstream_R: Tensor | None,
     wants_gradients: bool,
 ) -> Block:
-    """The loss and its derivatives in one block of raw logits, which may be overwritten."""
+    """The loss and its derivatives in one block of raw logits, which may be overwritten.
+
+    Args:
+        upstream_R: weights of the samples in the derivatives, beside those of the targets; None means 1.
+    """
     x = logits_RV.to(torch.promote_types(logits_RV.dtype, torch.float32))
     gamma, offset, class_weight_V = vertical.gamma, vertical.offset, targets.class_weight_V
     sum_over_shards = classes.sum_over_shards or _as_it_is
@@ -164,7 +169,7 @@ def compute_block(
 
 
 def _pace(x: Tensor, inverse_norm_R1: Tensor, gamma: Tensor, offset: Tensor | None) -> Tensor:
-    """y of Equation 3, in a new tensor."""
+    """y, by Equations 3 and 4 and with the offset, in a new tensor."""
     if gamma.ndim:
         y = (x * inverse_norm_R1).mul_(gamma)
         return y if offset is None else y.add_(offset)
@@ -173,10 +178,10 @@ def _pace(x: Tensor, inverse_norm_R1: Tensor, gamma: Tensor, offset: Tensor | No
 
 
 def _log_of_larger(sigmoid: Tensor) -> Tensor:
-    """log max(s, 1 - s), of which log(1 + exp(y)) = max(y, 0) - log max(s, 1 - s): half the time of softplus(y).
+    """log max(s, 1 - s), for softplus(y) = max(y, 0) - log max(s, 1 - s): half the time of torch's softplus.
 
-    It is log(1 - q) with q the smaller of the two. Where y is far below 0, q is the sigmoid itself, so that nothing is lost;
-    where y is far above, what q loses is nothing beside y.
+    It is computed as log(1 - q) with q the smaller of s and 1 - s. Where y is far below 0, q is the sigmoid itself and exact;
+    where y is far above 0, the rounding of q is nothing beside y.
     """
     q = torch.rsub(sigmoid, 1)
     return torch.minimum(sigmoid, q, out=q).neg_().log1p_()
@@ -187,18 +192,18 @@ def _sum_classes(values_RV: Tensor, class_weight_V: Tensor | None) -> Tensor:
 
 
 def scale_in_place(tensor: Tensor, factor: Tensor) -> None:
-    """tensor *= factor, a number that is 1 as a rule, which then costs nothing."""
+    """tensor *= factor. As a rule the factor is 1, and then this costs nothing."""
     if not (has_values_at_hand(factor) and factor == 1):
         tensor.mul_(factor)
 
 
 def has_values_at_hand(tensor: Tensor) -> bool:
-    """Whether a look at a value costs nothing. On a GPU it waits for all that was asked of it; torch's fake tensors have none."""
+    """Whether values can be read for nothing: on a GPU that waits for all work in its queue, and fake tensors have no values."""
     return tensor.device.type == "cpu" and type(tensor) is Tensor
 
 
 def multiply_weights(*factors: Tensor | None, like: Tensor) -> Tensor:
-    """(R,) of those that are given; ones where none is."""
+    """The product of the factors that are not None, in the shape of `like`; ones where all are."""
     product_R = torch.ones_like(like)
     for factor_R in factors:
         if factor_R is not None:

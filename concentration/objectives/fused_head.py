@@ -1,8 +1,8 @@
 """Classifier, pace and sigmoid cross-entropy of every vertical in one pass: no (B, C) tensor is ever held.
 
 The readable form is `sigmoid_cross_entropy_by_vertical(pace(top(features)), targets)`; this is the same function of the same
-parameters. It goes vertical by vertical and, inside a large one, some samples at a time; what it needs of a block of logits
-it takes while the block is in the cache: the loss, and the gradient in closed form.
+parameters. It goes vertical by vertical and, inside a large vertical, some samples at a time. While such a block of logits is
+in the cache, it takes the loss from it and, in closed form, the gradient.
 
 Shapes: B samples, R samples of a block, S features of a classifier (s2), V classes of one vertical, M verticals, C all
 classes.
@@ -27,8 +27,8 @@ from concentration.objectives import fused_block, grouped_head
 from concentration.objectives.fused_block import Block, ClassRange, HeadParameters, VerticalTargets
 from concentration.targets import SoftTargets
 
-#: Logits of a block: few enough to stay in a cache (a GPU's second-level one) with what is made of them, many enough for a
-#: fast product.
+#: Logits of a block: few enough to stay in a cache (a GPU's second-level one) together with what is computed from them, many
+#: enough for a fast matrix product.
 BLOCK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 24}
 
 #: When the gradients are computed; see `fused_loss_by_vertical`.
@@ -46,16 +46,16 @@ def fused_loss_by_vertical(
 
     Args:
         hidden: (B, S) per vertical, what its classifier sees.
-        parameters: of each vertical, in the order of the outputs.
+        parameters: classifier and pace of each vertical, in the order of the outputs.
         targets: as in the readable form.
         class_weight_C: multiplies both terms of a class.
-        gradients: `forward` takes them with the loss, one product less; then the loss may only be multiplied by ONE number
-            for all samples and verticals afterwards (as sum and mean do): what weighs samples belongs into
-            `targets.weight_BM`. `backward` computes the logits again, keeps nothing, and takes any weights; a hook on a
-            classifier's weight sees its gradient before the next vertical's exists.
+        gradients: `forward` computes them together with the loss and saves one matrix product. The loss may then only be
+            multiplied by ONE number for all samples and verticals, as sum and mean do; weights of samples belong into
+            `targets.weight_BM`. `backward` computes the logits again, keeps nothing in between, and allows any weights; a hook
+            on a classifier's weight sees its gradient before that of the next vertical exists.
 
     Raises:
-        DataError: shapes, types or devices do not fit; on a CPU also where targets name a class that is none, or are not
+        DataError: shapes, types or devices do not fit. On a CPU also: targets name a class that does not exist, or are not
             finite.
     """
     _check(hidden, parameters, targets, class_weight_C)
@@ -82,7 +82,7 @@ def fused_vertical_loss(
     class_weight_C: Tensor | None = None,
     gradients: GradientTime = "forward",
 ) -> Tensor:
-    """The loss of each sample, (B,), in the classes of one vertical, the `number`-th, or in this rank's share of them."""
+    """The loss of each sample, (B,), in the classes of vertical `number`, or in this rank's share of them."""
     here = slice(classes.start, classes.start + len(vertical.weight))
     vertical_targets = VerticalTargets.of(targets, number, here, class_weight_C)
     time = gradients if torch.is_grad_enabled() else None
@@ -90,9 +90,9 @@ def fused_vertical_loss(
 
 
 class _ProductTypes(NamedTuple):
-    """In which types the matrix products are made; None is the parameters' own.
+    """The types in which the matrix products are computed; None means the parameters' own type.
 
-    NOTE: the gradients' products are never float16: its loss scale, which keeps small gradients from vanishing, is not
+    NOTE: the gradients' products are never float16: the loss scale that keeps small float16 gradients from vanishing is not
     known before the backward pass.
     """
 
@@ -101,7 +101,7 @@ class _ProductTypes(NamedTuple):
 
 
 class _Gradients(NamedTuple):
-    """Of the summed loss; None where none is asked for."""
+    """The gradients of the loss summed over samples; None where one is not asked for."""
 
     hidden_BS: Tensor | None
     weight_VS: Tensor | None
@@ -111,7 +111,7 @@ class _Gradients(NamedTuple):
 
 
 class _VerticalLoss(torch.autograd.Function):
-    """Of hidden_BS, weight_VS, bias_V, gamma, offset, and what needs no gradient."""
+    """The loss (B,) of one vertical, as a function of hidden_BS, weight_VS, bias_V, gamma, offset, and of constants."""
 
     @staticmethod
     def forward(ctx, hidden_BS, weight_VS, bias_V, gamma, offset, targets, classes, gradients, types) -> Tensor:
@@ -119,7 +119,7 @@ class _VerticalLoss(torch.autograd.Function):
         needed = _Needed(*ctx.needs_input_grad[:5]) if gradients == "forward" else _Needed()
         loss_B, found = _compute(hidden_BS, vertical, targets, classes, needed, types, upstream_B=None)
         ctx.types = [None if tensor is None else tensor.dtype for tensor in (hidden_BS, *vertical)]
-        # NOTE: float16 would lose the small ones before the loss scale that is to save them arrives.
+        # NOTE: in float16 small gradients would vanish before the loss scale that should save them is known.
         ctx.gradients = found if hidden_BS.dtype == torch.float16 else _hand_over(found, ctx.types)
         if gradients == "backward":
             ctx.save_for_backward(hidden_BS, *vertical)
@@ -138,13 +138,13 @@ class _VerticalLoss(torch.autograd.Function):
         else:
             if ctx.gradients is None:
                 raise RuntimeError("the fused loss keeps its gradients for one backward pass; compute the loss again")
-            found, ctx.gradients = ctx.gradients, None  # the only reference, so that autograd need not copy them
+            found, ctx.gradients = ctx.gradients, None  # autograd does not copy what nobody else refers to
             _scale(found, gradient_B)
         return *_hand_over(found, ctx.types), None, None, None, None
 
 
 class _Needed(NamedTuple):
-    """Which gradients are asked for."""
+    """Which gradients autograd asks for."""
 
     hidden: bool = False
     weight: bool = False
@@ -162,16 +162,16 @@ def _compute(
     types: _ProductTypes,
     upstream_B: Tensor | None,
 ) -> tuple[Tensor, _Gradients]:
-    """The loss (B,), and the gradients of its sum over samples, each multiplied by its `upstream_B` (None is 1).
+    """The loss (B,), and the gradients of its sum over samples, each sample weighted by `upstream_B` (None means 1).
 
-    Sums are made, and returned, in float32 at least.
+    Sums are computed and returned in float32 at least.
     """
     num_samples = len(hidden_BS)
     block_elements = BLOCK_ELEMENTS.get(hidden_BS.device.type, 1 << 24)
     num_rows = classes.block_samples or max(1, min(num_samples, block_elements // len(vertical.weight)))
     found = _allocate(hidden_BS, vertical, needed)
     weight_VS, bias_V = _cast(vertical.weight, types.logits), _cast(vertical.bias, types.logits)
-    again_VS = weight_VS if types.gradients == types.logits else vertical.weight  # one narrow copy of it, not two
+    again_VS = weight_VS if types.gradients == types.logits else vertical.weight  # shares the narrow copy where it can
     exact = torch.promote_types(hidden_BS.dtype, torch.float32)
     kernels = _choose_kernels(hidden_BS.device, exact)
     loss_B = torch.empty(num_samples, dtype=exact, device=hidden_BS.device)
@@ -187,12 +187,12 @@ def _compute(
 
 
 def _hand_over(found: _Gradients, types: Sequence[torch.dtype | None]) -> _Gradients:
-    """In the types of what they are the gradients of."""
+    """Casts each gradient to the type of its tensor."""
     return _Gradients(*(f if f is None else f.to(dtype) for f, dtype in zip(found, types, strict=True)))
 
 
 def _choose_kernels(device: torch.device, dtype: torch.dtype) -> ModuleType:
-    """The module whose `compute_block` and `scale_in_place` serve sums of this type on this device."""
+    """The module whose `compute_block` and `scale_in_place` compute in this type on this device."""
     if device.type != "cuda" or dtype == torch.float64:
         return fused_block
     from concentration.objectives import fused_block_triton  # Triton comes with torch for CUDA alone
@@ -208,7 +208,7 @@ def _allocate(hidden_BS: Tensor, vertical: HeadParameters, needed: _Needed) -> _
         like = torch.empty_like(tensor, dtype=dtype, memory_format=torch.contiguous_format)
         return like if value is None else like.fill_(value)
 
-    # The first block writes hidden and weight without reading them.
+    # hidden and weight need no zeros: the first block overwrites them.
     return _Gradients(
         allocate(hidden_BS, needed.hidden, None),
         allocate(vertical.weight, needed.weight, None),
@@ -221,7 +221,7 @@ def _allocate(hidden_BS: Tensor, vertical: HeadParameters, needed: _Needed) -> _
 def _accumulate(
     found: _Gradients, rows: slice, block: Block, hidden_BS: Tensor, weight_VS: Tensor, dtype: torch.dtype | None
 ) -> None:
-    """Adds what a block's derivatives are for the parameters."""
+    """Adds a block's part of the gradients."""
     if block.slope_RV is None:
         return
     slope_RV = _cast(block.slope_RV, dtype or hidden_BS.dtype)
@@ -242,7 +242,7 @@ def _accumulate(
 def _add_product(total: Tensor, left: Tensor, right: Tensor, is_first: bool) -> None:
     if left.dtype == total.dtype:
         total.addmm_(left, right, beta=0 if is_first else 1)
-    elif total.device.type == "cuda":  # its products of narrow numbers can write float32 themselves
+    elif total.device.type == "cuda":  # CUDA's products of narrow types can write float32 directly
         if is_first:
             torch.mm(left, right, out_dtype=total.dtype, out=total)
         else:
@@ -254,9 +254,10 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor, is_first: bool) -> 
 
 
 def _scale(found: _Gradients, upstream_B: Tensor) -> None:
-    """Multiplies gradients by what arrives from above, which must be one number.
+    """Multiplies the gradients by the gradient of the loss, which must be one number for all samples.
 
-    Raises: DataError on a CPU, and an assertion of the device elsewhere, where samples are weighed after the loss.
+    Raises:
+        DataError: samples were weighted after the loss. On a GPU that is an assertion of the device instead.
     """
     upstream = upstream_B[0]
     is_one_number = (upstream_B == upstream).all() | upstream_B.isnan().any()
@@ -264,7 +265,7 @@ def _scale(found: _Gradients, upstream_B: Tensor) -> None:
         torch._assert_async(is_one_number)
     elif not is_one_number:
         raise DataError(
-            "the fused loss took its gradients with the loss, and its samples are weighed afterwards; expected one weight "
+            "the fused loss computed its gradients with the loss, but its samples are weighted afterwards; expected one weight "
             'for all: give weights as `targets.weight_BM`, or use gradients="backward"'
         )
     kernels = _choose_kernels(upstream.device, upstream.dtype)
@@ -315,7 +316,7 @@ def _check(
 
 
 def check_targets(targets: SoftTargets, num_samples: int, num_classes: int, num_verticals: int) -> None:
-    """Raises: DataError as `fused_loss_by_vertical` says."""
+    """Raises: DataError where targets do not fit, as `fused_loss_by_vertical` says."""
     shape = tuple(targets.index_BK.shape)
     if len(shape) != 2 or shape[0] != num_samples or targets.probability_BK.shape != shape:
         raise DataError(

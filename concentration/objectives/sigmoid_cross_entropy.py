@@ -1,6 +1,8 @@
-"""Sigmoid cross-entropy against sparse soft targets, the readable form.
+"""Sigmoid cross-entropy against sparse soft targets, in its readable form (`fused_head` is the fast one).
 
 Shapes: B batch, C all classes, V classes of one vertical, M verticals, K kept classes.
+
+Source: Gao et al., Equations 1 and 2.
 """
 
 from collections.abc import Sequence
@@ -15,16 +17,15 @@ from concentration.targets import SoftTargets
 def sigmoid_cross_entropy(
     logits: Sequence[Tensor], targets: SoftTargets, class_weight_C: Tensor | None = None
 ) -> Tensor:
-    """The loss of each sample, (B,): the sum over all classes of softplus(y) - z*y.
+    """The loss of each sample, (B,): the sum over all classes of softplus(y) - z*y, for logits y and targets z.
 
-    Equal to -log(sigmoid(y))*z - log(1 - sigmoid(y))*(1 - z) summed over classes, without a dense (B, C) target.
+    This equals -log(sigmoid(y))*z - log(1 - sigmoid(y))*(1 - z) summed over classes (Equations 1 and 2 without the mean over
+    the batch), but needs no dense (B, C) target.
 
     Args:
-        logits: per vertical, (B, V); their concatenation is in the order of the output index.
-        targets: sparse; classes that are not listed have z = 0, or the background of their vertical.
+        logits: (B, V) per vertical; their concatenation is in the order of the output index.
+        targets: sparse; a class that is not listed has z = 0, or its vertical's background.
         class_weight_C: multiplies both terms of a class.
-
-    Source: Gao et al., Equations 1 and 2, without the mean over the batch.
     """
     return sigmoid_cross_entropy_by_vertical(logits, targets, class_weight_C).sum(1)
 
@@ -32,7 +33,7 @@ def sigmoid_cross_entropy(
 def sigmoid_cross_entropy_by_vertical(
     logits: Sequence[Tensor], targets: SoftTargets, class_weight_C: Tensor | None = None
 ) -> Tensor:
-    """The same, (B, M): what each vertical's classes add to the loss of each sample."""
+    """The same by vertical, (B, M): what each vertical's classes add to the loss of each sample."""
     # float32 at least: a sum over 100K softplus values loses everything below 1 in bfloat16.
     logits = [logits_BV.to(torch.promote_types(logits_BV.dtype, torch.float32)) for logits_BV in logits]
     logits_BC = torch.cat(logits, dim=1)

@@ -1,4 +1,4 @@
-"""Softmax cross-entropy against sparse soft targets: classes exclude each other, over all verticals.
+"""Softmax cross-entropy against sparse soft targets: of all classes of all verticals one is true.
 
 Shapes: B batch, C all classes, V classes of one vertical, M verticals, K kept classes.
 """
@@ -10,21 +10,21 @@ from torch import Tensor
 
 from concentration.targets import SoftTargets
 
-#: As log-odds, what is impossible or certain: finite, and its sigmoid is 4e-44.
+#: Log-odds are cut off here, so that what is impossible or certain stays finite: the sigmoid of -100 is 4e-44.
 LARGEST_LOGIT = 100.0
 
 
 def softmax_cross_entropy(
     logits: Sequence[Tensor], targets: SoftTargets, class_weight_C: Tensor | None = None
 ) -> Tensor:
-    """The loss of each sample, (B,): -sum over all classes of q * log p, p the softmax of all logits.
+    """The loss of each sample, (B,): the sum over all classes of -q * log p, where p is the softmax of all logits.
 
-    q are the targets divided by their sum over all classes: a single label is 1, several share it evenly. A sample without a
-    target has the loss 0.
+    q is the sample's targets divided by their sum over all classes: a single label has q = 1, several labels share it evenly.
+    The loss of a sample without targets is 0.
 
     Args:
-        logits: per vertical, (B, V); their concatenation is in the order of the output index.
-        targets: sparse; classes that are not listed have z = 0, or the background of their vertical.
+        logits: (B, V) per vertical; their concatenation is in the order of the output index.
+        targets: sparse; a class that is not listed has z = 0, or its vertical's background.
         class_weight_C: multiplies the term of a class.
     """
     return softmax_cross_entropy_by_vertical(logits, targets, class_weight_C).sum(1)
@@ -33,7 +33,7 @@ def softmax_cross_entropy(
 def softmax_cross_entropy_by_vertical(
     logits: Sequence[Tensor], targets: SoftTargets, class_weight_C: Tensor | None = None
 ) -> Tensor:
-    """The same, (B, M): what the targets in each vertical add to the loss of each sample."""
+    """The same by vertical, (B, M): what each vertical's targets add to the loss of each sample."""
     logits_BC = torch.cat(
         [logits_BV.to(torch.promote_types(logits_BV.dtype, torch.float32)) for logits_BV in logits], 1
     )
@@ -55,9 +55,9 @@ def softmax_cross_entropy_by_vertical(
 
 
 def compute_log_odds(log_probability: Tensor) -> Tensor:
-    """log(p / (1 - p)) from log p, at most LARGEST_LOGIT from 0: what a sigmoid makes the same probability of.
+    """log(p / (1 - p)) from log p, clamped to +-LARGEST_LOGIT: the logit whose sigmoid is p.
 
-    In float64: a probability that float32 rounds to 1 has lost how certain it is, and with it its rank.
+    It is computed in float64: probabilities that float32 rounds to 1 would lose their order.
     """
     log_probability = log_probability.double().clamp(max=0)
     return (log_probability - torch.log(-torch.expm1(log_probability))).clamp(-LARGEST_LOGIT, LARGEST_LOGIT)
