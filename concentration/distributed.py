@@ -1,4 +1,4 @@
-"""Ranks and sums over them; every function also works in a single process."""
+"""Ranks, and what they exchange. Every function also works in a single process."""
 
 import datetime
 import math
@@ -16,20 +16,20 @@ from concentration.errors import ConcentrationError, ConfigError
 T = TypeVar("T")
 
 
-#: Ports of a job's first machine at which its processes meet, chosen by the job's number.
+#: The port at which the processes of a SLURM job meet is taken from this range by the job's number.
 _FIRST_PORT, _NUM_PORTS = 20_000, 20_000
 
 
 def start(accelerator: str, timeout_seconds: float = 600) -> None:
-    """Joins the other processes when this one was started by torchrun or srun; does nothing otherwise, or the second time.
+    """Joins the other processes where torchrun or srun has started this one; otherwise, and the second time, does nothing.
 
-    They speak by NCCL for `accelerator` "gpu", by gloo for "cpu". Where one of them is dead or hangs, the others wait for
-    `timeout_seconds` and raise an error.
+    They communicate by NCCL for `accelerator` "gpu" and by gloo for "cpu". If one of them dies or hangs, the others wait for
+    `timeout_seconds` and then raise an error.
     """
     if is_distributed():
         return
     if "TORCHELASTIC_RUN_ID" not in os.environ:
-        # Only srun sets it: a batch script is not a task of a step.
+        # Only srun sets this variable: a batch script is not a task of a step.
         if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) == 1:
             return
         os.environ.update(translate_slurm(os.environ))
@@ -38,7 +38,7 @@ def start(accelerator: str, timeout_seconds: float = 600) -> None:
 
 
 def translate_slurm(environment: Mapping[str, str]) -> dict[str, str]:
-    """What torchrun would have set, from what srun has; MASTER_ADDR and MASTER_PORT are kept where they are given."""
+    """The variables that torchrun would have set, from those of srun; a given MASTER_ADDR or MASTER_PORT is kept."""
     [tasks_of_node] = re.findall(r"^\d+", environment["SLURM_STEP_TASKS_PER_NODE"])
     first, inside, after = re.match(
         r"([^\[,]+)(?:\[(\w+)[^]]*\])?([^\[,]*)", environment["SLURM_STEP_NODELIST"]
@@ -56,7 +56,7 @@ def translate_slurm(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def local_world_size() -> int:
-    """The processes on this machine."""
+    """The number of processes on this machine."""
     return int(os.environ["LOCAL_WORLD_SIZE"]) if is_distributed() else 1
 
 
@@ -64,7 +64,7 @@ def choose_device(accelerator: str) -> torch.device:
     """The device of this process for `accelerator` "cpu" or "gpu".
 
     Raises:
-        ConfigError: a GPU is asked for, and torch finds none.
+        ConfigError: a GPU is asked for, but torch finds none.
     """
     if accelerator == "gpu" and not torch.cuda.is_available():
         raise ConfigError("a GPU is asked for, but torch finds no GPU here; use the CPU, or install torch for your GPU")
@@ -80,7 +80,7 @@ def world_size() -> int:
 
 
 def sum_over_ranks(value: Tensor) -> Tensor:
-    """The sum of `value` over ranks, on every rank; `value` itself is left as it is."""
+    """The sum of `value` over ranks, on every rank; `value` itself is not changed."""
     if not is_distributed():
         return value
     value = value.clone()
@@ -89,15 +89,15 @@ def sum_over_ranks(value: Tensor) -> Tensor:
 
 
 def all_to_all(tensors: Sequence[Tensor], shapes: Sequence[Sequence[int]]) -> list[Tensor]:
-    """What every rank has sent here, in rank order; `tensors[r]` is sent to rank r.
+    """Sends `tensors[r]` to rank r, and returns what every rank has sent here, in rank order.
 
     Args:
-        tensors: one for each rank, all of one type.
-        shapes: of what each rank sends here, which both sides know.
+        tensors: one per rank, all of one type.
+        shapes: the shapes of what each rank sends here, which both sides must know.
     """
     if not is_distributed():
         return [tensor.view(*shape) for tensor, shape in zip(tensors, shapes, strict=True)]
-    # As bytes: gloo does not move every type.
+    # As bytes, because gloo does not move every type.
     sent = torch.cat([tensor.reshape(-1) for tensor in tensors]).view(torch.uint8)
     sizes = [math.prod(shape) for shape in shapes]
     received = torch.empty(sum(sizes), dtype=tensors[0].dtype, device=tensors[0].device)
@@ -112,7 +112,7 @@ def all_to_all(tensors: Sequence[Tensor], shapes: Sequence[Sequence[int]]) -> li
 
 
 def gather_sizes(sizes: Sequence[int], device: torch.device) -> list[list[int]]:
-    """Every rank's `sizes`, in rank order; on a GPU this waits for it."""
+    """Every rank's `sizes`, in rank order. On a GPU this waits for all its queued work."""
     if not is_distributed():
         return [list(sizes)]
     own = torch.tensor([int(size) for size in sizes], device=device)
@@ -122,13 +122,13 @@ def gather_sizes(sizes: Sequence[int], device: torch.device) -> list[list[int]]:
 
 
 def wait_for_all() -> None:
-    """Returns when every rank has come here."""
+    """Returns when every rank has called it."""
     if is_distributed():
         dist.barrier()
 
 
 def broadcast_flag(flag: bool, device: torch.device) -> bool:
-    """Rank 0's flag on every rank: what one clock decides, all must do."""
+    """Rank 0's flag, on every rank: clocks differ, so rank 0's decides."""
     if not is_distributed():
         return flag
     tensor = torch.tensor(int(flag), device=device)
@@ -146,7 +146,7 @@ def gather_objects(value: object) -> list:
 
 
 def from_rank_zero(compute: Callable[[], T]) -> T:
-    """What `compute` returns on rank 0, where alone it is called; an error of it is raised on every rank."""
+    """The result, on every rank, of `compute`, which only rank 0 calls; a `ConcentrationError` is also raised on every rank."""
     if not is_distributed():
         return compute()
     outcome: list = [None, None]
@@ -162,10 +162,10 @@ def from_rank_zero(compute: Callable[[], T]) -> T:
 
 
 def slice_of_rank(count: int, rank: int, world_size: int) -> slice:
-    """The contiguous share of `count` places that belongs to a rank; shares differ by one at most."""
+    """The contiguous share of `count` places that belongs to a rank; shares differ by at most one."""
     return slice(rank * count // world_size, (rank + 1) * count // world_size)
 
 
 def is_distributed() -> bool:
-    """Whether `start` has joined this process with others, be they none."""
+    """Whether this process belongs to a group of processes, even if it is alone in it."""
     return dist.is_available() and dist.is_initialized()

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 
 class ConcentrationError(Exception):
-    """Base of the errors that a user can act on. The message says what was found, what was expected, where, and what to do."""
+    """Base of the errors that a user can act on: the message says what was found, what was expected, where, and what to do."""
 
     exit_code = 2
 
@@ -23,7 +23,7 @@ class DataError(ConcentrationError):
 
 
 def unreadable(path: object, error: OSError) -> DataError:
-    """What is said of a file or folder that is there and cannot be read."""
+    """The error for a file or folder that exists but cannot be read."""
     advice = "bring it back"
     if isinstance(error, PermissionError):
         advice = "correct its permissions"
@@ -33,7 +33,7 @@ def unreadable(path: object, error: OSError) -> DataError:
 
 
 def unloadable(library: str, error: ImportError, packages: str) -> ConfigError:
-    """What is said of a library that is not there, or is of another processor or Python, as a copied environment's is."""
+    """The error for a library that is not installed, or was built for another processor or Python, as in a copied environment."""
     if isinstance(error, ModuleNotFoundError):
         return ConfigError(f"{library} is not installed; pip install {packages}")
     reason = " ".join(str(error).split())[:200]
@@ -52,11 +52,11 @@ class Preempted(ConcentrationError):
 
 @contextlib.contextmanager
 def naming_full_memory() -> Iterator[None]:
-    """Raises: ConfigError in place of what Python or torch raises where the machine or the GPU has no memory left."""
+    """Raises: ConfigError in place of what Python or torch raises when the machine or the GPU has no memory left."""
     try:
         yield
     except Exception as error:
-        # NOTE: torch's by name, since importing it takes seconds; on a CPU it is a RuntimeError as any other.
+        # NOTE: torch's error is known by its name, as importing torch takes seconds; on a CPU it is a plain RuntimeError.
         said = str(error).partition("\n")[0]
         is_full = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
         if not (is_full or "can't allocate memory" in said):

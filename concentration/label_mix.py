@@ -12,13 +12,13 @@ from concentration.targets import SoftTargets
 
 
 class LabelMix:
-    """Adds labels to what the teachers say: targets (1 - share) soft + share hard.
+    """Mixes a sample's labels into its soft targets: (1 - share) * soft + share * hard.
 
-    Only in the verticals in which a sample has a leaf among its labels: where labels name inner classes alone they say nothing
-    of the leaves, and the teachers are believed.
+    It does so only in the verticals in which the sample has a leaf among its labels. Where the labels name inner classes alone,
+    they say nothing of the leaves, and the targets stay the teachers'.
 
-    Source: Hinton, Vinyals and Dean (2015), Distilling the Knowledge in a Neural Network, section 2. They add two losses of one
-    network; a sigmoid cross-entropy is linear in its target, so theirs is the loss of the mixed target.
+    Source: Hinton, Vinyals and Dean (2015), Distilling the Knowledge in a Neural Network, section 2. They add the losses on soft
+    and on hard targets; a sigmoid cross-entropy is linear in its target, so their sum is the loss on the mixed target.
 
     Args:
         share: from 0 (teachers alone) to 1.
@@ -36,7 +36,7 @@ class LabelMix:
         self._is_leaf_C, self._vertical_C = self._is_leaf_C.to(device), self._vertical_C.to(device)
 
     def __call__(self, soft: SoftTargets, labels: SoftTargets) -> SoftTargets:
-        """labels: of the same samples, each class listed once and with probability 1; their weights are not looked at."""
+        """The mixed targets. `labels`: of the same samples, each class once, with probability 1; their weights are ignored."""
         known_BK = self._is_leaf_C[labels.index_BK] & (labels.probability_BK > 0)
         num_known_BM = torch.zeros(len(known_BK), self._num_verticals, device=known_BK.device)
         num_known_BM.scatter_add_(1, self._vertical_C[labels.index_BK], known_BK.float())

@@ -1,19 +1,20 @@
-"""The packed codec of stored soft targets: records of one fixed size, half of what plain arrays take.
+"""The packed codec of stored soft targets: records of one fixed size, less than half of what plain arrays take.
 
-A record of K classes out of V, all bits little-endian (the lowest bit of a byte comes first):
+A record holds K classes out of V; all bits are little-endian (the lowest bit of a byte comes first):
 
     bytes 0-1   the upper bound of the logits, a step of a 16-bit grid over [-LOGIT_LIMIT, LOGIT_LIMIT]
-    byte  2     the lower bound, a step of an 8-bit grid over the same range
+    byte  2     the lower bound of the logits, a step of an 8-bit grid over the same range
     bytes 3-4   the tail mass, float16
-    then        Elias-Fano's upper bits: K ones among K + ((V - K) >> l) bits
+    then        the upper bits of an Elias-Fano code: K ones among K + ((V - K) >> l) bits
     then        K fields of l + 7 bits: the lower l bits of a class, and above them the code of its logit
 
-Classes come rising. Of class c at place i, c - i never falls and is at most V - K; its upper bits u put a one at bit u + i
-of the upper bits. The 7-bit code divides the range between the bounds evenly. A record whose probabilities and tail
-mass are all 0, of an image that could not be decoded, is zero bytes.
+Classes are sorted. For class c at place i, c - i never falls along i and is at most V - K: Elias-Fano codes these numbers. If u
+is c - i without its lower l bits, bit u + i of the upper bits is a one. The 7-bit code divides the range between the two
+bounds evenly. A record whose probabilities and tail mass are all 0, as of an image that cannot be decoded, is all zero bytes.
 K=100 of V=5,000 take 5 + 32 + 150 = 187 bytes; uint16 indices, float16 probabilities and tail take 402.
 
 Shapes: R records, K kept classes, B bytes of a record, U upper bits, F bits or bytes of fields.
+
 Source: Elias 1974, "Efficient Storage and Retrieval by Content and Address of Static Files"; Fano 1971.
 """
 
@@ -22,24 +23,24 @@ from dataclasses import dataclass
 
 import numpy as np
 
-#: Sigmoids are kept between those of -16.25 and 16.25, that is 8.8e-8 and 1 - 8.8e-8.
+#: Logits are clipped to [-16.25, 16.25], that is sigmoids to [8.8e-8, 1 - 8.8e-8].
 LOGIT_LIMIT = 16.25
 CODE_BITS = 7
-#: So that a field spans at most four bytes.
+#: In larger verticals a field could span more than four bytes.
 MAX_VERTICAL_SIZE = 2**20
 
-#: Of a view (`data.views.View`); and of what is stored of it, beside a record, where it ends with zeros.
+#: An encoded view (`data.views.View`) has 13 bytes; only 10 are stored where the last three are zero in the whole file.
 VIEW_BYTES, SHORT_VIEW_BYTES = 13, 10
 
 _LARGEST_CODE = 2**CODE_BITS - 1
-#: 65,535 is 257 * 255: each step of the lower bound is one of the upper bound, so a range is never negative.
+#: 65,535 is 257 * 255, so the lower bound's grid is part of the upper bound's: a range can be empty, but never negative.
 _HIGH_STEPS, _LOW_STEPS = 2**16 - 1, 2**8 - 1
 _HEADER_BYTES = 5
 
 
 @dataclass(frozen=True)
 class PackedLayout:
-    """Where the parts of a record lie: depends on V and K alone.
+    """Where the parts of a record lie, which depends on V and K alone.
 
     Attributes:
         vertical_size: V, at most `MAX_VERTICAL_SIZE`.
@@ -58,7 +59,7 @@ class PackedLayout:
 
     @functools.cached_property
     def lower_bits(self) -> int:
-        """l, with which indices take the fewest bits."""
+        """The l with which indices take the fewest bits."""
 
         def index_bits(lower_bits: int) -> int:
             return self.num_kept * (lower_bits + 1) + ((self.vertical_size - self.num_kept) >> lower_bits)
@@ -88,9 +89,9 @@ class PackedLayout:
 
     @functools.cached_property
     def field_windows(self) -> tuple[np.ndarray, np.ndarray]:
-        """(bytes of a field, K) int64, the bytes of a record that hold each field, and (K,), where in them it begins.
+        """(bytes of a field, K) int64, the bytes of a record that hold each field; and (K,), the bit at which it begins in them.
 
-        A byte behind the record's end is the last byte instead: nothing of it is kept.
+        In place of a byte behind the record's end the last byte is named: its bits are masked out.
         """
         first_bit_K = np.arange(self.num_kept) * self.field_bits
         shift_K = first_bit_K % 8
@@ -100,19 +101,20 @@ class PackedLayout:
 
 
 def pack(layout: PackedLayout, index_RK: np.ndarray, probability_RK: np.ndarray, tail_R: np.ndarray) -> np.ndarray:
-    """The records of R samples, (R, record_bytes) uint8.
+    """R records, (R, record_bytes) uint8.
 
-    Indices are exact. Let s be the step between two codes, (upper - lower bound) / 127, and h = s / 2. Logits are off by at
-    most h, so a sigmoid z between those of -LOGIT_LIMIT and LOGIT_LIMIT comes back as z' with
+    Indices are exact. Let s = (upper - lower bound) / 127 be the step between two codes, and h = s / 2. Logits are off by at
+    most h, so a sigmoid z whose logit lies in [-LOGIT_LIMIT, LOGIT_LIMIT] comes back as z' with
 
         |z' - z| <= min(tanh(h / 4), (exp(h) - 1) z (1 - z)),    and    |dL| = |sum (z - z') y| <= sum |z' - z| |y|
 
-    for the loss (Gao et al., Equation 2) at any logits y. Beyond the range, 0 and 1 among them, 8.8e-8 is added.
+    for the loss L (Gao et al., Equation 2) at any logits y. Sigmoids beyond that range, such as 0 and 1, are off by at most
+    8.8e-8 more.
 
     Args:
-        index_RK: integers inside the vertical in any order, each once a record.
+        index_RK: integers inside the vertical, in any order, each at most once in a record.
         probability_RK: in [0, 1].
-        tail_R: at least 0; kept as float16, larger ones as 65,504.
+        tail_R: at least 0; stored as float16, with larger ones as 65,504.
 
     Raises:
         ValueError: an argument is not as described.
@@ -140,15 +142,15 @@ def pack(layout: PackedLayout, index_RK: np.ndarray, probability_RK: np.ndarray,
 
 
 def unpack(layout: PackedLayout, record_RB: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Indices (R, K) uint32 rising, probabilities (R, K) float32 in [0, 1] and tail masses (R,) float32.
+    """Indices (R, K) uint32, rising, probabilities (R, K) float32 in [0, 1] and tail masses (R,) float32.
 
-    A record of zero bytes gives zeros only.
+    A record of zero bytes gives zeros.
 
     Args:
         record_RB: (R, record_bytes) uint8 from `pack`.
 
     Raises:
-        ValueError: the records are not this layout's, or damaged.
+        ValueError: the records have another layout, or are damaged.
     """
     if record_RB.dtype != np.uint8 or record_RB.ndim != 2 or record_RB.shape[1] != layout.record_bytes:
         raise ValueError(
@@ -184,7 +186,7 @@ def _quantise(probability_RK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     least = 1 / (1 + np.exp(LOGIT_LIMIT))
     clipped_RK = probability_RK.astype(np.float64).clip(least, 1 - least)
     logit_RK = np.log(clipped_RK) - np.log1p(-clipped_RK)
-    # Towards the outside, so that no logit lies beyond the bounds.
+    # Rounded outwards, so that no logit lies beyond the bounds.
     share_RK = ((logit_RK + LOGIT_LIMIT) / (2 * LOGIT_LIMIT)).clip(0, 1)
     high_R = np.ceil(share_RK.max(1) * _HIGH_STEPS).astype(np.uint16)
     low_R = np.floor(share_RK.min(1) * _LOW_STEPS).astype(np.uint8)

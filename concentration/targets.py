@@ -1,4 +1,4 @@
-"""Soft targets: sparse (class, probability) pairs of a batch, and their file form.
+"""Soft targets: the sparse (class, probability) pairs of a batch, and the files that store them.
 
 Shapes: B batch, K kept classes, V classes of one vertical, C all classes, M verticals, R rows of a shard, N records.
 """
@@ -22,14 +22,14 @@ Codec = Literal["plain", "packed"]
 
 @dataclass(frozen=True)
 class SoftTargets:
-    """Targets of a batch; classes that are not listed have their vertical's background, 0 as a rule (Gao et al., section 3.1).
+    """The targets z of a batch: those of some listed classes; all others have 0 (Gao et al., section 3.1) or a background.
 
     Attributes:
-        index_BK: int64 output indices. A class listed twice counts with the sum of its probabilities.
-        probability_BK: float32, what is added to the background of the listed classes. Unused places hold index 0 and
+        index_BK: int64 output indices of the listed classes. A class listed twice counts with the sum of its probabilities.
+        probability_BK: float32, added to the background of the listed classes. Unused places hold index 0 and
             probability 0.
-        background_BM: float32, the target of every class of a vertical before the listed ones are added; None is 0.
-        weight_BM: float32, what a sample's loss in a vertical counts; None is 1.
+        background_BM: float32, the target of every class of a vertical before the listed ones are added; None means 0.
+        weight_BM: float32, the weight of a sample's loss in a vertical; None means 1.
     """
 
     index_BK: Tensor
@@ -39,7 +39,7 @@ class SoftTargets:
 
     @classmethod
     def from_labels(cls, labels: Sequence[Sequence[int]]) -> "SoftTargets":
-        """Hard labels as targets of probability 1; samples may have different numbers of labels, or none."""
+        """Hard labels, as output indices, with probability 1; samples may have different numbers of labels, or none."""
         width = max((len(outputs) for outputs in labels), default=0) or 1
         index_BK = torch.zeros(len(labels), width, dtype=torch.int64)
         probability_BK = torch.zeros(len(labels), width)
@@ -55,12 +55,12 @@ class SoftTargets:
         return self._map(Tensor.pin_memory)
 
     def weighted(self, weight_B: Tensor, num_verticals: int) -> "SoftTargets":
-        """The same, each sample's loss multiplied by its weight in every vertical."""
+        """The same targets with each sample's loss multiplied by its weight, (B,), in every vertical."""
         weight_BM = weight_B.unsqueeze(1).expand(-1, num_verticals)
         return replace(self, weight_BM=weight_BM if self.weight_BM is None else self.weight_BM * weight_BM)
 
     def dense(self, *vertical_sizes: int) -> Tensor:
-        """(B, C) float32, for tests and small problems; with a background the sizes of all verticals are needed."""
+        """z as (B, C) float32, for tests and small problems. `vertical_sizes`: of all verticals, or C where no background is."""
         dense_BC = torch.zeros(len(self.index_BK), sum(vertical_sizes), device=self.index_BK.device)
         if self.background_BM is not None:
             sizes_M = torch.tensor(vertical_sizes, device=self.index_BK.device)
@@ -73,14 +73,14 @@ class SoftTargets:
 
 
 def keep_top_k(probability_BV: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The K most probable classes of each sample in falling order, and what they leave out.
+    """The K most probable classes of each sample, in falling order, and what they leave out.
 
     Args:
         probability_BV: sigmoids of one vertical's teacher.
-        top_k: K; all classes of a smaller vertical are kept.
+        top_k: K; of a smaller vertical all classes are kept.
 
     Returns:
-        index_BK int64 inside the vertical, probability_BK, and the tail mass (B,): the sum of the dropped sigmoids.
+        index_BK (int64, inside the vertical), probability_BK, and the tail mass (B,), the sum of the dropped sigmoids.
     """
     kept = probability_BV.topk(min(top_k, probability_BV.shape[1]), dim=1)
     tail_B = (probability_BV.double().sum(1) - kept.values.double().sum(1)).clamp_min(0).float()
@@ -89,16 +89,16 @@ def keep_top_k(probability_BV: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tens
 
 @dataclass(frozen=True)
 class TargetRecords:
-    """The stored targets of one vertical for one shard: for each row its views, for each view a record.
+    """The stored targets of one vertical for one shard: a record for each view of each of its samples.
 
-    Record n is of row n // num_views and view n % num_views, num_views being N // R.
+    Record n belongs to sample n // num_views and its view n % num_views, where num_views is N // R.
 
     Attributes:
         row: (R,) ordinals of the samples in the shard, rising.
         index: (N, K) class indices inside the vertical.
         probability: (N, K) float32.
         tail: (N,) float32, the sum of the dropped sigmoids.
-        view: (N, 13) uint8, which views these are, as `data.views.View` encodes them; None for the centre view.
+        view: (N, 13) uint8, the views as `data.views.View` encodes them; None for the centre view.
     """
 
     row: np.ndarray
@@ -110,9 +110,9 @@ class TargetRecords:
     def save(self, path: Path, codec: Codec, vertical_size: int) -> None:
         """Writes the file whole or not at all.
 
-        plain: numpy reads it. Indices are exact, probabilities and tails keep 11 bits; tails above 65,504 are kept as that.
-        packed: a third of that, see `packed_targets`.
-        The header holds a checksum of all arrays: a changed bit of a probability is a probability, too.
+        With `plain`, numpy reads it; indices are exact, probabilities and tails keep 11 bits, and larger tails become 65,504.
+        With `packed` it takes less than half as much, see `packed_targets`. The header holds a checksum of all arrays, because
+        a probability with a changed bit still looks like one.
         """
         narrow = np.uint16 if self.row.max(initial=0) < 2**16 else np.uint32
         arrays = {"row": self.row.astype(narrow)}
@@ -123,7 +123,7 @@ class TargetRecords:
             arrays["index"] = self.index.astype(np.uint16 if vertical_size <= 2**16 else np.uint32)
             arrays["probability"] = self.probability.astype(np.float16)
             arrays["tail"] = np.minimum(self.tail, np.finfo(np.float16).max).astype(np.float16)
-        if self.view is not None:  # most views have no saturation, light or interpolation of their own
+        if self.view is not None:  # the last bytes, saturation, light and interpolation, are mostly zero
             arrays["view"] = self.view if self.view[:, SHORT_VIEW_BYTES:].any() else self.view[:, :SHORT_VIEW_BYTES]
         arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
         metadata = {"codec": codec, "vertical_size": str(vertical_size), "num_kept": str(self.index.shape[1])}
@@ -134,8 +134,8 @@ class TargetRecords:
 def count_target_bytes(codec: Codec, vertical_size: int, top_k: int, num_rows: int, num_views: int) -> int:
     """Bytes of the stored targets of `num_rows` samples of a vertical, without the files' headers.
 
-    `num_views` is 0 where they are of the centre view. Where views have a saturation, light or interpolation of their own, each
-    takes three bytes more.
+    `num_views` is 0 for targets of the centre view. A view with saturation, light or interpolation of its own takes three
+    bytes more than counted here.
     """
     kept = min(top_k, vertical_size)
     if codec == "packed":
@@ -148,15 +148,15 @@ def count_target_bytes(codec: Codec, vertical_size: int, top_k: int, num_rows: i
 
 
 class TargetFile:
-    """A shard's stored targets, memory-mapped: any record is one look away, and nothing is read before it is asked for.
+    """A shard's stored targets, memory-mapped: nothing is read before it is asked for.
 
     Attributes:
         row: (R,) as in `TargetRecords`.
-        num_views: records of a row.
-        has_views: whether these are of stored views; else of the centre view.
+        num_views: records of each sample.
+        has_views: whether the records are of stored views; otherwise they are of the centre view.
 
     Raises:
-        DataError: the file is missing or has another form, or was made for a vertical of another size, or keeps other than
+        DataError: the file is missing or has another form, was made for a vertical of another size, or does not keep
             `num_kept` classes.
     """
 
@@ -167,7 +167,7 @@ class TargetFile:
         found = {name: metadata.get(name) for name in ("codec", "vertical_size", "num_kept")}
         wanted = {"vertical_size": str(vertical_size), "num_kept": str(num_kept)}
         if found["codec"] not in get_args(Codec) or found != {"codec": found["codec"], **wanted}:
-            raise DataError(f"{path}: holds {found}, expected {wanted}; the targets belong to others: make them again")
+            raise DataError(f"{path}: holds {found}, expected {wanted}; make the targets again")
         self._layout = PackedLayout(vertical_size, num_kept) if found["codec"] == "packed" else None
         self._arrays = arrays
         self._checksum = metadata.get("crc32")
@@ -177,10 +177,10 @@ class TargetFile:
         self.has_views = "view" in arrays
 
     def verify(self) -> None:
-        """Reads the whole file.
+        """Reads the whole file and compares its checksum.
 
         Raises:
-            DataError: it is not what was written.
+            DataError: the file is not what was written.
         """
         found = compute_checksum(self._arrays)
         if found != self._checksum:
@@ -189,10 +189,10 @@ class TargetFile:
             )
 
     def read(self, records: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Index (N, K) int64, probability (N, K) float32 and tail mass (N,) float32 of these records.
+        """Index (N, K) int64, probability (N, K) float32 and tail mass (N,) float32 of these N records.
 
         Raises:
-            DataError: a record names a class outside the vertical, or what it holds is no probability.
+            DataError: a record names a class outside the vertical, or holds what cannot be a probability or a tail mass.
         """
         try:
             if self._layout is not None:
@@ -205,7 +205,7 @@ class TargetFile:
         return index.astype(np.int64), probability.astype(np.float32), tail.astype(np.float32)
 
     def read_views(self, records: np.ndarray) -> np.ndarray | None:
-        """The views of these records, (N, 13) uint8; None where they are of the centre."""
+        """The views of these records, (N, 13) uint8; None where all are centre views."""
         if not self.has_views:
             return None
         view = self._arrays["view"][records]

@@ -1,13 +1,13 @@
 """The arithmetic of `fused_block` as Triton kernels, for CUDA: logits are read from and written to the GPU's memory once.
 
-A block's logits come from a matrix product and are still in the second-level cache when these kernels look at them again:
+A block's logits come from a matrix product and are still in the second-level cache when these kernels read them again:
 
-    norms        one program a sample: the sum of squares
-    rows         one program a sample: the loss, <h, x> and sum g, listed classes included
-    slopes       one program a tile: the derivative by the logits over the logits, and sums over samples for every class
-    listed       one program a sample: what the listed classes add to those
+    norms        one program per sample: the sum of squares
+    rows         one program per sample: the loss, <h, x> and sum g, listed classes included
+    slopes       one program per tile: writes the derivative over the logits, and sums over samples for every class
+    listed       one program per sample: what the listed classes add to both
 
-Sums over samples for a class are added atomically: on a GPU equal inputs give equal results only to rounding.
+Sums over samples are added atomically, so on a GPU equal inputs give equal results only up to rounding.
 
 Shapes and symbols: as in `fused_block`; R samples of a block, V classes, K listed classes.
 """
@@ -25,8 +25,11 @@ from concentration.objectives.fused_block import (
     VerticalTargets,
     multiply_weights,
 )
+from concentration.objectives.triton_functions import apply_pace, softplus, sum_same_class
 
+#: Classes that a program of `norms` and `rows` takes at a time.
 _ROW_BLOCK = 2048
+#: Samples and classes of a tile, and the tiles (of the same classes) that one program of `slopes` takes.
 _TILE_ROWS, _TILE_CLASSES, _TILES = 16, 128, 4
 
 
@@ -42,12 +45,12 @@ def compute_block(
     num_rows, num_classes = logits_RV.shape
     gamma, offset = vertical.gamma, vertical.offset
     form = {
-        "GAMMA": 0 if gamma is None else 1 + gamma.ndim,  # none, a number, one of every class
+        "GAMMA": 0 if gamma is None else 1 + gamma.ndim,  # see `triton_functions`
         "OFFSET": 0 if offset is None else 1 + offset.ndim,
         "HAS_CLASS_WEIGHT": targets.class_weight_V is not None,
         "HAS_BACKGROUND": targets.background_B1 is not None,
     }
-    nothing = logits_RV.new_empty(0, dtype=torch.float32)  # of a pointer that is never followed
+    nothing = logits_RV.new_empty(0, dtype=torch.float32)  # its pointer is never followed
     pace = [nothing if t is None else t.float().contiguous() for t in (gamma, offset, targets.class_weight_V)]
     background_R = nothing if targets.background_B1 is None else targets.background_B1[:, 0].float().contiguous()
     index_RK, probability_RK = targets.index_BK.contiguous(), targets.probability_BK.float().contiguous()
@@ -119,32 +122,6 @@ def _norms(x_ptr, square_ptr, stride, num_classes, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _pace(x, inverse_norm, column, mask, gamma_ptr, offset_ptr, GAMMA: tl.constexpr, OFFSET: tl.constexpr):
-    """y, and gamma of these classes, where one number is left to the scale of the sample."""
-    y = x
-    gamma = tl.full(x.shape, 1.0, tl.float32)
-    if GAMMA == 1:
-        y = x * (inverse_norm * tl.load(gamma_ptr))
-    if GAMMA == 2:
-        gamma = tl.load(gamma_ptr + column, mask=mask, other=0.0) + tl.zeros(x.shape, tl.float32)
-        y = x * inverse_norm * gamma
-    if OFFSET == 1:
-        y += tl.load(offset_ptr)
-    if OFFSET == 2:
-        y += tl.load(offset_ptr + column, mask=mask, other=0.0)
-    return y, gamma
-
-
-@triton.jit
-def _softplus(y):
-    # log(1 + e) with the rounding of 1 + e taken back: exact also where e is far below the spacing of numbers at 1.
-    e = tl.exp(-tl.abs(y))
-    u = 1.0 + e
-    d = tl.where(u == 1.0, 1.0, u - 1.0)
-    return tl.maximum(y, 0.0) + tl.where(u == 1.0, e, tl.log(u) * (e / d))
-
-
-@triton.jit
 def _rows(
     x_ptr, inverse_norm_ptr, gamma_ptr, offset_ptr, class_weight_ptr, background_ptr, index_ptr, probability_ptr,
     loss_ptr, dot_ptr, sum_ptr, listed_ptr, stride, num_classes, num_listed,
@@ -163,11 +140,11 @@ def _rows(
         column = first + tl.arange(0, BLOCK)
         mask = column < num_classes
         x = tl.load(x_ptr + row * stride + column, mask=mask, other=0.0).to(tl.float32)
-        y, gamma = _pace(x, inverse_norm, column, mask, gamma_ptr, offset_ptr, GAMMA, OFFSET)
+        y, gamma = apply_pace(x, inverse_norm, column, mask, gamma_ptr, offset_ptr, GAMMA, OFFSET)
         weight = tl.where(mask, 1.0, 0.0)
         if HAS_CLASS_WEIGHT:
             weight = tl.load(class_weight_ptr + column, mask=mask, other=0.0)
-        loss += weight * (_softplus(y) - background * y)
+        loss += weight * (softplus(y) - background * y)
         g = weight * (tl.sigmoid(y) - background)
         dot += g * gamma * x
         total += g
@@ -175,9 +152,9 @@ def _rows(
     is_listed = place < num_listed
     index = tl.load(index_ptr + row * num_listed + place, mask=is_listed, other=0)
     z = tl.load(probability_ptr + row * num_listed + place, mask=is_listed, other=0.0)
-    is_listed = z != 0.0  # places of other verticals' classes cost nothing
+    is_listed = z != 0.0  # classes of other verticals have z = 0, and cost nothing
     x = tl.load(x_ptr + row * stride + index, mask=is_listed, other=0.0).to(tl.float32)
-    y, gamma = _pace(x, inverse_norm, index, is_listed, gamma_ptr, offset_ptr, GAMMA, OFFSET)
+    y, gamma = apply_pace(x, inverse_norm, index, is_listed, gamma_ptr, offset_ptr, GAMMA, OFFSET)
     if HAS_CLASS_WEIGHT:
         z *= tl.load(class_weight_ptr + index, mask=is_listed, other=0.0)
     tl.store(listed_ptr + row * num_listed + place, x, mask=place < num_listed)
@@ -205,7 +182,7 @@ def _slopes(
         inverse_norm = tl.load(inverse_norm_ptr + row, mask=is_row, other=0.0)
         weight = tl.load(weight_ptr + row, mask=is_row, other=0.0)
         x = tl.load(x_ptr + row * stride + column, mask=mask, other=0.0).to(tl.float32)
-        y, gamma = _pace(x, inverse_norm, column, is_class, gamma_ptr, offset_ptr, GAMMA, OFFSET)
+        y, gamma = apply_pace(x, inverse_norm, column, is_class, gamma_ptr, offset_ptr, GAMMA, OFFSET)
         g = tl.sigmoid(y)
         if HAS_BACKGROUND:
             g -= tl.load(background_ptr + row, mask=is_row, other=0.0)
@@ -228,16 +205,6 @@ def _slopes(
 
 
 @triton.jit
-def _sum_same(index, index_ptr, probability_ptr, num_listed):
-    """Of every place, what its class has in all: one may be listed twice, and every place of it writes the same sum."""
-    together = tl.zeros(index.shape, tl.float32)
-    for other in range(num_listed):
-        is_same = index == tl.load(index_ptr + other)
-        together += tl.where(is_same, tl.load(probability_ptr + other), 0.0)
-    return together
-
-
-@triton.jit
 def _listed(
     inverse_norm_ptr, gamma_ptr, class_weight_ptr, index_ptr, probability_ptr, listed_ptr, weight_ptr, scale_ptr,
     slope_ptr, gamma_sum_ptr, offset_sum_ptr, bias_ptr, stride, num_listed,
@@ -249,7 +216,7 @@ def _listed(
     index = tl.load(index_ptr + first + place, mask=place < num_listed, other=0)
     z = tl.load(probability_ptr + first + place, mask=place < num_listed, other=0.0)
     mask = z != 0.0
-    together = _sum_same(index, index_ptr + first, probability_ptr + first, num_listed)
+    together = sum_same_class(index, index_ptr + first, probability_ptr + first, num_listed)
     gamma = tl.full([BLOCK_K], 1.0, tl.float32)
     if HAS_CLASS_WEIGHT:
         class_weight = tl.load(class_weight_ptr + index, mask=mask, other=0.0)

@@ -1,9 +1,9 @@
 """The fused head for a GPU's matrix units: groups of verticals at a time, so that a step launches few kernels.
 
-What `fused_head` does vertical by vertical is some thirty small kernels for each of them, and a GPU waits for Python. Here the
+`fused_head` goes vertical by vertical and launches some thirty small kernels for each, so that a GPU waits for Python. Here the
 verticals of a group share their kernels: three grouped products (torch's `grouped_mm`, in bf16) and the kernels of
-`grouped_kernels`. Logits of a group lie side by side, each vertical's padded to whole 16 bytes, as the products want them; so are
-the features of a classifier.
+`grouped_kernels`. The logits of a group lie side by side. Those of each vertical, like the features of a classifier, are padded
+to a multiple of 16 bytes, as the products want them.
 
 Shapes: B samples, M verticals of a group, S features of a classifier, V classes of a group, P of its columns with padding,
 K listed classes.
@@ -31,12 +31,12 @@ from concentration.objectives.vertical_groups import (
 )
 from concentration.targets import SoftTargets
 
-#: In which the products are made: the only type that torch's grouped products have.
+#: The type of the matrix products: the only one that torch's grouped products have.
 PRODUCT_TYPE = torch.bfloat16
 
 
 def can_group(hidden: Sequence[Tensor], parameters: Sequence[HeadParameters]) -> bool:
-    """Whether this is a GPU with such products, under bf16 autocast, and all verticals are of one form and width."""
+    """Whether this is a GPU with grouped products, under bf16 autocast, and all verticals have features of one width."""
     device = hidden[0].device
     if device.type != "cuda" or type(hidden[0]) is not Tensor or not torch.is_autocast_enabled("cuda"):
         return False
@@ -54,13 +54,13 @@ def grouped_loss_by_vertical(
     targets: SoftTargets,
     class_weight_C: Tensor | None = None,
 ) -> Tensor:
-    """As `fused_head.fused_loss_by_vertical` with gradients="forward"; the arguments have been checked there."""
+    """As `fused_head.fused_loss_by_vertical` with gradients="forward", which has checked the arguments."""
     by_kind = itertools.chain.from_iterable(zip(*parameters, strict=True))
     return _GroupedLoss.apply(targets, class_weight_C, torch.is_grad_enabled(), *hidden, *by_kind)
 
 
 class _Found(NamedTuple):
-    """Gradients of a group for the summed loss: (M, B, S), (P, S), (V,), and as gamma and offset are."""
+    """The gradients of the summed loss for one group; those of gamma and offset are shaped like these."""
 
     hidden_MBS: Tensor
     weight_PS: Tensor
@@ -70,7 +70,11 @@ class _Found(NamedTuple):
 
 
 class _GroupedLoss(torch.autograd.Function):
-    """Of targets, class weights, whether gradients are wanted, then hidden and the four kinds of parameters of every vertical."""
+    """The loss (B, M) of all verticals.
+
+    Its arguments: targets, class weights, whether gradients are wanted; then, vertical after vertical, what each classifier
+    sees, the weights, the biases, the gammas and the offsets.
+    """
 
     @staticmethod
     def forward(ctx, targets, class_weight_C, wants_gradients, *tensors) -> Tensor:
@@ -145,7 +149,7 @@ def _compute_group(
 
 
 def _join_weights(weights: Sequence[Tensor], layout: Layout) -> Tensor:
-    """(P, S, padded to whole 16 bytes, too) in the type of the products, zeros in padding."""
+    """(P, S) in the type of the products; rows and columns are padded with zeros."""
     width = weights[0].shape[1]
     joined_PS = weights[0].new_empty(layout.num_columns, width + -width % ALIGNMENT, dtype=PRODUCT_TYPE)
     if width % ALIGNMENT:
@@ -158,7 +162,7 @@ def _join_weights(weights: Sequence[Tensor], layout: Layout) -> Tensor:
 
 
 def _take_apart(layout: Layout, found: _Found) -> Iterator[Sequence[Tensor | None]]:
-    """By kind, what is each vertical's."""
+    """For each kind of tensor, in the order of `_GroupedLoss`, the gradients of each vertical."""
     yield found.hidden_MBS.unbind()
     yield [part[:size] for part, size in zip(found.weight_PS.split(layout.padded), layout.sizes, strict=True)]
     yield found.bias_V.split(layout.sizes)

@@ -1,10 +1,10 @@
 """Triton kernels over the logits of several verticals side by side; the arithmetic is that of `fused_block`.
 
-    rows         one program for a sample in a vertical: norm, loss, <h, x> and sum g, listed classes included
-    slopes       one program for a tile: the derivative by the logits over the logits, and sums over samples for every class
-    listed       one program for a sample: what the listed classes add to those
+    rows         one program per sample and vertical: norm, loss, <h, x> and sum g, listed classes included
+    slopes       one program per tile: writes the derivative over the logits, and sums over samples for every class
+    listed       one program per sample: what the listed classes add to both
 
-Sums over samples for a class are added atomically: equal inputs give equal results only to rounding.
+Sums over samples are added atomically, so equal inputs give equal results only up to rounding.
 
 Shapes and symbols: as in `vertical_groups` and `fused_block`.
 """
@@ -17,16 +17,16 @@ import triton.language as tl
 from torch import Tensor
 
 from concentration.objectives.fused_block import EPSILON
-from concentration.objectives.fused_block_triton import _pace, _softplus, _sum_same
+from concentration.objectives.triton_functions import apply_pace, softplus, sum_same_class
 from concentration.objectives.vertical_groups import TILE_CLASSES, Group
 
-#: The fastest of those tried on an H200, as is `vertical_groups.TILE_CLASSES`.
+#: As in `fused_block_triton`, with the warps of a program: the fastest of those tried on an H200, as is `TILE_CLASSES`.
 _ROW_BLOCK, _ROW_WARPS = 2048, 8
 _TILE_ROWS, _TILES, _TILE_WARPS = 16, 4, 4
 
 
 class RowSums(NamedTuple):
-    """Of every sample in every vertical: 1 / norm, the loss, <h, x> and sum g without weights; and the logits listed, (B, K)."""
+    """For every sample in every vertical, unweighted: 1 / norm, loss, <h, x> and sum g; and the raw logits of listed classes."""
 
     inverse_norm_BM: Tensor
     loss_BM: Tensor
@@ -36,7 +36,7 @@ class RowSums(NamedTuple):
 
 
 class ClassSums(NamedTuple):
-    """Derivatives by what each class has of its own; None where it has not."""
+    """Derivatives with respect to what each class has of its own, summed over samples; None where it has none."""
 
     bias_V: Tensor
     gamma_V: Tensor | None
@@ -44,7 +44,7 @@ class ClassSums(NamedTuple):
 
 
 def sum_rows(logits_BP: Tensor, group: Group) -> RowSums:
-    """`logits_BP` are the products alone: biases are added here."""
+    """The sums of every sample in every vertical; `logits_BP` are the matrix products alone, biases are added here."""
     num_samples, num_listed = group.targets.index_BK.shape
     layout = group.layout
     found = [logits_BP.new_empty(num_samples, len(layout.sizes), dtype=torch.float32) for _ in range(4)]
@@ -59,7 +59,7 @@ def sum_rows(logits_BP: Tensor, group: Group) -> RowSums:
 
 
 def replace_by_slopes(logits_BP: Tensor, group: Group, sums: RowSums, weight_BM: Tensor, scale_BM: Tensor) -> ClassSums:
-    """Writes the derivatives by the logits, each without its `scale_BM`, over the logits."""
+    """Overwrites the logits by the derivatives of the loss with respect to them, without the factor `scale_BM`."""
     layout = group.layout
     num_samples, num_listed = group.targets.index_BK.shape
     bias_V = torch.zeros_like(group.bias_V)
@@ -87,7 +87,7 @@ def replace_by_slopes(logits_BP: Tensor, group: Group, sums: RowSums, weight_BM:
 
 
 def _pace_of(group: Group) -> tuple[Tensor, ...]:
-    """Bias, gamma, offset and class weights; the bias stands where there is nothing, a pointer that is never followed."""
+    """Bias, gamma, offset and class weights; where there is none, the bias, whose pointer is then never followed."""
     bias_V = group.bias_V
     return bias_V, *(bias_V if t is None else t for t in (group.gamma, group.offset, group.class_weight_V))
 
@@ -151,11 +151,11 @@ def _rows(
         column = first + tl.arange(0, BLOCK)
         mask = column < size
         x = _load_logits(x_ptr, bias_ptr, column, mask)
-        y, gamma = _pace(x, inverse_norm, column, mask, gamma_ptr, offset_ptr, GAMMA, OFFSET)
+        y, gamma = apply_pace(x, inverse_norm, column, mask, gamma_ptr, offset_ptr, GAMMA, OFFSET)
         weight = tl.where(mask, 1.0, 0.0)
         if HAS_CLASS_WEIGHT:
             weight = tl.load(class_weight_ptr + column, mask=mask, other=0.0)
-        loss += weight * (_softplus(y) - background * y)
+        loss += weight * (softplus(y) - background * y)
         g = weight * (tl.sigmoid(y) - background)
         dot += g * gamma * x
         total += g
@@ -165,7 +165,7 @@ def _rows(
     is_here = (index >= 0) & (index < size)
     z = tl.load(probability_ptr + first_listed + place, mask=is_here, other=0.0)
     x = _load_logits(x_ptr, bias_ptr, index, is_here)
-    y, gamma = _pace(x, inverse_norm, index, is_here, gamma_ptr, offset_ptr, GAMMA, OFFSET)
+    y, gamma = apply_pace(x, inverse_norm, index, is_here, gamma_ptr, offset_ptr, GAMMA, OFFSET)
     if HAS_CLASS_WEIGHT:
         z *= tl.load(class_weight_ptr + index, mask=is_here, other=0.0)
     tl.store(listed_ptr + first_listed + place, x, mask=is_here)
@@ -202,7 +202,7 @@ def _slopes(
         inverse_norm = tl.load(inverse_norm_ptr + place_of_row, mask=is_row, other=0.0)
         weight = tl.load(weight_ptr + place_of_row, mask=is_row, other=0.0)
         x = tl.load(x_ptr + row * stride + column, mask=mask, other=0.0).to(tl.float32) + bias
-        y, gamma = _pace(x, inverse_norm, column, is_class, gamma_ptr, offset_ptr, GAMMA, OFFSET)
+        y, gamma = apply_pace(x, inverse_norm, column, is_class, gamma_ptr, offset_ptr, GAMMA, OFFSET)
         g = tl.sigmoid(y)
         if HAS_BACKGROUND:
             g -= tl.load(background_ptr + place_of_row, mask=is_row, other=0.0)
@@ -240,7 +240,7 @@ def _listed(
     mask = (index >= 0) & (index < num_classes) & (z != 0.0)
     vertical = tl.load(vertical_ptr + index, mask=mask, other=0)
     place_of_row = row * num_verticals + vertical
-    together = _sum_same(listed_index, index_ptr + first, probability_ptr + first, num_listed)
+    together = sum_same_class(listed_index, index_ptr + first, probability_ptr + first, num_listed)
     gamma = tl.full([BLOCK_K], 1.0, tl.float32)
     if HAS_CLASS_WEIGHT:
         class_weight = tl.load(class_weight_ptr + index, mask=mask, other=0.0)

@@ -1,4 +1,4 @@
-"""Verticals side by side in one matrix of logits, so that a kernel can take many of them at once.
+"""Groups of verticals whose logits lie side by side in one matrix, so that a kernel can take many verticals at once.
 
 Shapes: B samples, M verticals of a group, S features of a classifier, V classes of a group, P of its columns with padding,
 C all classes.
@@ -14,23 +14,23 @@ from torch import Tensor
 
 from concentration.targets import SoftTargets
 
-#: Logits of a group at most, and features.
+#: A group has at most so many logits, and at most so many features.
 GROUP_ELEMENTS = 1 << 25
-#: Columns of a vertical begin at whole multiples of so many.
+#: The columns of a vertical begin at a multiple of this: 16 bytes in bf16, as the matrix products want.
 ALIGNMENT = 8
-#: Classes of a tile, in which the kernels take the derivatives.
+#: Classes of a tile: the kernels compute derivatives tile by tile.
 TILE_CLASSES = 128
 
 
 class Layout(NamedTuple):
-    """Where the classes and columns of a group's verticals are; the last seven are small tables on the device.
+    """Where the classes and columns of a group's verticals are; the last seven fields are small tables on the device.
 
-    sizes, padded: classes and columns of each vertical.
-    first_class: number of the group's first class among all outputs.
-    class_start_M, column_start_M, size_M: inside the group.
-    column_end_M: for the products.
-    vertical_V: of every class.
-    tile_vertical_T, tile_first_T: of every tile of TILE_CLASSES classes, its vertical and its first class in it.
+    sizes, padded: the numbers of classes and of columns of each vertical.
+    first_class: the output index of the group's first class.
+    class_start_M, column_start_M, size_M: where each vertical begins inside the group, and its number of classes.
+    column_end_M: where each vertical's columns end, as the matrix products want it.
+    vertical_V: the vertical of every class.
+    tile_vertical_T, tile_first_T: for every tile of TILE_CLASSES classes, its vertical and its first class in that.
     """
 
     sizes: tuple[int, ...]
@@ -54,7 +54,7 @@ class Layout(NamedTuple):
 
 
 class Group(NamedTuple):
-    """What the kernels need of a group's verticals: `HeadParameters` side by side, and the targets as the group sees them."""
+    """What the kernels need of a group: the `HeadParameters` of its verticals side by side, and the targets that concern it."""
 
     layout: Layout
     bias_V: Tensor
@@ -75,7 +75,7 @@ class Group(NamedTuple):
 
 
 def plan_groups(num_samples: int, weights: Sequence[Tensor]) -> Iterator[tuple[slice, Layout]]:
-    """Consecutive verticals that together have no more than `GROUP_ELEMENTS` logits, or one alone."""
+    """Slices of consecutive verticals with at most `GROUP_ELEMENTS` logits and features, or of one that has more alone."""
     sizes, width = [len(weight_VS) for weight_VS in weights], weights[0].shape[1]
     first = first_class = 0
     while first < len(sizes):
@@ -92,7 +92,7 @@ def plan_groups(num_samples: int, weights: Sequence[Tensor]) -> Iterator[tuple[s
 
 @lru_cache(maxsize=64)
 def _lay_out(sizes: tuple[int, ...], first_class: int, device: torch.device) -> Layout:
-    """Kept, so that a step copies nothing to the device."""
+    """The layout of these verticals. It is cached, so that a step copies no tables to the device."""
     padded = tuple(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)
     tiles = [(v, first) for v, size in enumerate(sizes) for first in range(0, size, TILE_CLASSES)]
     vertical_V = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
@@ -114,6 +114,7 @@ def build_group(
     class_weight_C: Tensor | None,
     verticals: slice,
 ) -> Group:
+    """The group of `verticals`; `kinds` are their weights, biases, gammas and offsets."""
     _, biases, gammas, offsets = kinds
     classes = slice(layout.first_class, layout.first_class + layout.num_classes)
     of_samples = (
@@ -137,7 +138,7 @@ def _join(pace: Sequence[Tensor | None]) -> Tensor | None:
 
 
 def form_of(pace: Tensor | None, layout: Layout) -> int:
-    """What the kernels call it: none, a number of each vertical, or of each class."""
+    """The form of gamma or offsets as the kernels number them: 0 for none, 1 for one per vertical, 2 for one per class."""
     if pace is None:
         return 0
     is_by_class = len(pace) == layout.num_classes and layout.num_classes > len(layout.sizes)

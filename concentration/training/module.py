@@ -1,4 +1,4 @@
-"""The Lightning module: one step of training, one of validation, what is logged.
+"""The Lightning module: a step of training, a step of validation, and what is kept for logs.
 
 Shapes: B samples of a rank's micro-batch, G samples of a step's global batch.
 """
@@ -27,15 +27,15 @@ class StudentModule(pl.LightningModule):
     """Trains a `Student`: a student, a generalist, or a teacher.
 
     Args:
-        student: the network; its file, not Lightning's checkpoint, is what later stages read.
-        optimizer: its config.
-        taxonomy: of the network's outputs, for validation.
-        length: of the whole run.
-        seed: of dropout and the like; the step is mixed in, so that a resumed step draws what it would have drawn.
-        accumulate: micro-batches a step.
-        teachers: give the targets of each batch from its labels; None where its targets are they.
-        resident: images of the training batches; None where they have them.
-        update_in_backward: steps each classifier inside the backward pass; see `BackwardUpdates`.
+        student: the network. Later stages read its own file, not Lightning's checkpoint.
+        optimizer: the optimizer's config.
+        taxonomy: the taxonomy of the network's outputs, for validation.
+        length: the length of the whole run.
+        seed: for dropout and the like. The step is mixed in, so that a resumed step draws what it would have drawn.
+        accumulate: micro-batches per step.
+        teachers: they make the targets of each batch from its labels; None where the batch has its targets.
+        resident: the training images, where batches come without them; None where batches have images.
+        update_in_backward: step each classifier inside the backward pass; see `BackwardUpdates`.
     """
 
     def __init__(
@@ -62,15 +62,15 @@ class StudentModule(pl.LightningModule):
         self._updates = None
         if update_in_backward:
             self._updates = BackwardUpdates(student, optimizer, length, lambda: self.trainer.global_step)
-        #: (B,) the losses of the latest micro-batch, 0 for samples of weight 0, for the checks and logs of callbacks.
+        #: (B,) the losses of the latest micro-batch, 0 for samples of weight 0: for the checks and logs of callbacks.
         self.latest_loss_B: Tensor | None = None
         self.latest_batch: Batch | None = None
-        #: Set where a validation ends before its last batch, and so without a result; on all ranks before the same batch.
+        #: Set where a validation is stopped before its last batch, so that it has no result; on all ranks before the same batch.
         self.is_validation_cut = False
 
     def configure_optimizers(self):
         left_out = self._updates.weights if self._updates else ()
-        # NOTE: torch's fused steps take a gradient scaler's work over, and then no gradient can be clipped.
+        # NOTE: torch's fused steps do the gradient scaler's work themselves, and then gradients cannot be clipped before.
         fused = False if self.trainer.precision == "16-mixed" else None
         optimizer = build_optimizer(self._optimizer, self.student, left_out, fused)
         schedule = build_schedule(self._optimizer, optimizer, self._length)
@@ -85,7 +85,6 @@ class StudentModule(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         if self._updates:
             checkpoint["backward_updates"] = self._updates.state_dict()
-
         if self.student.sharding is not None:
             drop_head(checkpoint, self.student, self.trainer.optimizers[0])
 
@@ -97,7 +96,7 @@ class StudentModule(pl.LightningModule):
             restore_head(checkpoint, Path(self.trainer.ckpt_path), self.student, optimizer)
 
     def gradient_norm(self) -> Tensor:
-        """Of the whole network; all ranks call it."""
+        """The norm () of the gradients of the whole network; all ranks call it together."""
         own = {f"student.{name}" for name in (list_head_names(self.student) if self.student.sharding else ())}
         shared = [p.grad for name, p in self.named_parameters() if p.grad is not None and name not in own]
         norm = torch.nn.utils.get_total_norm(shared)
@@ -106,15 +105,15 @@ class StudentModule(pl.LightningModule):
         return norm
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
-        # NOTE: not by Lightning, which refuses torch's fused steps in mixed precision, also in bf16, where nothing is scaled,
-        # and sees this rank's part alone of a head that is spread.
+        # NOTE: not left to Lightning, which refuses torch's fused steps in mixed precision (even in bf16, where nothing is
+        # scaled), and sees only this rank's part of a head that is spread.
         if gradient_clip_val is not None:
             torch.nn.utils.clip_grads_with_norm_(self.parameters(), gradient_clip_val, self.gradient_norm())
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         seed = int(random_bits(self._seed, batch_idx, rank()) >> np.uint64(1))
         if self.device.type == "cpu":
-            torch.default_generator.manual_seed(seed)  # torch's own also seeds GPUs that are not there, for 1 ms
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed spends 1 ms on GPUs that are not there
         else:
             torch.manual_seed(seed)
 
