@@ -1,6 +1,6 @@
-"""Steps the classifiers inside the backward pass, so that their gradients never exist all at once.
+"""Steps each classifier inside the backward pass, so that the gradients of all classifiers never exist at once.
 
-A million classes of 512 features are 2 GB of weights; their whole gradient would be 2 GB more.
+The classifiers of a million classes with 512 features are 2 GB of weights, and their gradients would be 2 GB more.
 """
 
 from collections.abc import Callable
@@ -14,16 +14,16 @@ from concentration.training.optimizers import RunLength, ScheduleConfig, compute
 
 
 class BackwardUpdates:
-    """An optimizer of its own for the weight of each vertical's classifier, stepped when its gradient is known.
+    """One optimizer per vertical for its classifier's weight, which is stepped as soon as its gradient is known.
 
     Args:
-        student: its classifiers' weights leave the main optimizer to this.
-        config: of the optimizer; the learning rate follows the same schedule.
-        length: of the whole run.
-        count_steps: gives the number of steps taken so far.
+        student: the network; the main optimizer must leave out the weights of its classifiers.
+        config: the optimizer's config; the learning rate follows the same schedule.
+        length: the length of the whole run.
+        count_steps: returns the number of steps taken so far.
 
     Attributes:
-        weights: the parameters that it steps.
+        weights: the parameters that are stepped here.
     """
 
     def __init__(
@@ -35,14 +35,14 @@ class BackwardUpdates:
         self._count_steps = count_steps
         self.weights = [classify.weight for classify in student.top.classifiers]
         self._weight_of = dict(zip(student.config.verticals, self.weights, strict=True))
-        # Built when they are first needed, when the weights lie on the device where they are trained.
+        # Built at first use, because the weights are moved to their device only after this.
         self._optimizers: dict[str, torch.optim.Optimizer] = {}
         self._loaded: dict[str, dict] = {}
         for vertical, weight_VS in self._weight_of.items():
             weight_VS.register_post_accumulate_grad_hook(partial(self._step, vertical))
 
     def state_dict(self) -> dict[str, dict]:
-        """By vertical."""
+        """The state of each optimizer, by vertical."""
         return {vertical: self._optimizer_of(vertical).state_dict() for vertical in self._weight_of}
 
     def load_state_dict(self, state: dict[str, dict]) -> None:

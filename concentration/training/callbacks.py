@@ -1,4 +1,4 @@
-"""What happens at the end of a batch: checks, logs, checkpoints by the clock, and a good end when asked to stop."""
+"""What happens at the end of a batch: checks, logs, checkpoints by the clock, and an orderly stop on a signal."""
 
 import signal
 import time
@@ -21,34 +21,35 @@ from concentration.progress import Progress
 from concentration.training.checkpoints import CheckpointDirectory
 from concentration.training.module import StudentModule
 
-#: With several ranks or on a GPU, checks that need a word from the device or from other ranks are made this seldom.
+#: With several ranks or on a GPU, checks that wait for the device or for other ranks are made once in so many steps.
 SELDOM_STEPS = 20
 
 
 def is_end_of_step(trainer: pl.Trainer, batch_idx: int) -> bool:
+    """Whether this micro-batch is the last of its step."""
     return (batch_idx + 1) % trainer.accumulate_grad_batches == 0
 
 
 def is_check_due(trainer: pl.Trainer) -> bool:
-    """Whether this step is one of those at which all ranks may talk: the same on every rank."""
+    """Whether ranks may wait for each other at this step. Every rank gets the same answer."""
     return is_cheap_to_check(trainer) or trainer.global_step % SELDOM_STEPS == 0 or trainer.is_last_batch
 
 
 def is_cheap_to_check(trainer: pl.Trainer) -> bool:
-    """Whether a check needs no word from a device or from other ranks."""
+    """Whether checks need not wait for a device or for other ranks."""
     return trainer.world_size == 1 and trainer.strategy.root_device.type == "cpu"
 
 
 def is_validation_due(trainer: pl.Trainer, batch_idx: int) -> bool:
-    """Whether a validation follows this batch. What is saved before it would be resumed behind it: so save after it."""
+    """Whether a validation follows this batch. A run resumed from a checkpoint made before it would skip it: so save after it."""
     return trainer.enable_validation and (batch_idx + 1) % trainer.val_check_batch == 0
 
 
 class LastValidation(Callback):
-    """Validates after the last step, too, where the run is no multiple of the interval: what is saved is looked at."""
+    """Validates after the last step too, where the run is no multiple of the interval: what is saved has been validated."""
 
     def on_train_start(self, trainer: pl.Trainer, module) -> None:
-        # A run that was stopped in this validation begins with it, and the last batch does not come again.
+        # A run that was stopped in this validation resumes with it, and `on_train_batch_start` is not called again.
         self._make_due(trainer, trainer.fit_loop.epoch_loop.batch_idx)
 
     def on_train_batch_start(self, trainer: pl.Trainer, module, batch: Batch, batch_idx: int) -> None:
@@ -60,10 +61,10 @@ class LastValidation(Callback):
 
 
 class FiniteLoss(Callback):
-    """Ends the run when a loss is not finite; no checkpoint is written after it.
+    """Ends the run when a loss is not finite, before another checkpoint is written.
 
     Raises:
-        DivergedError: with the step and the keys of the samples.
+        DivergedError: a loss is not finite; names the step and the samples' keys.
     """
 
     def __init__(self, split: Split):
@@ -87,10 +88,10 @@ class FiniteLoss(Callback):
 
 
 class SkippedImages(Callback):
-    """Lists undecodable images in `skipped.txt`, with the reasons, and ends the run when they are too many.
+    """Lists undecodable images with the reasons in `skipped.txt`, and ends the run when there are too many.
 
     Raises:
-        DataError: more than `max_share` of the samples were skipped, now or before the run was stopped; one is never too many.
+        DataError: more than `max_share` of the samples were skipped, those before a resume included; a single one is allowed.
     """
 
     def __init__(self, split: Split, num_samples: int, path: Path, max_share: float):
@@ -99,7 +100,7 @@ class SkippedImages(Callback):
         self._num_samples = num_samples
         self._max_share = max_share
         self._path = path
-        # The keys that are listed, also by a run that was killed and is continued.
+        # The keys that are listed already, perhaps by a run that was killed and is now continued.
         self._seen = {line.partition(": ")[0] for line in path.read_text().splitlines()} if path.exists() else set()
         self._pending: list[int] = []
 
@@ -125,7 +126,7 @@ class SkippedImages(Callback):
 
 
 class BestNetwork(Callback):
-    """Keeps the network of the best validation. Comes before `Preemption`, which may end the run behind a validation."""
+    """Keeps the network of the best validation. It must come before `Preemption`, which may end the run after a validation."""
 
     def __init__(self, directory: CheckpointDirectory):
         self._directory = directory
@@ -136,7 +137,7 @@ class BestNetwork(Callback):
 
 
 class ClockCheckpoint(Checkpoint):
-    """Writes a checkpoint every so many seconds of rank 0's clock. As a `Checkpoint`, it comes after all other callbacks."""
+    """Writes a checkpoint every so many seconds of rank 0's clock; Lightning calls a `Checkpoint` after all other callbacks."""
 
     def __init__(self, directory: CheckpointDirectory, every_seconds: float):
         self._directory = directory
@@ -158,9 +159,9 @@ class ClockCheckpoint(Checkpoint):
 
 
 class Preemption(Callback):
-    """On a signal that asks to stop, or SIGINT: all ranks agree, save, and leave with exit code 75.
+    """On a signal that asks to stop, or SIGINT, all ranks agree, save, and end with exit code 75.
 
-    They agree at the end of a step, or inside a validation, which is then cut short and made again when the run goes on.
+    They agree at the end of a step, or inside a validation, which is then cut short and repeated when the run is resumed.
     """
 
     def __init__(self, directory: CheckpointDirectory):
@@ -169,7 +170,7 @@ class Preemption(Callback):
     def on_train_start(self, trainer: pl.Trainer, module) -> None:
         self._on_interrupt = signal.getsignal(signal.SIGINT)
         preemption.note_signals(signal.SIGINT)
-        if self._is_asked(trainer):  # while it started
+        if self._is_asked(trainer):  # the signal came while training was being set up
             raise Preempted(f"stopped by a signal before step {trainer.global_step + 1}; run the same command again")
 
     def on_train_end(self, trainer: pl.Trainer, module) -> None:
@@ -180,8 +181,8 @@ class Preemption(Callback):
             self._stop_if_asked(trainer)
 
     def on_validation_start(self, trainer: pl.Trainer, module) -> None:
-        # NOTE: the mark of a validation that was cut, see below, goes with the one that is made in its place; Lightning would
-        # find it in every later checkpoint.
+        # NOTE: this takes back the mark of a validation that was cut (see below), which would otherwise be in every later
+        # checkpoint.
         trainer.fit_loop.epoch_loop.val_loop.batch_progress.total.reset()
 
     def on_validation_batch_start(self, trainer: pl.Trainer, module: StudentModule, batch, batch_idx: int) -> None:
@@ -191,7 +192,7 @@ class Preemption(Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, module: StudentModule) -> None:
         if module.is_validation_cut:
-            # NOTE: Lightning's own mark of a run that was stopped in the first batch of a validation: resumed, it makes it anew.
+            # NOTE: so Lightning marks a run that stopped in the first batch of a validation, which it repeats when resumed.
             progress = trainer.fit_loop.epoch_loop.val_loop.batch_progress
             progress.reset()
             progress.increment_ready()
@@ -210,7 +211,7 @@ class Preemption(Callback):
         )
 
     def _is_asked(self, trainer: pl.Trainer) -> bool:
-        """Whether a signal has come on any rank; called on all."""
+        """Whether a signal has come on any rank; all ranks call it together."""
         noted = torch.tensor(preemption.noted_signal(), device=trainer.strategy.root_device)
         return bool(sum_over_ranks(noted))
 
@@ -233,13 +234,14 @@ class ProgressReport(Callback):
 
 
 class Curves(Callback):
-    """Logs, at the first step, every `every_steps` steps and the last: loss, learning rate, gradient norm, speed, waiting, and
-    each vertical's part; and, as step 0, the gammas that training begins with.
+    """Logs loss, learning rate, gradient norm, speed, waiting for data, and each vertical's loss, gamma and routed samples.
+
+    It does so at the first step, at every `every_steps`-th and at the last; and, as step 0, it logs the initial gammas.
 
     Args:
         verticals: names, in the order of the outputs.
-        vertical_of_output: (C,) number of every output's vertical, for the count of routed samples.
-        num_steps: of the whole run.
+        vertical_of_output: (C,) the number of every output's vertical, to count routed samples.
+        num_steps: steps of the whole run.
     """
 
     def __init__(self, verticals: list[str], vertical_of_output: torch.Tensor, every_steps: int, num_steps: int):
@@ -249,7 +251,7 @@ class Curves(Callback):
         self._num_steps = num_steps
         self._samples = self._waited_seconds = 0.0
         self._started = self._batch_ended = time.monotonic()
-        # Losses and samples: of the latest whole window of `every_steps`, and of the one that has begun.
+        # Sums of losses and numbers of samples: row 0 of the latest whole window of `every_steps`, row 1 of the current one.
         self._window_sums = torch.zeros(2, 2)
         self._routed = torch.zeros(len(verticals))
         self._gradient_norm = float("nan")
@@ -260,7 +262,7 @@ class Curves(Callback):
         checkpoint["curves"] = {name: sum_over_ranks(values.to(device)).cpu() for name, values in sums.items()}
 
     def on_load_checkpoint(self, trainer: pl.Trainer, module, checkpoint: dict) -> None:
-        # The sums over all ranks go on in the first, however many there are now; an earlier version kept none.
+        # Rank 0 continues the sums over all ranks, whose number may have changed. (An earlier version did not save them.)
         if "curves" in checkpoint and trainer.is_global_zero:
             self._window_sums, self._routed = (checkpoint["curves"][name] for name in ("window_sums", "routed"))
 
@@ -288,7 +290,7 @@ class Curves(Callback):
         if not is_end_of_step(trainer, batch_idx) or not self._is_due(step):
             return
         is_whole_window = step % self._every_steps == 0
-        # A window that has only begun may be one batch, which says little of a run's end.
+        # A window that has only just begun may be a single batch, which says little; so the latest whole one is added.
         loss, count = sum_over_ranks(self._window_sums[1] if is_whole_window else self._window_sums.sum(0))
         vertical_loss_M = sum_over_ranks(module.student.vertical_loss_M) / trainer.world_size
         seconds = time.monotonic() - self._started
@@ -319,7 +321,7 @@ class Curves(Callback):
         return self._by_vertical("gamma", module.student.gamma_by_vertical()) if has_pace else {}
 
     def _count_routed(self, batch: Batch) -> None:
-        """Adds this rank's samples to the verticals of their targets; the counts run on until the run ends."""
+        """Counts this rank's samples in the verticals of their targets; the counts grow over the whole run."""
         verticals_BK = self._vertical_of_output[batch.targets.index_BK.cpu()]
         verticals_BK = torch.where(batch.targets.probability_BK.cpu() > 0, verticals_BK, len(self._verticals))
         member_BM = torch.zeros(len(verticals_BK), len(self._verticals) + 1)

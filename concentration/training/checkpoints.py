@@ -1,7 +1,7 @@
-"""Checkpoints of unfinished training: written whole or not at all, checked when read, the newest good one found again.
+"""Checkpoints of unfinished training: written whole or not at all, and checked when read, so that the newest good one is found.
 
-They are written while training waits. A thread that writes a copy meanwhile was measured and left out: on two busy CPU cores a
-checkpoint of 205 MB takes 0.8 to 1.0 s, and with a thread it cost 1.2 s of training.
+Training waits while they are written. A thread that writes a copy in the meantime was tried and left out: on two busy CPU cores
+a checkpoint of 205 MB takes 0.8 to 1.0 s, and with the thread it cost training 1.2 s.
 """
 
 import io
@@ -21,7 +21,7 @@ from concentration.training.head_files import DAMAGES, check_head, load_head, lo
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes Lightning's checkpoint under another name, then renames it."""
+    """Writes Lightning's checkpoints whole or not at all."""
 
     def save_checkpoint(self, checkpoint, path, storage_options=None) -> None:
         buffer = io.BytesIO()
@@ -30,9 +30,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 class CheckpointDirectory:
-    """The latest `keep` checkpoints of a run, in `checkpoints/` of its directory, named by step; and the one that validated best.
+    """The latest `keep` checkpoints of a run, named by step, in `checkpoints/` of its directory; and the one that validated best.
 
-    Which that is stands in `best.json`.
+    `best.json` says which one that is.
     """
 
     def __init__(self, run_path: Path, keep: int):
@@ -41,11 +41,11 @@ class CheckpointDirectory:
         self._best_path = self.path / "best.json"
 
     def save(self, trainer: pl.Trainer) -> None:
-        """Called on every rank, at the end of a step; weights that are not finite are not worth keeping."""
+        """Saves, called on every rank at the end of a step; but no weights that are not finite."""
         path = self._name(trainer.global_step)
         student = trainer.lightning_module.student
         if student.sharding is not None and trainer.is_global_zero:
-            path.unlink(missing_ok=True)  # where it is, the files of the head beside it are all of one time
+            path.unlink(missing_ok=True)  # its presence says that the files of the head beside it belong together
         if not are_finite(trainer.lightning_module.parameters(), trainer.strategy.root_device):
             return
         if student.sharding is not None:
@@ -59,17 +59,18 @@ class CheckpointDirectory:
                     old.unlink()
             remove_heads(self.path, keep={path.stem for path in self._list()})
 
-    def save_if_best(self, trainer: pl.Trainer, mpvap: float | None) -> None:
-        """Saves, on every rank, if no validation before had this mpvap; the checkpoint is kept until a better one is."""
-        if mpvap is None or from_rank_zero(lambda: mpvap <= self._load_best()["mpvap"]):
+    def save_if_best(self, trainer: pl.Trainer, mpvap: float) -> None:
+        """Saves, on every rank, if this mpvap is the best so far; the checkpoint is then kept until there is a better one."""
+        if from_rank_zero(lambda: mpvap <= self._load_best()["mpvap"]):
             return
-        # NOTE: noted first: killed in between, the run validates again. Saved first, it would go on behind the validation.
+        # NOTE: noted before it is saved: a run that is killed in between validates again. The other way round, it would go on
+        # behind the validation and never note it.
         if trainer.is_global_zero:
             write_atomically(self._best_path, {"step": trainer.global_step, "mpvap": mpvap})
         self.save(trainer)
 
     def load_best(self, student: Student) -> bool:
-        """Fills the student with the weights that validated best; False, and nothing, where none are kept undamaged."""
+        """Loads the weights that validated best into the student; returns False where there are none, or they are damaged."""
         path = self._name(self._load_best()["step"])
         if not path.exists():
             return False
@@ -85,15 +86,15 @@ class CheckpointDirectory:
         return True
 
     def find_latest(self) -> tuple[Path | None, int]:
-        """The newest undamaged checkpoint, with all parts of a head that is spread; (None, 0) where there is none.
+        """The newest undamaged checkpoint that has all parts of its head, and its step; (None, 0) where there are none.
 
         Raises:
-            DataError: there are checkpoints, and each lacks a part of its head: that is no work of a kill.
+            DataError: there are checkpoints, but each lacks a part of its head; a killed run does not leave that behind.
         """
-        return from_rank_zero(self._find_latest)  # one rank reads them, and all go on from the same one
+        return from_rank_zero(self._find_latest)  # one rank reads them, so that all continue from the same one
 
     def clear(self) -> None:
-        """Removes all: the run has finished, and its network is in its own file."""
+        """Removes all checkpoints: the run has finished, and its network is in its own file."""
         for path in self._list():
             path.unlink()
         self._best_path.unlink(missing_ok=True)
@@ -123,7 +124,7 @@ class CheckpointDirectory:
         return self.path / f"step-{step:09d}.ckpt"
 
     def _load_best(self) -> dict[str, float]:
-        """Its step and mpvap; -1, which nothing is as bad as, where none has been kept."""
+        """The step and mpvap of the best one; where none is kept, -1 for both, which every mpvap exceeds."""
         try:
             best = json.loads(self._best_path.read_text())
         except (FileNotFoundError, json.JSONDecodeError):
@@ -132,9 +133,9 @@ class CheckpointDirectory:
 
 
 def are_finite(tensors: Iterable[torch.Tensor], device: torch.device) -> bool:
-    """Whether all are, on all ranks: where a head is spread, one rank alone may hold what is not.
+    """Whether the tensors of all ranks are finite: where a head is spread, only one rank may hold the one that is not.
 
-    `device`: where the ranks talk.
+    device: where the ranks communicate.
     """
     are_bad = [tensor.isfinite().logical_not().any() for tensor in tensors]
     return not sum_over_ranks(torch.stack(are_bad).sum().to(device))

@@ -1,6 +1,6 @@
 """The configs of training, apart from the code that they configure.
 
-NOTE: that needs Lightning, which takes seconds to import, and most verbs train nothing: each job of a pipeline is a process.
+NOTE: that code needs Lightning, which takes seconds to import, but most verbs only read these configs.
 """
 
 from typing import ClassVar, Literal
@@ -17,26 +17,27 @@ class TrainerConfig(Config):
     """How long, how fast and on what to train.
 
     batch_size: samples of a step's global batch, over all processes and micro-batches.
-    accumulate: micro-batches a step and process.
-    max_epochs, max_steps: the earlier ends the run.
-    min_steps: passes go on beyond `max_epochs` until there are so many; for small verticals, of which an epoch has few.
-    window_shards: shards that are shuffled into each other.
-    sampling: `natural` sees every sample once an epoch; `class_balanced` draws classes evenly.
-    class_weight: `inverse_sqrt` weighs a class by 1/sqrt(its images), with mean 1 over classes.
+    accumulate: micro-batches of a step in each process.
+    max_epochs, max_steps: the run ends with the one that is reached first.
+    min_steps: training goes on beyond `max_epochs` until so many steps are taken: for small verticals, whose epochs are short.
+    window_shards: how many shards are shuffled together.
+    sampling: `natural` sees every sample once per epoch; `class_balanced` draws all classes equally often.
+    class_weight: `inverse_sqrt` weights a class by 1/sqrt(its images), with mean 1 over classes.
     devices, num_nodes: processes on each machine, and machines; `auto` takes as many as torchrun or srun has started.
-    ema_decay: the network that is validated and kept is the moving average of the weights.
-    polyak_start: it is the mean of the weights after every step from this share of the run on; before, the newest.
-    resident: training images are decoded once and stay on the device, where their views are made; for small ones, seen whole.
-    prior: outputs start at the classes' frequencies.
-    validate_every_epochs: and after the last step.
-    keep_best: the network of the best val/mpvap is kept beside the last, as best.safetensors when training ends.
-    update_in_backward: each classifier is stepped as soon as its gradient is known, so that the gradients of all never exist at
-        once; a quarter more arithmetic in the classifiers.
-    shard_head: every process holds some verticals of the classifiers and pace, and their optimizer's state, instead of all;
-        with one process it changes nothing.
-    log_every_steps: a line of curves; the first and the last step have one, too.
-    max_skipped_share: of the images, that cannot be decoded; one is never too many.
-    timeout_seconds: how long processes wait for one that is dead or hangs; then all end with an error.
+    ema_decay: validate and keep the exponential moving average of the weights, with this decay.
+    polyak_start: validate and keep the mean of the weights over all steps from this share of the run on; before that, the
+        newest weights.
+    resident: decode training images once and keep them on the device, where their views are made; for small images, seen whole.
+    prior: start the outputs at the classes' frequencies.
+    validate_every_epochs: epochs between validations; there is one after the last step too.
+    keep_best: keep the network of the best val/mpvap too; it becomes best.safetensors when training ends.
+    update_in_backward: step each classifier as soon as its gradient is known, so that the gradients of all never exist at
+        once; costs a quarter more arithmetic in the classifiers.
+    shard_head: every process holds the classifiers, pace and optimizer state of some verticals instead of all; with one process
+        it changes nothing.
+    log_every_steps: steps between lines of the curves; the first and the last step have a line too.
+    max_skipped_share: the share of images that may be undecodable; a single one is always allowed.
+    timeout_seconds: how long processes wait for one that is dead or hangs, before all end with an error.
     """
 
     runtime_fields: ClassVar[frozenset[str]] = frozenset(
@@ -77,7 +78,7 @@ class TrainerConfig(Config):
 
     @property
     def autocast_dtype(self) -> torch.dtype | None:
-        """Of matrix products; None is the parameters' own."""
+        """The type of matrix products; None means the parameters' own."""
         return {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}[self.precision]
 
     @property
@@ -87,7 +88,7 @@ class TrainerConfig(Config):
 
     @property
     def num_processes(self) -> int:
-        """Of the whole run; with `auto`, those that have been started."""
+        """The number of processes of the whole run; with `auto`, of those that have been started."""
         if self.devices == "auto" or self.num_nodes == "auto":
             return world_size()
         return self.devices * self.num_nodes
@@ -147,7 +148,7 @@ class TrainerConfig(Config):
 
 
 class LoggerConfig(Config):
-    """`csv` writes `metrics.jsonl` alone; `wandb` and `tensorboard` write it too."""
+    """`csv` writes only `metrics.jsonl`, which `wandb` and `tensorboard` write as well."""
 
     kind: Literal["csv", "wandb", "tensorboard"] = "csv"
     project: str = "concentration"

@@ -1,11 +1,11 @@
-"""The files of a head that is spread over ranks: each rank writes its part, by vertical and classes, beside the checkpoint.
+"""The files of a head that is spread over ranks: each rank writes its part beside the checkpoint.
 
-    checkpoints/step-000000500.ckpt                 everything else; written last, so where it is, the others were
+    checkpoints/step-000000500.ckpt                 everything else; written last, so that it is there only if the others are
     checkpoints/step-000000500.head-0-of-3.pt       what rank 0 of 3 holds of the head, with its optimizer's state
 
 A file is loadable with `weights_only=True`: {"parts": [{"vertical": name, "start": int, "stop": int, "tensors": {key: tensor},
-"state": {key: {name: tensor}}}, ...]}, the keys being `weight`, `bias`, `pace.gamma` and so on. Tensors have a row for each class
-of the part, and one row where a vertical has one number. So any number of ranks can read what any number has written.
+"state": {key: {name: tensor}}}, ...]}, where a key is `weight`, `bias`, `pace.gamma` and so on. Tensors have one row per class
+of the part, or one row where a vertical has one number. So any number of ranks can read what any other number has written.
 
 All ranks must see the directory.
 """
@@ -29,16 +29,16 @@ from concentration.files import write_atomically
 from concentration.networks.head_plan import Part
 from concentration.networks.student import Student
 
-#: What reading a damaged file of `torch.save` raises.
+#: What reading a damaged `torch.save` file raises.
 DAMAGES = (RuntimeError, OSError, EOFError, KeyError, ValueError, pickle.UnpicklingError)
 
 
 @dataclass(frozen=True)
 class _Held:
-    """Rows of one of the student's tensors that belong to one part.
+    """The rows of one of the student's tensors that belong to one part.
 
-    key: in a file.
-    name: in the student's `state_dict`.
+    key: the tensor's key in a file.
+    name: its name in the student's `state_dict`.
     """
 
     part: Part
@@ -54,7 +54,7 @@ def list_head_names(student: Student) -> list[str]:
 
 
 def save_head(checkpoint: Path, student: Student, optimizer: torch.optim.Optimizer | None) -> None:
-    """Writes this rank's part beside `checkpoint`, whole or not at all."""
+    """Writes this rank's part, and its optimizer's state if given, beside `checkpoint`, whole or not at all."""
     tensors, verticals = student.state_dict(), list(student.config.verticals)
     parameters = dict(student.named_parameters())
     content: dict[Part, dict[str, Any]] = {}
@@ -78,13 +78,13 @@ def save_head(checkpoint: Path, student: Student, optimizer: torch.optim.Optimiz
 
 
 def load_head(checkpoint: Path, world_size: int, student: Student) -> dict[str, dict[str, Tensor]]:
-    """Fills this rank's part of the student's head from what `world_size` ranks have written beside `checkpoint`.
+    """Loads this rank's part of the head from what `world_size` ranks have written beside `checkpoint`.
 
     Returns:
-        The optimizer's state of each parameter of this rank's part, by its name in the student.
+        The optimizer's state of each parameter of this rank's part, by the parameter's name in the student.
 
     Raises:
-        DataError: a file is missing or damaged; classes of a vertical are in none.
+        DataError: a file is damaged, or some classes of a vertical are in none of the files.
     """
     saved = _load_parts(checkpoint, world_size)
     tensors, verticals = student.state_dict(), list(student.config.verticals)
@@ -104,7 +104,7 @@ def load_head(checkpoint: Path, world_size: int, student: Student) -> dict[str, 
             tensor[here] = piece["tensors"][held.key][there]
             for name, value in piece["state"].get(held.key, {}).items():
                 state = states.setdefault(held.name, {})
-                if value.shape != piece["tensors"][held.key].shape:  # a count of steps
+                if value.shape != piece["tensors"][held.key].shape:  # the number of steps, which all ranks have alike
                     state[name] = value
                 else:
                     state.setdefault(name, torch.zeros_like(tensor, device="cpu"))[here] = value[there]
@@ -112,7 +112,7 @@ def load_head(checkpoint: Path, world_size: int, student: Student) -> dict[str, 
 
 
 def check_head(checkpoint: Path, world_size: int, verticals: Mapping[str, int]) -> None:
-    """Raises: DataError where a file is missing or damaged, or classes of a vertical are in none, with its name."""
+    """Raises: DataError where a file is damaged, or some classes of a vertical, which is named, are in none of the files."""
     saved = _load_parts(checkpoint, world_size)
     for vertical, size in verticals.items():
         ranges = [(part["start"], part["stop"]) for part in saved if part["vertical"] == vertical]
@@ -120,7 +120,7 @@ def check_head(checkpoint: Path, world_size: int, verticals: Mapping[str, int]) 
 
 
 def drop_head(checkpoint: dict, student: Student, optimizer: torch.optim.Optimizer) -> None:
-    """Takes the head, which is in the ranks' files, out of Lightning's checkpoint; its optimizer's state is then by name."""
+    """Takes the head, which is in the ranks' files, out of Lightning's checkpoint, whose optimizer state is then by name."""
     head = set(list_head_names(student))
     names = {id(parameter): name for name, parameter in student.named_parameters()}
     in_order = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
@@ -134,12 +134,13 @@ def drop_head(checkpoint: dict, student: Student, optimizer: torch.optim.Optimiz
 
 
 def restore_head(checkpoint: dict, path: Path, student: Student, optimizer: torch.optim.Optimizer) -> None:
-    """Undoes `drop_head` with this rank's part of the head, as the ranks that wrote `path` have left it.
+    """Undoes `drop_head`, with this rank's part of the head from the files beside `path`.
 
     Args:
-        optimizer: one for the student; its order of parameters is what counts.
+        optimizer: any optimizer of the student: only the order of its parameters is used.
 
-    Raises: DataError as `load_head`.
+    Raises:
+        DataError: as `load_head`.
     """
     states = load_head(path, checkpoint["head"]["world_size"], student)
     tensors = student.state_dict()
@@ -152,7 +153,7 @@ def restore_head(checkpoint: dict, path: Path, student: Student, optimizer: torc
     for saved, group in zip(state["param_groups"], optimizer.param_groups, strict=True):
         places = range(index, index + len(group["params"]))
         for place, parameter in zip(places, group["params"], strict=True):
-            if (name := names[id(parameter)]) in states:  # without: an optimizer that keeps nothing
+            if (name := names[id(parameter)]) in states:  # some optimizers keep no state
                 by_index[place] = states[name]
         groups.append({**saved, "params": list(places)})
         index = places.stop
@@ -160,7 +161,7 @@ def restore_head(checkpoint: dict, path: Path, student: Student, optimizer: torc
 
 
 def gather_head(student: Student, directory: Path) -> None:
-    """The whole head on rank 0, through files in `directory`; the other ranks keep theirs."""
+    """Makes the head of rank 0 whole, by files in `directory`; the other ranks keep their parts."""
     path = directory / "final.ckpt"
     save_head(path, student, optimizer=None)
     distributed.wait_for_all()
@@ -170,11 +171,12 @@ def gather_head(student: Student, directory: Path) -> None:
 
 
 def load_verified(path: Path) -> dict[str, Any]:
-    """What `torch.save` has written, mapped into memory, after a look at every byte of it.
+    """The content of a `torch.save` file, memory-mapped, after a check of every byte.
 
-    Raises: one of DAMAGES where it is not what was written.
+    Raises:
+        One of DAMAGES, where the file is not what was written.
     """
-    # NOTE: torch.save notes a CRC-32 of every tensor in its zip, and torch.load does not compare it; zipfile does.
+    # NOTE: torch.save stores a CRC-32 of every tensor in its zip, which torch.load does not compare, but zipfile does.
     try:
         with zipfile.ZipFile(path) as file:
             damaged = file.testzip()
@@ -186,7 +188,7 @@ def load_verified(path: Path) -> dict[str, Any]:
 
 
 def remove_heads(directory: Path, keep: set[str]) -> None:
-    """Removes the files of heads but those beside checkpoints of these names (without suffix)."""
+    """Removes the files of heads, except those beside checkpoints with these names (without suffix)."""
     for path in directory.glob("*.head-*-of-*.pt"):
         if path.name.partition(".head-")[0] not in keep:
             path.unlink()
@@ -209,7 +211,7 @@ def _list_held(student: Student) -> Iterator[_Held]:
 
 
 def _load_parts(checkpoint: Path, world_size: int) -> list[dict[str, Any]]:
-    """Of all files that can be read; what is not in them is missed by vertical."""
+    """The parts in all files that exist; `_check_covered` finds what is missing."""
     parts = []
     for rank in range(world_size):
         path = _name_file(checkpoint, rank, world_size)

@@ -15,12 +15,12 @@ from concentration.training.metrics_file import METRICS_FILE, load_metrics, step
 
 
 class JsonlLogger(Logger):
-    """One JSON object a line and a step: nothing to lose when a run is killed, and easy to read with any tool.
+    """One JSON object per line and step: a killed run loses nothing, and any tool can read it.
 
     Args:
         path: of the file.
-        first_step: lines of later steps are dropped: they come from a run that was killed after its last checkpoint; all, where
-            it is 0 and the run begins anew.
+        first_step: the step of the checkpoint that training continues from. Lines of later steps are dropped: they are from a run
+            that was killed after that checkpoint. With 0, as the run begins anew, all are dropped.
     """
 
     def __init__(self, path: Path, first_step: int):
@@ -31,7 +31,7 @@ class JsonlLogger(Logger):
             lines = path.read_text().splitlines() if first_step else ()
             kept = [line for line in lines if step_of_line(line) <= first_step]
             write_atomically(path, "".join(f"{line}\n" for line in kept))
-            self._started -= json.loads(kept[-1])["seconds"] if kept else 0.0  # time goes on where it stopped
+            self._started -= json.loads(kept[-1])["seconds"] if kept else 0.0  # seconds continue where they stopped
 
     @property
     def name(self) -> str:
@@ -49,12 +49,12 @@ class JsonlLogger(Logger):
 
     @rank_zero_only
     def log_hyperparams(self, *args, **kwargs) -> None:
-        """Configs are in config.json."""
+        """Does nothing: configs are in config.json."""
 
 
 @contextlib.contextmanager
 def open_loggers(config: LoggerConfig, run_path: Path, first_step: int) -> Iterator[list[Logger]]:
-    """The loggers of a run, for as long as it lasts; what cannot be reached never ends or delays it."""
+    """The loggers of a run, for as long as it lasts. A service that cannot be reached never ends or delays the run."""
     loggers: list[Logger] = [JsonlLogger(run_path / METRICS_FILE, first_step)]
     if config.kind == "tensorboard":
         from lightning.pytorch.loggers import TensorBoardLogger

@@ -1,9 +1,9 @@
-"""What a training step needs of memory, found without asking for any: its allocations are counted on tensors without content.
+"""The memory that a training step needs, found without allocating any: its allocations are counted on tensors without content.
 
-Two whole steps (forward, backward, optimizer) run on fake tensors, which have shapes and types and no memory. Every storage
-that comes to life is counted until it is let go, so what a layer keeps for its backward pass, or a loss needs for a moment, is
-known from what the code does and not from a formula. Not seen: what is used inside one operation (a convolution's workspace; of a
-product's on a GPU a measured number is added), and what an allocator rounds up or leaves unused between blocks.
+Two whole steps (forward, backward, optimizer) run on fake tensors, which have shapes and types but no memory. Every storage
+is counted from its creation until it is freed, so what a layer keeps for its backward pass, or a loss needs for a moment, is
+known from what the code does, not from a formula. What this cannot see: memory used inside one operation (a convolution's
+workspace; for matrix products on a GPU a measured number is added), and what an allocator rounds up or leaves unused.
 """
 
 import weakref
@@ -29,23 +29,23 @@ from concentration.training.optimizers import RunLength, ScheduleConfig, build_o
 Moment = Literal["forward", "backward", "optimizer"]
 MOMENTS: tuple[Moment, ...] = get_args(Moment)
 
-#: In the order in which they are shown.
+#: What memory is used for, in the order in which it is shown.
 Part = Literal[
     "parameters", "buffers", "gradients", "optimizer state", "moving average", "DDP's buckets", "batch", "activations",
     "temporary", "work space of products",
 ]  # fmt: skip
 PARTS: tuple[Part, ...] = get_args(Part)
 
-#: What torch gives cuBLAS for forward and backward pass on a Hopper GPU (seen on an H200); others get less.
+#: The workspace that torch gives cuBLAS for forward and backward pass on a Hopper GPU (seen on an H200); other GPUs get less.
 WORK_SPACE_ON_GPU = 65 << 20
 
 
 @dataclass(frozen=True)
 class StepShape:
-    """What the memory of a training step depends on beside network, optimizer and trainer.
+    """What a training step's memory depends on besides network, optimizer and trainer.
 
-    targets_per_image: listed classes of a sample.
-    has_background, has_weight: whether targets have a background, and weights by vertical.
+    targets_per_image: K, the listed classes of a sample.
+    has_background, has_weight: whether the targets have a background, and weights per vertical.
     """
 
     targets_per_image: int
@@ -55,10 +55,10 @@ class StepShape:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes of one process.
+    """The memory of one process in bytes.
 
-    at_peak: by moment of a step, the bytes of each part when that moment needs the most.
-    local_batch: images of a micro-batch.
+    at_peak: for each moment of a step, the bytes of each part when that moment needs most.
+    local_batch: images of a micro-batch in this process.
     """
 
     at_peak: dict[Moment, dict[Part, int]]
@@ -66,7 +66,7 @@ class MemoryPlan:
 
     @property
     def moment(self) -> Moment:
-        """The one that needs the most."""
+        """The moment that needs most."""
         return max(MOMENTS, key=self.total)
 
     def total(self, moment: Moment) -> int:
@@ -80,10 +80,10 @@ class MemoryPlan:
 def plan_memory(
     network: NetworkConfig, optimizer: ScheduleConfig, trainer: TrainerConfig, shape: StepShape
 ) -> MemoryPlan:
-    """The memory of a step of the first process, as every step after the first has it.
+    """The memory of one process in every step after the first.
 
     Raises:
-        ConfigError: as `build_base`, or the batch is too small for the processes.
+        ConfigError: the base network cannot be built, the batch is too small for the processes, or the head is spread.
     """
     world_size = trainer.num_processes
     if trainer.batch_size < world_size * trainer.accumulate:
@@ -117,7 +117,7 @@ def plan_memory(
         stepper = build_optimizer(optimizer, student, updates.weights if updates else (), is_fused)
         for group in stepper.param_groups:  # torch's choice on a GPU: all parameters at once
             group["foreach"] = not is_fused
-        for _ in range(2):  # the first step has no gradients of the one before, and makes the optimizer's state
+        for _ in range(2):  # the first step finds no gradients of an earlier one, and creates the optimizer's state
             at_peak = _run_step(ledger, student, stepper, updates, trainer, images, targets)
     for bytes_of in at_peak.values():
         bytes_of["work space of products"] = WORK_SPACE_ON_GPU if trainer.accelerator == "gpu" else 0
@@ -125,7 +125,7 @@ def plan_memory(
 
 
 def make_batch(student: Student, num_images: int, shape: StepShape) -> tuple[Tensor, SoftTargets]:
-    """Random images (B, 3, size, size) and targets of this shape: nothing to learn from, all that a step needs to run."""
+    """Random images (B, 3, H, W) and targets of this shape: there is nothing to learn from them, but a step can run."""
     index_BK = torch.randint(student.num_outputs, (num_images, shape.targets_per_image))
     of_verticals = (num_images, len(student.config.verticals))
     targets = SoftTargets(
@@ -146,7 +146,7 @@ def _run_step(
     images: Tensor,
     targets: SoftTargets,
 ) -> dict[Moment, dict[Part, int]]:
-    """One step, in the order in which Lightning does it; returns the bytes at each moment's peak."""
+    """Runs one step as Lightning orders it; returns the bytes at each moment's peak."""
     precision = trainer.autocast_dtype
     peaks: dict[Moment, _Peak] = {}
     for number in range(trainer.accumulate):
@@ -156,7 +156,7 @@ def _run_step(
         kept = set(ledger.alive())
         _keep_higher(peaks, "forward", ledger.end_moment(kept))
         if number == 0:
-            stepper.zero_grad()  # NOTE: after the forward pass, which so stands beside the last step's gradients
+            stepper.zero_grad()  # NOTE: after the forward pass, so the last step's gradients still exist during that
         ledger.begin_moment()
         loss.backward()
         ledger.file("gradients", (p.grad for p in student.parameters() if p.grad is not None))
@@ -174,7 +174,7 @@ def _run_step(
 
 @dataclass(frozen=True)
 class _Peak:
-    """The storages that were alive when a moment needed the most: number and bytes; and which of them a backward pass keeps."""
+    """The storages, by number, that were alive when a moment needed most, their bytes, and which of them a backward pass keeps."""
 
     bytes_of: dict[int, int]
     kept: set[int]
@@ -194,7 +194,7 @@ class _Ledger(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self._number_of: dict[int, int] = {}  # by the storage's id, which another may have after it
+        self._number_of: dict[int, int] = {}  # by the storage's id, which a later storage may have again
         self._references: dict[int, weakref.ref] = {}
         self._alive: dict[int, int] = {}
         self._part_of: dict[int, Part] = {}
@@ -222,7 +222,7 @@ class _Ledger(TorchDispatchMode):
         return _Peak(self._peak, kept)
 
     def sort(self, peak: _Peak) -> dict[Part, int]:
-        """The bytes of each part; what no one has filed are activations where they were kept, and temporary else."""
+        """The bytes of each part; what nobody has filed counts as activations if it was kept, else as temporary."""
         bytes_of = dict.fromkeys(PARTS, 0)
         for number, size in peak.bytes_of.items():
             bytes_of[self._part_of.get(number, "activations" if number in peak.kept else "temporary")] += size

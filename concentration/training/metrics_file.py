@@ -7,7 +7,7 @@ METRICS_FILE = "metrics.jsonl"
 
 
 def load_metrics(run_path: Path) -> list[dict]:
-    """The lines of a run's metrics, those that were cut off by a kill left out."""
+    """The lines of a run's metrics, without those that a kill has cut off."""
     path = run_path / METRICS_FILE
     if not path.exists():
         return []
@@ -15,8 +15,8 @@ def load_metrics(run_path: Path) -> list[dict]:
 
 
 def step_of_line(line: str) -> float:
-    """Infinite where a kill has cut the line off."""
+    """The step that a line is about; infinite where a kill has cut the line off."""
     try:
         return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError):  # the line that a kill cut off
+    except (json.JSONDecodeError, KeyError):
         return float("inf")

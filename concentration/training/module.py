@@ -67,6 +67,8 @@ class StudentModule(pl.LightningModule):
         self.latest_batch: Batch | None = None
         #: Set where a validation is stopped before its last batch, so that it has no result; on all ranks before the same batch.
         self.is_validation_cut = False
+        #: val/mpvap of the latest validation that was not stopped.
+        self.latest_mpvap = float("nan")
 
     def configure_optimizers(self):
         left_out = self._updates.weights if self._updates else ()
@@ -128,7 +130,7 @@ class StudentModule(pl.LightningModule):
         return loss_B.sum()
 
     def on_validation_epoch_start(self) -> None:
-        # NOTE: one pass, which keeps the scores of the validation samples in their verticals; `evaluate` can do without.
+        # NOTE: in one pass, which keeps the scores of the samples in their verticals; `evaluate` can take two passes instead.
         self._evaluator = Evaluator(self._taxonomy)
         self.is_validation_cut = False
 
@@ -148,9 +150,8 @@ class StudentModule(pl.LightningModule):
         evaluation = first.compute(self.device)
         values = {"val/mpvap": evaluation.mpvap, "val/top1": evaluation.top1}
         values |= {f"val/{vertical}/ap": ap for vertical, ap in evaluation.pvap.items()}
-        numbers = {name: value for name, value in values.items() if value is not None}
         for logger in self.loggers:
-            logger.log_metrics(numbers, step=self.global_step)
+            logger.log_metrics(values, step=self.global_step)
         self.latest_mpvap = evaluation.mpvap
 
 
@@ -160,11 +161,11 @@ def labels_of(batch: Batch) -> Tensor:
 
 
 def share_of_sample(global_count: int, world_size: int, accumulate: int) -> float:
-    """What a sample's loss is multiplied by, so that the step's gradient is that of the mean loss over the global batch.
+    """The factor of a sample's loss with which the step's gradient is that of the mean loss over the global batch.
 
-    DistributedDataParallel divides by the world size and Lightning by the number of micro-batches; both are undone here,
-    and the sum is divided by the global count instead: a mean of rank means is wrong when ranks hold uneven counts.
-    A head that is spread over ranks is outside DistributedDataParallel, and gives the mean over ranks all the same
-    (`sharded_head.ShardedHead.loss_by_vertical`), so this holds for its parameters, too.
+    DistributedDataParallel divides by the world size, and Lightning by the number of micro-batches. Both are undone here,
+    and the sum is divided by the global count instead: a mean of rank means is wrong where ranks hold uneven counts.
+    A head that is spread over ranks is outside DistributedDataParallel, but its gradients are means over ranks as well
+    (`ShardedHead.loss_by_vertical`), so the same factor is right for them.
     """
     return world_size * accumulate / global_count

@@ -12,19 +12,19 @@ from concentration.schema import Config
 
 
 class RunLength(NamedTuple):
-    """Of a whole run, in optimizer steps."""
+    """The length of a whole run, in optimizer steps."""
 
     total_steps: int
     steps_per_epoch: int
 
 
 class ScheduleConfig(Config):
-    """`schedule` after a linear rise over the first `warmup_steps`; cosine falls towards 0 over the rest.
+    """`schedule` after a linear rise over the first `warmup_steps`; `cosine` falls towards 0 over the rest.
 
-    decay, decay_epochs: of schedule=steps: every so many epochs the learning rate is multiplied by `decay`.
+    decay, decay_epochs: for schedule=steps: every `decay_epochs` epochs the learning rate is multiplied by `decay`.
     """
 
-    #: Whether every torch that we allow has its step for a GPU as one pass over weights and state.
+    #: Whether every supported version of torch can step this optimizer on a GPU in one pass over weights and state.
     fuses_on_gpu: ClassVar[bool] = True
 
     lr: pydantic.PositiveFloat
@@ -35,9 +35,9 @@ class ScheduleConfig(Config):
     weight_decay: pydantic.NonNegativeFloat = 0.0
 
     def _choose_fused(self, groups: list[dict], asked: bool | None) -> bool | None:
-        """One pass over weights and state instead of one for each operation: Adagrad's step on a CPU is 13 times faster.
+        """Whether a step is one pass over weights and state instead of one per operation: for Adagrad on a CPU 13 times faster.
 
-        None leaves the choice among the other ways to torch.
+        None leaves the choice between the other implementations to torch.
         """
         if asked is not None:
             return asked or None
@@ -56,7 +56,7 @@ class ScheduleConfig(Config):
 
 
 class AdagradConfig(ScheduleConfig):
-    """Adagrad. TensorFlow's accumulator starts at 0.1, torch's at 0 (Gao et al. trained with TensorFlow's)."""
+    """Adagrad. Its accumulator starts at 0.1 as TensorFlow's does, with which Gao et al. trained; torch's starts at 0."""
 
     fuses_on_gpu: ClassVar[bool] = False
 
@@ -86,7 +86,7 @@ class AdamWConfig(ScheduleConfig):
 
 
 class SGDConfig(ScheduleConfig):
-    """Stochastic gradient descent, with momentum if asked."""
+    """Stochastic gradient descent with momentum."""
 
     kind: Literal["sgd"] = "sgd"
     momentum: float = pydantic.Field(default=0.9, ge=0, lt=1)
@@ -107,11 +107,13 @@ def build_optimizer(
     left_out: Collection[torch.nn.Parameter] = (),
     fused: bool | None = None,
 ) -> torch.optim.Optimizer:
-    """Weights decay; biases, norms, gamma and offsets do not; gamma has its own learning rate where `pace.lr` is given.
+    """The optimizer of a student's parameters that take a gradient.
 
-    What takes no gradient is left out.
+    Weights decay; biases, norms, gamma and offsets do not. gamma has its own learning rate where `pace.lr` is given.
 
-    `fused`: whether a step is one pass over weights and state; None chooses by where the parameters are.
+    Args:
+        left_out: parameters that something else steps.
+        fused: whether a step is one pass over weights and state; None decides by the parameters' device.
     """
     left_out = {id(parameter) for parameter in left_out}
     gamma = {id(parameter) for parameter in student.pace.gamma_parameters()}
@@ -131,7 +133,7 @@ def build_optimizer(
 def build_schedule(
     config: ScheduleConfig, optimizer: torch.optim.Optimizer, length: RunLength
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """A schedule over optimizer steps; a pure function of the step."""
+    """The learning rate as a function of the optimizer step alone."""
 
     def factor(step: int) -> float:
         return compute_lr_factor(config, step, length)
@@ -140,7 +142,7 @@ def build_schedule(
 
 
 def compute_lr_factor(config: ScheduleConfig, step: int, length: RunLength) -> float:
-    """The share of the learning rate that step `step` (from 0) of a run takes."""
+    """The factor of the learning rate at step `step`, counted from 0."""
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
     if config.schedule == "constant":

@@ -20,7 +20,7 @@ from concentration.schema import Config
 
 
 class RouterTrainingConfig(Config):
-    """AdamW on the cross-entropy of the groups; the trunk below the router stays as it is."""
+    """AdamW on the cross-entropy of the groups. The trunk below the router is frozen."""
 
     lr: pydantic.PositiveFloat = 0.003
     max_epochs: pydantic.PositiveInt = 1
@@ -40,11 +40,11 @@ def fit_router(
     """Trains `gater.router` in place, on the gater's device.
 
     Args:
-        group_N: the group of every sample; those below 0 take no part.
-        views: augmentation, as the experts see it.
+        group_N: the group of every sample; samples with a negative one are left out.
+        views: the augmentation, the same as the experts'.
 
     Raises:
-        Preempted: a signal asked to stop; nothing of it is kept, and the next run begins anew.
+        Preempted: a signal asked to stop; nothing is kept, and the next run starts anew.
     """
     order = WindowOrder(split.by_shard(np.flatnonzero(group_N >= 0)), seed, window_shards=16)
     reader = SampleReader(split, LabelTargets(split, smear=False), gater.config.trunk.image_size, views, seed)

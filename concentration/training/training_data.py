@@ -17,14 +17,14 @@ class TrainingData:
     """Where samples, their order and their targets come from.
 
     Attributes:
-        split: of the training samples.
-        order: in which they come.
-        reader: of their images and targets.
-        val_reader: of the validation samples and their hard labels, not smeared; None where there are none.
-        val_ordinals: which samples of the validation split.
-        taxonomy: of the network's outputs.
-        teachers: give the targets in every step, from the reader's labels; None where the reader's targets are they.
-        resident: images that the reader leaves out; None where it reads them.
+        split: the training split.
+        order: the order of the training samples.
+        reader: reads their images and targets.
+        val_reader: reads validation samples and their hard labels, not smeared; None where there are none.
+        val_ordinals: which samples of the validation split are used.
+        taxonomy: the taxonomy of the network's outputs.
+        teachers: they make the targets in every step, from the labels that `reader` gives; None where it gives the targets.
+        resident: the images, where `reader` leaves them out; None where it reads them.
     """
 
     split: Split

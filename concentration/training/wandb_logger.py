@@ -1,7 +1,7 @@
-"""Curves in Weights & Biases: online with a key and a network, offline otherwise, and never the reason that a run ends or waits.
+"""Curves in Weights & Biases: online with a key and a network, offline otherwise, and never a reason for a run to end or wait.
 
-One group for a working directory, one job type for a verb, one id for a run directory, which `wandb.json` keeps: a resumed stage
-goes on in its curves, and one that was begun anew (`overwrite=true`) has new ones.
+Each working directory is a group, each verb a job type, and each run directory has an id, kept in its `wandb.json`: a resumed
+stage continues its curves, and one that was begun anew (`overwrite=true`) has new ones.
 """
 
 import contextlib
@@ -20,16 +20,16 @@ from concentration.files import write_atomically
 
 ID_FILE = "wandb.json"
 STEP = "trainer/global_step"
-#: What is drawn for all verticals in one chart: `train/VERTICAL/gamma`, `val/VERTICAL/ap`.
+#: Quantities that are drawn for all verticals in one chart: `train/gamma` from all `train/VERTICAL/gamma`.
 CHARTS = ("train/gamma", "train/loss", "train/routed", "val/ap")
 MAX_POINTS = 200
 
-#: How long wandb may keep a run waiting when it begins, and when it ends: by default 90 seconds, and for ever.
+#: How long wandb may keep a run waiting at its start and at its end. Its defaults are 90 seconds and for ever.
 START_SECONDS, FINISH_SECONDS = 20, 60
 
 
 class WandbLogger(Logger):
-    """Sends what it is given; what wandb cannot take is said once, and training goes on without it."""
+    """Sends what it is given. If wandb fails, that is said once, and training goes on without it."""
 
     def __init__(self, project: str, run_path: Path):
         super().__init__()
@@ -48,25 +48,25 @@ class WandbLogger(Logger):
         self._try(lambda run: run.log({**numbers, STEP: step}))
 
     def log_hyperparams(self, *args, **kwargs) -> None:
-        """Configs are given when the run begins."""
+        """Does nothing: wandb gets the config when the run begins."""
 
     def finish(self, lines: list[dict]) -> None:
-        """Draws the charts of a whole run's metrics, and ends it; a multirun's next job would write into it.
+        """Draws the charts of a whole run's metrics and ends the run, into which a multirun's next job would otherwise write.
 
-        NOTE: a job's process ends without Python's exit hooks, which would do this.
+        NOTE: wandb would do this in an exit hook, but a job's process ends without Python's exit hooks.
         """
         self._try(lambda run: run.log({f"charts/{name}": chart for name, chart in _draw_charts(lines).items()}))
         self._try(lambda run: run.finish())
         if self._run is None:
             with contextlib.suppress(Exception):
-                wandb.teardown()  # else its exit hook meets the same error, with a traceback
+                wandb.teardown()  # or its exit hook would meet the same error and print a traceback
 
     def _try(self, do) -> None:
         if self._run is None:
             return
         try:
             do(self._run)
-        except Exception as error:  # of its service, its connection, its own: none of them is worth a training run
+        except Exception as error:  # whatever goes wrong in wandb, it is not worth a training run
             print(
                 f"wandb: {type(error).__name__}: {error}; going on without it, curves are in metrics.jsonl",
                 file=sys.stderr,
@@ -97,18 +97,18 @@ def _start_run(project: str, run_path: Path):
         "config": _load_config(path),
     }
     settings = wandb.Settings(init_timeout=START_SECONDS, finish_timeout=FINISH_SECONDS, silent=True)
-    # NOTE: asked to be online without a key, wandb would wait at a terminal for somebody to type one.
+    # NOTE: in online mode without a key, wandb would wait at a terminal for somebody to type one.
     mode = os.environ.get("WANDB_MODE", "online") if has_key() else "offline"
     how_to_send = f"`wandb sync {path}/wandb/offline-run-*` sends it later"
     try:
         run = wandb.init(mode=mode, settings=settings, **options)
         if mode == "offline":
             print(f"wandb: offline; {how_to_send}", file=sys.stderr)
-    except Exception as error:  # of many kinds: no network, a refused key, a full disk
+    except Exception as error:  # no network, a refused key, a full disk: wandb raises many kinds
         reason = " ".join(str(error).split())
         print(f"wandb: {reason}; continuing offline: {how_to_send}", file=sys.stderr)
         try:
-            wandb.teardown()  # else the run that was not begun holds its id
+            wandb.teardown()  # or the run that has not started keeps its id
             run = wandb.init(mode="offline", settings=settings, **options)
         except Exception as again:
             print(f"wandb: {again}; going on without it, curves are in metrics.jsonl", file=sys.stderr)
@@ -129,7 +129,7 @@ def _keep_id(path: Path) -> str:
 
 
 def _load_config(path: Path) -> dict:
-    """What the stage was begun with; nothing where another program trains by `fit`."""
+    """The config that the stage was begun with; empty where another program calls `fit`."""
     try:
         return json.loads((path / "config.json").read_text())["config"]
     except (FileNotFoundError, json.JSONDecodeError, KeyError):
