@@ -191,6 +191,14 @@ assert not found, found
     assert finished.returncode == 0, finished.stderr
 
 
+def test_verbs_that_train_nothing_do_not_wait_for_lightning():
+    verbs = ["prepare", "targets", "evaluate", "calibrate", "report", "group", "export", "predict"]
+    code = "; ".join(["import sys", *(f"import concentration.stages.{verb}" for verb in verbs)])
+    code += "; assert 'lightning' not in sys.modules"
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert finished.returncode == 0, finished.stderr
+
+
 def test_a_name_that_is_not_public_is_no_attribute():
     assert "Student" in concentration.__all__
     with pytest.raises(AttributeError, match="no attribute 'Studnet'"):

@@ -29,13 +29,13 @@ from concentration.networks.top_layers import TopConfig
 from concentration.schema import Config, FolderName, hash_values
 from concentration.stages.carried_targets import carry_targets
 from concentration.stages.prepare import SHARDS, DataOverrides, load_prepared
-from concentration.stages.run_directory import RunDirectory
+from concentration.stages.run_directory import NETWORK_FILE, RunDirectory
 from concentration.stages.served import Served, load_served
 from concentration.stages.student import STUDENTS, LearningConfig, build_targets, choose_ordinals, count_classes
 from concentration.stages.targets import TARGETS, SoftTargetsConfig, TargetsConfig, targets
 from concentration.stages.teacher import TEACHERS, TeacherConfig, teacher
 from concentration.stages.teacher_gate import GateConfig, measure_vertical
-from concentration.stages.train_network import NETWORK_FILE, Task, TrainingStageConfig, train_from_here
+from concentration.stages.train_network import Task, TrainingStageConfig, train_from_here
 from concentration.taxonomy import Taxonomy
 from concentration.training.configs import TrainerConfig
 from concentration.training.optimizers import OptimizerConfig

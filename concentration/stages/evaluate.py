@@ -38,15 +38,15 @@ from concentration.stages.train_network import load_network
 from concentration.taxonomy import Taxonomy
 
 EVALUATIONS = "evaluations"
-#: Beside the evaluation, in its directory: the best leaf of every sample.
+#: In the evaluation's directory: the best leaf of every sample.
 ANSWERS_FILE = "answers.safetensors"
 SPECIALISTS = "specialists"
 
 
 class SubjectConfig(StageConfig):
-    """Which networks are asked, and on what machine.
+    """Which network is asked, and on what device.
 
-    name: of a student, of a vertical's teacher, or `specialists` for all teachers as one ensemble.
+    name: the name of a student, or of a vertical for its teacher; `specialists` is all teachers as one ensemble.
     """
 
     runtime_fields = StageConfig.runtime_fields | {"batch_size", "num_workers", "accelerator"}
@@ -64,22 +64,22 @@ class SubjectConfig(StageConfig):
 class EvaluateConfig(SubjectConfig):
     """Writes `evaluations/NAME.json`, or `evaluations/NAME.val.json` for the validation split.
 
-    NAME is a+b of several networks and has `.144-crops` behind it where there are several crops, then `.max`.
+    NAME is a+b for several networks, followed by `.144-crops` where there are several crops, and by `.max`.
 
-    name: as a list, several networks whose answers are combined.
-    crops: of each image, whose answers are combined: 1 is the square in the middle; `data.crops` has the others.
-    combination: of the probabilities: their mean, or the largest.
-    head_threshold: of an augmented network, a head is evaluated where a class of its group is as likely without it; None always
-        evaluates all. NAME then has `.heads-THRESHOLD` behind it.
-    images_of: another working directory, whose images are looked at instead; NAME then has `.on-DIRECTORY` behind it. Their
-        labels count where they have a class here, and images without such a label do not.
-    class_map: a JSON file from the class ids there to those here; None takes the ids that both have.
-    split: `test`; `val` is for choices.
-    save_scores: also writes `evaluations/NAME.safetensors` with `scores` (N, C) and `labels` (N, C), unsmeared; until then all of
-        them are in memory, whatever `memory_gib` is.
-    gallery: pictures with their top-3 predictions.
-    memory_gib: what the scores of samples in their own verticals may take, 4 bytes each. Where they would take more, none is kept
-        (1 GiB waits to be counted) and the network looks at the images twice; the numbers are the same.
+    name: a list names several networks, whose answers are combined.
+    crops: the crops of each image, whose answers are combined; 1 is the square in the middle, `data/crops.py` has the others.
+    combination: how probabilities are combined: by their mean, or by the largest.
+    head_threshold: for an augmented network: a head is evaluated only for images that without it give a class of its group at
+        least this probability; None always evaluates all heads. `.heads-THRESHOLD` is added to NAME.
+    images_of: another working directory, whose images are evaluated instead; `.on-DIRECTORY` is added to NAME. Their labels count
+        where they name a class here; images without such a label are left out.
+    class_map: a JSON file that maps class ids there to class ids here; None takes the ids that both have.
+    split: `test`, or `val` to choose by.
+    save_scores: also write `evaluations/NAME.safetensors` with `scores` (N, C) and unsmeared `labels` (N, C); all are held in
+        memory until then, whatever `memory_gib` says.
+    gallery: how many images to show with their top-3 predictions.
+    memory_gib: how much memory the samples' scores in their own verticals may take, 4 bytes each. If they would take more, none
+        is kept (except for 1 GiB of them at a time) and the network sees all images twice; the results are the same.
     """
 
     runtime_fields = SubjectConfig.runtime_fields | {"memory_gib"}
@@ -117,7 +117,7 @@ class EvaluateConfig(SubjectConfig):
 
     @property
     def title(self) -> str:
-        """How the evaluation is called."""
+        """The name of the evaluation."""
         crops = "" if self.crops == 1 else f".{self.crops}-crops"
         heads = "" if self.head_threshold is None else f".heads-{self.head_threshold:g}"
         combination = "" if self.combination == "mean" else f".{self.combination}"
@@ -135,7 +135,7 @@ def evaluate(config: EvaluateConfig) -> None:
 
     Raises:
         ConfigError: nothing finished has this name.
-        DataError: the split is not there, or a network was made for another taxonomy.
+        DataError: the split is missing, or a network was made for another taxonomy.
     """
     _, taxonomy, _ = load_prepared(config.workdir, DataOverrides())
     split, made_from = _load_images(config, taxonomy)
@@ -171,9 +171,10 @@ def evaluate(config: EvaluateConfig) -> None:
 
 
 def _load_images(config: EvaluateConfig, taxonomy: Taxonomy) -> tuple[Split, dict[str, str]]:
-    """The samples, with labels of this taxonomy, and a hash of the map that gave them where there is one.
+    """The samples with labels of this taxonomy, and, where a class map gave those, its hash as an upstream result.
 
-    Raises: DataError as `load_split` and `map_labels`.
+    Raises:
+        DataError: as `load_split` and `map_labels`.
     """
     if config.images_of is None:
         return load_split(config.workdir / SHARDS, config.split, taxonomy), {}
@@ -185,10 +186,10 @@ def _load_images(config: EvaluateConfig, taxonomy: Taxonomy) -> tuple[Split, dic
 
 
 def find_checkpoint(workdir: Path, name: str, taxonomy: Taxonomy) -> str:
-    """A hash of the networks' files.
+    """A hash of the files of the network, or networks, with this name.
 
     Raises:
-        ConfigError: they are not finished, or nothing has this name.
+        ConfigError: one is not finished, or nothing has this name.
     """
     if name == SPECIALISTS:
         return identify_teachers(workdir, taxonomy)
@@ -206,8 +207,8 @@ def load_subject(config: SubjectConfig, taxonomy: Taxonomy, split: Split, checkp
     """The networks that `config` names, and the samples of the split that they are asked about.
 
     Raises:
-        ConfigError: a teacher of one vertical is to be combined with others, which answer for other classes.
-        DataError: no sample has a label of the teacher's vertical; or as `load_network`.
+        ConfigError: the teacher of one vertical is to be combined with networks that answer for other classes.
+        DataError: no sample has a label in the teacher's vertical; or as `load_network`.
     """
     first_output, ordinals = 0, np.flatnonzero(np.diff(split.label_start))
     for name in config.names:
@@ -232,7 +233,7 @@ def load_subject(config: SubjectConfig, taxonomy: Taxonomy, split: Split, checkp
 
 
 def is_model_of_all(workdir: Path, name: str) -> bool:
-    """Whether it answers for the whole taxonomy; else it is a vertical's teacher."""
+    """Whether what has this name answers for the whole taxonomy; otherwise it is a vertical's teacher."""
     return name == SPECIALISTS or (workdir / STUDENTS / name).is_dir()
 
 
@@ -252,11 +253,11 @@ def _choose_num_passes(config: EvaluateConfig, subject: Subject) -> Literal[1, 2
 def _score_samples(
     config: EvaluateConfig, subject: Subject, evaluator: Evaluator, path: Path
 ) -> tuple[np.ndarray, np.ndarray | None, LeafAnswers]:
-    """Feeds the evaluator, in one pass or two.
+    """Shows all samples to the evaluator, in one pass or two.
 
     Returns:
-        (N,) the ordinals of the samples whose image could be decoded, where they are to be saved all scores (N, C)
-        float32, and the answers.
+        The ordinals (N,) of the samples whose image can be decoded; their scores (N, C) in float32 if these are to be saved,
+        else None; and their answers.
     """
     seen, kept, answered = [], [], []
     finder, whole = VerticalAnswers(subject.taxonomy), subject.split.taxonomy
@@ -280,7 +281,7 @@ def _score_samples(
 def _run_pass(
     config: EvaluateConfig, subject: Subject, evaluator: Evaluator, progress: Progress
 ) -> Iterator[tuple[Tensor, list[list[int]], np.ndarray]]:
-    """Shows the evaluator all samples. Gives scores, labels and ordinals, batch by batch."""
+    """Shows the evaluator all samples; yields scores, labels and ordinals, batch by batch."""
     for scores_BC, ordinal_B in subject.score_all(config.batch_size, config.num_workers, progress):
         labels = [subject.labels(int(ordinal)) for ordinal in ordinal_B]
         evaluator.update(scores_BC, labels)
@@ -324,18 +325,18 @@ def _describe_cost(config: EvaluateConfig, subject: Subject) -> dict:
 
 
 def _sum_known(numbers: Iterable[int | None]) -> int | None:
-    """None where one of them is not known."""
+    """The sum, or None where one of the numbers is not known."""
     numbers = list(numbers)
     return None if None in numbers else sum(numbers)
 
 
 def save_answers(path: Path, answers: LeafAnswers, data: str) -> None:
-    """Keeps what a network answered about each sample of the split with this fingerprint, for comparisons with others."""
+    """Keeps a network's answers about the samples of the split with fingerprint `data`, for comparisons between networks."""
     save_arrays(path / ANSWERS_FILE, answers.arrays(), {"data": data})
 
 
 def load_answers(workdir: Path, name: str) -> tuple[LeafAnswers, str] | None:
-    """The answers of an evaluation, and which data they are about; None where there are none."""
+    """The answers of an evaluation, and the fingerprint of their split; None where there are none."""
     path = workdir / EVALUATIONS / name / ANSWERS_FILE
     if not path.exists():
         return None
@@ -343,7 +344,7 @@ def load_answers(workdir: Path, name: str) -> tuple[LeafAnswers, str] | None:
 
 
 def _save_scores(config: EvaluateConfig, subject: Subject, ordinals: np.ndarray, scores_NC: np.ndarray) -> None:
-    """For anyone's own metrics: scores, and which classes each sample is labelled with; columns by output index."""
+    """Writes scores and labels for the user's own metrics; columns are in the order of the output index."""
     taxonomy = subject.taxonomy
     label_NC = np.zeros((len(ordinals), taxonomy.num_classes), dtype=np.uint8)
     for row, ordinal in enumerate(ordinals):

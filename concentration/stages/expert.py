@@ -1,6 +1,6 @@
 """`concentrate teacher group=ID`: the expert of one group of samples, over all classes (Gross, Ranzato and Szlam 2017).
 
-Experts know nothing of each other, so they are trained at the same time, on any machines, as teachers are.
+Experts do not depend on each other, so like teachers they can be trained at the same time, on any machines.
 
 Shapes: C all classes.
 """
@@ -33,7 +33,7 @@ from concentration.training.memory import StepShape
 
 TEACHERS = "teachers"
 
-#: The grouping that `group=3` is of.
+#: The grouping to which `group=3` belongs.
 DEFAULT_GROUPING = "features"
 
 
@@ -49,7 +49,7 @@ class ExpertConfig(NetworkStageConfig, LabelsConfig):
     @pydantic.model_validator(mode="before")
     @classmethod
     def _drop_vertical(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Both keys are in the composed config, and one of them is None."""
+        """The composed config has both `vertical` and `group`, of which one is None."""
         if values.get("vertical") is not None:
             raise ValueError(
                 f"vertical={values['vertical']} with group={values.get('group')}: a specialist learns a vertical's classes, an "
@@ -75,7 +75,7 @@ class ExpertConfig(NetworkStageConfig, LabelsConfig):
 
 
 def name_expert(grouping: str, number: int) -> str:
-    """Of its run directory under `teachers/`."""
+    """The name of its run directory under `teachers/`."""
     return f"{grouping}-{number}"
 
 
@@ -107,7 +107,7 @@ def train_expert(config: ExpertConfig) -> None:
 
 
 def describe_step(config: ExpertConfig, taxonomy: Taxonomy) -> StepShape:
-    """What a step's memory depends on beside the network."""
+    """What a step's memory depends on besides the network."""
     return StepShape(count_most_labels(taxonomy, config.smear))
 
 

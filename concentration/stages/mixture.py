@@ -34,16 +34,10 @@ from concentration.schema import Config, FolderName, hash_values
 from concentration.stages.expert import TEACHERS, name_expert
 from concentration.stages.groupings import find_grouping, identify_sample_groups, load_router, load_sample_groups
 from concentration.stages.prepare import SHARDS, DataOverrides, PreparedData, load_prepared
-from concentration.stages.run_directory import RunDirectory, StageConfig, hash_file
+from concentration.stages.run_directory import NETWORK_FILE, RunDirectory, StageConfig, hash_file
 from concentration.stages.sample_stream import SampleStream
 from concentration.stages.student import STUDENTS
-from concentration.stages.train_network import (
-    NETWORK_FILE,
-    Task,
-    TrainingStageConfig,
-    load_network,
-    train_built_network,
-)
+from concentration.stages.train_network import Task, TrainingStageConfig, load_network, train_built_network
 from concentration.taxonomy import Taxonomy
 from concentration.training.configs import LoggerConfig, TrainerConfig
 from concentration.training.optimizers import OptimizerConfig

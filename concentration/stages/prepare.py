@@ -57,19 +57,19 @@ SHARDS = "shards"
 #: In `shards/`: how many classes and images there are, as a table and as a picture.
 SUMMARY_TEXT, SUMMARY_PICTURE = "summary.txt", "summary.png"
 
-# The summary has a line for each, on a terminal.
+# On a terminal the summary has a line for each vertical, up to so many.
 _MAX_VERTICALS_SHOWN = 20
 
 
 class PrepareConfig(StageConfig):
     """Reads `data`; writes `shards/` with shards of at most `samples_per_shard`, their index, and `taxonomy.json`.
 
-    append: lists the source again and adds the images and classes that are new to a finished set; without it, that is left
-        alone. Every sample, position and split that was there stays. Of given shards, tars that are new are indexed after
-        the others, and new classes must stand at the end of their taxonomy.json.
-    max_skipped_share: of images that cannot be decoded; one is never too many.
-    needs: what later stages need; `run` says so here, and the stage fails where it is not there.
-    num_processes: None is one per core.
+    append: list the source again, and add new images and classes to a finished set; without it a finished set is left alone.
+        Every sample, position and split that was there stays. For given shards, new tars are indexed after the others, and new
+        classes must be at the end of their taxonomy.json.
+    max_skipped_share: the share of images that may be undecodable; a single one is always allowed.
+    needs: what later stages of a `run` need; the stage fails where it is missing.
+    num_processes: None means one per core.
     """
 
     runtime_fields: ClassVar[frozenset[str]] = StageConfig.runtime_fields | {
@@ -97,18 +97,18 @@ class PrepareConfig(StageConfig):
 
     @property
     def near_duplicates(self) -> MaxDistance | None:
-        """Those of glyphs are known: a character of another typeface."""
+        """How alike near-duplicates are; None for drawn data, where they are known: the same character in another typeface."""
         is_drawn = isinstance(self.data, GlyphsConfig | Glyphs100kConfig | GlyphScenesConfig)
         return None if is_drawn else self.data.near_duplicates
 
 
 def prepare(config: PrepareConfig) -> None:
-    """Runs the stage; what an earlier run wrote whole is kept, if the source still lists the same.
+    """Runs the stage. Files that an earlier run has finished are kept if the source still lists the same images.
 
     Raises:
-        ConfigError: the shards that are given lie where this stage writes, or what is needed is not there.
-        DataError: the source is not what it should be, too many images cannot be decoded, two samples share a key, or a
-            vertical has no training image.
+        ConfigError: the given shards lie where this stage writes, or `needs` are not met.
+        DataError: the source is malformed, too many images cannot be decoded, two samples share a key, or a vertical has no
+            training image.
     """
     directory = RunDirectory(config.workdir / SHARDS)
     if isinstance(config.data, ShardsConfig) and _is_same_folder(config.data, directory.path):
@@ -119,7 +119,7 @@ def prepare(config: PrepareConfig) -> None:
     is_to_look_anew = directory.is_finished and not _has_looked(config, directory)
     with directory.begin(config, upstream={}, is_growing=config.append or is_to_look_anew) as is_due:
         if directory.is_finished and isinstance(config.data, ShardsConfig) and config.data.is_remote:
-            save_access(config.data.access, directory.path)  # a cache may be moved or grow at any time
+            save_access(config.data.access, directory.path)  # the cache may be moved or enlarged at any time
         if is_due and (config.append or not directory.is_finished):
             if isinstance(config.data, ShardsConfig):
                 _prepare_given_shards(config.data, config, directory)
@@ -133,7 +133,7 @@ def prepare(config: PrepareConfig) -> None:
 
 
 class PreparedData(Config):
-    """What `prepare` fixed and later stages need."""
+    """What `prepare` has decided and later stages need."""
 
     image_size: int
     view: ViewConfig
@@ -151,7 +151,7 @@ def load_prepared(workdir: Path, overrides: DataOverrides) -> tuple[PreparedData
 
     Raises:
         ConfigError: `prepare` has not finished.
-        DataError: the taxonomy is not the one that the shards were prepared with, or an index is gone.
+        DataError: the taxonomy is another one than the shards were prepared with, or an index is missing.
     """
     directory = RunDirectory(workdir / SHARDS)
     done = directory.load_done("concentrate prepare", taxonomy=str, splits=dict, fingerprint=str)
@@ -183,13 +183,13 @@ def load_prepared(workdir: Path, overrides: DataOverrides) -> tuple[PreparedData
 
 
 def _has_looked(config: PrepareConfig, directory: RunDirectory) -> bool:
-    """Whether the finished set was searched for near-duplicates as `config` says."""
+    """Whether the finished set has been searched for near-duplicates as `config` asks."""
     looked = directory.load_done("concentrate prepare").get("near_duplicates")
     return config.near_duplicates == as_mapping(looked).get("max_distance")
 
 
 def _prepare_source(source: Source, config: PrepareConfig, directory: RunDirectory) -> None:
-    """Writes all that the source lists, or what is new in it where something was finished before."""
+    """Writes shards of all that the source lists, or of what is new in it where a set was finished before."""
     taxonomy, items = source.build_taxonomy(), source.list_items()
     item_of_key = index_keys(items)
     before, kept = _look_before(config, directory), Kept({}, 0, 0)
@@ -215,7 +215,7 @@ def _prepare_source(source: Source, config: PrepareConfig, directory: RunDirecto
 
 
 def _prepare_given_shards(data: ShardsConfig, config: PrepareConfig, directory: RunDirectory) -> None:
-    """Indexes all shards, or those that are new where something was finished before."""
+    """Indexes all given shards, or those that are new where a set was finished before."""
     taxonomy, before = load_shards_taxonomy(data), _look_before(config, directory)
     if before is not None:
         taxonomy = extend_classes(before.taxonomy(directory.path), taxonomy, str(data.taxonomy or data.path))
@@ -244,7 +244,7 @@ def _finish(config: PrepareConfig, directory: RunDirectory, taxonomy: Taxonomy, 
 
 
 def _look_before(config: PrepareConfig, directory: RunDirectory) -> Before | None:
-    """What is finished here and is to stay; None where the stage is prepared for the first time."""
+    """What was finished here before and is to stay; None where nothing was."""
     if not directory.is_finished:
         return Before.load(directory.path)
     _, taxonomy, _ = load_prepared(config.workdir, DataOverrides())  # refuses what has changed since
@@ -305,7 +305,7 @@ def _write_shards(
 
 
 def _balance(items: Sequence[Item], samples_per_shard: int) -> list[list[Item]]:
-    """Items in an order that mixes the classes, cut into shards whose sizes differ by one at most."""
+    """The items, shuffled so that classes mix, and cut into shards whose sizes differ by at most one."""
     num_shards = -(-len(items) // samples_per_shard)
     shuffled = [items[place] for place in permutation(len(items), 0)]
     bounds = [len(items) * number // num_shards for number in range(num_shards + 1)] if num_shards else [0]

@@ -29,13 +29,12 @@ from concentration.progress import Progress
 from concentration.schema import FolderName
 from concentration.stages.carried_directory import carry_shards, carry_stored_targets, carry_teacher
 from concentration.stages.prepare import SHARDS, DataOverrides, load_prepared
-from concentration.stages.run_directory import RunDirectory, StageConfig, hash_file
+from concentration.stages.run_directory import NETWORK_FILE, RunDirectory, StageConfig, hash_file
 from concentration.stages.served import Served, load_served
 from concentration.stages.student import STUDENTS
 from concentration.stages.subject import Subject
 from concentration.stages.targets import TARGETS
 from concentration.stages.teacher import TEACHERS
-from concentration.stages.train_network import NETWORK_FILE
 from concentration.taxonomy import Taxonomy
 
 #: Training images on which the usual norms of the logits are measured, at most.

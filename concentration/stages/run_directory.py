@@ -16,38 +16,38 @@ from concentration.files import write_atomically
 from concentration.progress import STATUS_FILE
 from concentration.schema import Config, flatten, hash_values, parse_json
 
-#: What every file of a run holds at least, and of which type.
+#: The keys that every such file of a run must hold, and their types.
 _KEYS: Mapping[str, Mapping[str, type]] = {
     "config.json": {"identity": dict, "config": dict},
     "DONE.json": {"config": str},
 }
 
 SPEED_FILE = "speed.json"
-#: Of a stage that makes a network.
+#: The network, where the stage makes one.
 NETWORK_FILE = "model.safetensors"
 
-#: What `overwrite` replaces waits here until it is known that the new can be made.
+#: What `overwrite` replaces waits here until the stage has begun to write its new results.
 REPLACED_FOLDER = ".replaced"
 
-#: The fingerprints of prepared images among a stage's upstream results; and what is beside making everything anew of them.
+#: The fingerprints of prepared images among a stage's upstream results; and what else may be done where these have changed.
 _OF_DATA = {f"upstream.{name}" for name in ("data", "val", "test")}
 HOW_TO_GROW = (
     "where `prepare append=true` has brought classes, extend a student by them: `concentrate add vertical=NAME`"
 )
 
-#: How long a part of a stage waits for the others to look at the directory.
+#: How long one part of a stage waits while other parts begin or end.
 _ENTER_SECONDS = 60.0
-#: How long a stage waits for one that only looks whether it is held.
+#: How long a stage waits for a process that holds the lock only to see whether it is held.
 _LOOK_SECONDS = 0.5
 
 
 class StageConfig(Config):
-    """What every verb takes: the working directory, and leave to replace what is there.
+    """What every verb takes: the working directory, and permission to replace what is there.
 
-    overwrite: true makes a finished stage anew, also with the same config: its images may have changed. "changed" replaces
-        only what another config or other upstream results made; a whole run passes this on to its stages. Neither throws
-        away what the same config has begun: a stopped command may be given again as it was. What is replaced comes back
-        where the stage ends before it has written anything, at a mistake in the command say.
+    overwrite: `true` makes a finished stage anew, even with the same config, as its images may have changed. `changed` replaces
+        only what another config or other upstream results have made; a whole run passes this on to its stages. Neither throws
+        away what the same config has begun, so a stopped command may be repeated as it was. What is replaced comes back if the
+        stage ends before it has written anything, for instance because of a mistake in the command.
     """
 
     runtime_fields: ClassVar[frozenset[str]] = frozenset({"workdir", "overwrite"})
@@ -57,15 +57,15 @@ class StageConfig(Config):
 
     @property
     def places(self) -> dict[str, str]:
-        """By key: where what the stage reads lies, which is no part of what it is, but is not looked at once it is finished."""
+        """The places that the stage reads, by key. They are no part of its identity, and a finished stage does not read again."""
         return {}
 
 
 class RunDirectory:
-    """`config.json` when a stage has begun, `DONE.json` when it is finished; in between it can be continued.
+    """A stage has begun when there is `config.json`, and is finished when there is `DONE.json`; in between it can be continued.
 
-    The identity of a run is its config without runtime fields, and the identities of what it reads (`upstream`): a teacher
-    of other shards is another teacher.
+    The identity of a run is its config without runtime fields, together with the identities of what it reads (`upstream`): a
+    teacher of other shards is another teacher.
     """
 
     def __init__(self, path: Path):
@@ -75,15 +75,15 @@ class RunDirectory:
     def begin(
         self, config: StageConfig, upstream: Mapping[str, str], part: str | None = None, is_growing: bool = False
     ) -> Iterator[bool]:
-        """Gives whether there is work to do; holds the directory against other processes meanwhile.
+        """Yields whether there is work to do, and holds the directory against other processes in the meantime.
 
-        Where several processes share the stage, each gives its `part` and holds that alone. A stage that `is_growing` has
-        work also when it is finished.
+        Where several processes share the stage, each gives its `part` and holds only that. A stage that `is_growing` has
+        work even when it is finished.
 
         Raises:
             Busy: another process works here.
             ConfigError: the stage was begun with another config or other upstream results, and `overwrite` is false; or it is
-                finished, and other places are given than those that it read.
+                finished, but has read other places than those that are given now.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -139,7 +139,7 @@ class RunDirectory:
 
     @property
     def is_held(self) -> bool:
-        """Whether another process works here. To be asked by one that holds nothing here itself: it would lose that."""
+        """Whether another process works here. A process that holds a lock here itself must not ask: it would lose that lock."""
         return self._is_locked(".lock")
 
     @property
@@ -147,11 +147,11 @@ class RunDirectory:
         return self._load("DONE.json") is not None
 
     def is_finished_with(self, config: StageConfig) -> bool:
-        """Whether the stage is finished with this config, whatever has become of what it read.
+        """Whether the stage is finished with this config, whatever has since become of what it read.
 
         Raises:
-            ConfigError: it was begun with another config, and `overwrite` is false; or it is finished, and other places are
-                given than those that it read.
+            ConfigError: it was begun with another config, and `overwrite` is false; or it is finished, but has read other places
+                than those that are given now.
         """
         begun = self._load("config.json")
         if begun is None:
@@ -165,19 +165,19 @@ class RunDirectory:
         return self.is_finished and not self._read_elsewhere(config)
 
     def note_places(self, config: StageConfig) -> None:
-        """What a stage goes on or grows with may lie elsewhere than what it was begun with."""
+        """Records the config once more: the places that a stage continues or grows with may not be those that it began with."""
         begun = self._load_begun()
         if begun["config"] != (config_now := config.model_dump(mode="json")):
             write_atomically(self.path / "config.json", {**begun, "config": config_now})
 
     def reopen(self) -> None:
-        """Takes the mark back: the stage is begun, and continued by the next run."""
+        """Marks the stage as unfinished again, so that the next run continues it."""
         (self.path / "DONE.json").unlink(missing_ok=True)
 
     def save_speed(self, images_per_second: float | None) -> None:
-        """Keeps what was measured apart from DONE.json, which is the same however often the stage was stopped.
+        """Keeps the measured speed, apart from DONE.json, which must be the same however often the stage was stopped.
 
-        None, where nothing was left to do, keeps what an earlier part of the stage measured.
+        None, where nothing was left to do, keeps what was measured before.
         """
         if images_per_second is not None:
             write_atomically(self.path / SPEED_FILE, {"images_per_second": images_per_second})
@@ -188,7 +188,7 @@ class RunDirectory:
         write_atomically(self.path / "DONE.json", {"config": hash_values(identity), **facts})
 
     def copy_record(self, source: "RunDirectory", upstream: Mapping[str, str], facts: Mapping[str, Any]) -> None:
-        """Marks this directory as the finished stage that `source` is, with these of its upstream results and facts replaced."""
+        """Marks this directory as finished like `source`, but with these upstream results and facts in place of its own."""
         begun = source._load_begun()
         known = begun["identity"]["upstream"]
         replaced = {name: value for name, value in upstream.items() if name in known}
@@ -198,10 +198,10 @@ class RunDirectory:
         write_atomically(self.path / "DONE.json", {**done, **facts, "config": hash_values(identity)})
 
     def load_done(self, command: str, **facts: type) -> dict[str, Any]:
-        """What a finished stage said of itself, at least these facts, of these types.
+        """The record of a finished stage, which has at least these facts, of these types.
 
         Raises:
-            ConfigError: it is not finished; `command` is named as what to run.
+            ConfigError: the stage is not finished; the message says to run `command`.
             DataError: its record is damaged.
         """
         done = self._load("DONE.json", **facts)
@@ -214,12 +214,17 @@ class RunDirectory:
         return self._load_begun()["config"]
 
     def load_upstream(self) -> dict[str, str]:
-        """What the stage was begun with beside its config."""
+        """The upstream results that the stage was begun with."""
         return self._load_begun()["identity"]["upstream"]
 
     @contextlib.contextmanager
     def lock(self, name: str, wait_seconds: float = 0) -> Iterator[None]:
-        """Holds the directory, or a part of its work, against other processes. Raises: Busy, after having waited for so long."""
+        """Holds the directory, or a part of its work, against other processes.
+
+        Raises:
+            Busy: another process has held it for all of `wait_seconds`.
+            ConfigError: the directory cannot be written to, or its file system has no locks.
+        """
         deadline = time.monotonic() + wait_seconds
         try:
             file = open(self.path / name, "w")  # noqa: SIM115 - closed below
@@ -230,7 +235,7 @@ class RunDirectory:
         with file:
             while True:
                 try:
-                    # NOTE: not flock: a killed run's reading processes would go on holding it, for the seconds until they notice.
+                    # NOTE: not flock, which the reading processes of a killed run would hold for some seconds more.
                     fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     break
                 except BlockingIOError:
@@ -241,7 +246,7 @@ class RunDirectory:
                     raise ConfigError(
                         f"{self.path}: cannot be locked ({error.strerror}); give a workdir on a file system with file locks"
                     ) from None
-            yield  # released when the file is closed, also by kill -9
+            yield  # closing the file releases the lock, and so does kill -9
 
     def _refuse(self, earlier: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         before, after = flatten(earlier), flatten(now)
@@ -262,9 +267,12 @@ class RunDirectory:
         )
 
     def _read_elsewhere(self, config: StageConfig) -> bool:
-        """Whether the finished stage read other places than are given now; where what it read is gone, it has moved.
+        """Whether the finished stage is to be made anew because it has read other places than those that are given now.
 
-        Raises: ConfigError where it did, and `overwrite` is false: what lies there would not be seen.
+        A place that no longer exists counts as moved to where it is given now.
+
+        Raises:
+            ConfigError: it has read other places, and `overwrite` is false: what lies there now would not be looked at.
         """
         read = flatten(self.load_config())
         for key, place in config.places.items():
@@ -280,7 +288,7 @@ class RunDirectory:
         return False
 
     def forget_replaced(self) -> None:
-        """Deletes what `overwrite` has set aside: at the stage's end, or by a stage that is about to write much."""
+        """Deletes what `overwrite` has set aside: at the end of a stage, or earlier to make room for what it writes."""
         replaced = self.path / REPLACED_FOLDER
         if replaced.is_dir():
             for path in _config_last(replaced.iterdir()):
@@ -288,7 +296,7 @@ class RunDirectory:
             replaced.rmdir()
 
     def _leave(self, error: BaseException, part: str | None) -> None:
-        """After an error; of several parts, the last does it, for the others may still make what replaces the old."""
+        """Cleans up after an error. Of several parts the last one does so: the others may still make what replaces the old."""
         with contextlib.nullcontext() if part is None else self.lock(".lock", _ENTER_SECONDS):
             if not self._has_other_parts(part):
                 self._settle_replaced()
@@ -307,19 +315,19 @@ class RunDirectory:
             return True
 
     def _forget_unless_begun(self) -> None:
-        """A mistake that was found before anything was written may be corrected without `overwrite`."""
+        """Forgets the config if nothing else was written, so that a mistake in it can be corrected without `overwrite`."""
         if [path.name for path in self._list_content()] == ["config.json"]:
             (self.path / "config.json").unlink()
 
     def _set_aside(self) -> None:
-        # NOTE: DONE.json first and config.json last, so that a kill in between leaves a run that is begun, not finished; then,
-        # REPLACED_FOLDER without config.json says that what is in it belongs here.
+        # NOTE: DONE.json first and config.json last, so that a kill in between leaves a run that is begun and not finished. A
+        # REPLACED_FOLDER without config.json then says that its content still belongs here.
         (self.path / REPLACED_FOLDER).mkdir()
         for path in _config_last(self._list_content()):
             path.rename(self.path / REPLACED_FOLDER / path.name)
 
     def _settle_replaced(self) -> None:
-        """Brings back what was set aside where nothing has been written in its place, and else deletes it."""
+        """Brings back what was set aside, if nothing has been written in its place; otherwise deletes it."""
         replaced = self.path / REPLACED_FOLDER
         if not replaced.is_dir():
             return
@@ -333,7 +341,7 @@ class RunDirectory:
         replaced.rmdir()
 
     def _list_content(self) -> list[Path]:
-        """All that the stage has here: neither locks nor what was set aside."""
+        """What the stage has written here, without locks and what was set aside."""
         return [p for p in self.path.iterdir() if not p.name.startswith(".lock") and p.name != REPLACED_FOLDER]
 
     def _load_begun(self) -> dict[str, Any]:
@@ -362,7 +370,7 @@ class RunDirectory:
 
 
 def describe_lost(path: Path) -> str:
-    """What a finished stage has lost of its network, and what to do; empty where all is there."""
+    """What a finished stage has lost of its network, and what to do about it; empty where nothing is missing."""
     if not (path / "DONE.json").exists():
         return ""
     done = parse_json((path / "DONE.json").read_bytes(), str(path / "DONE.json"))
@@ -374,12 +382,12 @@ def describe_lost(path: Path) -> str:
 
 
 def _config_last(paths: Iterable[Path]) -> list[Path]:
-    """In the order in which a kill in between leaves no finished stage: DONE.json first, config.json last."""
+    """Sorted so that a kill in between never leaves a stage that looks finished: DONE.json first, config.json last."""
     return sorted(paths, key=lambda path: (path.name == "config.json", path.name != "DONE.json"))
 
 
 def _leave_out_runtime_fields(identity: Mapping[str, Any], config: Config) -> dict[str, Any]:
-    """Without what was part of an identity in an earlier version, and is not any more."""
+    """An identity without what an earlier version counted as part of it, but this one does not."""
     left = {}
     for key, value in identity.items():
         inner = getattr(config, key, None)

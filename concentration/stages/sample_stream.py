@@ -1,4 +1,4 @@
-"""A network and the samples that it is shown, batch by batch, as those verbs need them that only look.
+"""A network and the samples that it is shown, batch by batch, for verbs that look at all samples without training.
 
 Shapes: B batch.
 """
@@ -24,8 +24,8 @@ class SampleStream:
 
     Attributes:
         network: in eval mode.
-        batch_size: samples that are read together, over all ranks that share them.
-        num_workers: that read ahead.
+        batch_size: samples of a batch, over all ranks that share it.
+        num_workers: processes that read ahead.
     """
 
     network: Student
@@ -35,7 +35,7 @@ class SampleStream:
     def read(
         self, split: Split, order: Order, count: int | None = None, rank: int = 0, world_size: int = 1
     ) -> Iterator["ShownBatch"]:
-        """This rank's shares of batches in this order, until `count` places of it are seen; None is all."""
+        """This rank's shares of the batches in this order, up to `count` places of it; None means all."""
         reader = SampleReader(split, LabelTargets(split, smear=False), self.network.image_size, views=None, seed=0)
         batch_size = min(self.batch_size, len(order))
         batches = StepBatches(reader, order, batch_size, 1, rank, world_size)

@@ -9,9 +9,8 @@ from concentration.errors import ConfigError
 from concentration.networks.student import Student, load_student
 from concentration.schema import parse_config
 from concentration.stages.carried_targets import count_earlier_shards, find_earlier_taxonomy
-from concentration.stages.run_directory import RunDirectory, hash_file
+from concentration.stages.run_directory import NETWORK_FILE, RunDirectory, hash_file
 from concentration.stages.student import STUDENTS, LearningConfig
-from concentration.stages.train_network import NETWORK_FILE
 from concentration.taxonomy import Taxonomy
 
 

@@ -46,7 +46,7 @@ class HardTargetsConfig(Config):
 
 
 class OnlineTargetsConfig(Config):
-    """The teachers' top K of the student's own view, asked in every step and not stored."""
+    """The teachers' top K classes for the student's own view, asked for in every step and not stored."""
 
     kind: Literal["online"] = "online"
     top_k: pydantic.PositiveInt = 100
@@ -63,12 +63,12 @@ LabelShare = Annotated[float, pydantic.Field(ge=0, lt=1)]
 class LearningConfig(LabelsConfig):
     """What a student is taught.
 
-    smear: for labels, true where not given: soft targets carry their teachers' smearing.
-    label_share: of the labels in soft targets: 0 believes the teachers alone, as in the paper; 0.5 adds as much of the labels.
-    tail: classes of a sample's own verticals that are not among the teachers' top K: `zero` as in the paper, or `spread`, an
-        even share of the tail mass.
-    outside: the other verticals: `zero`, their classes are absent, as in the paper; `mask` leaves them out of the loss; a
-        number between 0 and 1 is the weight of their loss.
+    smear: whether labels are smeared to their ancestors; true where not given. Soft targets carry their teachers' smearing.
+    label_share: the share of the labels in soft targets: 0 takes the teachers' word alone, as in the paper; 0.5 half of each.
+    tail: the targets of those classes of a sample's own verticals that are not among the teachers' top K: `zero` as in the paper,
+        or `spread` for an even share of the tail mass.
+    outside: the verticals in which a sample has no label: `zero` makes their classes absent, as in the paper; `mask` leaves them
+        out of the loss; a number between 0 and 1 is the weight of their loss.
     """
 
     later_fields: ClassVar[frozenset[str]] = LabelsConfig.later_fields | {"label_share"}
@@ -85,7 +85,7 @@ class LearningConfig(LabelsConfig):
 
     @property
     def with_labels(self) -> bool:
-        """Whether labels are part of the targets; else the teachers alone say them."""
+        """Whether labels are part of the targets; otherwise these are the teachers' alone."""
         return self.targets.kind == "labels" or self.label_share > 0
 
 
@@ -185,7 +185,7 @@ def student(config: StudentConfig) -> None:
 
 
 def describe_step(config: StudentConfig, taxonomy: Taxonomy) -> StepShape:
-    """What a step's memory depends on beside the network."""
+    """What a step's memory depends on besides the network."""
     listed = count_most_labels(taxonomy, config.smear is not False) if config.with_labels else 0
     if config.targets.kind != "labels":
         listed += min(config.targets.top_k, max(taxonomy.vertical_sizes))
@@ -193,7 +193,7 @@ def describe_step(config: StudentConfig, taxonomy: Taxonomy) -> StepShape:
 
 
 def _print_plan(config: StudentConfig) -> None:
-    """Raises: ConfigError where the data or teachers in the loop are not there."""
+    """Prints what the training would take. Raises: ConfigError where the data, or teachers in the loop, are missing."""
     prepared, taxonomy, _ = load_prepared(config.workdir, config.data)
     teachers_bytes = measure_teachers(config.workdir, taxonomy) if config.targets.kind == "online" else 0
     shape = describe_step(config, taxonomy)
@@ -201,9 +201,10 @@ def _print_plan(config: StudentConfig) -> None:
 
 
 def build_targets(config: LearningConfig, workdir: Path, split: Split) -> SampleTargets:
-    """Of every sample; with teachers in the loop its own labels.
+    """The targets of every sample of the split; with teachers in the loop, its labels.
 
-    Raises: DataError as `StoredTargets`.
+    Raises:
+        DataError: as `StoredTargets`.
     """
     labels = LabelTargets(split, config.with_labels and config.smear is not False)
     targets: SampleTargets = labels
@@ -221,14 +222,14 @@ def _build_mix(config: LearningConfig, taxonomy: Taxonomy) -> LabelMix | None:
 
 
 def choose_ordinals(config: LearningConfig, split: Split) -> np.ndarray | range:
-    """The samples that a student may learn from, rising; a range of all where none is left out. Raises: as `find_fine`."""
+    """Ordinals, rising, of the samples to learn from; a range where none is left out. Raises: DataError as `find_fine`."""
     return find_fine(split) if config.coarse_labels == "skip" else range(len(split))
 
 
 def count_classes(config: LearningConfig, split: Split, ordinals: np.ndarray | range) -> tuple[np.ndarray, np.ndarray]:
-    """(C,) how many of the samples to learn from have each class, and (C,) their share of those whose loss it is part of.
+    """(C,) how many samples have each class, and (C,) their share of the samples in whose loss the class takes part.
 
-    ordinals: of `choose_ordinals`.
+    ordinals: the samples to learn from, as `choose_ordinals` gives them.
     """
     taxonomy, smear = split.taxonomy, config.smear is not False
     if isinstance(ordinals, range):
@@ -244,7 +245,7 @@ def count_classes(config: LearningConfig, split: Split, ordinals: np.ndarray | r
 
 
 def _load_fitting_teachers(config: StudentConfig, taxonomy: Taxonomy, prepared: PreparedData) -> RoutedTeachers:
-    """Raises: ConfigError where a teacher takes images of another size than the student."""
+    """The teachers in the loop. Raises: ConfigError where one takes images of another size than the student."""
     teachers = load_teachers(config.workdir, taxonomy)
     for vertical, teacher in zip(taxonomy.verticals, teachers, strict=True):
         if teacher.image_size != prepared.image_size:
@@ -259,7 +260,7 @@ def _identify_targets(config: StudentConfig, taxonomy: Taxonomy, fingerprint: st
     """A hash of all verticals' targets.
 
     Raises:
-        ConfigError: those of a vertical are not there, or its teacher has been trained again since.
+        ConfigError: a vertical's targets are missing, were made otherwise, or by another teacher than the one that is there now.
     """
     root = config.workdir / TARGETS / config.targets.name
     if not root.is_dir():
@@ -286,7 +287,7 @@ def _identify_targets(config: StudentConfig, taxonomy: Taxonomy, fingerprint: st
 
 
 def _check_teacher(config: StudentConfig, vertical: str, made_by: str) -> None:
-    """Raises: ConfigError where the teacher is there, and is not the one that made the targets."""
+    """Raises: ConfigError where the vertical has a teacher, but not the one that made the targets."""
     path = config.workdir / TEACHERS / vertical
     if not (path / "DONE.json").exists():
         return  # a teacher may be removed once its targets are made

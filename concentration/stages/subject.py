@@ -27,15 +27,15 @@ class Subject:
     """What is evaluated: networks, the classes that they answer for, and the samples that they are asked about.
 
     Attributes:
-        models: several are asked the same and their answers combined; a model is one network, or several whose outputs side
-            by side are its answer.
-        checkpoint: a hash of their files.
-        taxonomy: of the outputs: the whole, or one vertical's for a teacher.
-        first_output: the place of the first of them in the whole taxonomy.
+        models: each is asked about every sample, and their answers are combined. A model is one network, or several whose outputs
+            side by side are its answer.
+        checkpoint: a hash of the networks' files.
+        taxonomy: the taxonomy of the outputs: the whole one, or one vertical's for a teacher.
+        first_output: the first of these outputs in the whole taxonomy.
         split: where the samples are.
-        ordinals: which samples, rising.
-        num_crops: of an image, whose answers are combined, too.
-        combination: how.
+        ordinals: which of its samples, rising.
+        num_crops: crops of each image, whose answers are combined too.
+        combination: how answers are combined.
     """
 
     models: tuple[tuple[Classifier, ...], ...]
@@ -49,12 +49,12 @@ class Subject:
 
     @property
     def networks(self) -> list[Classifier]:
-        """Of all models."""
+        """All networks of all models."""
         return [network for model in self.models for network in model]
 
     @torch.inference_mode()
     def score(self, images: Mapping[int, Tensor]) -> Tensor:
-        """Logits, (B, C) on the networks' device, of the same images (B * N, 3, H, W) at each network's size."""
+        """Logits (B, C) on the networks' device, of the same images (B * N, 3, H, W), given at each network's size."""
         answers = [_ask(model, images) for model in self.models]
         if len(answers) * self.num_crops == 1:
             return answers[0]
@@ -62,9 +62,9 @@ class Subject:
         return combine_logits(torch.cat(crops, dim=1), self.combination)
 
     def score_all(self, batch_size: int, num_workers: int, progress: Progress) -> Iterator[tuple[Tensor, np.ndarray]]:
-        """Logits (B, C) of all samples whose image can be decoded, on the networks' device, and their ordinals (B,), by batches.
+        """Yields logits (B, C) on the networks' device, and ordinals (B,), of all samples whose image can be decoded.
 
-        batch_size: crops that a network is shown at a time.
+        batch_size: how many crops a network is shown at a time.
         """
         order = SequentialOrder(self.ordinals)
         batch_size = max(1, batch_size // self.num_crops)
@@ -88,7 +88,7 @@ class Subject:
         return [output for output in inside if 0 <= output < self.taxonomy.num_classes]
 
     def build_readers(self) -> dict[int, SampleReader | CropReader]:
-        """By size: what reads centre views, or crops. A network sees images decoded at its own size, as `targets` shows them."""
+        """By image size: a reader of centre views, or of crops. Each network sees images decoded at its own size."""
         targets = LabelTargets(self.split, smear=False)
         sizes = sorted({network.image_size for network in self.networks})
         if self.num_crops == 1:
@@ -97,5 +97,5 @@ class Subject:
 
 
 def _ask(model: Sequence[Classifier], images: Mapping[int, Tensor]) -> Tensor:
-    """Its networks' logits side by side."""
+    """The logits of the model's networks, side by side."""
     return torch.cat([network(images[network.image_size].to(network.device)) for network in model], dim=1)

@@ -1,4 +1,4 @@
-"""`concentrate targets`: every training image goes to the teachers of its verticals, whose top-K answers are stored.
+"""`concentrate targets`: every training image is shown to the teachers of its verticals, whose top-K answers are stored.
 
 Shapes: B batch, R rows of a shard, N records (one for each row and view), V classes of the vertical.
 """
@@ -36,11 +36,11 @@ TARGETS = "targets"
 class SoftTargetsConfig(Config):
     """A set of stored targets.
 
-    name: of the set.
-    top_k: classes that each record keeps (all of a smaller vertical).
-    views: 0 stores what the teachers say of the centre view, and the student draws its own; R stores R augmented views of
-        every sample, and the student replays view (epoch mod R).
-    codec: `plain` for anyone with numpy; `packed` in a third of the bytes.
+    name: the name of the set.
+    top_k: K, the classes that each record keeps (all classes of a smaller vertical).
+    views: 0 stores the teachers' answers to the centre view, and the student draws views of its own; R stores their answers to R
+        augmented views of every sample, and the student replays view (epoch mod R).
+    codec: `plain` is read with numpy in three lines; `packed` takes less than half the bytes.
     """
 
     kind: Literal["soft"] = "soft"
@@ -51,12 +51,12 @@ class SoftTargetsConfig(Config):
 
 
 class TargetsConfig(StageConfig):
-    """Writes `targets/NAME/VERTICAL/`, for one vertical or, where it is not given, for all.
+    """Writes `targets/NAME/VERTICAL/` for one vertical or, where none is given, for all.
 
-    view: the augmentation of stored views; None is that of the prepared data.
+    view: the augmentation of stored views; None takes that of the prepared data.
     part, num_parts: this process makes every `num_parts`-th shard; the part that ends last finishes the stage.
-    gate: what is asked of a teacher before its targets are made.
-    verify: instead of making targets, compares `num_verified` records of each vertical with what its teacher says now.
+    gate: what a teacher must be before its targets are made.
+    verify: make no targets, but compare `num_verified` stored records of each vertical with what its teacher says now.
     """
 
     runtime_fields = StageConfig.runtime_fields | {
@@ -91,11 +91,11 @@ class TargetsConfig(StageConfig):
 
 
 def targets(config: TargetsConfig) -> None:
-    """Runs the stage; shards whose file is written are not done again. One teacher is in memory at a time.
+    """Runs the stage, except for shards whose file is already written. One teacher at a time is in memory.
 
     Raises:
-        ConfigError: a teacher has not finished, or is not fit and `gate.action` is `stop`.
-        DataError: a teacher was made for another taxonomy, or `verify` finds other targets than the teacher gives.
+        ConfigError: a teacher has not finished, or is unfit and `gate.action` is `stop`.
+        DataError: a teacher was made for another taxonomy, or `verify` finds targets that differ from the teacher's answers.
     """
     prepared, taxonomy, fingerprint = load_prepared(config.workdir, DataOverrides(view=config.view))
     split = load_split(config.workdir / SHARDS, "train", taxonomy)
@@ -127,13 +127,13 @@ def _make_targets(
     teacher = RunDirectory(config.workdir / TEACHERS / vertical)
     teacher_hash = teacher.load_done(write_command("teacher", vertical))["checkpoint"]
     directory = RunDirectory(config.workdir / TARGETS / config.targets.name / vertical)
-    rows_of = {}  # by shard, of the samples that are routed to this teacher
+    rows_of = {}  # by file: its shard, and the ordinals of the shard's samples that are routed to this teacher
     for shard, ordinals in enumerate(split.by_shard(split.routed(vertical))):
         if len(ordinals):
             rows_of[directory.path / f"{split.index_names[shard]}.safetensors"] = (shard, ordinals)
     part = f"{config.part}-of-{config.num_parts}" if config.num_parts > 1 else None
     with directory.begin(config, {"data": fingerprint, "teacher": teacher_hash}, part) as is_due:
-        if is_due or config.gate.action == "stop":  # which asks of finished targets, too, whether to go on with them
+        if is_due or config.gate.action == "stop":  # "stop" also keeps a pipeline from going on with finished targets
             answers = _open_teacher(config, vertical, split, view)
             if config.gate.action != "off":
                 check_teacher(config.gate, config.workdir, split, vertical, answers.network)
@@ -165,7 +165,7 @@ def _open_teacher(config: TargetsConfig, vertical: str, split: Split, view: View
 def _make_files(
     config: TargetsConfig, answers: TeacherAnswers, rows_of: Mapping[Path, tuple[int, np.ndarray]], progress: Progress
 ) -> float | None:
-    """Asks the teacher about the rows of each file's shard and writes the files; returns images a second."""
+    """Asks the teacher about the samples of each file and writes the files; returns images per second."""
     start, num_asked = time.perf_counter(), 0
     said = answers.ask([ordinals for _, ordinals in rows_of.values()])
     by_file = itertools.groupby(said, key=lambda answer: answer.group)
@@ -174,7 +174,7 @@ def _make_files(
         for answer in of_file:
             kept.append(keep_top_k(answer.probability_BV, config.targets.top_k))
             views.append(answer.view_BV)
-        # The teacher was asked view by view; a sample's records lie together.
+        # The teacher was asked view by view, but a sample's records are stored together.
         by_sample = np.arange(len(ordinals) * max(1, answers.num_views)).reshape(-1, len(ordinals)).T.ravel()
         index, probability, tail = (torch.cat(parts).numpy()[by_sample] for parts in zip(*kept, strict=True))
         view = torch.cat(views).numpy()[by_sample] if answers.num_views else None
@@ -186,7 +186,7 @@ def _make_files(
 
 
 def _describe(config: TargetsConfig, answers: TeacherAnswers, teacher_hash: str) -> dict[str, Any]:
-    """The manifest: what a reader must know, and what must not have changed when the targets are used."""
+    """The manifest: what a reader must know, and what must still be the same when the targets are used."""
     views: dict[str, Any] = {"image_size": answers.network.image_size, "interpolation": INTERPOLATION}
     if config.targets.views:
         views |= {"view": answers.view.model_dump(), "decoder": describe_decoder()}

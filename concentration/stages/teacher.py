@@ -20,9 +20,8 @@ from concentration.schema import Config, hash_values, write_override
 from concentration.stages.expert import TEACHERS, ExpertConfig, train_expert
 from concentration.stages.plan import count_most_labels, print_training_plan
 from concentration.stages.prepare import SHARDS, DataOverrides, load_prepared
-from concentration.stages.run_directory import RunDirectory, StageConfig, hash_file
+from concentration.stages.run_directory import NETWORK_FILE, RunDirectory, StageConfig, hash_file
 from concentration.stages.train_network import (
-    NETWORK_FILE,
     LabelsConfig,
     NetworkStageConfig,
     Task,
@@ -51,7 +50,7 @@ class TeacherConfig(NetworkStageConfig, LabelsConfig):
     @pydantic.model_validator(mode="before")
     @classmethod
     def _drop_group(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Both keys are in the composed config, and one of them is None."""
+        """The composed config has both `vertical` and `group`, of which one is None."""
         _require_vertical(values)
         return {name: value for name, value in values.items() if name != "group"}
 
@@ -65,7 +64,7 @@ class ExternalTeacherConfig(StageConfig):
     @pydantic.model_validator(mode="before")
     @classmethod
     def _refuse_training(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
-        """What belongs to training alone is None or not there: `conf/external/` takes it out of the composed config."""
+        """Keys that only training has must be None or absent: `conf/external/` takes them out of the composed config."""
         _require_vertical(values)
         trainings = (TeacherConfig.model_fields.keys() | {"group"}) - cls.model_fields.keys()
         given = sorted(name for name in trainings if values.get(name) is not None)
@@ -127,7 +126,7 @@ def _require_vertical(values: Mapping[str, Any]) -> None:
 
 
 def _train(config: TeacherConfig) -> None:
-    """Trains with Equation 1."""
+    """Trains the specialist of one vertical on smeared labels (Equation 1)."""
     if config.plan:
         _print_plan(config)
         return
@@ -160,7 +159,7 @@ def _train(config: TeacherConfig) -> None:
 
 
 def describe_step(config: TeacherConfig, restricted: Taxonomy) -> StepShape:
-    """What a step's memory depends on beside the network; `restricted` is the taxonomy of the teacher's vertical."""
+    """What a step's memory depends on besides the network; `restricted` is the taxonomy of the teacher's vertical."""
     return StepShape(count_most_labels(restricted, config.smear))
 
 
@@ -172,7 +171,7 @@ def _print_plan(config: TeacherConfig) -> None:
 
 
 def _take_over(config: ExternalTeacherConfig) -> None:
-    """Copies the model and the map of its outputs; no image is read, so other data makes no other teacher."""
+    """Copies the model and the map of its outputs. No image is read, so the teacher does not depend on the data."""
     _, taxonomy, _ = load_prepared(config.workdir, DataOverrides())
     restricted = taxonomy.restrict(config.vertical)
     directory = RunDirectory(config.workdir / TEACHERS / config.vertical)
@@ -188,7 +187,7 @@ def _take_over(config: ExternalTeacherConfig) -> None:
 
 
 def _describe_missing(found: ExternalTeacher, directory: RunDirectory) -> dict[str, int]:
-    """The number of classes that the teacher knows nothing of, which is also said."""
+    """The number of classes that the teacher does not know, which it also prints."""
     missing = [found.taxonomy.class_of_output(output).id for output in found.class_map.find_missing()]
     if missing:
         shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")

@@ -1,4 +1,4 @@
-"""Whether a teacher is fit to be asked: what it knows of val, beside the generalist, and on how many images it was trained.
+"""Whether a teacher is fit to be asked: its AP on val, compared with the generalist's, and how many images it was trained on.
 
 Shapes: V classes of the teacher's vertical.
 """
@@ -21,27 +21,27 @@ from concentration.networks.classifier import Classifier
 from concentration.progress import Progress
 from concentration.schema import Config, FolderName
 from concentration.stages.prepare import SHARDS
-from concentration.stages.run_directory import RunDirectory
+from concentration.stages.run_directory import NETWORK_FILE, RunDirectory
 from concentration.stages.subject import Subject
 from concentration.stages.teacher import TEACHERS
-from concentration.stages.train_network import NETWORK_FILE, load_network
+from concentration.stages.train_network import load_network
 from concentration.taxonomy import Taxonomy
-from concentration.training.loggers import load_metrics
+from concentration.training.metrics_file import load_metrics
 
 GATES = "gates"
 
-#: Less of the way from what a constant answer reaches to 1 is knowing nothing.
+#: A teacher that goes less of the way from a constant answer's AP to 1 knows nothing.
 LEAST_GAIN = 0.05
 
 
 class GateConfig(Config):
-    """What a teacher must be before its targets are made; `gates/VERTICAL.json` says what it is.
+    """What a teacher must be before its targets are made; the findings are written to `gates/VERTICAL.json`.
 
-    action: `report` says what is wrong with a teacher and goes on, `stop` ends with it, `off` does not look.
-    generalist: the network in `students/` that a teacher must not be worse than on its own vertical; no comparison where it is
-        not finished, or was made for another taxonomy.
-    tolerance: by which its AP may lie below.
-    min_images: training images that a leaf class has at the median.
+    action: `report` says what is wrong with a teacher and goes on, `stop` ends with an error, `off` does not check.
+    generalist: the network in `students/` than which a teacher must not be worse on its own vertical; they are not compared if it
+        is not finished, or was made for another taxonomy.
+    tolerance: by how much the teacher's AP may be lower.
+    min_images: the least training images of a leaf class, in the median over leaves.
     """
 
     action: Literal["off", "report", "stop"] = "report"
@@ -55,13 +55,13 @@ class Gate:
     """What is known of a teacher.
 
     Attributes:
-        vertical: its own.
-        images_per_class: training images of a leaf class at the median.
+        vertical: its vertical.
+        images_per_class: training images of a leaf class, in the median over leaves.
         num_val: validation images of the vertical.
-        ap: mean AP of its classes on them, labels smeared; None where there is no such image or its answers are not finite.
-        constant_ap: of a constant answer, which knows nothing.
-        generalist_ap: of the generalist's outputs of the vertical; None where it is not finished.
-        problems: what is wrong with it, a sentence each.
+        ap: mean AP of its classes on these, labels smeared; None where there are none, or its answers are not finite.
+        constant_ap: the same of a constant answer, which knows nothing.
+        generalist_ap: the same of the generalist's outputs for the vertical; None where there is no comparison.
+        problems: what is wrong with the teacher, one sentence each.
     """
 
     vertical: str
@@ -74,14 +74,14 @@ class Gate:
 
 
 def check_teacher(config: GateConfig, workdir: Path, split: Split, vertical: str, teacher: Classifier) -> Gate:
-    """Measures a teacher, writes what came out, and says what is wrong.
+    """Measures a teacher, writes the findings, and prints what is wrong.
 
     Args:
-        config: of the gate, which is not off.
+        config: of the gate, which must not be off.
         workdir: where the generalist and the shards are.
-        split: the training samples.
-        vertical: the teacher's.
-        teacher: on its device, where the generalist is taken, too.
+        split: the training split.
+        vertical: the teacher's vertical.
+        teacher: on its device, to which the generalist is moved too.
 
     Raises:
         ConfigError: the teacher is not fit, and `config.action` is `stop`.
@@ -114,14 +114,13 @@ def check_teacher(config: GateConfig, workdir: Path, split: Split, vertical: str
 def measure_vertical(
     network: Classifier, first_column: int, taxonomy: Taxonomy, split: Split, batch_size: int = 256
 ) -> np.ndarray:
-    """(V,) AP of the classes of one vertical on its own samples, labels smeared, NaN without a positive.
+    """(V,) AP of the classes of one vertical on its own samples, labels smeared; NaN without a positive.
 
     Args:
-        network: its logits from `first_column` on are those of the classes.
-        first_column: where they begin.
-        taxonomy: of the vertical alone; perhaps of its first classes, where later ones came since the network was trained.
-        split: of the samples, with a whole taxonomy.
-        batch_size: of images that are looked at together.
+        network: its logits from `first_column` on are those of the vertical's classes.
+        taxonomy: the taxonomy of the vertical alone, or of its first classes, if others were added after the network was trained.
+        split: the samples, with the whole taxonomy.
+        batch_size: images that are shown together.
 
     Raises:
         DataError: a score is not finite.
@@ -139,7 +138,7 @@ def measure_vertical(
 
 
 def _measure_constant(split: Split, vertical: str) -> float:
-    """The mean AP of an answer that is always the same: the share of the samples that a class is present in."""
+    """The mean AP of a constant answer: for each class, that is the share of the samples in which it is present."""
     count_V = split.count_smeared()[split.taxonomy.vertical_slice(vertical)]
     return float((count_V[count_V > 0] / len(split.routed(vertical))).mean())
 
@@ -174,16 +173,16 @@ def _find_problems(
     return problems
 
 
-#: Points of a loss curve that are enough to see where it goes.
+#: A loss curve needs so many points before its direction means anything.
 _LEAST_LOSSES = 5
 
 
 def _look_at_loss(path: Path) -> list[str]:
-    """Whether the training loss of our own teacher ended above its start; single batches of a short run say nothing."""
+    """A sentence if the training loss ended above its start; none for a teacher that was taken over, or a very short run."""
     losses = [line["train/loss"] for line in load_metrics(path) if "train/loss" in line]
     if len(losses) < _LEAST_LOSSES:
         return []
-    # The first line is of one batch alone: two lines at least.
+    # At least two lines, because the first is about a single batch.
     num_lines = max(2, len(losses) // 10)
     first, last = (float(np.mean(part)) for part in (losses[:num_lines], losses[-num_lines:]))
     return [f"it diverged: its loss rose from {first:.4g} to {last:.4g}"] if last > first else []

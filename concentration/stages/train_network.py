@@ -1,4 +1,4 @@
-"""What the verbs that train a network share: its config, its data, and the file at the end.
+"""What all verbs that train a network share: their config, their data, and the file that they write.
 
 Shapes: C outputs of the network.
 """
@@ -38,12 +38,12 @@ from concentration.training.configs import LoggerConfig, TrainerConfig
 from concentration.training.optimizers import OptimizerConfig
 from concentration.training.training_data import TrainingData
 
-#: Beside it with `trainer.keep_best`, of the same form.
+#: The best network, beside the last one in NETWORK_FILE, with `trainer.keep_best`.
 BEST_FILE = "best.safetensors"
 
 
 class TrainingStageConfig(StageConfig):
-    """How a network is trained, whatever network it is."""
+    """How a network is trained, whichever it is."""
 
     runtime_fields = StageConfig.runtime_fields | {"logger"}
 
@@ -54,10 +54,10 @@ class TrainingStageConfig(StageConfig):
 
 
 class LabelsConfig(Config):
-    """Which images training on labels sees.
+    """Which images are seen in training on labels.
 
-    coarse_labels: of images without a label that is a leaf: `use`, all leaves are absent from them; `skip` leaves them out.
-        Teachers say their leaves, so a student of soft targets sees them all.
+    coarse_labels: what becomes of images that have no leaf among their labels: `use` trains on them, with all leaves absent;
+        `skip` leaves them out. Teachers can say their leaves, so a student of soft targets sees all images.
     """
 
     later_fields: ClassVar[frozenset[str]] = frozenset({"coarse_labels"})
@@ -66,10 +66,10 @@ class LabelsConfig(Config):
 
 
 def find_fine(split: Split, vertical: str | None = None) -> np.ndarray:
-    """Ordinals of the samples that are left with `coarse_labels=skip`, of a vertical's teacher where one is given; rising.
+    """Ordinals, rising, of the samples that remain with `coarse_labels=skip`: those of all verticals, or of the given one.
 
     Raises:
-        DataError: of that vertical, or of some vertical, there is none.
+        DataError: a vertical has none.
     """
     taxonomy, counts_C = split.taxonomy, split.count_labels()
     missing = []
@@ -86,8 +86,9 @@ def find_fine(split: Split, vertical: str | None = None) -> np.ndarray:
 class NetworkStageConfig(TrainingStageConfig):
     """The parts of a network and of its training.
 
-    loss: `sigmoid`, classes are independent; `softmax`, they exclude each other, and a sample's targets are divided by their sum.
-    plan: prints what the network has and what a step of it needs, and trains nothing.
+    loss: `sigmoid` for independent classes; with `softmax` they exclude each other, and a sample's targets are divided by their
+        sum.
+    plan: print the network's parameters and what a training step needs, and train nothing.
     """
 
     runtime_fields = TrainingStageConfig.runtime_fields | {"plan"}
@@ -108,7 +109,7 @@ class NetworkStageConfig(TrainingStageConfig):
         return self
 
 
-# How often a balanced order may show one image in an epoch without a word.
+# A balanced order that shows one image more often than this in an epoch says so.
 _MANY_TIMES = 20
 
 
@@ -118,15 +119,16 @@ class Task:
 
     Attributes:
         title: for the progress bar.
-        taxonomy: of the network's outputs.
-        split: of the training samples.
-        ordinals: which of them take part, rising; a range where all do.
-        targets: of each.
-        counts_C: training samples of every output, for the class weights.
-        frequency_C: the share of samples that every output is present in, for the prior.
-        vertical: of a teacher; None for all.
-        val_ordinals: which validation samples it is measured on; None for those of the vertical, or all.
-        teachers: where targets are asked for in every step; `targets` are then the samples' own labels.
+        taxonomy: the taxonomy of the network's outputs.
+        split: the training split.
+        ordinals: which of its samples take part, rising; a range where all do.
+        targets: the targets of each sample.
+        counts_C: the number of training samples of every output, for the class weights.
+        frequency_C: the share of the samples in which every output is present, for the prior.
+        vertical: the vertical of a teacher; None for other networks.
+        val_ordinals: the validation samples that measure the network; None takes those of the vertical, or all.
+        teachers: they are asked for targets in every step, and `targets` are then the samples' own labels; None where targets
+            are stored.
     """
 
     title: str
@@ -142,19 +144,20 @@ class Task:
 
 
 def identify_base_checkpoint(config: NetworkStageConfig) -> dict[str, str]:
-    """What a run with a `base.checkpoint` has upstream: the file's hash, wherever it lies; empty where none is given.
+    """The hash of the file that `base.checkpoint` names, as an upstream result; empty where none is given.
 
-    Raises: as `find_base_checkpoint`.
+    Raises:
+        ConfigError: as `find_base_checkpoint`.
     """
     path = find_base_checkpoint(config)
     return {} if path is None else {"base": hash_file(path)}
 
 
 def find_base_checkpoint(config: NetworkStageConfig) -> Path | None:
-    """The network file that `base.checkpoint` names; None where it is not given.
+    """The network file that `base.checkpoint` names, by a run's name or a path; None where it is not given.
 
     Raises:
-        ConfigError: no such run, or it has not finished.
+        ConfigError: there is no such finished run, and no such file.
     """
     name = config.base.checkpoint
     if name is None:
@@ -171,9 +174,10 @@ def find_base_checkpoint(config: NetworkStageConfig) -> Path | None:
 
 
 def train_network(config: NetworkStageConfig, directory: RunDirectory, task: Task, prepared: PreparedData) -> None:
-    """Trains the config's network, writes `model.safetensors` and `DONE.json`; called inside `RunDirectory.begin`.
+    """Builds and trains the config's network, and writes `model.safetensors` and `DONE.json`. Call it in `RunDirectory.begin`.
 
-    Raises: as `training.fit.fit`.
+    Raises:
+        As `training.fit.fit`.
     """
     torch.manual_seed(config.seed)
     student = build_network(config, task.taxonomy, prepared.image_size)
@@ -185,7 +189,7 @@ def train_network(config: NetworkStageConfig, directory: RunDirectory, task: Tas
 def train_built_network(
     student: Student, config: TrainingStageConfig, directory: RunDirectory, task: Task, prepared: PreparedData
 ) -> None:
-    """The same for a network that is there already."""
+    """The same for a network that is already built."""
     if config.trainer.prior:
         student.set_prior(torch.from_numpy(task.frequency_C))
     train_from_here(student, config, directory, task, prepared)
@@ -199,12 +203,12 @@ def train_from_here(
     prepared: PreparedData,
     judge: Callable[[Student, int], Mapping[str, Any]] = lambda student, num_steps: {},
 ) -> None:
-    """The same for a network whose outputs stay where they are, whatever `config.trainer.prior` says.
+    """The same for a network whose outputs start as they are, whatever `config.trainer.prior` says.
 
-    `judge` looks at the trained network, and its number of steps, before the stage counts as finished: what it finds is written
-    into DONE.json, and what it raises leaves the stage begun.
+    `judge` is given the trained network and its number of steps before the stage counts as finished. What it returns is written
+    into DONE.json; if it raises, the stage stays unfinished.
     """
-    # NOTE: here, because Lightning takes seconds to import, and what only reads a network does not need it.
+    # NOTE: imported here because Lightning takes seconds, and verbs that only read a network do not need it.
     from concentration.training.checkpoints import CheckpointDirectory
     from concentration.training.fit import fit
 
@@ -228,11 +232,11 @@ def train_from_here(
 
 
 def load_network(path: Path, taxonomy: Taxonomy) -> Classifier:
-    """The finished network of a run directory, in eval mode, checked against its record and the taxonomy of its outputs.
+    """The finished network of a run directory, in eval mode, checked against its record and its outputs' taxonomy.
 
     Raises:
         ConfigError: the run has not finished.
-        DataError: a file has changed, or was made for another taxonomy.
+        DataError: a file has changed, or the network was made for another taxonomy.
     """
     done = RunDirectory(path).load_done(f"concentrate {path.parent.name.rstrip('s')}")
     if isinstance(done.get("files"), dict):  # a teacher that was made elsewhere
@@ -267,7 +271,7 @@ def describe_network(config: NetworkStageConfig, taxonomy: Taxonomy, image_size:
 
 
 def compute_class_weights(counts_C: np.ndarray) -> torch.Tensor:
-    """1/sqrt(count) with mean 1, (C,) float32; a class without images weighs like one with a single image."""
+    """1/sqrt(count), scaled to mean 1, (C,) float32; a class without images counts as one with a single image."""
     weight_C = 1 / np.sqrt(np.maximum(counts_C, 1))
     return torch.from_numpy(weight_C / weight_C.mean()).float()
 
@@ -287,7 +291,8 @@ def _build_training_data(
     reader = SampleReader(split, task.targets, size, prepared.view, config.seed)
     resident, resident_reader = None, None
     if config.trainer.resident:
-        encode_views(reader.choose_views(np.array(task.ordinals[:1]), epoch=0), 1)  # before all are decoded
+        # Refuses views that cannot be made on the device before all images are decoded.
+        encode_views(reader.choose_views(np.array(task.ordinals[:1]), epoch=0), 1)
         resident = load_resident(split, task.ordinals, size, config.trainer.num_workers, task.title, directory.path)
         resident_reader = ResidentReader(reader, resident)
     return TrainingData(
@@ -313,7 +318,7 @@ def _build_order(config: TrainingStageConfig, task: Task) -> Order:
     if config.trainer.sampling == "natural":
         return WindowOrder(split.by_shard(task.ordinals), config.seed, config.trainer.window_shards)
     takes_part = np.isin(split.sample_of_label, task.ordinals)
-    if task.vertical is not None:  # the sample's labels in other verticals are not what this teacher learns
+    if task.vertical is not None:  # a teacher does not learn the samples' labels in other verticals
         number = split.taxonomy.vertical_number(task.vertical)
         takes_part &= split.taxonomy.vertical_of_output[split.label_output] == number
     outputs, samples = split.label_output[takes_part], split.sample_of_label[takes_part]
@@ -325,7 +330,10 @@ def _build_order(config: TrainingStageConfig, task: Task) -> Order:
 
 
 def _note_balance(task: Task, output_L: np.ndarray) -> None:
-    """Says which leaves a balanced order never draws, and whose images it shows all the time. L labels that are drawn by."""
+    """Prints which leaves a balanced order never draws, and which classes' few images it shows over and over.
+
+    output_L: the outputs of the labels that it draws by.
+    """
     taxonomy = task.split.taxonomy
     own = slice(None) if task.vertical is None else taxonomy.vertical_slice(task.vertical)
     leaves = np.arange(taxonomy.num_classes)[own][taxonomy.is_leaf[own]]

@@ -174,7 +174,7 @@ def _run_step(
 
 @dataclass(frozen=True)
 class _Peak:
-    """The storages, by number, that were alive when a moment needed most, their bytes, and which of them a backward pass keeps."""
+    """The storages that were alive when a moment needed most: bytes by number, and which of them a backward pass keeps."""
 
     bytes_of: dict[int, int]
     kept: set[int]
