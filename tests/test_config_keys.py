@@ -40,6 +40,8 @@ def test_every_class_that_a_key_holds_has_its_section(page):
 
 
 def test_a_key_is_described_with_its_values_default_and_meaning(page):
-    assert "\n| `top_k` | int > 0 | `100` | K, the classes that each record keeps (all classes of a smaller vertical). |\n" in page
+    assert (
+        "\n| `top_k` | int > 0 | `100` | K, the classes that each record keeps (all of a smaller vertical). |\n" in page
+    )
     assert "\n| `overwrite` | bool or `changed` | `false` | `true` makes a finished stage anew" in page
     assert "\n| `tail` | `zero` or `spread` | `zero` | the targets of those classes of a sample's own verticals" in page

@@ -73,7 +73,7 @@ def _print_graph(graph: Sequence[Job], due: Set[str], active: Mapping[str, str])
 
 
 def _find_active(graph: Sequence[Job], due: Set[str], records: JobRecords) -> dict[str, str]:
-    """What is in the queue; a machine without SLURM can tell of a run that was never submitted."""
+    """The jobs in the queue. A run that was never submitted has none, which is known on a machine without SLURM too."""
     if not any(record.slurm_id for record in records.jobs.values()):
         return {}
     try:

@@ -1,4 +1,4 @@
-"""What is said, and with which exit code, where jobs of a graph have failed."""
+"""The error, and its exit code, when jobs of a graph have failed."""
 
 import signal
 from collections.abc import Mapping, Sequence
@@ -21,10 +21,10 @@ class JobFailed(ConcentrationError):
 
 
 def describe_failures(jobs: Sequence[Job], failed: Mapping[str, int | None], waiting: Sequence[Job]) -> JobFailed:
-    """What failed, why by its log's last lines, and what could not be run because of it.
+    """What failed, the last lines of its log, and what could not be run because of it.
 
     Args:
-        failed: exit codes by job; None of one that was killed, as is that of the signal.
+        failed: exit codes by job name; None, or minus the signal's number, for a job that was killed.
     """
     lines = []
     for job in jobs:

@@ -48,11 +48,11 @@ from concentration.training.optimizers import OptimizerConfig
 
 
 class TeacherParts(NetworkParts):
-    """How teachers are trained, and which are not.
+    """How teachers are trained, and which of them are not.
 
-    from_generalist: each starts from the base network of the run's generalist, for which it waits, instead of from random
-        weights: "specialists" as Hinton et al. (2015, section 5.3) train them.
-    external: by vertical, a model of the user's own; the other verticals' teachers are trained.
+    from_generalist: every teacher waits for the run's generalist, and starts from its base network instead of from random
+        weights, as the "specialists" of Hinton et al. (2015, section 5.3) do.
+    external: by vertical, a model of the user's own to take over; the other verticals' teachers are trained.
     """
 
     later_fields: ClassVar[frozenset[str]] = frozenset({"from_generalist"})
@@ -64,16 +64,16 @@ class TeacherParts(NetworkParts):
 class RunConfig(TrainedRun, LabelsConfig):
     """The whole pipeline. The keys at the top are the student's; `teacher` and `generalist` have their own.
 
-    name: of the student; several students may share teachers and targets.
-    launcher: who runs the jobs.
-    export: also exports the student.
-    num_processes: of `prepare`, and jobs at a time on this machine; None is one per core.
-    plan: prints what every stage would read, write and take, and runs none.
-    dry_run: prints the graph and the commands, and runs none.
-    compare: other systems to train on the same data and to evaluate beside the student; `experiment=compare` has them.
-    coarse_labels: `skip` trains generalist, teachers and a student of labels without the images that have labels of inner classes
-        alone, as those verbs do; a student of teachers sees them all.
-    gate: of the teachers; with `stop` targets wait for the generalist, which they are compared with.
+    name: the student's name; several students may share teachers and targets.
+    launcher: what runs the jobs.
+    export: also export the student.
+    num_processes: the processes of `prepare`, and the jobs at a time on this machine; None means one per core.
+    plan: print what every stage would read, write and take, and run none.
+    dry_run: print the graph and the commands, and run none.
+    compare: other systems to train on the same data and evaluate beside the student; `experiment=compare` has them.
+    coarse_labels: `skip` trains the generalist, the teachers and a student of labels without the images that have no leaf among
+        their labels, as those verbs do; a student of teachers sees all images.
+    gate: what teachers must be before targets are made; with `stop`, targets wait for the generalist to compare with.
     """
 
     runtime_fields: ClassVar[frozenset[str]] = StageConfig.runtime_fields | {
@@ -146,7 +146,7 @@ class RunConfig(TrainedRun, LabelsConfig):
 
 
 def build_prepare_job(config: RunConfig, needs: Sequence[Need] = ()) -> Job:
-    """The first job: only after it are the verticals known."""
+    """The first job. Which others there are is known only after it, as they depend on the verticals."""
     stage = PrepareConfig(
         **get_shared(config),
         data=config.data,
@@ -159,7 +159,7 @@ def build_prepare_job(config: RunConfig, needs: Sequence[Need] = ()) -> Job:
 
 
 def find_needs(config: RunConfig) -> list[Need]:
-    """The images that a job asks for, perhaps hours later."""
+    """The images that some job needs, perhaps hours later."""
     needs = [Need(split="test", why="all networks are measured with them")]
     if config.compare is not None:
         needs.append(Need(split=config.compare.groups.split, why="compare.groups finds its groups with them"))
@@ -210,7 +210,7 @@ def build_jobs(config: RunConfig, taxonomy: Taxonomy) -> list[Job]:
     exports = [_export_job(config)] if config.export else []
     others = [] if config.compare is None else build_compare_jobs(config, config.compare)
     report = Job(
-        f"report {config.name}",  # students of one folder each have theirs in a queue; they write the same page
+        f"report {config.name}",  # each student of a folder has a job of its own in a queue, but all draw the same page
         "report",
         ReportConfig(**get_shared(config), name=config.name),
         config.workdir / REPORT,
@@ -222,18 +222,18 @@ def build_jobs(config: RunConfig, taxonomy: Taxonomy) -> list[Job]:
 
 
 def build_graph(config: RunConfig, taxonomy: Taxonomy) -> list[Job]:
-    """`prepare`, which looks for what the others need, and all jobs after it. Raises: as `build_jobs`."""
+    """`prepare`, which checks that what the others need is there, and all jobs after it. Raises: as `build_jobs`."""
     prepare = build_prepare_job(config, find_needs(config))
     jobs = build_jobs(config, taxonomy)
     return [prepare, *(replace(job, after=job.after or (prepare.name,)) for job in jobs)]
 
 
 def find_taxonomy(config: RunConfig) -> Taxonomy:
-    """The classes of the prepared data, or those of its source where it is still to be prepared: its verticals are the same.
+    """The taxonomy of the prepared data; before it is prepared that of its source, which has the same verticals.
 
     Raises:
         ConfigError: other data is prepared here, and `overwrite` is false.
-        DataError: the source is not what it should be.
+        DataError: the source is malformed.
     """
     if RunDirectory(config.workdir / SHARDS).is_finished_with(build_prepare_job(config).config):
         return load_prepared(config.workdir, DataOverrides())[1]
@@ -243,7 +243,7 @@ def find_taxonomy(config: RunConfig) -> Taxonomy:
 
 
 def find_due(jobs: Sequence[Job]) -> set[str]:
-    """The names of the jobs that are not done: without a result, or with one that is older than what it is made from.
+    """The names of the jobs that are still to be done: without a result, or with one older than what it was made from.
 
     Raises:
         ConfigError: a stage was begun with another config, and `overwrite` is false.
@@ -296,7 +296,7 @@ def _targets_job(config: RunConfig, vertical: str, number: int) -> Job:
     directory = config.workdir / TARGETS / config.targets.name / vertical
     summary = f"storing the teacher's top {config.targets.top_k} classes for every image"
     after = (f"teacher {vertical}",)
-    if config.gate.action == "stop":  # a report compares with what is finished, and waits for nothing
+    if config.gate.action == "stop":  # a gate that only reports compares with what is finished, and waits for nothing
         after += (f"student {config.gate.generalist}",)
     return Job(
         f"targets {vertical}", "targets", stage, directory, after, summary, Resources(trainer.accelerator), number

@@ -18,16 +18,16 @@ from concentration.schema import parse_config
 from concentration.stages.run_directory import StageConfig
 from concentration.stages.verbs import STAGE_VERBS
 
-#: In the working directory: the frozen configs, logs and exit codes of a run's jobs. Not in the stages' own directories, which
-#: `overwrite` clears, and then nothing could be started again.
+#: In the working directory: the frozen configs, logs and exit codes of a run's jobs. They are not in the stages' directories,
+#: because `overwrite` clears these, and then a job could not be started again.
 JOBS = "jobs"
-#: Of a job's files; the exit code is not there while the job runs, or where it was killed.
+#: Suffixes of a job's files; the exit code is missing while the job runs, and where it was killed.
 FROZEN, LOG, EXIT_CODE = ".json", ".log", ".exit"
-#: In the file of the exit code: the job was ended by `scancel`, which the job script sees; no verb ends with it.
+#: This exit code, with which no verb ends, means that the job was ended by `scancel`, as the job script has noticed.
 CANCELLED = 128 + signal.SIGTERM
-#: The exit code of a job whose directory another run's job works in; what that one ends with is kept in the end.
+#: The exit code of a job in whose directory another run's job works.
 BUSY = 76
-#: In the environment of ranks: a file for their exit code that no other run of the job writes or deletes.
+#: The environment variable that names a file for the ranks' exit code, which no other run of the same job writes or deletes.
 OWN_EXIT_CODE = "CONCENTRATION_EXIT_CODE"
 #: The proof of every stage that keeps a `RunDirectory`.
 DONE_FILE = "DONE.json"
@@ -51,15 +51,15 @@ class Job:
     """A node of the graph.
 
     Attributes:
-        name: unique, "teacher latin" say.
-        verb: what is run.
-        config: checked.
+        name: unique, such as "teacher latin".
+        verb: the verb that it runs.
+        config: the verb's config.
         directory: where its status and results are.
-        after: names of the jobs that must have finished.
-        summary: a sentence for the reader.
+        after: the names of the jobs that must finish before it.
+        summary: what it does, for the reader.
         resources: what it runs on.
-        task: its number among the jobs of its verb, where they may be one array; the targets of a vertical have their teacher's.
-        proof: in `directory`, the file that is written last.
+        task: its number in an array of jobs of one verb; a vertical's targets have the number of its teacher. None without array.
+        proof: the file in `directory` that is written last.
     """
 
     name: str
@@ -74,24 +74,24 @@ class Job:
 
     @property
     def file_name(self) -> str:
-        """Of its files in `jobs/`, without suffix."""
+        """The name of its files in `jobs/`, without suffix."""
         return self.name.replace(" ", "-", 1)
 
     def file(self, suffix: str) -> Path:
         return self.config.workdir / JOBS / f"{self.file_name}{suffix}"
 
     def finished_at(self) -> int | None:
-        """When the job's result was finished, in nanoseconds; None where there is none."""
+        """When the job's result was written, in nanoseconds since 1970; None where there is none."""
         proof = self.directory / self.proof
         return proof.stat().st_mtime_ns if proof.exists() else None
 
     def exit_code(self) -> int | None:
-        """Of the last run; None while it runs, and where it was killed."""
+        """The exit code of the job's last run; None while it runs, and where it was killed."""
         path = self.file(EXIT_CODE)
         return int(path.read_text()) if path.exists() else None
 
     def command(self) -> list[str]:
-        """What runs the frozen job on this machine."""
+        """The command that runs the frozen job on this machine."""
         module = ["-m", "concentration.pipeline", str(self.file(FROZEN))]
         if self.resources.num_processes == 1:
             return [sys.executable, *module]
@@ -99,21 +99,21 @@ class Job:
         return [sys.executable, *torchrun, f"--nproc-per-node={self.resources.num_processes}", *module]
 
     def freeze(self) -> Path:
-        """Writes what `run_frozen` needs, and forgets how an earlier run of the job ended."""
+        """Writes what `run_frozen` needs, and deletes the exit code of an earlier run of the job."""
         self.file(EXIT_CODE).unlink(missing_ok=True)
         write_atomically(self.file(FROZEN), {"verb": self.verb, "config": self.config.model_dump(mode="json")})
         return self.file(FROZEN)
 
 
 def load_frozen(path: Path) -> StageConfig:
-    """The config of a frozen job. Raises: ConfigError where it is not one."""
+    """The config of a frozen job. Raises: ConfigError where it is none."""
     return _parse(json.loads(path.read_text()))[1]
 
 
 def run_frozen(path: Path) -> int:
-    """Runs a frozen job in this process; returns its exit code after printing what went wrong.
+    """Runs a frozen job in this process, prints what goes wrong, and returns the exit code.
 
-    The exit code is also written beside the frozen config: what starts processes (srun, torchrun) hides it behind its own.
+    The exit code is also written beside the frozen config, because srun and torchrun end with codes of their own.
     """
     preemption.note_signals()
     code = _run(json.loads(path.read_text()))
@@ -142,7 +142,7 @@ def run_forked(path: Path) -> None:
     code = run_frozen(path)
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # NOTE: not sys.exit: what libraries leave running (loggers, pools) must not hold the pipeline
+    os._exit(code)  # NOTE: not sys.exit: what libraries leave running (loggers, pools) must not hold up the pipeline
 
 
 def _parse(frozen: Mapping) -> tuple[Callable[[StageConfig], None], StageConfig]:

@@ -1,4 +1,4 @@
-"""Runs the jobs of a graph on this machine, several at a time, each in a process of its own."""
+"""Runs the jobs of a graph on this machine, several at a time, each in its own process."""
 
 import contextlib
 import multiprocessing
@@ -23,9 +23,9 @@ from concentration.schema import Config
 from concentration.stages.run_directory import RunDirectory
 
 POLL_SECONDS = 0.2
-#: Between two looks at a directory that another run works in.
+#: Time between two looks at a directory that another run works in.
 BUSY_SECONDS = 1.0
-#: Imported once, in the server from which job processes are forked: a job then starts in milliseconds, not in seconds.
+#: Imported once, by the server from which job processes are forked: so a job starts in milliseconds, not in seconds.
 PRELOAD = ["concentration.pipeline.graph", "concentration.training.fit"]
 
 
@@ -46,10 +46,10 @@ class LocalLauncher:
         self._exit_codes = tempfile.TemporaryDirectory(prefix="concentration-")
 
     def run(self, jobs: Sequence[Job]) -> int:
-        """Returns when all have finished, with the number of those whose results were not there before.
+        """Runs all jobs; returns the number of those whose results are new.
 
         Raises:
-            JobFailed: one or more failed; the others were run as far as they could be.
+            JobFailed: some failed; all that do not depend on them were run.
             Preempted: a signal asked to stop, and the running jobs have ended.
         """
         waiting = list(jobs)
@@ -96,11 +96,11 @@ class LocalLauncher:
         own_exit_code.unlink(missing_ok=True)
         if job.resources.num_processes == 1:
             process = self._context.Process(target=run_forked, args=(frozen,), name=job.name)
-            # The first begins the server, which must outlive a signal to all: it knows how jobs end.
+            # The first job starts the fork server, which must survive a signal to all processes: it reports how jobs end.
             with preemption.left_to_parent():
                 process.start()
         else:
-            # SIGTERM is for torchrun, which passes it on; of these it would die, and leave its processes behind.
+            # torchrun passes SIGTERM on to its processes, but these two signals would kill it and leave them behind.
             with open(job.file(LOG), "ab") as log, preemption.left_to_parent(signal.SIGUSR1, signal.SIGUSR2):
                 environment = {**os.environ, OWN_EXIT_CODE: str(own_exit_code)}
                 process = subprocess.Popen(job.command(), stdout=log, stderr=subprocess.STDOUT, env=environment)
@@ -108,7 +108,7 @@ class LocalLauncher:
 
 
 def _is_held(job: Job, look_at: dict[str, float]) -> bool:
-    """Whether another run works on a job; one of which that is known is looked at every second, which costs no process."""
+    """Whether another run works on a job that was found busy; it is looked at once a second, without starting a process."""
     if job.name not in look_at:
         return False
     if look_at[job.name] > time.monotonic():
@@ -127,7 +127,7 @@ class _Running:
     is_told: bool = False
 
     def tell_to_stop(self) -> None:
-        """Once: the job saves what it can and ends."""
+        """Asks the job, once, to save what it can and end."""
         if not self.is_told:
             self.is_told = True
             with contextlib.suppress(ProcessLookupError):
@@ -140,14 +140,14 @@ class _Running:
         """The exit code, negative for a signal, or None while it runs."""
         if isinstance(self.process, subprocess.Popen):
             code = self.process.poll()
-            # torchrun has a code of its own for every end, and the job's file is also that of another run's same job
+            # torchrun ends with a code of its own, and the file in `jobs/` may be written by another run's same job.
             return int(self.own_exit_code.read_text()) if code and self.own_exit_code.exists() else code
         return self.process.exitcode
 
 
 @contextlib.contextmanager
 def _ending(running: "list[_Running]") -> Iterator[None]:
-    """Lets jobs that run save what they have, and end, when an error ends this process first."""
+    """If an error ends this process, lets the running jobs save what they have and end first."""
     try:
         yield
     except BaseException:
@@ -159,7 +159,7 @@ def _ending(running: "list[_Running]") -> Iterator[None]:
 
 
 class _Display:
-    """A bar per running job on a terminal; a line at each start and end everywhere."""
+    """A line when a job starts and ends; on a terminal also a bar for each running job."""
 
     def __init__(self, num_jobs: int):
         self._console = Console(stderr=True, highlight=False, soft_wrap=True)

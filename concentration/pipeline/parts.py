@@ -14,7 +14,7 @@ from concentration.training.optimizers import OptimizerConfig
 
 
 class NetworkParts(Config):
-    """A network and how it is trained, for the networks of a run beside the student."""
+    """A network and how it is trained: one of a run's networks besides the student."""
 
     loss: LossKind = "sigmoid"
     base: BaseConfig
@@ -25,19 +25,19 @@ class NetworkParts(Config):
 
 
 class TrainedRun(StageConfig):
-    """What of a run's config its trainings share."""
+    """The part of a run's config that its trainings share."""
 
     seed: int = 0
     logger: LoggerConfig = LoggerConfig()
 
 
 def get_parts(parts: NetworkParts) -> dict[str, Config]:
-    """By name, for the config of a stage that trains."""
+    """The parts by name, for the config of a stage that trains."""
     return {name: getattr(parts, name) for name in NetworkParts.model_fields}
 
 
 def get_shared(config: StageConfig) -> dict:
-    """What every stage of a run takes over from it."""
+    """The keys that every stage of a run takes from the run's config."""
     return {"workdir": config.workdir, "overwrite": "changed" if config.overwrite else False}
 
 

@@ -28,19 +28,19 @@ from concentration.targets import count_target_bytes
 from concentration.training.configs import count_steps
 from concentration.training.memory import plan_memory
 
-#: Copies of the weights that an optimizer keeps, beside them.
+#: How many copies of the weights an optimizer keeps as its state.
 _STATE_COPIES = {"adagrad": 1, "adamw": 2, "sgd": 1}
 
 
 @dataclass(frozen=True)
 class StagePlan:
-    """What one job would process, write and take; None: not known, or not estimated.
+    """What one job would process, write and take; None where that is not known or not estimated.
 
     Attributes:
-        num_images: a training's are its samples in all passes.
-        stored_bytes: what stays.
-        passing_bytes: beside it, of checkpoints while it runs.
-        seconds: of the job alone.
+        num_images: the images that it reads; for a training, in all passes together.
+        stored_bytes: bytes of its results.
+        passing_bytes: bytes of the checkpoints that it keeps besides while it runs.
+        seconds: the time it takes when nothing else runs.
         note: why there are no seconds.
     """
 
@@ -174,7 +174,7 @@ class _Planner:
         return replace(plan, seconds=num_images * self._ask_seconds(answering, config.num_workers))
 
     def _ask_seconds(self, answer_seconds: float, num_workers: int) -> float:
-        """Of an image that is read and asked about."""
+        """Seconds to read an image and ask a network about it."""
         return _overlap(answer_seconds, self._data.read_seconds or 0, num_workers)
 
     def _mean_teacher_seconds(self) -> float:
@@ -183,12 +183,12 @@ class _Planner:
 
 
 def _overlap(work_seconds: float, read_seconds: float, num_workers: int) -> float:
-    """Of reading images and working on them: one after the other, or the slower of both where workers read ahead."""
+    """Seconds to read and to work: their sum, or with workers that read ahead the slower of the two."""
     return work_seconds + read_seconds if num_workers == 0 else max(work_seconds, read_seconds / num_workers)
 
 
 def schedule(plans: Sequence[StagePlan], num_processes: int) -> float:
-    """Seconds until the last job ends, with so many at a time and each after those that it waits for."""
+    """Seconds until the last job ends, if `num_processes` run at a time and each after those that it waits for."""
     waiting, ends, running, now = list(plans), {}, [], 0.0
     names = {plan.job.name for plan in plans}
     while waiting or running:

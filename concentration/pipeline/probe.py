@@ -16,14 +16,14 @@ from concentration.training.memory import MemoryPlan, StepShape, make_batch
 from concentration.training.optimizers import RunLength, ScheduleConfig, build_optimizer
 
 NUM_WARM_UP, NUM_TIMED = 2, 5
-#: A probe ends after this time, with the steps that it has, two at least.
+#: A probe ends after this time, but not before it has timed two steps.
 MAX_SECONDS = 10.0
-#: Of the free memory that a probe may take.
+#: The share of the free memory that a probe may take.
 _MEMORY_SHARE = 0.8
 
 
 class Speed(NamedTuple):
-    """Seconds of an optimizer's step of one process without reading, and of an image that is only asked about."""
+    """Seconds of an optimizer step in one process without reading images, and of an answer about one image."""
 
     step_seconds: float
     answer_seconds: float
@@ -42,9 +42,10 @@ def find_obstacle(trainer: TrainerConfig, memory: MemoryPlan) -> str | None:
 def measure_speed(
     network: NetworkConfig, optimizer: ScheduleConfig, trainer: TrainerConfig, shape: StepShape, local_batch: int
 ) -> Speed:
-    """Measures; the caller has asked `find_obstacle`.
+    """Measures a network's speed on this machine; call `find_obstacle` first.
 
-    Raises: ConfigError, as `build_base`.
+    Raises:
+        ConfigError: the base network cannot be built.
     """
     device = choose_device(trainer.accelerator)
     student = Student(network).train().to(device)
@@ -73,7 +74,7 @@ def measure_speed(
 
 
 def _time(work: Callable[[], None], device: torch.device) -> float:
-    """The median of some calls."""
+    """The median seconds of a call, after some that do not count."""
     begun, seconds = time.perf_counter(), []
     for number in range(NUM_WARM_UP + NUM_TIMED):
         start = time.perf_counter()
@@ -88,7 +89,7 @@ def _time(work: Callable[[], None], device: torch.device) -> float:
 
 
 def _count_free_bytes(trainer: TrainerConfig) -> int | None:
-    """None where the system does not say."""
+    """The free memory; None where the system does not say."""
     if trainer.accelerator == "gpu":
         return torch.cuda.mem_get_info()[0]
     path = Path("/proc/meminfo")

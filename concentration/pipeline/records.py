@@ -54,7 +54,7 @@ def load_records(workdir: Path) -> JobRecords:
 
 
 def record_jobs(workdir: Path, jobs: Sequence[Job], slurm_ids: Mapping[str, tuple[str, float]] | None = None) -> None:
-    """Adds these jobs, or replaces what was recorded of them; those of other runs, of another student say, stay.
+    """Adds these jobs, or replaces their records; those of other runs, such as of another student, stay.
 
     Args:
         slurm_ids: by the job's name, its id and when it was submitted.

@@ -40,11 +40,12 @@ __all__ = ["RunConfig", "run", "run_together"]
 
 
 def run(config: RunConfig) -> None:
-    """Runs all stages and prints what came out; or with `launcher=slurm` submits them; or prints what would be done.
+    """Runs all stages and prints the results; with `launcher=slurm` submits them; or only prints what would be done.
 
     Raises:
-        ConfigError: (with `plan`) nothing is known of the data yet; (with SLURM) it refuses, or a stage was begun otherwise.
-        JobFailed: with what failed and why.
+        ConfigError: with `plan`, nothing is known of the data yet; with SLURM, it refuses a job, or a stage was begun with
+            another config.
+        JobFailed: a job failed; says which and why.
         Preempted: a signal asked to stop.
     """
     if config.plan:
@@ -66,15 +67,15 @@ def _run_here(config: RunConfig) -> None:
 
 
 def run_together(configs: Sequence[RunConfig], has_report: bool) -> int:
-    """Runs in one working directory, which share data, teachers and generalist, as one graph on this machine.
+    """Runs several students, which share a working directory, data, teachers and generalist, as one graph on this machine.
 
-    has_report: whether the report is drawn, too, with the last of them in front.
+    has_report: whether to draw the report too, with the last student in front.
 
     Returns:
-        The number of jobs whose results were not there before.
+        The number of jobs whose results are new.
 
     Raises:
-        ConfigError: there are no images to test with, or none to validate with where a job needs some; or too few classes.
+        ConfigError: there are no test images, or no validation images for a job that needs some; or there are too few classes.
         JobFailed, Preempted: as `run`.
     """
     workdir = configs[0].workdir
@@ -94,14 +95,14 @@ def run_together(configs: Sequence[RunConfig], has_report: bool) -> int:
 
 
 def _tell_lost(jobs: Iterable[Job]) -> None:
-    """Nothing that is due asks these networks, but a user may count on them."""
+    """Tells of finished networks whose files are gone: no job that is due needs them, but the user may count on them."""
     for job in jobs:
         if lost := describe_lost(job.directory):
             print(f"{job.name}: {job.directory}: {lost}", file=sys.stderr)
 
 
 def _check_groups(config: RunConfig, taxonomy: Taxonomy) -> None:
-    """Raises: ConfigError where there are too few classes for the groups that are to be found among them."""
+    """Raises: ConfigError where there are too few classes to find the groups that `compare` asks for."""
     if config.compare is not None:
         check_top_k(config.compare.groups, taxonomy.num_classes, "compare.groups")
 

@@ -1,6 +1,6 @@
-"""Gives the jobs of a graph to SLURM: arrays where they are many of a kind, each task after the tasks that it needs.
+"""Submits the jobs of a graph to SLURM: as arrays where there are many of a kind, each task after those that it needs.
 
-What a job must wait for is said to SLURM once, when it is submitted; from then on nothing of ours has to keep running.
+SLURM is told what a job must wait for when the job is submitted; after that, nothing of ours has to keep running.
 """
 
 import shlex
@@ -24,12 +24,12 @@ from concentration.pipeline.states import find_states
 from concentration.schema import Config
 from concentration.stages.run_directory import RunDirectory
 
-#: In `jobs/`: what is submitted.
+#: The batch script, in `jobs/`.
 SCRIPT_FILE = "job.sh"
-#: Of the files with what SLURM itself says of a job.
+#: The suffix of the files into which SLURM itself writes about a job.
 SLURM_LOG = ".slurm"
 
-#: Between two looks at the queue.
+#: Time between two looks at the queue.
 POLL_SECONDS = 3.0
 
 #: How long a run waits for another one that is submitting jobs of the same folder.
@@ -39,18 +39,18 @@ TimeLimit = Annotated[str, pydantic.StringConstraints(pattern=r"^(\d+-)?\d+(:\d+
 
 
 class SlurmConfig(Config):
-    """Jobs are submitted, and the command returns; given again, it submits what is missing.
+    """The command submits the jobs and returns; given again, it submits what is missing.
 
-    cpu_partition: of jobs without a GPU; None is the same partition.
-    time: a job's limit, which it may meet: it saves before, waits in the queue again, and continues.
-    cpus_per_task: of each process.
-    memory: of each node, "64G".
-    max_parallel: tasks of an array at a time.
-    max_restarts: of a job that was preempted or met its limit.
-    signal_seconds: before the limit, in which to save.
+    cpu_partition: the partition of jobs without a GPU; None takes `partition`.
+    time: a job's time limit. A job that reaches it saves before, is queued again, and continues.
+    cpus_per_task: CPUs of each process.
+    memory: memory of each node, such as "64G".
+    max_parallel: how many tasks of an array run at a time.
+    max_restarts: how often a job may be preempted or reach its time limit.
+    signal_seconds: how long before the time limit a job begins to save.
     setup: lines of bash before each job.
-    options: of sbatch, for all jobs.
-    wait: stay until the last job has ended.
+    options: further options of sbatch, for all jobs.
+    wait: wait until the last job has ended.
     """
 
     kind: Literal["slurm"] = "slurm"
@@ -74,8 +74,8 @@ class Batch:
     """What one `sbatch` submits: one job, or those of an array.
 
     Attributes:
-        name: in SLURM's queue, after "concentrate-".
-        jobs: of one verb, with the same resources.
+        name: its name in SLURM's queue is "concentrate-" and this.
+        jobs: they have one verb and the same resources.
     """
 
     name: str
@@ -94,10 +94,10 @@ class SlurmLauncher:
         self._workdir = workdir
 
     def submit(self, jobs: Sequence[Job], due: Set[str]) -> dict[Batch, str]:
-        """Submits the jobs that are due and not on their way already; returns the batches with their ids.
+        """Submits the jobs that are due and not yet queued or running; returns the batches with their ids.
 
         Raises:
-            ConfigError: SLURM is not here or refuses; or a job is on its way with another config.
+            ConfigError: SLURM is not installed here or refuses a job; or a job is queued or running with another config.
         """
         folder = RunDirectory(self._workdir / JOBS)
         folder.path.mkdir(parents=True, exist_ok=True)
@@ -126,11 +126,11 @@ class SlurmLauncher:
         return submitted
 
     def wait(self, jobs: Sequence[Job]) -> None:
-        """Returns when all jobs have finished, and prints meanwhile what changes.
+        """Waits until all jobs have finished, and prints what changes in the meantime.
 
         Raises:
-            JobFailed: one or more failed; the others were run as far as they could be.
-            Preempted: the user interrupts; the jobs go on.
+            JobFailed: some failed; all that do not depend on them were run.
+            Preempted: the user interrupts the waiting; the jobs go on.
         """
         shown: dict[str, str] = {}
         preemption.stop_at_once()
@@ -160,10 +160,10 @@ class SlurmLauncher:
 def find_active(
     jobs: Sequence[Job], due: Set[str], records: JobRecords, queue: Mapping[str, QueuedJob]
 ) -> tuple[dict[str, str], list[str]]:
-    """The ids of due jobs that are on their way, and the ids of those that wait in the queue for a job that has failed.
+    """The ids of due jobs that are queued or running, and the ids of those that wait in vain for a job that has failed.
 
     Raises:
-        ConfigError: a job is on its way with another config.
+        ConfigError: a job is queued or running with another config.
     """
     active: dict[str, str] = {}
     in_vain: list[str] = []
@@ -186,10 +186,10 @@ def find_active(
 
 
 def build_batches(jobs: Sequence[Job], ids: Mapping[str, str]) -> list[Batch]:
-    """The jobs as few batches: those of a verb are one array where they run on the same resources and wait for the same array.
+    """The jobs in few batches: jobs of one verb with the same resources, which wait for the same array, are one array.
 
     Args:
-        ids: of jobs that were submitted before.
+        ids: the ids of jobs that were submitted before, by name.
     """
     groups: dict[tuple, list[Job]] = {}
     group_of: dict[str, tuple] = {}
@@ -209,12 +209,12 @@ def build_batches(jobs: Sequence[Job], ids: Mapping[str, str]) -> list[Batch]:
 
 
 def ids_of(batch: Batch, number: str) -> dict[str, str]:
-    """By job, what SLURM calls it once the batch has got this number."""
+    """The ids of the batch's jobs, by name, once SLURM has given the batch this number."""
     return {job.name: number if job.task is None else f"{number}_{job.task}" for job in batch.jobs}
 
 
 def build_command(batch: Batch, config: SlurmConfig, ids: Mapping[str, str], batches: Sequence[Batch]) -> list[str]:
-    """The `sbatch` line; `ids` are those of the jobs that this batch may have to wait for, where they are not done."""
+    """The `sbatch` command; `ids` are those of unfinished jobs, for which this batch may have to wait."""
     first, folder = batch.jobs[0], batch.jobs[0].config.workdir.resolve() / JOBS
     resources = first.resources
     log = folder / f"{batch.name}{'-%a' if batch.is_array else ''}{SLURM_LOG}"
@@ -234,7 +234,7 @@ def build_command(batch: Batch, config: SlurmConfig, ids: Mapping[str, str], bat
 
 
 def build_script(workdir: Path, config: SlurmConfig) -> str:
-    """What SLURM runs: the job's own process by `srun`, and a place in the queue again for one that was stopped and saved."""
+    """The script that SLURM runs: it starts the job's process by `srun`, and requeues a job that was stopped and has saved."""
     values = {"account": config.account, "qos": config.qos, "time": config.time, "mem": config.memory}
     given = [f"--{name}={value}" for name, value in values.items() if value is not None]
     options = "\n".join(f"#SBATCH {option}" for option in [*given, *config.options])
@@ -316,7 +316,7 @@ def _describe_dependency(batch: Batch, ids: Mapping[str, str], batches: Sequence
                 corresponding.add(number)
             else:
                 others.add(slurm_id)
-    # An array that is waited for as a whole is named once. Of one that was submitted before, some tasks may have failed.
+    # An array that is awaited as a whole is named once; not one that was submitted before, some of whose tasks may have failed.
     for whole in batches:
         tasks = {ids[job.name] for job in whole.jobs if job.name in ids}
         if whole.is_array and len(tasks) == len(whole.jobs) and tasks <= others:

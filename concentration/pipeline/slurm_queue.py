@@ -8,14 +8,14 @@ from typing import NamedTuple
 
 from concentration.errors import ConfigError
 
-#: States in which a job is still to end; all others are ends.
+#: States of a job that has not ended; all other states are ends.
 _WAITING = {"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD"}
 _RUNNING = {"RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING"}
 #: A job that waits for one that failed: SLURM cancels it in its own time.
 _IN_VAIN = "DependencyNeverSatisfied"
-#: On its way out, whatever comes of it: its end, or another start.
+#: The job is leaving its machine, either for good or to be started again.
 _LEAVING = "COMPLETING"
-#: How long that is waited for, and between two looks.
+#: How long to wait until it has left, and the time between two looks.
 _MOST_SECONDS, _POLL_SECONDS = 60.0, 0.5
 
 
@@ -35,7 +35,7 @@ class QueuedJob(NamedTuple):
 
 
 def load_queue(user: str) -> Mapping[str, QueuedJob]:
-    """The jobs of a user by id, every task of an array by its own; those that ended lately are still among them.
+    """The jobs of a user by id, each task of an array by its own; jobs that have ended recently are among them.
 
     Raises:
         ConfigError: SLURM is not here, or does not answer.
@@ -46,7 +46,7 @@ def load_queue(user: str) -> Mapping[str, QueuedJob]:
 
 
 def load_settled_queue(user: str, slurm_ids: Sequence[str]) -> Mapping[str, QueuedJob]:
-    """The queue when none of these jobs is on its way out: only then is it known whether it has ended. After a minute, as it is.
+    """The queue once none of these jobs is leaving, because only then is it known whether it has ended; at most a minute later.
 
     Raises:
         ConfigError: SLURM is not here, or does not answer.

@@ -1,4 +1,4 @@
-"""In which state every stage of a working directory is, from what the stages, the jobs and SLURM's queue say."""
+"""The state of every stage of a working directory, from what the stages, the jobs and SLURM's queue say."""
 
 import os
 import socket
@@ -15,9 +15,9 @@ from concentration.pipeline.slurm_queue import QueuedJob
 from concentration.progress import load_status
 from concentration.stages.run_directory import describe_lost
 
-#: A process of another machine, of which nothing else is known, counts as running for so long after its last sign of life.
+#: A process on another machine counts as running for so long after its last sign of life.
 SILENT_SECONDS = 600.0
-#: A job that SLURM's queue does not know yet.
+#: A job that was submitted so recently may not be in SLURM's queue yet.
 _UNSEEN_SECONDS = 5.0
 
 State = Literal["waiting", "running", "preempted", "cancelled", "failed", "done"]
@@ -25,10 +25,11 @@ State = Literal["waiting", "running", "preempted", "cancelled", "failed", "done"
 
 @dataclass(frozen=True)
 class StageState:
-    """`amount`, `rate` and `left` are empty where nothing is known; `why` says what is waited for or what went wrong.
+    """The state of a stage. `amount`, `rate` and `left` are empty where nothing is known.
 
-    is_in_vain: it waits for a job that has failed, or was cancelled, or itself waits in vain.
-    is_refused: it has failed as a mistake in the command, and what it had finished before is untouched.
+    why: what it waits for, or what went wrong.
+    is_in_vain: it waits for a job that has failed, was cancelled, or waits in vain itself.
+    is_refused: its latest command was a mistake and was refused, but what it had finished before is untouched.
     """
 
     state: State
@@ -52,7 +53,7 @@ def find_states(workdir: Path, records: JobRecords, queue: Mapping[str, QueuedJo
 
 
 def describe_directory(directory: Path) -> StageState:
-    """The state of a stage by its own directory, where `status.json` is: what no run is known of."""
+    """The state of a stage that belongs to no known run, from its directory, which has a `status.json`."""
     latest = load_status(directory)
     assert latest is not None
     amount = _describe_amount(latest)
@@ -134,7 +135,7 @@ def _describe_reason(queued: QueuedJob) -> str:
 
 
 def _explain(state: StageState, awaited: Mapping[str, StageState]) -> StageState:
-    """With what a job waits for, or why it waits in vain; one that has left the queue for no such reason was cancelled."""
+    """The state with what the job waits for, or why it waits in vain. A job that left the queue for neither was cancelled."""
     failed = [name for name, other in awaited.items() if other.state == "failed" and not other.is_refused]
     refused = [name for name, other in awaited.items() if other.is_refused]
     cancelled = [name for name, other in awaited.items() if other.state == "cancelled"]
@@ -158,7 +159,7 @@ def _list(names: list[str]) -> str:
 
 
 def _read_exit_code(workdir: Path, record: JobRecord) -> tuple[int | None, float]:
-    """The code, None where there is none or it is not the job's own, and when it was written."""
+    """The exit code and when it was written; None for the code where there is none, or it is not the job's own."""
     path = workdir / JOBS / f"{record.file_name}{EXIT_CODE}"
     try:
         code = int(path.read_text())
@@ -168,7 +169,7 @@ def _read_exit_code(workdir: Path, record: JobRecord) -> tuple[int | None, float
 
 
 def _find_reason(workdir: Path, record: JobRecord) -> str:
-    """What the job said last, its own words before those of what started it."""
+    """The last line of the job's log; its own error message, if there is one, before what started it says."""
     lines = [line for line in read_tail(workdir / JOBS / f"{record.file_name}{LOG}", 50) if line.strip()]
     own = [line.removeprefix("concentrate: ") for line in lines if line.startswith("concentrate: ")]
     return (own or [line.strip() for line in lines] or [""])[-1]

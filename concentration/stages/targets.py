@@ -37,7 +37,7 @@ class SoftTargetsConfig(Config):
     """A set of stored targets.
 
     name: the name of the set.
-    top_k: K, the classes that each record keeps (all classes of a smaller vertical).
+    top_k: K, the classes that each record keeps (all of a smaller vertical).
     views: 0 stores the teachers' answers to the centre view, and the student draws views of its own; R stores their answers to R
         augmented views of every sample, and the student replays view (epoch mod R).
     codec: `plain` is read with numpy in three lines; `packed` takes less than half the bytes.
