@@ -1,7 +1,7 @@
 """The index of a shard: where each sample's image lies in the tar, its checksum, its key and its labels.
 
-An index is made by walking the tar's headers, for shards that we wrote and for shards that we were given alike. Reading by
-offset needs no streaming through the tar, and any sample is one `pread` away.
+An index is made by walking the tar's headers, both for shards that we wrote and for given ones. With it any sample is one
+`pread` away, and nobody streams through the tar.
 
 Shapes: S samples of a shard, L labels of all its samples, K bytes of all its keys.
 """
@@ -24,10 +24,10 @@ from concentration.data.shard_members import LabelMember, walk_samples
 from concentration.errors import DataError
 from concentration.taxonomy import Taxonomy
 
-#: The indices of so many shards stay in memory: 50 bytes a sample.
+#: At most so many shards' indices stay in memory, at 50 bytes a sample.
 _KEPT_INDICES = 256
 
-#: Samples whose labels and ancestors are laid out at the same time.
+#: Samples whose smeared labels are counted at a time.
 COUNTED_TOGETHER = 2**18
 
 _ARRAYS = ("key_bytes", "image_offset", "image_size", "image_crc32", "label_start", "label_position")
@@ -128,9 +128,9 @@ def index_shard(path: Path, taxonomy: Taxonomy, recorded_path: str, label_member
     """Walks a tar's headers, reads its labels and takes its images' checksums.
 
     Args:
-        path: of the tar on this machine.
-        taxonomy: of the labels.
-        recorded_path: where the index will say that the tar lies, perhaps a URL; errors then name that.
+        path: the tar on this machine.
+        taxonomy: the taxonomy of its labels.
+        recorded_path: the path, or URL, that the index will record for the tar, and that errors name.
         label_member: which member holds the labels.
 
     Raises:
@@ -166,7 +166,7 @@ def index_shard(path: Path, taxonomy: Taxonomy, recorded_path: str, label_member
 
 
 class Split:
-    """All shards of one split, its samples numbered through: an ordinal is a sample's place over all shards.
+    """All shards of one split. Its samples are numbered through: an ordinal is a sample's place over all shards.
 
     Labels are held for all samples, keys and places only of the shards that are being read. `directory` is where the
     indices lie.
@@ -251,12 +251,12 @@ class Split:
         return np.unique(self.sample_of_label[self.taxonomy.vertical_of_output[self.label_output] == number])
 
     def count_routed(self) -> np.ndarray:
-        """(M,) the number of samples with a label in each vertical: `len(routed(vertical))` of all in one pass."""
+        """(M,) the number of samples with a label in each vertical: `len(routed(vertical))` for all, in one pass."""
         pairs = np.unique(self.taxonomy.vertical_of_output[self.label_output] * len(self) + self.sample_of_label)
         return np.bincount(pairs // len(self), minlength=self.taxonomy.num_verticals)
 
     def with_leaf(self, vertical: str | None = None) -> np.ndarray:
-        """Ordinals of the samples with a label that is a leaf, of the vertical's own tree where one is given; rising."""
+        """Ordinals, rising, of the samples with a leaf among their labels; of a vertical's own tree, where one is given."""
         is_leaf_C = self.taxonomy.is_leaf
         if vertical is not None:
             is_leaf_C = np.zeros_like(is_leaf_C)
@@ -318,14 +318,14 @@ def load_split(directory: Path, name: str, taxonomy: Taxonomy) -> Split:
 
 
 def describe_missing_split(name: str) -> str:
-    """What gives prepared data a split that it has not."""
+    """Advice on how to give prepared data a split that it lacks."""
     return f"set data.split.{name}_per_class or a larger data.split.{name}_share, or of given shards give some as data.{name}"
 
 
 def check_keys(split: Split) -> None:
-    """Raises: DataError where two samples of a split share a key; done once, by `prepare`.
+    """Raises: DataError where two samples of a split share a key. `prepare` checks this once.
 
-    Hashes are sorted (8 bytes a sample), and only keys whose hashes meet are compared.
+    Hashes of the keys (8 bytes a sample) are sorted, and only keys with equal hashes are compared.
     """
     hashes = np.sort(np.concatenate([_hash_keys(shard) for shard in split.shards]))
     met = np.unique(hashes[1:][hashes[1:] == hashes[:-1]])
@@ -344,10 +344,10 @@ def check_keys(split: Split) -> None:
 
 
 class _StoredIndices(Sequence):
-    """The indices of a split by number, read when they are asked for; those asked for last are kept.
+    """The indices of a split by number. They are read when they are asked for, and the most recent ones are kept.
 
     Raises:
-        DataError: an index is damaged, or is another than it was when it was first read.
+        DataError: an index is damaged, or has changed since it was first read.
     """
 
     def __init__(self, paths: Sequence[Path]):
@@ -376,7 +376,7 @@ class _StoredIndices(Sequence):
 
 
 def _expand_each(bounds: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The numbers of `range(bounds[row], bounds[row + 1])` for each row, one after the other: (whose it is, the number)."""
+    """The numbers of `range(bounds[row], bounds[row + 1])` for all rows, concatenated: (the row of each, the numbers)."""
     starts = bounds[rows]
     lengths = bounds[rows + 1] - starts
     owner = np.repeat(np.arange(len(rows)), lengths)

@@ -1,4 +1,4 @@
-"""Batches by step: micro-batch i of a rank is a pure function of i, so a loader's whole state is one integer.
+"""Batches by number: micro-batch i of a rank is a pure function of i, so a loader's whole state is one integer.
 
 Shapes: B samples of a rank's micro-batch, G samples of a global batch.
 """
@@ -28,15 +28,15 @@ from concentration.targets import SoftTargets
 class Batch(NamedTuple):
     """One rank's share of a micro-batch.
 
-    images: (B, 3, H, W) uint8, black where an image could not be decoded; in memory a pixel's three values lie together. (B, 0)
-        from a reader of `resident`, whose views are made where the images are.
-    targets: of each sample.
-    weight_B: float32, 1; 0 for an undecodable image and for places behind the end of an epoch.
-    skipped_B: bool, where an image could not be decoded.
-    view_BV: (B, 13) uint8, the views that were seen, as `View.encode` writes them; zeros where skipped.
+    images: (B, 3, H, W) uint8, black where an image cannot be decoded; channels last in memory. (B, 0) where the images are
+        `resident` on the device, which makes their views.
+    targets: the targets of the samples.
+    weight_B: float32, 1; 0 for an undecodable image, and for places behind the end of an epoch.
+    skipped_B: bool, whether the image cannot be decoded.
+    view_BV: (B, 13) uint8, the views that are seen, as `View.encode` writes them; zeros where skipped.
     ordinal_B: int64, which samples these are.
-    random_BR: uint8, what views that are yet to be made need beside their records, `rendering.draw_random`; else (B, 0).
-    is_grey_B: bool, whether the image's file is grey, as `decode_view` has it; True where skipped, False for crops.
+    random_BR: uint8, the random bytes of views that are made on the device (`rendering.draw_random`); else (B, 0).
+    is_grey_B: bool, whether the image's file is grey, as `decode_view` says; True where skipped, False for crops.
     global_count: samples with a place in this step's global batch, over all ranks and micro-batches.
     """
 
@@ -56,7 +56,7 @@ class StepBatches(torch.utils.data.Dataset):
 
     A step's global batch is places [t*G, (t+1)*G) of its epoch's order; ranks take contiguous shares of it, and micro-batches
     contiguous shares of those. Places behind the end of the epoch are filled with samples of weight 0, so that every
-    batch has the same shape. World size and number of workers change who reads a sample, never which batch it is in.
+    batch has the same shape. World size and number of workers decide who reads a sample, never which batch it is in.
     """
 
     def __init__(self, reader: Reader, order: Order, batch_size: int, accumulate: int, rank: int, world_size: int):
@@ -150,8 +150,8 @@ def build_loader(
         sampler=numbers,
         batch_size=None,
         num_workers=num_workers,
-        # NOTE: said here, since a pipeline's jobs would take their own way of starting, a server that first imports torch
-        # for seconds; and its workers would outlive a killed job, as they look for its server, not for it.
+        # NOTE: a pipeline's jobs are started by a fork server, and so would be their workers: from a server of their own, which
+        # first imports torch for seconds, and whose workers outlive a killed job, as they watch the server instead of the job.
         multiprocessing_context="fork" if num_workers else None,
         pin_memory=pin_memory,
         worker_init_fn=start_worker,
@@ -167,8 +167,8 @@ class _Loader(torch.utils.data.DataLoader):
         others = set(multiprocessing.active_children())
         with preemption.left_to_parent() if self.num_workers else contextlib.nullcontext():
             batches = super().__iter__()
-        # NOTE: a process that exits with a loader still in use (an error keeps all that was in use) asks workers to end by
-        # a signal, which they do not see, and would wait for ever.
+        # NOTE: a process that exits while a loader is in use (an error keeps everything alive) would ask the workers to end by
+        # a signal that they ignore, and wait for ever.
         workers = set(multiprocessing.active_children()) - others
         end = multiprocessing.util.Finalize(None, kill, args=(workers,), exitpriority=1)
         step_batches: StepBatches = self.dataset.batches
@@ -191,7 +191,7 @@ class _Loader(torch.utils.data.DataLoader):
 
 
 class _Returned(torch.utils.data.Dataset):
-    """Returns an error of ours instead of raising it: torch would put the worker's whole traceback into its one line."""
+    """Returns an error of ours instead of raising it: torch would put the worker's whole traceback into the message."""
 
     def __init__(self, batches: StepBatches):
         self.batches = batches

@@ -1,8 +1,8 @@
 """The order of samples: a pure function of (seed, epoch), so that a position is all the state that a resumed run needs.
 
-Shards are permuted, taken in windows of a few, and samples are permuted inside the window: reads stay inside a window of
-files, memory is O(window), and seeking to any position is a look-up. The permutations come from a hash of counters, not
-from a library's random stream, so they hold for ever; golden values in the tests keep them.
+Shards are permuted and taken in windows of a few, and samples are permuted inside a window: so reads stay inside a few files,
+memory is O(window), and any position is found by a look-up. The permutations come from a hash of counters, not from a
+library's random stream, so they never change; golden values in the tests make sure of that.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ _ORDER, _CLASS, _SAMPLE = 1, 2, 3  # one stream of random bits per purpose
 
 
 class Stretch(NamedTuple):
-    """The numbers of the shards that are read together, and the place of the epoch at which others take their turn."""
+    """The numbers of the shards that are read together, and the place in the epoch at which the next ones begin."""
 
     shards: list[int]
     stop: int
@@ -35,10 +35,10 @@ class WindowOrder:
     """Every sample once an epoch, shuffled by shard and inside windows of `window_shards` shards.
 
     Args:
-        ordinals_by_shard: the samples that take part, by shard; ranges where all do, which take no memory: 100 million
-            samples in 25,000 shards are sought in milliseconds and megabytes.
-        seed: of the whole order.
-        window_shards: the shards that are read at the same time.
+        ordinals_by_shard: the samples that take part, by shard. Ranges, where all do, take no memory: any place among 100 million
+            samples in 25,000 shards is found in milliseconds and with some megabytes.
+        seed: the seed of the whole order.
+        window_shards: how many shards are read at the same time.
     """
 
     def __init__(self, ordinals_by_shard: Sequence[np.ndarray | range], seed: int, window_shards: int):
@@ -92,12 +92,12 @@ class WindowOrder:
 
 
 class ClassBalancedOrder:
-    """Every place draws a class evenly, then one of the class's samples: rare classes are seen as often as common ones.
+    """Every place draws a class, each with equal probability, then one of its samples: rare classes are seen as often as others.
 
     Args:
-        ordinals_by_class: the samples that have each label; classes without samples are left out.
-        length: places in an epoch.
-        seed: of all draws.
+        ordinals_by_class: for each class the samples with that label; classes without samples are left out.
+        length: the number of places in an epoch.
+        seed: the seed of all draws.
     """
 
     def __init__(self, ordinals_by_class: Sequence[np.ndarray], length: int, seed: int):

@@ -22,12 +22,12 @@ from concentration.errors import DataError
 from concentration.packed_targets import VIEW_BYTES
 from concentration.targets import SoftTargets
 
-#: An image's bytes are read with others, until they are so many: see `SampleReader.read`.
+#: Images are read together until they have so many bytes: see `SampleReader.read`.
 _READ_TOGETHER_BYTES = 2**18
 
 
 class ReadSamples(NamedTuple):
-    """Images (B, 3, H, W) uint8, targets, and (B,), (B, 13), (B, R), (B,): as in `Batch`."""
+    """What a reader gives for B samples; the fields are those of `loader.Batch`."""
 
     images: Tensor
     targets: SoftTargets
@@ -38,11 +38,11 @@ class ReadSamples(NamedTuple):
 
 
 class Reader(Protocol):
-    """Reads samples by ordinal, inside worker processes, too.
+    """Reads samples by ordinal, also inside worker processes.
 
     Attributes:
-        split: of the samples.
-        cache: of shards that lie elsewhere; None where all that is read is here.
+        split: the split of the samples.
+        cache: the cache of remote shards; None where nothing remote is read.
     """
 
     split: Split
@@ -53,7 +53,7 @@ class Reader(Protocol):
 
 
 class SampleReader:
-    """Reads and decodes samples by ordinal; holds open files, which do not travel to worker processes.
+    """Reads and decodes samples by ordinal. It holds open files, which do not travel to worker processes.
 
     Raises:
         DataError: a shard cannot be read or fetched, or has changed since it was indexed.
@@ -79,13 +79,13 @@ class SampleReader:
     def read(self, ordinals: np.ndarray, epoch: int) -> ReadSamples:
         """The samples' images and targets in this epoch."""
         size = self._image_size
-        # As decoders give them: a transposing copy of each image would be the dearest step beside decoding small ones.
+        # Channels last in memory, as decoders give them: for small images a transposing copy would cost most after decoding.
         images = np.empty((len(ordinals), size, size, 3), dtype=np.uint8).transpose(0, 3, 1, 2)
         views = self.choose_views(ordinals, epoch)
         seen: list[View | None] = []
         is_grey_B = np.ones(len(ordinals), dtype=bool)
-        # NOTE: decoding empties the processor's caches of everything else, so that what comes between two images takes
-        # several times as long as it does alone: hence the loop does no more than it must, and files are read in stretches.
+        # NOTE: decoding evicts everything else from the processor's caches, so whatever is done between two images takes
+        # several times as long as alone. Hence the loop does no more than it must, and files are read in stretches.
         for row, content in enumerate(self._read_stretches(ordinals)):
             try:
                 images[row], view, is_grey_B[row] = decode_view(content, views, row, size)
@@ -103,7 +103,7 @@ class SampleReader:
         return self._targets.lookup(ordinals, epoch)
 
     def choose_views(self, ordinals: np.ndarray, epoch: int) -> Views:
-        """The views that the targets are of, where they are of stored ones; else new ones."""
+        """The stored views that the targets belong to, if they belong to some; otherwise newly drawn ones."""
         if stored := self._targets.views(ordinals, epoch):
             return stored
         return CentreView() if self._views is None else draw_views(self._views, self._seed, epoch, ordinals)
@@ -113,7 +113,7 @@ class SampleReader:
         return next(self._read_stretches(np.array([ordinal])))
 
     def _read_stretches(self, ordinals: np.ndarray) -> Iterator[bytes]:
-        """The images' bytes in turn, of which a few are read at once, and never so many that they would fill the memory."""
+        """Yields the images' bytes in turn; a few are read at once, but never so many that they would fill the memory."""
         contents, num_bytes = [], 0
         for place in self._locate(ordinals):
             contents.append(self._read_at(*place))
@@ -136,10 +136,10 @@ class SampleReader:
         return places.tolist()
 
     def _read_at(self, number: int, row: int, offset: int, size: int, crc32: int) -> bytes:
-        """The bytes of an image, by what `_locate` says of it."""
+        """The bytes of an image, checked against what `_locate` says of it."""
         content, error = self._read_unchecked(number, offset, size)
         if self.cache is not None and zlib.crc32(content) != crc32:
-            # The copy was checked when it was fetched: the disk has damaged it since, or somebody has.
+            # The copy was checked when it was fetched, so it was damaged on this disk.
             self._discard_copy(number)
             content, error = self._read_unchecked(number, offset, size)
         if error is None and zlib.crc32(content) == crc32:
@@ -163,7 +163,7 @@ class SampleReader:
         )
 
     def _read_unchecked(self, number: int, offset: int, size: int) -> tuple[bytes, OSError | None]:
-        """The bytes there, or what stood against reading them."""
+        """The bytes there, or the error that kept them from being read."""
         try:
             return os.pread(self._open(number), size, offset), None
         except OSError as error:
@@ -190,14 +190,14 @@ class SampleReader:
         return self._files[number]
 
     def _close_evicted(self) -> None:
-        """Closes copies that the cache has removed: open, they would go on filling the disk."""
+        """Closes copies that the cache has removed: while they are open, they still take disk space."""
         for number, file in list(self._files.items()):
             if os.fstat(file).st_nlink == 0:
                 os.close(self._files.pop(number))
 
 
 def explain_skipped(split: Split, ordinal: int) -> str:
-    """Why the image of a sample was skipped: decoded once more, as readers say only that it was.
+    """Why the image of a sample was skipped. It is decoded once more, as readers only say that it was.
 
     Raises:
         DataError: as `SampleReader`.

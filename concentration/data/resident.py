@@ -1,7 +1,7 @@
 """Training images that stay on the device: decoded once, and seen in views that are made there.
 
-For many small images, whose decoding and distorting keeps a processor busier than their training does a GPU. Readers then give
-what a view follows from, and no pixels.
+This is for many small images, which take a processor longer to decode and distort than a GPU to train on. Readers then give
+the parameters of views, and no pixels.
 
 Shapes: N images that are held, B batch, C channels, S the side of an image.
 """
@@ -28,12 +28,12 @@ _TOGETHER = 1024
 
 
 class ResidentImages:
-    """The largest squares in the middle of images, and which samples they are.
+    """The largest square in the middle of each image, and which samples these are.
 
     Attributes:
         ordinal_N: int64, rising.
-        skipped_N: bool, which could not be decoded.
-        is_grey_N: bool, whose files are grey. Of other files, too, one channel is held where it has all that they show.
+        skipped_N: bool, whether the image cannot be decoded.
+        is_grey_N: bool, whether the file is grey. (Where all channels of other files are alike, only one is held.)
         size: S.
     """
 
@@ -59,10 +59,10 @@ class ResidentImages:
 
 
 class ResidentReader:
-    """Reads what `reader` reads, but images.
+    """Reads everything that `reader` reads, except for the images.
 
     Args:
-        images: of all samples that are asked for.
+        images: the images of all samples that will be asked for.
     """
 
     #: Nothing is fetched any more.

@@ -1,4 +1,4 @@
-"""A trained network grown by auxiliary heads, and the same at inference with only those heads that an image is likely to need.
+"""Growing a trained network by auxiliary heads, and asking it with only those heads that an image is likely to need.
 
 Shapes: B batch, C all classes, N groups, G classes of one group.
 
@@ -17,12 +17,13 @@ from concentration.networks.student import Student
 
 
 def augment(student: Student, config: HeadsConfig, group_C: Tensor) -> Student:
-    """A network with heads beside the old layers, which are the old ones bit by bit and frozen; only its classifier is new.
+    """The network with heads beside its old layers. The old layers keep every bit and are frozen; only the classifier is new.
 
-    The classifier is what gives the outputs: the weights and biases on the last hidden layers, those of earlier heads, and pace.
+    The classifier is everything from the last hidden layers to the outputs: their weights and biases, also those of earlier
+    heads, and the pace.
 
     Args:
-        group_C: of each output, the number of its head.
+        group_C: for each output, the number of its head.
 
     Source: section 2: "We train holding the pre-existing weights and biases fixed, learning only the hidden layer weights for
         the new portions and retraining the classifier layer's weights."
@@ -55,7 +56,7 @@ def list_classifier(student: Student) -> list[str]:
 def choose_widths(
     hidden: Sequence[int], capacity: str, num_classes: Sequence[int], num_samples: Sequence[int]
 ) -> list[tuple[int, ...]]:
-    """The hidden layers of each head: all alike (the paper), or shared out by classes or samples with the same mean.
+    """The hidden sizes of each head: equal (the paper), or in proportion to its classes or samples, with the same mean.
 
     Source: section 6 names both as "seemingly relevant factors".
     """
@@ -67,10 +68,10 @@ def choose_widths(
 
 
 class ConditionalHeads:
-    """A `Classifier` that evaluates a head for those images alone whose best class of its group reaches `threshold`.
+    """A `Classifier` that evaluates a head only for images of which some class in its group is as likely as `threshold`.
 
-    How likely a group is, the network says without its heads: each stands at its mean output, which costs nothing. An image
-    for which a head is not evaluated keeps these logits, all of whose probabilities in the group are below the threshold.
+    How likely that is, the network says with every head at its mean output, which costs nothing. An image for which a head is
+    not evaluated keeps the logits of that answer; their probabilities in the group are all below the threshold.
 
     Source: section 6: "specialists that are only evaluated when necessary".
 
@@ -85,7 +86,7 @@ class ConditionalHeads:
             )
         self.student = student
         self.threshold = threshold
-        #: By augmentation, of each head: the images that it was evaluated for; and all images.
+        #: For each head, by augmentation: how many images it was evaluated for; and the number of all images.
         self._num_evaluated = [[0] * len(heads.heads) for heads in student.augmentations]
         self._num_images = 0
 

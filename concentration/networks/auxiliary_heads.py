@@ -32,9 +32,9 @@ class HeadsConfig(Config):
     """The heads of one augmentation.
 
     layer: where they begin: at the base network's features (the paper), or at the top-1 outputs.
-    heads: by group; the groups share out all classes.
-    convolutions: channels of 3x3 convolutions of each head's own before its hidden layers, on the base network's last map.
-    norm: before each ReLU.
+    heads: the head of each group; every class is in one group.
+    convolutions: channels of the 3x3 convolutions, on the base network's last map, that each head has before its hidden layers.
+    norm: the normalisation before each ReLU.
     """
 
     layer: Layer = "base"
@@ -44,14 +44,14 @@ class HeadsConfig(Config):
 
 
 class AuxiliaryHeads(nn.Module):
-    """All heads of one augmentation: features (B, D) to what they add to the logits, (B, C).
+    """All heads of one augmentation: from features (B, D) to what they add to the logits, (B, C).
 
     Args:
         num_features: D.
-        feature_map: channels, height and width where the features are a map that was flattened.
+        feature_map: channels, height and width, where the features are a flattened map.
 
     Raises:
-        ConfigError: convolutions are asked for, and there is no map.
+        ConfigError: convolutions are asked for, but the features are no map.
     """
 
     def __init__(self, num_features: int, feature_map: tuple[int, int, int] | None, config: HeadsConfig):
@@ -65,7 +65,7 @@ class AuxiliaryHeads(nn.Module):
         self.heads = nn.ModuleList(
             AuxiliaryHead(num_features, feature_map, head, config) for head in config.heads.values()
         )
-        #: (C,) where each output stands among those of the heads one after the other.
+        #: (C,) for each output, its place among the concatenated outputs of the heads.
         self.register_buffer("place_C", torch.arange(sum(head.num_classes for head in config.heads.values())))
 
     def forward(self, features_BD: Tensor) -> Tensor:
@@ -76,12 +76,12 @@ class AuxiliaryHeads(nn.Module):
         return torch.cat(added, dim=1).index_select(1, self.place_C)
 
     def set_groups(self, group_C: Tensor) -> None:
-        """Says which head is for which output."""
+        """Assigns outputs to heads: `group_C` has the number of each output's head."""
         order_C = torch.sort(group_C, stable=True).indices
         self.place_C.copy_(torch.empty_like(order_C).scatter_(0, order_C, torch.arange(len(order_C))))
 
     def classifier_names(self) -> list[str]:
-        """Of its parameters, those that belong to the classifier."""
+        """The names of those parameters that belong to the network's classifier."""
         return [f"heads.{number}.classify.weight" for number in range(len(self.heads))]
 
 

@@ -1,4 +1,4 @@
-"""What a network costs: parameters and multiply-adds, of the whole and by layer."""
+"""What a network costs: its parameters and multiply-adds, in total and by layer."""
 
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from concentration.networks.student import NetworkConfig, Student
 
 
 class LayerCost(NamedTuple):
-    """A layer by its name in the network, the numbers that are trained in it, and its multiply-adds for one image."""
+    """A layer's name in the network, its trained parameters, and its multiply-adds for one image."""
 
     name: str
     parameters: int
@@ -22,7 +22,7 @@ class LayerCost(NamedTuple):
 
 
 def count_parameters(network: Student | Mixture | ExternalTeacher) -> dict[str, int | None]:
-    """Trained numbers of the base network, of what lies on top of it, and of both; None where they are not known.
+    """The trained parameters of the base network, of what lies on top of it, and of both; None where not known.
 
     The base of a mixture is its gater and its experts' bases.
     """
@@ -35,7 +35,7 @@ def count_parameters(network: Student | Mixture | ExternalTeacher) -> dict[str, 
 
 @torch.no_grad()
 def count_active_parameters(network: Student | Mixture | ExternalTeacher) -> int | None:
-    """Trained numbers of the modules that run for one image: of a mixture, the gater and the chosen experts.
+    """The trained parameters of the modules that run for one image: in a mixture, the gater and the chosen experts.
 
     None where there is no torch module to look into.
     """
@@ -122,7 +122,7 @@ def _count(network: Student | Mixture | ExternalTeacher, image: torch.Tensor) ->
 
 
 def _take_inner_out(flops: Mapping[str, int]) -> dict[str, int]:
-    """By dotted name of a module what it does outside of all modules inside it; the counter gives it with theirs."""
+    """By a module's dotted name, its own work without that of the modules inside it, which the counter includes."""
     own = dict(flops)
     for name, count in flops.items():
         outer = name.rpartition(".")[0]

@@ -1,7 +1,7 @@
-"""A trained network with room for more: new verticals get blocks and classifiers of their own, old verticals more classes.
+"""Extending a trained network: new verticals get blocks and classifiers of their own, old verticals get more classes.
 
-Classes are only ever appended: to a vertical behind those it has, and new verticals behind the others. So every parameter of the
-old network is the beginning of the new one's along its first axis, but pace by class, in which verticals lie one after the other.
+Classes are only ever appended to their vertical, and new verticals to the others. So along its first axis every parameter of the
+old network is the beginning of the new one's; except in a pace by class, where the verticals lie one after the other.
 
 Shapes: C all classes of the new network.
 """
@@ -18,17 +18,17 @@ from concentration.networks.student import Student
 
 
 def extend_student(old: Student, verticals: Mapping[str, int], frequency_C: Tensor, seed: int) -> Student:
-    """A network that says of the old classes what `old` says, and of the new ones how often they are.
+    """A network that answers for the old classes as `old` does, and for the new ones with their frequency.
 
     Args:
-        old: trained.
-        verticals: sizes of all verticals, the old ones first and none smaller than it was.
-        frequency_C: how often each class of the new network is present, where its new outputs start.
-        seed: of the new blocks.
+        old: a trained network.
+        verticals: the sizes of all verticals; the old ones come first, and none is smaller than before.
+        frequency_C: the frequency of each class of the new network, at which its new outputs start.
+        seed: the seed of the new blocks.
 
     Raises:
-        ConfigError: a vertical is gone or smaller, or stands elsewhere; or classes exclude each other in the network's loss, so
-            that old ones cannot stay as they are.
+        ConfigError: a vertical is missing, smaller or in another place; or the loss is a softmax, in which new classes would
+            change the probabilities of the old.
     """
     check_extension(old, verticals)
     torch.manual_seed(seed)
@@ -47,15 +47,15 @@ def extend_student(old: Student, verticals: Mapping[str, int], frequency_C: Tens
 
 
 def hold_old_parameters(old: Student, new: Student) -> None:
-    """Lets training change only what `old` has not, in a network that `extend_student` made: the gradients of the rest are 0.
+    """Freezes all that `new`, made by `extend_student`, has from `old`: the gradients of those parameters become 0.
 
-    A vertical that has got classes is the exception: its norm is over old and new logits. Batch norms use the statistics that
-    they have, also in training; a new block's are 0 and 1, and its scale and shift are trained.
+    The logits of a vertical that has got more classes change all the same, as its norm is over old and new logits. Batch norms
+    keep their statistics in training; those of a new block are mean 0 and variance 1, and its scale and shift are trained.
     """
     for module in new.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.eval()
-            module.train = lambda mode=True, module=module: module  # whoever says `student.train()`
+            module.train = lambda mode=True, module=module: module  # so that `student.train()` leaves it in eval mode
     was = dict(old.named_parameters())
     for name, parameter in new.named_parameters():
         if name in was:
@@ -65,7 +65,7 @@ def hold_old_parameters(old: Student, new: Student) -> None:
 
 
 def check_extension(old: Student, verticals: Mapping[str, int]) -> None:
-    """Raises: ConfigError as `extend_student`, before anything is made for it."""
+    """Raises: ConfigError where `extend_student` would, before any work is done."""
     before = old.config.verticals
     if list(verticals)[: len(before)] != list(before):
         raise ConfigError(

@@ -1,5 +1,4 @@
-"""Teachers in the loop: what the teachers of each image's verticals say of it, as the soft targets that would be stored,
-but in the precision of the training.
+"""Teachers in the loop: in every step they make the soft targets that would otherwise be stored, in the training's precision.
 
 Shapes: B batch, V classes of one vertical, M verticals, K kept classes of one vertical.
 """
@@ -16,15 +15,15 @@ from concentration.targets import SoftTargets, keep_top_k
 
 
 class RoutedTeachers:
-    """One frozen teacher a vertical. No `nn.Module`: the student's module must not own its teachers.
+    """One frozen teacher per vertical. It is no `nn.Module`, because the student's module must not own its teachers.
 
     Args:
         teachers: in the order of the verticals.
         top_k: K, as in stored targets.
-        tail: what becomes of the classes outside the top K, as in `StoredTargets`.
-        mix: adds a share of the labels.
+        tail: the targets of classes outside the top K, as in `StoredTargets`.
+        mix: mixes in a share of the labels.
 
-    Source: Gao et al., section 3.1 (F_map, Equation 2), without the detour over the disk.
+    Source: Gao et al., section 3.1 (F_map, Equation 2), without storing the targets.
     """
 
     def __init__(
@@ -51,7 +50,7 @@ class RoutedTeachers:
 
     @torch.no_grad()
     def __call__(self, images: Tensor, labels: SoftTargets) -> SoftTargets:
-        """The targets of (B, 3, H, W) images whose own labels are `labels`; their weights are kept."""
+        """The targets of images (B, 3, H, W) with these labels, whose weights are kept."""
         routed_BM = self._route(labels)
         kept_M = torch.tensor([min(self._top_k, size) for size in self._sizes], device=images.device)
         # The place where each vertical's classes start in a sample's row.
