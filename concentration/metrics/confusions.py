@@ -1,4 +1,4 @@
-"""Which classes, and which verticals, are taken for which: what a network's weaknesses are.
+"""Which classes, and which verticals, a network takes for which others.
 
 Shapes: B samples of a batch, C all classes, M verticals, L leaves.
 """
@@ -45,9 +45,8 @@ class Confusions:
             self.num_samples += 1
             is_right = best in leaves
             label = best if is_right else leaves[0]
-            self.vertical_MM[
-                self._taxonomy.vertical_of_output[[label, best]][0], self._taxonomy.vertical_of_output[best]
-            ] += 1
+            vertical_of = self._taxonomy.vertical_of_output
+            self.vertical_MM[vertical_of[label], vertical_of[best]] += 1
             if not is_right:
                 self._pairs[label, best] += 1
 
@@ -62,6 +61,9 @@ class Confusions:
 
     def worst_verticals(self, count: int) -> list[Confusion]:
         """The most frequent pairs of two different verticals."""
-        M = len(self.vertical_MM)
-        found = [Confusion(i, j, int(self.vertical_MM[i, j])) for i in range(M) for j in range(M) if i != j]
-        return sorted((pair for pair in found if pair.count), key=lambda pair: (-pair.count, pair[:2]))[:count]
+        labels, answers = np.nonzero(self.vertical_MM)
+        found = [
+            Confusion(i, j, int(self.vertical_MM[i, j])) for i, j in zip(labels.tolist(), answers.tolist(), strict=True)
+        ]
+        wrong = [pair for pair in found if pair.label != pair.answer]
+        return sorted(wrong, key=lambda pair: (-pair.count, pair[:2]))[:count]

@@ -1,4 +1,4 @@
-"""What `evaluate` says of one network: pvap and mpvap, top-1 and top-5, mAP@50, and AP by class frequency.
+"""The metrics of one network: pvap and mpvap, top-1 and top-5, mAP@50, and AP by class frequency.
 
     evaluator = Evaluator(taxonomy, train_counts_C)
     for scores_BC, labels in batches:
@@ -31,9 +31,9 @@ from concentration.metrics.streaming_average_precision import take_prefixed
 from concentration.metrics.vertical_samples import CPU, KeptSamples, StreamedSamples
 from concentration.taxonomy import Taxonomy
 
-#: What samples may take, in two passes, that wait until those of their vertical are counted together.
+#: In two passes, samples wait so that many of a vertical are counted together; the waiting ones may take so much memory.
 WAITING_BYTES = 1 << 30
-#: As many of a vertical are counted together where that allows it; more are not faster, fewer than the least are slow.
+#: How many samples of a vertical are counted together, if that allows it: more are not faster, fewer are slow.
 MIN_WAITING_ROWS, MAX_WAITING_ROWS = 256, 4096
 #: k of precision and recall at k.
 CUTOFFS = (1, 3, 5, 10)
@@ -41,7 +41,7 @@ CUTOFFS = (1, 3, 5, 10)
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """All metrics as fractions in [0, 1]; NaN where nothing could be measured.
+    """All metrics, as fractions in [0, 1]; NaN where nothing could be measured.
 
     A sample with labels in several verticals counts in each of them. "Smeared" means that the ancestors of a label,
     inside its vertical, are positives too.
@@ -63,7 +63,7 @@ class Evaluation:
     #: usual metrics of hashtags; with one label a sample, recall is top-k accuracy and precision a k-th of it.
     precision_at_k: dict[str, float]
     recall_at_k: dict[str, float]
-    #: Leaf labels of a sample that has one, in the mean.
+    #: The mean number of leaf labels of the samples that have one.
     labels_per_sample: float
     #: Fraction of the (sample, vertical of one of its leaf labels) pairs with such a label as the vertical's best leaf.
     top1_in_vertical: float
@@ -90,11 +90,10 @@ class Evaluation:
 class Evaluator:
     """Collects scores and labels batch by batch, in parts that can be merged, and computes an Evaluation.
 
-    In one pass it keeps the scores of a sample for the verticals that the sample is labelled in, as float32: see
-    `measure_kept_bytes`. In two, it is shown all samples, `begin_second_pass` is called, and it is shown them again: that takes
-    a few numbers for each positive, and the result is the same. Beside them it keeps counts and the 50 best samples of every
-    class. The order of samples does not matter. What costs a look at every score is done where the scores are: on a GPU, of a
-    network there.
+    In one pass it keeps, as float32, the scores of every sample in those verticals in which it has a label: see
+    `measure_kept_bytes`. With two passes it is shown all samples, `begin_second_pass` is called, and it is shown them again: that
+    takes only a few numbers for each positive, with the same result. Besides, it keeps counts and the 50 best samples of every
+    class. The order of samples does not matter. Work on all scores is done where they are: on the GPU of a network there.
 
     Args:
         train_counts_C: (C,) by output, the number of training images of every class, for AP by frequency.

@@ -1,5 +1,7 @@
-"""What metrics ask of all scores of a batch: by numpy on a CPU, where it is two to twelve times as fast as torch at this, and by
-torch on a GPU, so that only the answers leave it.
+"""Questions of the metrics about all scores of a batch.
+
+They are answered by numpy on a CPU, where it is two to twelve times as fast as torch at this, and by torch on a GPU, so that only
+the answers leave it.
 
 Shapes: B samples, C any classes, P and N (sample, class) pairs.
 """
@@ -8,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-#: As metrics take them: on any device, where the work is done.
+#: Scores may be on any device; the work is done there.
 Scores = np.ndarray | Tensor
 
 
@@ -47,5 +49,5 @@ def find_reaching(scores_BC: Tensor, limit_C: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def place(array: np.ndarray, like: Tensor) -> Tensor:
-    """The same where the other is."""
+    """The array as a tensor on the other's device."""
     return torch.from_numpy(array).to(like.device)

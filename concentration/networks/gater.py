@@ -39,7 +39,7 @@ RuleConfig = Annotated[CentroidRuleConfig | RouterRuleConfig, pydantic.Field(dis
 class TrunkConfig(Config):
     """The part of a trained network that gives a gater its features.
 
-    top: with the top-1 layer, that network's top layers; None where features are the base network's.
+    top: that network's top layers, where features are the outputs of top-1; None where they are the base network's.
     """
 
     base: BaseConfig
@@ -69,7 +69,7 @@ class GaterConfig(Config):
 
 
 class Choice(NamedTuple):
-    """expert_BR: int64, the best first; weight_BR: float32, what each expert's answer counts, with the sum 1."""
+    """The chosen experts, int64 and the best first, and the weights of their answers, float32 with the sum 1."""
 
     expert_BR: Tensor
     weight_BR: Tensor
@@ -152,10 +152,10 @@ class Trunk(nn.Module):
 
 
 def run_chosen(choice: Choice, experts: Sequence[Callable[[Tensor], Tensor]], images: Tensor) -> Tensor:
-    """The chosen experts' answers (B, N) to each image, weighted; each expert sees its images of the batch together.
+    """The weighted sum of the chosen experts' answers, (B, N); each expert sees all of its images of the batch together.
 
-    An expert that no image of the batch is sent to is not run. In an exported program, which has no such choice, all experts see
-    all images, and those count that were chosen.
+    An expert without images in the batch is not run. An exported program cannot branch like this: there all experts see all
+    images, and those that were not chosen have weight 0.
     """
     expert_BR, weight_BR = choice
     if torch.compiler.is_exporting():
@@ -173,7 +173,7 @@ def run_chosen(choice: Choice, experts: Sequence[Callable[[Tensor], Tensor]], im
 
 
 def _build_router(num_features: int, hidden: int | None, num_experts: int) -> nn.Sequential:
-    """(B, D) to (B, E). Each sample's features are normalised first, since their scale is anything."""
+    """The router, from (B, D) to (B, E). It first normalises each sample's features, whose scale may be anything."""
     sizes = [num_features, num_experts] if hidden is None else [num_features, hidden, num_experts]
     layers: list[nn.Module] = [nn.LayerNorm(num_features), nn.Linear(*sizes[:2])]
     if hidden is not None:

@@ -1,4 +1,4 @@
-"""A hard mixture of experts with decoders of their own: the gater sends an image to one expert, which answers for all classes.
+"""A hard mixture of experts that have their own decoders: the gater sends an image to an expert, which answers for all classes.
 
 With ONE shared decoder a mixture is a `Student` whose base network is a `RoutedBase`.
 
@@ -70,7 +70,7 @@ class Mixture(nn.Module):
         return run_chosen(self.gater(images), list(self.experts), images)
 
     def answer(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (B, C) and the gater's features (B, T): experts have features of their own, and these are every image's."""
+        """Logits (B, C), and the gater's features (B, T): unlike the experts' own, these are comparable between all images."""
         features_BT = self.gater.compute_features(images)
         return run_chosen(self.gater.choose(features_BT), list(self.experts), images).float(), features_BT
 

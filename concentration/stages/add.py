@@ -1,7 +1,7 @@
-"""`concentrate add vertical=NAME`: a student with a vertical, or classes, or a better teacher more than the one in service.
+"""`concentrate add vertical=NAME`: extends the student in service by a vertical, by classes, or by a better teacher.
 
-The teacher of what is new is trained, its targets are made, the student gets a block and a classifier for it, and it alone is
-concentrated, with stored targets of the old data replayed. What old verticals lost is measured before the stage counts as done.
+The teacher of what is new is trained and its targets are made; the student gets a block and a classifier for it, and is trained
+on the new samples while stored targets of old ones are replayed. What old verticals lose is measured before the stage is done.
 
 Shapes: C all classes.
 """
@@ -54,14 +54,14 @@ class NewTeacherConfig(Config):
 class AddConfig(TrainingStageConfig):
     """Writes `students/NAME/` and `targets/NAME/`.
 
-    vertical: what is new: a vertical that the student lacks, or one that has got classes or another teacher; or several. A
-        finished teacher that fits is taken as it is, and else one is trained (`teacher`).
-    student: the one in service. One that learned from labels goes on learning from labels, without teacher and targets; for
-        one that learned from teachers in the loop, targets of all images are stored.
-    name: of the new student.
-    replay: old images for each new one.
-    trainable: `all`, or `new`: only what the old student has not, so that old verticals stay exactly what they were.
-    tolerance: by which the AP of an old vertical may fall on val; more is an error, and the stage is not finished.
+    vertical: what is new, one or several: a vertical that the student lacks, or that has got more classes or another teacher. A
+        finished teacher that fits is used as it is; otherwise one is trained (`teacher`).
+    student: the student in service. If it learned from labels, so does the new one, without teacher and targets; if it learned
+        from teachers in the loop, targets of all images are stored.
+    name: the new student's name.
+    replay: how many old images are seen for each new one.
+    trainable: `all`, or `new` for only what the old student does not have, which leaves old verticals exactly as they were.
+    tolerance: by how much an old vertical's AP on val may fall; a larger loss is an error, and the stage stays unfinished.
     """
 
     runtime_fields = TrainingStageConfig.runtime_fields | {"tolerance", "gate"}
@@ -111,9 +111,9 @@ def add(config: AddConfig) -> None:
     """Runs the stage.
 
     Raises:
-        ConfigError: the student cannot be extended; `vertical` is not all that is new; a teacher is not fit; or an old vertical
-            lost more than the tolerance.
-        DataError: what was prepared is not what the student was trained on and something behind it.
+        ConfigError: the student cannot be extended; `vertical` does not name all that is new; a teacher is unfit; or an old
+            vertical lost more than the tolerance.
+        DataError: the prepared data are not those that the student was trained on with others appended.
     """
     distributed.start(config.trainer.accelerator, config.trainer.timeout_seconds)
     _, taxonomy, fingerprint = load_prepared(config.workdir, DataOverrides())

@@ -31,10 +31,10 @@ class AddedHeadsConfig(Config):
 
     grouping: the name of a grouping of classes.
     layer: where they begin: at the base network's features (the paper), or at the top-1 outputs.
-    hidden: sizes of each head's ReLU layers; with other capacities their mean over heads, about.
-    capacity: `equal` for all heads (the paper); `classes` or `samples` gives each head the group's share of them.
-    convolutions: channels of 3x3 convolutions of each head's own before these, on the base network's last map.
-    norm: before each ReLU.
+    hidden: sizes of each head's ReLU layers; with another capacity than `equal`, about their mean over heads.
+    capacity: `equal` for all heads (the paper); `classes` or `samples` sizes a head in proportion to those of its group.
+    convolutions: channels of the 3x3 convolutions, on the base network's last map, that each head has before these layers.
+    norm: the normalisation before each ReLU.
     """
 
     grouping: FolderName
@@ -48,11 +48,11 @@ class AddedHeadsConfig(Config):
 class AugmentConfig(TrainingStageConfig):
     """Writes `students/NAME/`.
 
-    network: the student or generalist that grows.
-    heads: what is added and trained with a new classifier, all else frozen; None adds nothing and trains the whole network
-        on: fine-tuning.
-    smear: labels count for their ancestors inside the vertical, too.
-    view: the augmentation; None is that of the prepared data.
+    network: the student or generalist to grow.
+    heads: the heads that are added and trained with a new classifier, while all else is frozen; None adds none and fine-tunes
+        the whole network.
+    smear: smear labels to their ancestors inside the vertical.
+    view: the augmentation; None takes that of the prepared data.
     """
 
     name: FolderName = "augmented"

@@ -51,11 +51,11 @@ METHODS: Mapping[str, tuple[Scope, Form] | None] = {
 
 
 class ThresholdsConfig(Config):
-    """From which probability on an answer is given.
+    """The probabilities from which on an answer is given.
 
-    precision: the share of answers that should be right, of each vertical's and of each class's.
-    min_answers: fewer on val are no evidence: a class then has its vertical's threshold, and a vertical none.
-    false_rejection_rate: the share of images of the taxonomy that may be called "none of these".
+    precision: the share of a vertical's, or a class's, given answers that should be right.
+    min_answers: with fewer answers on val a class takes its vertical's threshold, and a vertical has none.
+    false_rejection_rate: the share of images of the taxonomy's classes that may be called "none of these".
     """
 
     precision: float = pydantic.Field(default=0.9, gt=0, le=1)
@@ -64,12 +64,11 @@ class ThresholdsConfig(Config):
 
 
 class CalibrateConfig(SubjectConfig):
-    """Writes `calibrations/NAME.json`: the scaling and thresholds from val, and what they do on test.
+    """Writes `calibrations/NAME.json`: scaling and thresholds fitted on val, and what they achieve on test.
 
-    scope: one line for each vertical, which repairs confusion between verticals, or one for all.
-    form: `platt` is a slope and a shift, `temperature` a slope.
-    outside: another working directory, whose test images are of none of the classes here (those that are, are left out): "none
-        of these" is measured on them, too.
+    scope: `vertical` fits a line for each vertical, which repairs confusion between verticals; `global` one for all.
+    form: `platt` is a line with slope and shift, `temperature` one with a slope only.
+    outside: another working directory; "none of these" is measured on its test images, except those with a class of this one.
     """
 
     scope: Scope = "vertical"

@@ -66,12 +66,12 @@ from concentration.taxonomy import Taxonomy
 class ExportConfig(StageConfig):
     """Writes `exports/NAME/`: programs, taxonomy, preprocessing, a standalone `predict.pyz`, and a model card, `README.md`.
 
-    A calibration of the same network (`concentrate calibrate`) is copied, also by an export that was finished before.
+    A calibration of the same network (`concentrate calibrate`) is copied too, even if the export was finished before.
 
-    name: of a finished and evaluated student.
-    neighbours: training images whose features are kept for nearest neighbours, spread evenly over the classes; 0 keeps none.
-    num_images: test images that int8 and the confusions are measured on, at most.
-    speed_seconds: each program is timed for so long at each batch size.
+    name: the name of a finished and evaluated student.
+    neighbours: the number of training images, spread evenly over the classes, whose features are kept for nearest neighbours.
+    num_images: the most test images on which int8 and the confusions are measured.
+    speed_seconds: how long each program is timed at each batch size.
     """
 
     runtime_fields: ClassVar[frozenset[str]] = StageConfig.runtime_fields | {"speed_seconds"}

@@ -68,9 +68,9 @@ def translate_to_onnx(program: torch.export.ExportedProgram) -> onnx.ModelProto:
 
 
 def quantise_classifiers(model: onnx.ModelProto, names: Sequence[str]) -> None:
-    """Replaces the weights (V, S) of these names by int8 with a scale for every class; what is computed stays float32.
+    """Replaces the weights (V, S) with these names by int8 and a scale per class; the computation stays in float32.
 
-    The largest weight of a class becomes 127, so each is off by half a step at most: 0.4 % of the largest.
+    The largest weight of a class becomes 127, so that each is off by at most half a step, 0.4 % of the largest.
     """
     graph = model.graph
     weights = {tensor.name: tensor for tensor in graph.initializer}
@@ -124,7 +124,7 @@ def save_onnx(model: onnx.ModelProto, path: Path) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """What exporters say of themselves is not the user's business; what goes wrong is raised."""
+    """Hides the exporters' messages; their errors are still raised."""
     # NOTE: the bar that torch hides would make a lock between processes, which a run's jobs, ending at once, leave behind.
     tqdm.set_lock(threading.RLock())
     earlier = logging.root.manager.disable

@@ -1,4 +1,4 @@
-"""`concentrate group method=...`: groups of classes or of samples, found by what a trained network says of them."""
+"""`concentrate group method=...`: finds groups of classes or of samples by what a trained network says of them."""
 
 from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal
@@ -36,10 +36,10 @@ Method = Annotated[
 
 
 class GroupConfig(StageConfig):
-    """Writes `groupings/NAME.json`, the classes with their groups as verticals, and what belongs to it in `groupings/NAME/`.
+    """Writes `groupings/NAME.json`, a taxonomy with the groups as verticals, and everything else in `groupings/NAME/`.
 
-    name: of the grouping; the method's where it is not given.
-    method: how the groups are found; `features` also gives a group to every sample.
+    name: the grouping's name; the method's where none is given.
+    method: how the groups are found; `features` also assigns every sample to a group.
     """
 
     runtime_fields: ClassVar[frozenset[str]] = StageConfig.runtime_fields | {

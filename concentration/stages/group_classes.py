@@ -25,13 +25,13 @@ from concentration.stages.sample_stream import SampleStream
 class DetectionGroupsConfig(Config):
     """Spectral clustering of the classes by what a network detects.
 
-    kind: `confusion` asks where class i is detected and class j annotated (Equation 3), `co_detection` where both are detected
+    kind: `confusion` counts where class i is detected and class j annotated (Equation 3), `co_detection` where both are detected
         (Equation 4).
-    network: a student or generalist.
-    split: of the held-out images.
-    top_k: the classes that score highest are detected.
-    num_groups: `eigengap` takes that after which the eigenvalues fall most, up to `max_groups`.
-    smear: an image is annotated with the ancestors of its labels, too, as networks are trained.
+    network: the name of a student or generalist.
+    split: the split of the held-out images.
+    top_k: how many classes, those with the highest scores, are detected in an image.
+    num_groups: `eigengap` takes the number, up to `max_groups`, after which the eigenvalues fall most.
+    smear: annotate images with the ancestors of their labels too, as in training.
 
     Source: Warde-Farley et al. 2014, section 4.
     """

@@ -41,12 +41,12 @@ _WINDOW_SHARDS = 16
 class FeatureGroupsConfig(Config):
     """k-means of features.
 
-    network: a student or generalist.
-    layer: its features: what the base network gives, or the top-1 outputs.
-    normalise: brings features to length 1 first.
-    balanced: groups of about equal size, by prices (see `grouping/kmeans.py`).
-    num_start: samples that are held for the start, which is a whole k-means of them.
-    num_fitted: samples that the centroids see, those among them.
+    network: the name of a student or generalist.
+    layer: which of its features to take: the base network's, or the outputs of top-1.
+    normalise: scale features to length 1 first.
+    balanced: make groups of about equal size, by prices (see `grouping/kmeans.py`).
+    num_start: samples that are held in memory; a whole k-means of them is the start.
+    num_fitted: samples that the centroids are fitted to, including those of the start.
     """
 
     kind: Literal["features"] = "features"

@@ -48,7 +48,7 @@ ASSEMBLED_FILE, GATER_FILE = "assembled.safetensors", "gater.json"
 
 
 class RouterConfig(RouterTrainingConfig):
-    """A router with one hidden layer of `hidden` units (None: without), and its training."""
+    """A router with one hidden layer of `hidden` units (None for no hidden layer), and its training."""
 
     kind: Literal["router"] = "router"
     hidden: pydantic.PositiveInt | None = 64
@@ -61,7 +61,7 @@ class OwnDecoderConfig(Config):
 
 
 class SharedDecoderConfig(Config):
-    """One set of top layers over the features of all experts, which stay as they are, and its training on the labels."""
+    """One set of top layers over the frozen features of all experts, and its training on the labels."""
 
     kind: Literal["shared"] = "shared"
     top: TopConfig
@@ -74,8 +74,8 @@ class SharedDecoderConfig(Config):
 class MixtureConfig(StageConfig):
     """Writes `students/NAME/`.
 
-    grouping: whose experts (`teachers/GROUPING-NUMBER`) are mixed.
-    top_experts: how many see an image, when it is served.
+    grouping: the grouping whose experts (`teachers/GROUPING-NUMBER`) are mixed.
+    top_experts: how many experts see an image when the mixture is served.
     """
 
     runtime_fields: ClassVar[frozenset[str]] = StageConfig.runtime_fields | {

@@ -34,14 +34,14 @@ _FEW_IMAGES = 100
 class ServingConfig(Config):
     """Which export answers, and how.
 
-    name: of the export under `workdir/exports`.
-    export: a folder that an export was moved to; then workdir and name say nothing.
-    weights: int8 takes the program whose classifiers have int8 weights.
-    best: how many classes are named.
-    verticals: of the classes that may be named; none means all.
-    classes: leaves, or all: a class with classes below it is never less probable than they are.
-    neighbours: also names classes of which known images lie near, the export's own and those of `examples`.
-    examples: a folder with CLASS/IMAGE, of classes that the network was never trained on.
+    name: the name of the export under `workdir/exports`.
+    export: the folder of an export that was moved; `workdir` and `name` then have no effect.
+    weights: `int8` takes the program whose classifiers have int8 weights.
+    best: how many classes to name.
+    verticals: the verticals whose classes may be named; none means all.
+    classes: `leaves` names leaves only, `all` also inner classes, which are never less probable than the classes below them.
+    neighbours: also name the classes of the nearest known images, those of the export and of `examples`.
+    examples: a folder with CLASS/IMAGE, for classes that the network was never trained on.
     """
 
     workdir: Path = Path("runs/demo")
@@ -69,11 +69,11 @@ class ServingConfig(Config):
 class PredictConfig(ServingConfig):
     """Answers about images, on the terminal or in a file.
 
-    paths: files, folders and WebDataset shards; on the command line they stand alone, without `paths=`.
-    by_vertical: names the `best` of every vertical, not in all.
-    format: a table to read, JSON lines, or CSV with a class a row.
-    output: a file instead of the terminal.
-    num_threads: images are decoded and answered by so many at once; null is one per core.
+    paths: files, folders and WebDataset shards; on the command line they are given without `paths=`.
+    by_vertical: name the `best` classes of every vertical, not those over all.
+    format: a table to read, JSON lines, or CSV with a row per class.
+    output: write to this file instead of the terminal.
+    num_threads: how many threads decode and answer images; null means one per core.
     """
 
     paths: tuple[str, ...] = ()

@@ -1,7 +1,7 @@
-"""What `remove` and `merge` share: a working directory with fewer verticals, made of another without any training.
+"""What `remove` and `merge` share: they make a working directory with fewer verticals from another, without any training.
 
-The directory in service is left as it is. Everything in it that holds for the other verticals, too, is carried over; everything
-else refers to the earlier taxonomy and is refused there by its fingerprint, as ever.
+The directory in service is left as it is. What still holds for the verticals that stay is carried over; everything else refers
+to the earlier taxonomy, and would be refused by its fingerprint.
 
 Shapes: C all classes of the new taxonomy.
 """
@@ -44,8 +44,8 @@ NUM_NORM_IMAGES = 2000
 class RegroupConfig(StageConfig):
     """Which student, and where to.
 
-    destination: a new working directory; images stay where they lie, in the tars of this one.
-    name: of the student in service here, and of the new one there.
+    destination: the new working directory; images stay where they are, in the tars of this one.
+    name: the name of the student in service here, and of the new one there.
     """
 
     runtime_fields = StageConfig.runtime_fields | {"destination", "accelerator", "batch_size"}

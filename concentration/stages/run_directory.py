@@ -219,12 +219,7 @@ class RunDirectory:
 
     @contextlib.contextmanager
     def lock(self, name: str, wait_seconds: float = 0) -> Iterator[None]:
-        """Holds the directory, or a part of its work, against other processes.
-
-        Raises:
-            Busy: another process has held it for all of `wait_seconds`.
-            ConfigError: the directory cannot be written to, or its file system has no locks.
-        """
+        """Holds the directory, or a part of its work, against others. Raises: Busy where another holds it all the time."""
         deadline = time.monotonic() + wait_seconds
         try:
             file = open(self.path / name, "w")  # noqa: SIM115 - closed below

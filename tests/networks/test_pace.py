@@ -87,7 +87,7 @@ def test_the_gradient_is_that_of_the_whole_jacobian_with_the_epsilon(kind):
     gammas = pace.compute_gamma().detach().double()
     gammas = gammas.split(SIZES) if kind == "class" else gammas.unbind()
     for x_BV, g_BV, gamma in zip(logits, gradients, gammas, strict=True):
-        # DESIGN.md, section 6: dx = (h - xhat <h, xhat>) / n
+        # The closed form of `fused_block`: dx = (h - xhat <h, xhat>) / n
         n_B1 = (x_BV.detach().square().sum(1, keepdim=True) + x_BV.shape[1] * 1e-6).sqrt()
         xhat_BV, h_BV = x_BV.detach() / n_B1, gamma * g_BV
         expected_BV = (h_BV - xhat_BV * (h_BV * xhat_BV).sum(1, keepdim=True)) / n_B1

@@ -59,7 +59,7 @@ PUBLISHED = {
     ),
 }
 
-IN_MILLIONS = {  # DESIGN.md, section 6
+IN_MILLIONS = {  # the formulas of section 3.2 with N=100K, M=20, s_b=9216; the paper's totals include the base network
     "FC4096-FC512": 91.0,
     "FC4096-SC512": 130.9,
     "SC512-SC512": 150.8,
