@@ -21,6 +21,7 @@ from torch import Tensor
 from concentration.errors import DataError
 from concentration.packed_targets import SHORT_VIEW_BYTES, VIEW_BYTES, PackedLayout, pack, unpack
 from concentration.schema import parse_json
+from concentration.temporaries import name_temporary
 
 #: How stored targets are written.
 Codec = Literal["plain", "packed"]
@@ -376,17 +377,19 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         DataError: it cannot be written; the old file is as it was.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = name_temporary(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, safetensors.SafetensorError) as error:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise _cannot_be_written(path, error) from None
+        if isinstance(error, OSError | safetensors.SafetensorError):
+            raise _cannot_be_written(path, error) from None
+        raise
 
 
 def append_text(path: Path, text: str) -> None:

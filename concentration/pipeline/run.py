@@ -35,6 +35,7 @@ from concentration.stages.report_headline import find_unmeasured
 from concentration.stages.run_directory import describe_lost
 from concentration.targets import write_atomically
 from concentration.taxonomy import Taxonomy
+from concentration.temporaries import clear_temporaries
 
 __all__ = ["RunConfig", "run", "run_together"]
 
@@ -128,6 +129,7 @@ def _run_on_slurm(config: RunConfig, launcher_config: SlurmConfig) -> None:
 
 
 def _record_command(config: RunConfig) -> None:
+    clear_temporaries(config.workdir, COMMAND_FILE)
     write_atomically(config.workdir / COMMAND_FILE, {"command": shlex.join(["concentrate", *sys.argv[1:]])})
 
 

@@ -1,11 +1,9 @@
 """The directory of one stage: what it was started with, whether it is finished, and that only one process works in it."""
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import shutil
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -14,7 +12,10 @@ from concentration.distributed import from_rank_zero, rank
 from concentration.errors import Busy, ConcentrationError, ConfigError, DataError
 from concentration.progress import STATUS_FILE
 from concentration.schema import Config, flatten, hash_values, parse_json
+from concentration.stages.directory_lock import is_locked, locking
 from concentration.targets import write_atomically
+from concentration.temporaries import clear_temporaries
+from concentration.training.configs import CHECKPOINTS
 
 #: What every file of a run holds at least, and of which type.
 _KEYS: Mapping[str, Mapping[str, type]] = {
@@ -85,12 +86,6 @@ class RunDirectory:
             ConfigError: the stage was begun with another config or other upstream results, and `overwrite` is false; or it is
                 finished, and other places are given than those that it read.
         """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(
-                f"{self.path}: cannot be made ({error.strerror}); give another workdir, or correct its permissions"
-            ) from None
         # The lock is rank 0's; the other ranks hear from it whether there is work.
         with contextlib.ExitStack() as stack:
             is_due = from_rank_zero(lambda: self._enter_locked(stack, config, upstream, part) or is_growing)
@@ -110,18 +105,17 @@ class RunDirectory:
     ) -> bool:
         if part is None:
             stack.enter_context(self.lock(".lock", _LOOK_SECONDS))
-            for left_by_a_kill in self.path.glob(".*.tmp"):
-                # Another process may be writing its status, without the lock.
-                if not left_by_a_kill.name.startswith(f".{STATUS_FILE}."):
-                    left_by_a_kill.unlink()
+            if self._has_parts():
+                raise Busy(f"{self.path}: other processes make parts of this; wait for them or end them")
             return self._enter(config, upstream, part)
         stack.enter_context(self.lock(f".lock-{part}", _LOOK_SECONDS))
         with self.lock(".lock", wait_seconds=_ENTER_SECONDS):
             return self._enter(config, upstream, part)
 
     def _enter(self, config: StageConfig, upstream: Mapping[str, str], part: str | None) -> bool:
-        if not self._has_other_parts(part):
-            self._settle_replaced()  # of a run that was killed
+        if not self._has_other_parts(part):  # of a run that was killed
+            self._settle_replaced()
+            self._clear_temporaries()
         identity = {**config.identity(), "upstream": dict(upstream)}
         earlier = self._load("config.json")
         known = {} if earlier is None else _leave_out_runtime_fields(earlier["identity"], config)
@@ -135,12 +129,14 @@ class RunDirectory:
         if earlier is None:
             values = {"identity": identity, "config": config.model_dump(mode="json")}
             write_atomically(self.path / "config.json", values)
+        if self.is_finished:
+            self._clear_checkpoints()  # the run that finished it may have been killed before it did
         return not self.is_finished
 
     @property
     def is_held(self) -> bool:
         """Whether another process works here. To be asked by one that holds nothing here itself: it would lose that."""
-        return self._is_locked(".lock")
+        return is_locked(self.path, ".lock") or self._has_parts()
 
     @property
     def is_finished(self) -> bool:
@@ -186,6 +182,7 @@ class RunDirectory:
         """Marks the stage as finished."""
         identity = self._load_begun()["identity"]
         write_atomically(self.path / "DONE.json", {"config": hash_values(identity), **facts})
+        self._clear_checkpoints()
 
     def copy_record(self, source: "RunDirectory", upstream: Mapping[str, str], facts: Mapping[str, Any]) -> None:
         """Marks this directory as the finished stage that `source` is, with these of its upstream results and facts replaced."""
@@ -217,31 +214,9 @@ class RunDirectory:
         """What the stage was begun with beside its config."""
         return self._load_begun()["identity"]["upstream"]
 
-    @contextlib.contextmanager
-    def lock(self, name: str, wait_seconds: float = 0) -> Iterator[None]:
-        """Holds the directory, or a part of its work, against other processes. Raises: Busy, after having waited for so long."""
-        deadline = time.monotonic() + wait_seconds
-        try:
-            file = open(self.path / name, "w")  # noqa: SIM115 - closed below
-        except OSError as error:
-            raise ConfigError(
-                f"{self.path}: cannot be written to ({error.strerror}); give another workdir, or correct its permissions"
-            ) from None
-        with file:
-            while True:
-                try:
-                    # NOTE: not flock: a killed run's reading processes would go on holding it, for the seconds until they notice.
-                    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if time.monotonic() >= deadline:
-                        raise Busy(f"{self.path}: another process works here; wait for it or end it") from None
-                    time.sleep(0.05)
-                except OSError as error:
-                    raise ConfigError(
-                        f"{self.path}: cannot be locked ({error.strerror}); give a workdir on a file system with file locks"
-                    ) from None
-            yield  # released when the file is closed, also by kill -9
+    def lock(self, name: str, wait_seconds: float = 0) -> contextlib.AbstractContextManager[None]:
+        """Holds the directory, or a part of its work, against other processes. Raises: as `locking`."""
+        return locking(self.path, name, wait_seconds)
 
     def _refuse(self, earlier: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         before, after = flatten(earlier), flatten(now)
@@ -296,15 +271,21 @@ class RunDirectory:
                     self._forget_unless_begun()
 
     def _has_other_parts(self, part: str | None) -> bool:
-        own = f".lock-{part}"
-        return part is not None and any(self._is_locked(p.name) for p in self.path.glob(".lock-*") if p.name != own)
+        return part is not None and self._has_parts(but=f".lock-{part}")
 
-    def _is_locked(self, name: str) -> bool:
-        try:
-            with self.lock(name):
-                return False
-        except Busy:
-            return True
+    def _has_parts(self, but: str = "") -> bool:
+        return any(is_locked(self.path, path.name) for path in self.path.glob(".lock-*") if path.name != but)
+
+    def _clear_checkpoints(self) -> None:
+        if (self.path / CHECKPOINTS).is_dir():
+            shutil.rmtree(self.path / CHECKPOINTS)
+
+    def _clear_temporaries(self) -> None:
+        """Of a status there may be one, which is written without the lock: whoever shows progress clears those."""
+        clear_temporaries(self.path.parent, f"{self.path.name}.json", least_age_seconds=0)
+        for path in self.path.rglob(".*.tmp"):
+            if not path.name.startswith(f".{STATUS_FILE}."):
+                path.unlink()
 
     def _forget_unless_begun(self) -> None:
         """A mistake that was found before anything was written may be corrected without `overwrite`."""

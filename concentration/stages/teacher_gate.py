@@ -25,6 +25,7 @@ from concentration.stages.teacher import TEACHERS
 from concentration.stages.train_network import NETWORK_FILE, load_network
 from concentration.targets import load_metadata, write_atomically
 from concentration.taxonomy import Taxonomy
+from concentration.temporaries import clear_temporaries
 from concentration.training.loggers import load_metrics
 
 GATES = "gates"
@@ -101,6 +102,7 @@ def check_teacher(config: GateConfig, workdir: Path, split: Split, vertical: str
     problems += _find_problems(config, images_per_class, ap, constant_ap, generalist_ap)
     problems += _look_at_loss(workdir / TEACHERS / vertical)
     gate = Gate(vertical, images_per_class, num_val, ap, constant_ap, generalist_ap, tuple(problems))
+    clear_temporaries(workdir / GATES)
     write_atomically(workdir / GATES / f"{vertical}.json", dataclasses.asdict(gate))
     if problems:
         said = f"teacher of {vertical}: {'; '.join(problems)}"
