@@ -360,7 +360,7 @@ def compute_checksum(arrays: Mapping[str, np.ndarray]) -> str:
     return f"{checksum:08x}"
 
 
-def write_atomically(path: Path, content: bytes | str | Mapping) -> None:
+def write_atomically(path: Path, content: bytes | memoryview | str | Mapping) -> None:
     """Writes bytes, text or a mapping as JSON so that a reader, or a crash, meets the old file or the new, never a half."""
     if isinstance(content, Mapping):
         content = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
