@@ -23,7 +23,7 @@ from concentration.pipeline.jobs import Job
 from concentration.pipeline.local import LocalLauncher
 from concentration.pipeline.plan import print_run_plan
 from concentration.pipeline.records import record_jobs
-from concentration.pipeline.slurm import SlurmConfig, SlurmLauncher
+from concentration.pipeline.slurm import SlurmConfig, SlurmLauncher, refuse_beside_queue
 from concentration.processes import count_cores
 from concentration.schema import parse_json, write_override
 from concentration.stages.evaluate import EVALUATIONS, SPECIALISTS
@@ -44,7 +44,8 @@ def run(config: RunConfig) -> None:
     """Runs all stages and prints what came out; or with `launcher=slurm` submits them; or prints what would be done.
 
     Raises:
-        ConfigError: (with `plan`) nothing is known of the data yet; (with SLURM) it refuses, or a stage was begun otherwise.
+        ConfigError: (with `plan`) nothing is known of the data yet; (with SLURM) it refuses, or a stage was begun otherwise;
+            (without) it has jobs of this directory.
         JobFailed: with what failed and why.
         Preempted: a signal asked to stop.
     """
@@ -59,6 +60,7 @@ def run(config: RunConfig) -> None:
 
 
 def _run_here(config: RunConfig) -> None:
+    refuse_beside_queue(config.workdir)
     _record_command(config)
     num_new = run_together([config], has_report=True)
     if num_new == 1:  # the report
