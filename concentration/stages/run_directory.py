@@ -258,9 +258,9 @@ class RunDirectory:
         """Deletes what `overwrite` has set aside: at the stage's end, or by a stage that is about to write much."""
         replaced = self.path / REPLACED_FOLDER
         if replaced.is_dir():
-            for path in _config_last(replaced.iterdir()):
-                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-            replaced.rmdir()
+            for path in _config_last(_list(replaced)):
+                _discard(path)
+            _discard(replaced)
 
     def _leave(self, error: BaseException, part: str | None) -> None:
         """After an error; of several parts, the last does it, for the others may still make what replaces the old."""
@@ -278,7 +278,7 @@ class RunDirectory:
 
     def _clear_checkpoints(self) -> None:
         if (self.path / CHECKPOINTS).is_dir():
-            shutil.rmtree(self.path / CHECKPOINTS)
+            _discard(self.path / CHECKPOINTS)
 
     def _clear_temporaries(self) -> None:
         """Of a status there may be one, which is written without the lock: whoever shows progress clears those."""
@@ -295,7 +295,7 @@ class RunDirectory:
     def _set_aside(self) -> None:
         # NOTE: DONE.json first and config.json last, so that a kill in between leaves a run that is begun, not finished; then,
         # REPLACED_FOLDER without config.json says that what is in it belongs here.
-        (self.path / REPLACED_FOLDER).mkdir()
+        (self.path / REPLACED_FOLDER).mkdir(exist_ok=True)
         for path in _config_last(self._list_content()):
             path.rename(self.path / REPLACED_FOLDER / path.name)
 
@@ -304,18 +304,21 @@ class RunDirectory:
         replaced = self.path / REPLACED_FOLDER
         if not replaced.is_dir():
             return
+        if not _list(replaced):
+            _discard(replaced)
+            return
         if (replaced / "config.json").exists():
             if any(path.name != "config.json" for path in self._list_content()):
                 self.forget_replaced()
                 return
             (replaced / "config.json").replace(self.path / "config.json")
-        for path in reversed(_config_last(replaced.iterdir())):
+        for path in reversed(_config_last(_list(replaced))):
             path.rename(self.path / path.name)
-        replaced.rmdir()
+        _discard(replaced)
 
     def _list_content(self) -> list[Path]:
         """All that the stage has here: neither locks nor what was set aside."""
-        return [p for p in self.path.iterdir() if not p.name.startswith(".lock") and p.name != REPLACED_FOLDER]
+        return [p for p in _list(self.path) if not p.name.startswith(".lock") and p.name != REPLACED_FOLDER]
 
     def _load_begun(self) -> dict[str, Any]:
         begun = self._load("config.json")
@@ -352,6 +355,27 @@ def describe_lost(path: Path) -> str:
     return (
         f"finished, but {', '.join(lost)} is gone: bring it back, or make it anew with overwrite=true" if lost else ""
     )
+
+
+#: NFS gives names that begin so to files that are deleted and that somebody has open; it deletes them when they are closed.
+_KEPT_BY_NFS = ".nfs"
+
+
+def _list(folder: Path) -> list[Path]:
+    """What is in a folder; nothing where all of it, however deep, is kept by NFS."""
+    if all(path.is_dir() or path.name.startswith(_KEPT_BY_NFS) for path in folder.rglob("*")):
+        return []
+    return [path for path in folder.iterdir() if not path.name.startswith(_KEPT_BY_NFS)]
+
+
+def _discard(path: Path) -> None:
+    """Deletes a file, or a folder with all in it but what is kept by NFS."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink()
+        return
+    shutil.rmtree(path, ignore_errors=True)
+    if path.exists() and (left := _list(path)):
+        shutil.rmtree(left[0]) if left[0].is_dir() else left[0].unlink()  # which raises why
 
 
 def _config_last(paths: Iterable[Path]) -> list[Path]:

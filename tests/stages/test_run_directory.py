@@ -1,6 +1,7 @@
 """A stage's directory: what is skipped, refused, replaced and locked, and what a kill leaves behind."""
 
 import contextlib
+import errno
 import functools
 import hashlib
 import json
@@ -250,6 +251,37 @@ def test_a_kill_while_bringing_back_loses_nothing(num_renames, finished, monkeyp
     monkeypatch.undo()
     assert not is_due(finished)
     assert read_all(finished) == before
+
+
+@pytest.mark.parametrize("place", ["model", "neighbours/index"])
+def test_what_nfs_keeps_of_files_that_others_have_open_is_no_error(place, directory, monkeypatch):
+    """It gives them another name in place of deleting them, and their folder cannot be deleted."""
+    delete, is_open = os.unlink, True
+
+    def unlink(path, *, dir_fd=None):
+        folder, name = os.path.split(path)
+        if is_open and name == Path(place).name:
+            os.rename(path, os.path.join(folder, ".nfs0025a27f4567"), src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
+        elif is_open and name.startswith(".nfs"):
+            raise OSError(errno.EBUSY, "Device or resource busy", name)
+        else:
+            delete(path, dir_fd=dir_fd)
+
+    monkeypatch.setattr(os, "unlink", unlink)
+    for seed in range(2):
+        with directory.begin(build(directory, seed=seed, overwrite=True), {}) as due:
+            assert due
+            (directory.path / place).parent.mkdir(exist_ok=True)
+            (directory.path / place).write_text(str(seed))
+            directory.finish({"checkpoint": "abc"})
+    [kept] = directory.path.rglob(".nfs*")
+    assert kept.read_text() == "0"
+    assert not is_due(directory, seed=1)
+    assert (directory.path / place).read_text() == "1"
+    is_open = False
+    kept.unlink()
+    assert not is_due(directory, seed=1)
+    assert not (directory.path / REPLACED_FOLDER).exists()
 
 
 def fail_part(directory: RunDirectory, part: str, message: str = "a typing error") -> None:
