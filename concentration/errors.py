@@ -1,7 +1,11 @@
 """What can go wrong that is not a bug here: each error is one clear line and an exit code."""
 
 import contextlib
+import errno
 from collections.abc import Iterator
+
+#: The numbers of a system's errors: of a disk that is full, or of a user's share of one.
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
 
 class ConcentrationError(Exception):
@@ -51,10 +55,20 @@ class Preempted(ConcentrationError):
 
 
 @contextlib.contextmanager
-def naming_full_memory() -> Iterator[None]:
-    """Raises: ConfigError in place of what Python or torch raises when the machine or the GPU has no memory left."""
+def naming_what_is_full() -> Iterator[None]:
+    """Names a full disk, where who writes does not, and a machine or a GPU that has no memory left.
+
+    Raises: DataError, ConfigError in place of what Python or torch raises.
+    """
     try:
         yield
+    except OSError as error:
+        if error.errno not in FULL_DISK:
+            raise
+        place = error.filename2 or error.filename or "a file"
+        raise DataError(
+            f"{place}: cannot be written ({error.strerror}); free space, and run the same command again"
+        ) from None
     except Exception as error:
         # NOTE: torch's error is known by its name, as importing torch takes seconds; on a CPU it is a plain RuntimeError.
         said = str(error).partition("\n")[0]

@@ -9,9 +9,10 @@ from pathlib import Path
 import safetensors
 
 from concentration.errors import DataError
+from concentration.temporaries import name_temporary
 
 
-def write_atomically(path: Path, content: bytes | str | Mapping) -> None:
+def write_atomically(path: Path, content: bytes | memoryview | str | Mapping) -> None:
     """Writes bytes, text, or a mapping as JSON."""
     if isinstance(content, Mapping):
         content = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
@@ -28,17 +29,19 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         DataError: it cannot be written; the old file is left as it was.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = name_temporary(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, safetensors.SafetensorError) as error:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise _cannot_be_written(path, error) from None
+        if isinstance(error, OSError | safetensors.SafetensorError):
+            raise _cannot_be_written(path, error) from None
+        raise
 
 
 def append_text(path: Path, text: str) -> None:

@@ -14,6 +14,7 @@ from rich.console import Console
 from concentration.errors import DataError, Preempted
 from concentration.files import write_atomically
 from concentration.preemption import stop_if_asked
+from concentration.temporaries import clear_temporaries
 
 #: Seconds between two writes of the status file, and between two lines where there is no terminal.
 STATUS_SECONDS, LINE_SECONDS = 1.0, 15.0
@@ -49,6 +50,8 @@ class Progress:
             self._bar = build_bars(console)
             self._task = self._bar.add_task(self._title, total=self._total, amount="", text="")
             self._bar.start()
+        if self._directory is not None:
+            clear_temporaries(self._directory, STATUS_FILE)
         self._publish("running", force=True)
         return self
 

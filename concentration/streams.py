@@ -5,11 +5,10 @@ import os
 import sys
 from typing import Any, TextIO
 
-from concentration.errors import ConfigError
+from concentration.errors import FULL_DISK, ConfigError
 
 #: Of a write to a pipe whose reader is gone, and to a terminal that was closed.
 _NOBODY_READS = (errno.EPIPE, errno.EIO)
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def open_streams() -> None:
@@ -58,7 +57,7 @@ class Lasting(_Stream):
     """A stream that is written nowhere from the moment on at which nobody reads it any more, or its disk is full."""
 
     def _answer(self, error: OSError) -> None:
-        if error.errno not in (*_NOBODY_READS, *_FULL):
+        if error.errno not in (*_NOBODY_READS, *FULL_DISK):
             raise error
         turn_away(self._stream)
 
@@ -67,7 +66,7 @@ class Telling(_Stream):
     """A stream whose full disk ends the command with one line."""
 
     def _answer(self, error: OSError) -> None:
-        if error.errno not in _FULL:
+        if error.errno not in FULL_DISK:
             raise error
         turn_away(self._stream)
         raise ConfigError(

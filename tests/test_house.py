@@ -30,6 +30,7 @@ FLOORS = {
     "streams": 1,
     "targets": 1,
     "taxonomy": 1,
+    "temporaries": 1,
     "data": 2,
     "grouping": 2,
     "metrics": 2,

@@ -1,6 +1,5 @@
 """Files behind URLs, through fsspec: listed, measured, read and copied, tried again where that may help."""
 
-import errno
 import json
 import os
 import random
@@ -14,7 +13,7 @@ from urllib.parse import urlsplit
 import aiohttp
 import fsspec
 
-from concentration.errors import ConfigError, DataError
+from concentration.errors import FULL_DISK, ConfigError, DataError
 
 #: A path on this machine, or a URL (str), which a Path would mangle.
 Location = Path | str
@@ -25,7 +24,6 @@ FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.5, 30.0
 #: Answers of a server after which another try may help: a timeout, too early, too many requests.
 _PASSING_STATUS = (408, 425, 429)
 
-_DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 T = TypeVar("T")
 
@@ -121,7 +119,7 @@ class Remote:
             try:
                 return action()
             except (OSError, aiohttp.ClientError, *own) as error:
-                if getattr(error, "errno", None) in _DISK_IS_FULL:
+                if getattr(error, "errno", None) in FULL_DISK:
                     raise
                 reason = error.__cause__ if isinstance(error.__cause__, aiohttp.ClientError) else error
                 if number == self.retries or not _may_pass(reason, own_passing):

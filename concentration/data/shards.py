@@ -10,6 +10,7 @@ import webdataset
 
 from concentration.data.sources.source import Item, Source
 from concentration.errors import DataError
+from concentration.temporaries import name_temporary
 
 
 def write_shard(path: Path, items: Sequence[Item], source: Source) -> list[str]:
@@ -25,7 +26,7 @@ def write_shard(path: Path, items: Sequence[Item], source: Source) -> list[str]:
     Raises:
         DataError: the disk is full, or the folder may not be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = name_temporary(path)
     try:
         with open(temporary, "wb") as file:
             skipped = _write_items(file, items, source)

@@ -11,6 +11,7 @@ from concentration.errors import ConfigError, DataError
 from concentration.files import write_atomically
 from concentration.pipeline.jobs import JOBS, Job
 from concentration.schema import Config, parse_config, parse_json
+from concentration.temporaries import clear_temporaries
 
 JOBS_FILE = "jobs.json"
 
@@ -71,6 +72,7 @@ def record_jobs(workdir: Path, jobs: Sequence[Job], slurm_ids: Mapping[str, tupl
             slurm_id=slurm_id,
             submitted=submitted,
         )
+    clear_temporaries(workdir / JOBS)
     content = JobRecords(user=_find_user(), jobs=records)
     write_atomically(workdir / JOBS / JOBS_FILE, content.model_dump(mode="json"))
 

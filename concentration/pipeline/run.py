@@ -24,7 +24,7 @@ from concentration.pipeline.jobs import Job
 from concentration.pipeline.local import LocalLauncher
 from concentration.pipeline.plan import print_run_plan
 from concentration.pipeline.records import record_jobs
-from concentration.pipeline.slurm import SlurmConfig, SlurmLauncher
+from concentration.pipeline.slurm import SlurmConfig, SlurmLauncher, refuse_beside_queue
 from concentration.processes import count_cores
 from concentration.schema import parse_json, write_override
 from concentration.stages.evaluate import EVALUATIONS, SPECIALISTS
@@ -35,6 +35,7 @@ from concentration.stages.report import COMMAND_FILE, REPORT
 from concentration.stages.report_headline import find_unmeasured
 from concentration.stages.run_directory import describe_lost
 from concentration.taxonomy import Taxonomy
+from concentration.temporaries import clear_temporaries
 
 __all__ = ["RunConfig", "run", "run_together"]
 
@@ -44,7 +45,7 @@ def run(config: RunConfig) -> None:
 
     Raises:
         ConfigError: with `plan`, nothing is known of the data yet; with SLURM, it refuses a job, or a stage was begun with
-            another config.
+            another config; without SLURM, it has jobs of this directory.
         JobFailed: a job failed; says which and why.
         Preempted: a signal asked to stop.
     """
@@ -59,6 +60,7 @@ def run(config: RunConfig) -> None:
 
 
 def _run_here(config: RunConfig) -> None:
+    refuse_beside_queue(config.workdir)
     _record_command(config)
     num_new = run_together([config], has_report=True)
     if num_new == 1:  # the report
@@ -129,6 +131,7 @@ def _run_on_slurm(config: RunConfig, launcher_config: SlurmConfig) -> None:
 
 
 def _record_command(config: RunConfig) -> None:
+    clear_temporaries(config.workdir, COMMAND_FILE)
     write_atomically(config.workdir / COMMAND_FILE, {"command": shlex.join(["concentrate", *sys.argv[1:]])})
 
 

@@ -157,6 +157,26 @@ class SlurmLauncher:
             raise describe_failures(jobs, failed, [job for job in jobs if shown[job.name] == "waiting"])
 
 
+def refuse_beside_queue(workdir: Path) -> None:
+    """Raises: ConfigError where SLURM still has jobs of this directory, which this machine would do beside them."""
+    records = load_records(workdir)
+    ids = {name: record.slurm_id for name, record in records.jobs.items() if record.slurm_id}
+    if not ids:
+        return
+    try:
+        queue = load_settled_queue(records.user, list(ids.values()))
+    except ConfigError:
+        return  # where SLURM is not, nobody waits for it
+    left = {name: i for name, i in ids.items() if i in queue and (queue[i].is_waiting or queue[i].is_running)}
+    if left:
+        shown = ", ".join(f"{name} as {slurm_id}" for name, slurm_id in list(left.items())[:3])
+        numbers = " ".join(dict.fromkeys(slurm_id.partition("_")[0] for slurm_id in left.values()))
+        raise ConfigError(
+            f"{workdir}: SLURM has jobs of this in its queue ({shown}{', ...' * (len(left) > 3)}); go on with launcher=slurm, or "
+            f"end them first: scancel {numbers}"
+        )
+
+
 def find_active(
     jobs: Sequence[Job], due: Set[str], records: JobRecords, queue: Mapping[str, QueuedJob]
 ) -> tuple[dict[str, str], list[str]]:

@@ -26,6 +26,7 @@ from concentration.stages.prepare import SHARDS, count_samples
 from concentration.stages.run_directory import RunDirectory
 from concentration.stages.verbs import write_command
 from concentration.taxonomy import Taxonomy
+from concentration.temporaries import clear_temporaries, name_temporary
 
 
 def carry_shards(workdir: Path, destination: Path, before: Taxonomy, after: Taxonomy) -> Split:
@@ -131,15 +132,18 @@ def _carry_file(source: Path, destination: Path, earlier_row: np.ndarray, num_sa
 def _make_once(path: Path, fact: str, expected: str) -> Iterator[Path | None]:
     """Gives a directory that takes the place of `path` when all is written to it, or None where it was made before.
 
+    To be called by one who holds the new working directory.
+
     Raises: ConfigError where something else is there.
     """
+    clear_temporaries(path.parent, path.name, least_age_seconds=0)
     if path.exists():
         directory = RunDirectory(path)
         if not directory.is_finished or directory.load_done("").get(fact) != expected:
             raise ConfigError(f"{path}: is there already and something else; give another destination, or remove it")
         yield None
         return
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = name_temporary(path)
     temporary.mkdir(parents=True)
     try:
         yield temporary

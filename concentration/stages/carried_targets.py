@@ -13,6 +13,7 @@ from concentration.stages.run_directory import RunDirectory
 from concentration.stages.teacher import TEACHERS
 from concentration.stages.verbs import write_command
 from concentration.taxonomy import Taxonomy
+from concentration.temporaries import name_temporary
 
 
 def find_earlier_taxonomy(taxonomy: Taxonomy, num_classes: int, fingerprint: str, where: str) -> Taxonomy:
@@ -84,6 +85,6 @@ def link_file(source: Path, destination: Path) -> None:
     try:
         os.link(source, destination)
     except OSError:
-        temporary = destination.with_name(f".{destination.name}.{os.getpid()}.tmp")
+        temporary = name_temporary(destination)
         shutil.copyfile(source, temporary)
         os.replace(temporary, destination)

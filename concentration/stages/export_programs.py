@@ -4,6 +4,7 @@ Shapes: B batch, C all classes, V classes of one vertical, S features of its cla
 """
 
 import contextlib
+import io
 import logging
 import os
 import threading
@@ -19,7 +20,7 @@ from onnx import helper, numpy_helper
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from concentration.files import replacing
+from concentration.files import replacing, write_atomically
 from concentration.networks.classifier import Exportable
 from concentration.serving.export_folder import FEATURES, IMAGES, LOGITS
 
@@ -50,8 +51,10 @@ def trace_program(network: Exportable, image_size: int) -> torch.export.Exported
 
 
 def save_torch_program(program: torch.export.ExportedProgram, path: Path) -> None:
-    with replacing(path) as temporary, open(temporary, "wb") as file:
-        torch.export.save(program, file)
+    # NOTE: not to the file, where a disk that is full aborts the process.
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer)
+    write_atomically(path, buffer.getbuffer())
 
 
 def translate_to_onnx(program: torch.export.ExportedProgram) -> onnx.ModelProto:

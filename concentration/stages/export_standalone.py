@@ -2,6 +2,7 @@
 
 import ast
 import io
+import signal
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +29,9 @@ except ImportError as error:
     library = (error.name or "what this needs").partition(".")[0]
     sys.stderr.write("predict: %s\\n" % unloadable(library, error, "{" ".join(REQUIREMENTS)}"))
     sys.exit(2)
+except KeyboardInterrupt:
+    sys.stderr.write("predict: stopped from the keyboard\\n")
+    sys.exit({128 + signal.SIGINT})
 main()
 """
 #: Imported where nothing of an export asks for it: the status files of stages.

@@ -39,12 +39,13 @@ from concentration.stages.sample_stream import SampleStream
 from concentration.stages.student import STUDENTS
 from concentration.stages.train_network import Task, TrainingStageConfig, load_network, train_built_network
 from concentration.taxonomy import Taxonomy
-from concentration.training.configs import LoggerConfig, TrainerConfig
+from concentration.training.configs import CHECKPOINTS, LoggerConfig, TrainerConfig
 from concentration.training.optimizers import OptimizerConfig
 from concentration.training.router import RouterTrainingConfig, fit_router
 
-#: In the run directory: gater and experts with their own decoders; and how good the gater is on the validation samples.
-ASSEMBLED_FILE, GATER_FILE = "assembled.safetensors", "gater.json"
+#: In the run directory: until it is finished, gater and experts with their own decoders; and how good the gater is on the
+#: validation samples.
+ASSEMBLED_FILE, GATER_FILE = f"{CHECKPOINTS}/assembled.safetensors", "gater.json"
 
 
 class RouterConfig(RouterTrainingConfig):
@@ -128,7 +129,6 @@ def mixture(config: MixtureConfig) -> None:
             return
         path = directory.path / NETWORK_FILE
         load_mixture(assembled).save(path, {"taxonomy": taxonomy.fingerprint})
-        assembled.unlink()
         directory.finish({"step": 0, "checkpoint": hash_file(path)})
 
 
@@ -294,5 +294,3 @@ def _train_decoder(
         logger=config.logger,
     )
     train_built_network(student, training, directory, task, prepared)
-    if distributed.rank() == 0:
-        (directory.path / ASSEMBLED_FILE).unlink()

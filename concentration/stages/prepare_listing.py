@@ -61,8 +61,6 @@ def begin_listing(path: Path, taxonomy: Taxonomy, listing: Iterable[str], before
     is_other = kept.exists() and kept.read_bytes() != digest.hexdigest().encode()
     if is_other:
         _remove_new(path, before)
-    for left_by_a_kill in path.glob(".*.tmp"):
-        left_by_a_kill.unlink()
     write_atomically(kept, digest.hexdigest())
     write_atomically(path / "taxonomy.json", taxonomy.to_json())
 

@@ -101,6 +101,7 @@ def regroup(config: RegroupConfig, regrouping: Regrouping) -> None:
     """Makes the new working directory, and says what the student was and is worth on val.
 
     Raises:
+        Busy: another process regroups into the destination.
         ConfigError: nothing finished has this name, it cannot be regrouped or is behind its data, or the destination holds
             something else.
         DataError: a file is missing or damaged.
@@ -112,6 +113,11 @@ def regroup(config: RegroupConfig, regrouping: Regrouping) -> None:
             f"name={config.name}: classes or images came since it was trained; `concentrate add` them first, and take what "
             "that made"
         )
+    with RunDirectory(config.destination).lock(".lock"):
+        _make_directory(config, regrouping, served, split)
+
+
+def _make_directory(config: RegroupConfig, regrouping: Regrouping, served: Served, split: Split) -> None:
     directory = RunDirectory(config.destination / STUDENTS / config.name)
     new_split = carry_shards(config.workdir, config.destination, regrouping.before, regrouping.after)
     upstream = {"data": new_split.fingerprint, "student": served.checkpoint}

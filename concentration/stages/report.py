@@ -27,6 +27,7 @@ from concentration.stages.student import STUDENTS
 from concentration.stages.targets import TARGETS
 from concentration.stages.teacher import TEACHERS
 from concentration.stages.teacher_gate import GATES
+from concentration.temporaries import clear_temporaries
 from concentration.training.metrics_file import load_metrics
 
 REPORT = "report"
@@ -79,6 +80,7 @@ def report(config: ReportConfig) -> None:
         facts=_gather_facts(config.workdir),
     )
     directory = config.workdir / REPORT
+    clear_temporaries(directory)
     if inputs.agreement:
         evaluations[subject]["agreement"] = inputs.agreement
     without_pictures = {name: {k: v for k, v in e.items() if k != "gallery"} for name, e in evaluations.items()}

@@ -1,11 +1,8 @@
 """The directory of one stage: what it was started with, whether it is finished, and that only one process works in it."""
 
 import contextlib
-import fcntl
 import hashlib
 import os
-import shutil
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -15,6 +12,10 @@ from concentration.errors import Busy, ConcentrationError, ConfigError, DataErro
 from concentration.files import write_atomically
 from concentration.progress import STATUS_FILE
 from concentration.schema import Config, flatten, hash_values, parse_json
+from concentration.stages.directory_lock import is_locked, locking
+from concentration.stages.nfs_folders import discard, list_folder
+from concentration.temporaries import clear_temporaries
+from concentration.training.configs import CHECKPOINTS
 
 #: The keys that every such file of a run must hold, and their types.
 _KEYS: Mapping[str, Mapping[str, type]] = {
@@ -85,12 +86,6 @@ class RunDirectory:
             ConfigError: the stage was begun with another config or other upstream results, and `overwrite` is false; or it is
                 finished, but has read other places than those that are given now.
         """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(
-                f"{self.path}: cannot be made ({error.strerror}); give another workdir, or correct its permissions"
-            ) from None
         # The lock is rank 0's; the other ranks hear from it whether there is work.
         with contextlib.ExitStack() as stack:
             is_due = from_rank_zero(lambda: self._enter_locked(stack, config, upstream, part) or is_growing)
@@ -110,18 +105,17 @@ class RunDirectory:
     ) -> bool:
         if part is None:
             stack.enter_context(self.lock(".lock", _LOOK_SECONDS))
-            for left_by_a_kill in self.path.glob(".*.tmp"):
-                # Another process may be writing its status, without the lock.
-                if not left_by_a_kill.name.startswith(f".{STATUS_FILE}."):
-                    left_by_a_kill.unlink()
+            if self._has_parts():
+                raise Busy(f"{self.path}: other processes make parts of this; wait for them or end them")
             return self._enter(config, upstream, part)
         stack.enter_context(self.lock(f".lock-{part}", _LOOK_SECONDS))
         with self.lock(".lock", wait_seconds=_ENTER_SECONDS):
             return self._enter(config, upstream, part)
 
     def _enter(self, config: StageConfig, upstream: Mapping[str, str], part: str | None) -> bool:
-        if not self._has_other_parts(part):
-            self._settle_replaced()  # of a run that was killed
+        if not self._has_other_parts(part):  # of a run that was killed
+            self._settle_replaced()
+            self._clear_temporaries()
         identity = {**config.identity(), "upstream": dict(upstream)}
         earlier = self._load("config.json")
         known = {} if earlier is None else _leave_out_runtime_fields(earlier["identity"], config)
@@ -135,12 +129,14 @@ class RunDirectory:
         if earlier is None:
             values = {"identity": identity, "config": config.model_dump(mode="json")}
             write_atomically(self.path / "config.json", values)
+        if self.is_finished:
+            self._clear_checkpoints()  # the run that finished it may have been killed before it did
         return not self.is_finished
 
     @property
     def is_held(self) -> bool:
         """Whether another process works here. A process that holds a lock here itself must not ask: it would lose that lock."""
-        return self._is_locked(".lock")
+        return is_locked(self.path, ".lock") or self._has_parts()
 
     @property
     def is_finished(self) -> bool:
@@ -186,6 +182,7 @@ class RunDirectory:
         """Marks the stage as finished."""
         identity = self._load_begun()["identity"]
         write_atomically(self.path / "DONE.json", {"config": hash_values(identity), **facts})
+        self._clear_checkpoints()
 
     def copy_record(self, source: "RunDirectory", upstream: Mapping[str, str], facts: Mapping[str, Any]) -> None:
         """Marks this directory as finished like `source`, but with these upstream results and facts in place of its own."""
@@ -217,31 +214,9 @@ class RunDirectory:
         """The upstream results that the stage was begun with."""
         return self._load_begun()["identity"]["upstream"]
 
-    @contextlib.contextmanager
-    def lock(self, name: str, wait_seconds: float = 0) -> Iterator[None]:
-        """Holds the directory, or a part of its work, against others. Raises: Busy where another holds it all the time."""
-        deadline = time.monotonic() + wait_seconds
-        try:
-            file = open(self.path / name, "w")  # noqa: SIM115 - closed below
-        except OSError as error:
-            raise ConfigError(
-                f"{self.path}: cannot be written to ({error.strerror}); give another workdir, or correct its permissions"
-            ) from None
-        with file:
-            while True:
-                try:
-                    # NOTE: not flock, which the reading processes of a killed run would hold for some seconds more.
-                    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if time.monotonic() >= deadline:
-                        raise Busy(f"{self.path}: another process works here; wait for it or end it") from None
-                    time.sleep(0.05)
-                except OSError as error:
-                    raise ConfigError(
-                        f"{self.path}: cannot be locked ({error.strerror}); give a workdir on a file system with file locks"
-                    ) from None
-            yield  # closing the file releases the lock, and so does kill -9
+    def lock(self, name: str, wait_seconds: float = 0) -> contextlib.AbstractContextManager[None]:
+        """Holds the directory, or a part of its work, against other processes. Raises: as `locking`."""
+        return locking(self.path, name, wait_seconds)
 
     def _refuse(self, earlier: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         before, after = flatten(earlier), flatten(now)
@@ -286,9 +261,9 @@ class RunDirectory:
         """Deletes what `overwrite` has set aside: at the end of a stage, or earlier to make room for what it writes."""
         replaced = self.path / REPLACED_FOLDER
         if replaced.is_dir():
-            for path in _config_last(replaced.iterdir()):
-                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-            replaced.rmdir()
+            for path in _config_last(list_folder(replaced)):
+                discard(path)
+            discard(replaced)
 
     def _leave(self, error: BaseException, part: str | None) -> None:
         """Cleans up after an error. Of several parts the last one does so: the others may still make what replaces the old."""
@@ -299,15 +274,21 @@ class RunDirectory:
                     self._forget_unless_begun()
 
     def _has_other_parts(self, part: str | None) -> bool:
-        own = f".lock-{part}"
-        return part is not None and any(self._is_locked(p.name) for p in self.path.glob(".lock-*") if p.name != own)
+        return part is not None and self._has_parts(but=f".lock-{part}")
 
-    def _is_locked(self, name: str) -> bool:
-        try:
-            with self.lock(name):
-                return False
-        except Busy:
-            return True
+    def _has_parts(self, but: str = "") -> bool:
+        return any(is_locked(self.path, path.name) for path in self.path.glob(".lock-*") if path.name != but)
+
+    def _clear_checkpoints(self) -> None:
+        if (self.path / CHECKPOINTS).is_dir():
+            discard(self.path / CHECKPOINTS)
+
+    def _clear_temporaries(self) -> None:
+        """Of a status there may be one, which is written without the lock: whoever shows progress clears those."""
+        clear_temporaries(self.path.parent, f"{self.path.name}.json", least_age_seconds=0)
+        for path in self.path.rglob(".*.tmp"):
+            if not path.name.startswith(f".{STATUS_FILE}."):
+                path.unlink()
 
     def _forget_unless_begun(self) -> None:
         """Forgets the config if nothing else was written, so that a mistake in it can be corrected without `overwrite`."""
@@ -317,7 +298,7 @@ class RunDirectory:
     def _set_aside(self) -> None:
         # NOTE: DONE.json first and config.json last, so that a kill in between leaves a run that is begun and not finished. A
         # REPLACED_FOLDER without config.json then says that its content still belongs here.
-        (self.path / REPLACED_FOLDER).mkdir()
+        (self.path / REPLACED_FOLDER).mkdir(exist_ok=True)
         for path in _config_last(self._list_content()):
             path.rename(self.path / REPLACED_FOLDER / path.name)
 
@@ -326,18 +307,21 @@ class RunDirectory:
         replaced = self.path / REPLACED_FOLDER
         if not replaced.is_dir():
             return
+        if not list_folder(replaced):
+            discard(replaced)
+            return
         if (replaced / "config.json").exists():
             if any(path.name != "config.json" for path in self._list_content()):
                 self.forget_replaced()
                 return
             (replaced / "config.json").replace(self.path / "config.json")
-        for path in reversed(_config_last(replaced.iterdir())):
+        for path in reversed(_config_last(list_folder(replaced))):
             path.rename(self.path / path.name)
-        replaced.rmdir()
+        discard(replaced)
 
     def _list_content(self) -> list[Path]:
         """What the stage has written here, without locks and what was set aside."""
-        return [p for p in self.path.iterdir() if not p.name.startswith(".lock") and p.name != REPLACED_FOLDER]
+        return [p for p in list_folder(self.path) if not p.name.startswith(".lock") and p.name != REPLACED_FOLDER]
 
     def _load_begun(self) -> dict[str, Any]:
         begun = self._load("config.json")

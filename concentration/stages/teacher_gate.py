@@ -26,6 +26,7 @@ from concentration.stages.subject import Subject
 from concentration.stages.teacher import TEACHERS
 from concentration.stages.train_network import load_network
 from concentration.taxonomy import Taxonomy
+from concentration.temporaries import clear_temporaries
 from concentration.training.metrics_file import load_metrics
 
 GATES = "gates"
@@ -102,6 +103,7 @@ def check_teacher(config: GateConfig, workdir: Path, split: Split, vertical: str
     problems += _find_problems(config, images_per_class, ap, constant_ap, generalist_ap)
     problems += _look_at_loss(workdir / TEACHERS / vertical)
     gate = Gate(vertical, images_per_class, num_val, ap, constant_ap, generalist_ap, tuple(problems))
+    clear_temporaries(workdir / GATES)
     write_atomically(workdir / GATES / f"{vertical}.json", dataclasses.asdict(gate))
     if problems:
         said = f"teacher of {vertical}: {'; '.join(problems)}"

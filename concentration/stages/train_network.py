@@ -228,7 +228,6 @@ def train_from_here(
         directory.save_speed(fitted.images_per_second)
         facts = judge(student, fitted.num_steps)
         directory.finish({"step": fitted.num_steps, "checkpoint": hash_file(path), **facts})
-        checkpoints.clear()
 
 
 def load_network(path: Path, taxonomy: Taxonomy) -> Classifier:

@@ -17,6 +17,7 @@ from concentration.distributed import from_rank_zero, sum_over_ranks, wait_for_a
 from concentration.errors import DataError
 from concentration.files import write_atomically
 from concentration.networks.student import Student
+from concentration.training.configs import CHECKPOINTS
 from concentration.training.head_files import DAMAGES, check_head, load_head, load_verified, remove_heads, save_head
 
 
@@ -36,7 +37,7 @@ class CheckpointDirectory:
     """
 
     def __init__(self, run_path: Path, keep: int):
-        self.path = run_path / "checkpoints"
+        self.path = run_path / CHECKPOINTS
         self._keep = keep
         self._best_path = self.path / "best.json"
 
@@ -92,13 +93,6 @@ class CheckpointDirectory:
             DataError: there are checkpoints, but each lacks a part of its head; a killed run does not leave that behind.
         """
         return from_rank_zero(self._find_latest)  # one rank reads them, so that all continue from the same one
-
-    def clear(self) -> None:
-        """Removes all checkpoints: the run has finished, and its network is in its own file."""
-        for path in self._list():
-            path.unlink()
-        self._best_path.unlink(missing_ok=True)
-        remove_heads(self.path, keep=set())
 
     def _find_latest(self) -> tuple[Path | None, int]:
         incomplete = None

@@ -12,6 +12,9 @@ from concentration.data.views import Share
 from concentration.distributed import world_size
 from concentration.schema import Config
 
+#: In a run's directory: what training that is not finished needs, and finished does not.
+CHECKPOINTS = "checkpoints"
+
 
 class TrainerConfig(Config):
     """How long, how fast and on what to train.

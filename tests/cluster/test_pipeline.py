@@ -124,6 +124,21 @@ def test_a_teacher_that_is_cancelled_is_not_requeued_and_the_command_given_again
     assert_same_results(workdir, undisturbed)
 
 
+def test_this_machine_does_not_run_beside_jobs_in_the_queue(slurm, shards, undisturbed, tmp_path):
+    """It forgot their numbers, so that `status` knew them no more, and given again all were submitted a second time."""
+    trained = ("shards", "teachers", "targets", "students", "evaluations")
+    pipeline = Pipeline(copy_stages(undisturbed, tmp_path / "work", *trained), shards, slurm.environment)
+    pipeline.run(*ON_SLURM, "launcher.options=[--hold]")
+    number = pipeline.ids()["report student"]
+    refused = pipeline.run(code=2).err.splitlines()[-1]
+    assert f"report student as {number}); go on with launcher=slurm, or end them first: scancel {number}" in refused
+    assert pipeline.status()["report"].startswith("waiting")
+    assert not submitted(pipeline.run(*ON_SLURM)), "it waits there already"
+    slurm.run("scancel", number)
+    pipeline.run()
+    assert pipeline.is_finished()
+
+
 @pytest.mark.long
 def test_a_job_that_waits_and_is_cancelled_is_shown_and_submitted_again(slurm, shards, undisturbed, tmp_path):
     trained = ("shards", "teachers", "targets", "students", "evaluations")

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import onnxruntime
 import pytest
 import torch
 from PIL import Image
-from real_runs import TINY, concentrate, draw_image, load_json, one_line, prepare_shards
+from real_runs import TINY, concentrate, draw_image, load_json, one_line, prepare_shards, run_command
 
 from concentration.data.views import CentreView, decode_view
 from concentration.errors import ConcentrationError, DataError
@@ -155,6 +156,17 @@ def test_export_again_has_nothing_to_do_and_another_network_is_refused(workdir, 
     message = one_line(concentrate("export", "name=fruit", f"workdir={workdir}", directory=tmp_path, code=2))
     assert "name=fruit: no such student" in message
     assert "valid: student" in message
+
+
+def test_a_program_that_the_disk_does_not_take_is_one_line(workdir, tmp_path):
+    """torch aborted the process, with a trace of its C++."""
+    shutil.copytree(workdir, tmp_path / "work", ignore=shutil.ignore_patterns("exports"))
+    command = shlex.join(
+        [sys.executable, "-m", "concentration.cli", "export", "neighbours=0", f"workdir={tmp_path}/work"]
+    )
+    finished = run_command("bash", "-c", f"ulimit -f 90; exec {command}", directory=tmp_path, code=2)
+    message = finished.err.splitlines()[-1]
+    assert "exports/student/model.pt2: cannot be written (File too large); free space" in message
 
 
 def test_an_export_that_cannot_be_replaced_goes_on_answering(workdir, photos, tmp_path):

@@ -129,6 +129,14 @@ def test_a_library_of_another_processor_is_one_line_with_the_reason(library, exp
     assert "cannot be loaded (x.so: wrong ELF class see the manual); here, pip install --force-reinstall" in line
 
 
+def test_ctrl_c_while_it_imports_is_one_line(exported, photos, tmp_path):
+    (tmp_path / "numpy.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)")
+    environment = {"PYTHONPATH": str(tmp_path), "PATH": "/usr/bin"}
+    command = [sys.executable, exported / "predict.pyz", photos]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (130, "predict: stopped from the keyboard\n")
+
+
 def test_links_between_folders_are_followed_and_links_to_nowhere_are_answered_as_that(exported, photos, tmp_path):
     (tmp_path / "asked/inside").mkdir(parents=True)
     (tmp_path / "asked/more").symlink_to(photos)

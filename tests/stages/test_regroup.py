@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,8 @@ import pytest
 import torch
 from real_runs import (
     TINY,
+    Plant,
+    concentrate,
     concentrate_here,
     draw_image,
     load_json,
@@ -189,6 +192,17 @@ def test_a_destination_that_holds_something_else_is_refused(workdir, removed):
         concentrate_here("remove", "vertical=sky", f"workdir={workdir}", f"destination={workdir}")
     with pytest.raises(ConfigError, match="shards: is there already and something else; give another destination"):
         concentrate_here("remove", "vertical=tools", f"workdir={workdir}", f"destination={destination}")
+
+
+@pytest.mark.parametrize("call", range(3, 24, 4))
+def test_a_kill_leaves_nothing_behind(workdir, removed, tmp_path, call):
+    """Half-carried folders stayed, and the report took them for teachers and sets of targets."""
+    command = ("remove", "vertical=sky", f"workdir={workdir}", f"destination={tmp_path / 'new'}")
+    concentrate(*command, directory=tmp_path, plant=Plant("os:replace", call), code=-signal.SIGKILL)
+    concentrate(*command, directory=tmp_path)
+    assert not list((tmp_path / "new").rglob("*.tmp"))
+    name = "students/student/model.safetensors"
+    assert (tmp_path / "new" / name).read_bytes() == (removed[0] / name).read_bytes()
 
 
 def test_verticals_are_merged_and_then_trained_together(workdir):

@@ -157,6 +157,7 @@ def test_a_teacher_killed_at_random_moments_ends_with_the_same_weights(prepared,
         Plant("concentration.networks.student:Student.save", 1, "before"),  # the last step's checkpoint is there
         Plant("concentration.networks.student:Student.save", 1, "after"),
         Plant("concentration.stages.run_directory:RunDirectory.finish", 1, "after"),
+        Plant("shutil:rmtree", 1, "before"),  # finished, and its checkpoints still there
     ],
     ids=lambda plant: f"{plant.when}-{plant.where.rpartition(':')[2]}-{plant.call}",
 )
@@ -165,6 +166,8 @@ def test_a_kill_at_an_awkward_moment_changes_nothing(undisturbed, workdir, tmp_p
     concentrate(*command, directory=tmp_path, plant=plant, code=-signal.SIGKILL)
     concentrate(*command, directory=tmp_path)
     _assert_same_run(workdir / "students" / "killed", undisturbed)
+    _assert_nothing_half_written(workdir / "students" / "killed")
+    assert not list((workdir / "students" / "killed").glob("checkpoints/*"))
 
 
 @pytest.mark.parametrize(
@@ -295,9 +298,10 @@ def test_targets_that_were_killed_end_with_the_same_files(workdir, tmp_path, pla
     "plant",
     [
         Plant("concentration.metrics.evaluation:Evaluator.compute", 1, "before"),
+        *(Plant("os:replace", call, "before") for call in (2, 3, 4, 5)),
         Plant("concentration.stages.run_directory:RunDirectory.finish", 1, "before"),
     ],
-    ids=lambda plant: plant.where.rpartition(":")[2],
+    ids=lambda plant: f"{plant.where.rpartition(':')[2]}-{plant.call}",
 )
 def test_an_evaluation_that_was_killed_ends_with_the_same_file(workdir, tmp_path, plant):
     command = ("evaluate", "name=specialists", f"workdir={workdir}")
@@ -306,6 +310,7 @@ def test_an_evaluation_that_was_killed_ends_with_the_same_file(workdir, tmp_path
     concentrate(*command, directory=tmp_path, plant=plant, code=-signal.SIGKILL)
     assert not (workdir / "evaluations/specialists/DONE.json").exists()
     concentrate(*command, directory=tmp_path)
+    _assert_nothing_half_written(workdir / "evaluations")
     assert load_json(workdir / "evaluations/specialists.json") == load_json(expected / "specialists.json")
 
 
@@ -366,6 +371,11 @@ def _assert_same_run(run_path: Path, expected: Path) -> None:
     assert curves[0] == curves[1]
     seconds = [line["seconds"] for line in load_lines(run_path)]
     assert seconds == sorted(seconds), "time must not jump back where a run was resumed"
+
+
+def _assert_nothing_half_written(path: Path) -> None:
+    """But a status, which others may be writing: that goes once it is old."""
+    assert not [left for left in path.rglob("*.tmp") if not left.name.startswith(".status.json.")]
 
 
 def _contents(directory: Path, *patterns: str) -> dict[str, bytes]:

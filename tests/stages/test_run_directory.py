@@ -1,6 +1,7 @@
 """A stage's directory: what is skipped, refused, replaced and locked, and what a kill leaves behind."""
 
 import contextlib
+import errno
 import functools
 import hashlib
 import json
@@ -252,6 +253,37 @@ def test_a_kill_while_bringing_back_loses_nothing(num_renames, finished, monkeyp
     assert read_all(finished) == before
 
 
+@pytest.mark.parametrize("place", ["model", "neighbours/index"])
+def test_what_nfs_keeps_of_files_that_others_have_open_is_no_error(place, directory, monkeypatch):
+    """It gives them another name in place of deleting them, and their folder cannot be deleted."""
+    delete, is_open = os.unlink, True
+
+    def unlink(path, *, dir_fd=None):
+        folder, name = os.path.split(path)
+        if is_open and name == Path(place).name:
+            os.rename(path, os.path.join(folder, ".nfs0025a27f4567"), src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
+        elif is_open and name.startswith(".nfs"):
+            raise OSError(errno.EBUSY, "Device or resource busy", name)
+        else:
+            delete(path, dir_fd=dir_fd)
+
+    monkeypatch.setattr(os, "unlink", unlink)
+    for seed in range(2):
+        with directory.begin(build(directory, seed=seed, overwrite=True), {}) as due:
+            assert due
+            (directory.path / place).parent.mkdir(exist_ok=True)
+            (directory.path / place).write_text(str(seed))
+            directory.finish({"checkpoint": "abc"})
+    [kept] = directory.path.rglob(".nfs*")
+    assert kept.read_text() == "0"
+    assert not is_due(directory, seed=1)
+    assert (directory.path / place).read_text() == "1"
+    is_open = False
+    kept.unlink()
+    assert not is_due(directory, seed=1)
+    assert not (directory.path / REPLACED_FOLDER).exists()
+
+
 def fail_part(directory: RunDirectory, part: str, message: str = "a typing error") -> None:
     with (
         contextlib.suppress(DataError),
@@ -286,6 +318,26 @@ def test_what_parts_of_a_stage_have_replaced_comes_back_with_the_last_that_fails
     process.join(20)
     assert read_all(finished) == before
     assert not is_due(finished)
+
+
+def test_a_stage_waits_for_the_parts_of_it_that_are_being_made(directory):
+    """It took their half-written files for those of a kill, and `overwrite` would have moved away the rest."""
+    may_end = _FORK.Event()
+    process = _FORK.Process(target=hold_part, args=(directory, may_end))
+    process.start()
+    deadline = time.monotonic() + 20
+    while not (directory.path / "held").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    (directory.path / ".train-000001.safetensors.1.tmp").touch()
+    refuse(directory, "other processes make parts of this; wait for them or end them", seed=1)
+    assert (directory.path / ".train-000001.safetensors.1.tmp").exists()
+    assert directory.is_held
+    may_end.set()
+    process.join(20)
+    assert not directory.is_held
+    assert is_due(directory, seed=1)
+    assert not (directory.path / ".train-000001.safetensors.1.tmp").exists()
 
 
 def test_a_mistake_that_is_found_before_anything_is_written_may_be_corrected(directory):
@@ -349,12 +401,15 @@ def test_a_damaged_file_is_refused_with_what_to_do(content, name, directory):
 def test_what_a_kill_left_is_cleared_but_a_status_that_another_writes(directory):
     """Bars are begun before the lock is taken: two runs at once met in this folder, and one ended with exit code 2."""
     directory.path.mkdir(parents=True)
-    left, written = directory.path / ".model.safetensors.1.tmp", directory.path / ".status.json.1.tmp"
-    left.touch()
-    written.touch()
+    (directory.path / "checkpoints").mkdir()
+    names = (".model.safetensors.1.tmp", "checkpoints/.step-000000001.ckpt.1.tmp", "../.a.json.1.tmp")
+    left, others = [directory.path / name for name in names], [directory.path / ".status.json.1.tmp"]
+    others.append(directory.path / "../.b.json.1.tmp")  # of another stage's result
+    for path in (*left, *others):
+        path.touch()
     with directory.begin(build(directory), {}):
-        assert not left.exists()
-        assert written.exists()
+        assert not any(path.exists() for path in left)
+        assert all(path.exists() for path in others)
 
 
 def test_a_directory_that_cannot_be_made_is_refused(tmp_path):

@@ -19,6 +19,7 @@ from pathlib import Path, PurePosixPath
 
 from concentration.errors import DataError, Preempted
 from concentration.progress import Progress
+from concentration.temporaries import clear_temporaries, name_temporary
 
 PACKAGES_PATH = Path(__file__).with_name("packages.tsv")
 
@@ -74,10 +75,11 @@ def fetch_packages(packages: Sequence[Package], path: Path) -> None:
         DataError: a package cannot be fetched, or is not the one whose checksum is known.
         Preempted: a signal has asked to stop.
     """
+    clear_temporaries(path)
     missing = [package for package in packages if not package.folder(path).is_dir()]
     if not missing:
         return
-    temporary = path / f".{os.getpid()}.tmp"
+    temporary = name_temporary(path / "packages")
     try:
         with Progress("fetch fonts", sum(p.size_bytes for p in missing) // 1000, "kB") as progress:
             for batch in (missing[n : n + _FETCHED_TOGETHER] for n in range(0, len(missing), _FETCHED_TOGETHER)):
