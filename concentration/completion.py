@@ -108,7 +108,9 @@ def _list_choices(verb: str, key: str, before: Sequence[str]) -> list[str]:
 
 
 def _list_groups() -> list[str]:
-    return [path.name for path in find_config_directory().iterdir() if path.is_dir() and path.name != "hydra"]
+    return [
+        path.name for path in find_config_directory().iterdir() if any(path.glob("*.yaml")) and path.name != "hydra"
+    ]
 
 
 def _starting_with(start: str, words: object) -> list[str]:

@@ -16,7 +16,9 @@ def describe_verb(verb: str, choices: Mapping[str, str | None], values: str) -> 
         values: the composed config as YAML.
     """
     parts = [f"concentrate {verb}: {VERBS[verb].summary}"]
-    if lines := [_describe_group(group, chosen) for group, chosen in reversed(choices.items())]:
+    # A folder below a group's holds a part of a verb's own defaults, which is no choice.
+    groups = {group: chosen for group, chosen in choices.items() if "/" not in group}
+    if lines := [_describe_group(group, chosen) for group, chosen in reversed(groups.items())]:
         parts.append("Choices:\n" + "\n".join(lines))
     comments = dict(_read_comments(find_config_directory() / f"{verb}.yaml"))
     for group, chosen in choices.items():

@@ -23,7 +23,8 @@ Written by `make config` from the config classes; `tests/test_config_keys.py` ho
 with a dot: `optimizer.lr=0.1`. A key that holds one of several classes is chosen by name, `optimizer=adamw`, which takes the file
 `conf/optimizer/adamw.yaml`; its own keys follow from its `kind`. The defaults here are the classes'; a file in `conf/` may give
 others, and `concentrate VERB --help` shows what holds. Where a verb has several networks, theirs have a prefix:
-`teacher.trainer.max_epochs` of `run` is the teachers', `trainer.max_epochs` the student's.
+`teacher.trainer.max_epochs` of `run` is the teachers', `trainer.max_epochs` the student's, and the generalist's where
+`generalist.trainer.max_epochs` is not given.
 """
 
 

@@ -34,6 +34,7 @@ from concentration.stages.prepare_needs import check_needs
 from concentration.stages.report import COMMAND_FILE, REPORT
 from concentration.stages.report_headline import find_unmeasured
 from concentration.stages.run_directory import describe_lost
+from concentration.stages.short_trainings import describe_short_trainings
 from concentration.taxonomy import Taxonomy
 from concentration.temporaries import clear_temporaries
 
@@ -153,6 +154,8 @@ def _print_result(config: RunConfig) -> None:
         shown = ", ".join(left_out[:5]) + ", ..." * (len(left_out) > 5)
         num_verticals = len(left_out) + len(measured["pvap"])
         print(f"mpvap leaves out the verticals without a test image: {shown} ({len(left_out)} of {num_verticals})")
+    if short := describe_short_trainings(config.workdir, (GENERALIST, config.name)):
+        print(short)
     console.print(f"report: {(config.workdir / REPORT / 'index.html').resolve()}")
     where = f"{write_override('name', config.name)} {write_override('workdir', str(config.workdir))}"
     next_verb = f"demo {where}" if config.export else f"export {where}"

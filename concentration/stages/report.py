@@ -23,6 +23,7 @@ from concentration.stages.report_comparable import IMAGES, split_comparable
 from concentration.stages.report_headline import subject_of
 from concentration.stages.report_page import ReportInputs, build_report_page
 from concentration.stages.run_directory import SPEED_FILE, RunDirectory, StageConfig
+from concentration.stages.short_trainings import describe_short_trainings
 from concentration.stages.student import STUDENTS
 from concentration.stages.targets import TARGETS
 from concentration.stages.teacher import TEACHERS
@@ -65,6 +66,7 @@ def report(config: ReportConfig) -> None:
         evaluations=comparable,
         subject=subject,
         elsewhere=elsewhere,
+        short_trainings=describe_short_trainings(config.workdir, (FIRST, subject)),
         curves=_load_curves(config.workdir),
         configs=_load_configs(config.workdir),
         target_sets=_load_target_sets(config.workdir),

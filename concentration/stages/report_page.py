@@ -64,6 +64,8 @@ class ReportInputs:
     subject: str = ""
     #: Those on other test images, which are compared with none of the former.
     elsewhere: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    #: Which trainings took few steps; empty where none did.
+    short_trainings: str = ""
     #: The lines of metrics.jsonl by run, as in "students/generalist" or "teachers/latin".
     curves: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
     #: The resolved configuration by run.
@@ -107,6 +109,7 @@ def build_report_page(inputs: ReportInputs) -> str:
         looks=looks,
         sentence=describe_gap(evaluations, subject),
         sentence_log_softmax=describe_gap_log_softmax(evaluations, subject),
+        short_trainings=inputs.short_trainings,
         scale=draw_headline_scale(evaluations, subject, looks),
         tiles=build_tiles(evaluations, subject, sizes),
         headline=build_headline_table(evaluations, elsewhere),

@@ -104,6 +104,11 @@ def test_workers_get_no_listing(write):
         (("path,labels", "1.jpg,"), "line 2: a label is ''; expected LABEL or LABEL|LABEL"),
         (("path,labels", "1.jpg,a||b"), "line 2: a label is ''"),
         (("path,labels", "1.jpg,a/"), "line 2: a label is 'a/'"),
+        (
+            ("path,labels", """1.jpg,"['a', 'b']\""""),
+            "line 2: the labels are ['a', 'b'], a list; expected LABEL or LABEL|LABEL",
+        ),
+        (("path,labels", '1.jpg,"[""a""]"'), 'line 2: the labels are ["a"], a list'),
         (("path,labels", ",a"), "line 2: the path is '', expected one that ends with .jpg"),
         (("path,labels", "1.gif,a"), "line 2: the path is '1.gif'"),
         (

@@ -165,6 +165,18 @@ def test_verticals_may_be_chosen_by_name_or_mid_and_the_first_takes_what_is_belo
             open_source(root, verticals=wanted).build_taxonomy()
 
 
+def test_two_classes_of_one_name_are_two_verticals(write):
+    mid_of = {name: mid for mid, name in NAMES.items()}
+    names = "\n".join(f"{mid},{'Things' if name in ('Bird', 'Fruit') else name}" for mid, name in NAMES.items())
+    root = write(IMAGES, LABELS, tables=[("class-descriptions-boxable.csv", names)])
+    source = open_source(root, verticals=[mid_of["Bird"], mid_of["Fruit"]], outside="drop")
+    names = {kind: f"Things {mid_of[kind].strip('/').replace('/', '-')}" for kind in ("Bird", "Fruit")}
+    assert {name: vertical for name, (_, vertical) in describe(source).items()} == {
+        **dict.fromkeys(("Bird", "Duck"), names["Bird"]),
+        **dict.fromkeys(("Fruit", "Orange", "Peach"), names["Fruit"]),
+    }
+
+
 def test_parts_belong_to_the_vertical_of_their_whole_and_are_not_its_children(write):
     labels = ["a1 verification Human_nose 1", "a1 verification Person 1"]
     labels = [line.replace("Human_nose", "/m/0k0pj") for line in labels]

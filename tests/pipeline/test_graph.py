@@ -6,6 +6,7 @@ from hydra import compose, initialize_config_dir
 from concentration.config import check_config, find_config_directory
 from concentration.errors import ConfigError
 from concentration.pipeline.graph import build_jobs
+from concentration.training.configs import TrainerConfig
 
 
 def jobs_of(taxonomy, *overrides: str) -> dict:
@@ -50,6 +51,16 @@ def test_pretrained_weights_are_the_generalists_where_teachers_start_from_it(tax
 def test_teachers_of_another_base_cannot_start_from_the_generalist(taxonomy, tmp_path):
     with pytest.raises(ConfigError, match=r"teacher\.base is not generalist\.base"):
         jobs_of(taxonomy, f"workdir={tmp_path}", "teacher.from_generalist=true", "teacher.base={kind: googlenet}")
+
+
+def test_the_generalist_trains_as_the_student_does_but_for_what_it_is_given_itself(taxonomy, tmp_path):
+    student = ["trainer=gpu", "trainer.max_epochs=7", "trainer.batch_size=96"]
+    jobs = jobs_of(taxonomy, f"workdir={tmp_path}", *student, "generalist.trainer.max_epochs=9")
+    trainers = [jobs[f"student {name}"].config.trainer for name in ("student", "generalist")]
+    assert trainers[0].accelerator == "gpu"
+    assert trainers[0].max_epochs == 7
+    assert trainers[1] == trainers[0].model_copy(update={"max_epochs": 9})
+    assert trainers[1].model_fields_set == set(TrainerConfig.model_fields)  # so each can be given
 
 
 def test_what_asks_networks_reads_with_as_many_processes_as_what_trains_them(taxonomy, tmp_path):

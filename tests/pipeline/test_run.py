@@ -92,6 +92,20 @@ def test_the_whole_run_goes_from_characters_to_a_report(finished):
     assert "report/index.html" in printed.out
 
 
+def test_short_trainings_are_told_with_what_trains_longer(finished):
+    """A newcomer's few hundred images make some twenty steps in the three passes that a set of the demo's size needs."""
+    workdir, printed = finished
+    steps = {path.parent.name: load_json(path)["step"] for path in workdir.glob("[st]*s/*/DONE.json")}
+    teachers = sorted((steps["greek"], steps["arrows"]))
+    text = (
+        f"short trainings: generalist took {steps['generalist']} steps, student took {steps['student']} steps, 2 of 2 teachers "
+        f"took {teachers[0]} to {teachers[1]} steps; `concentrate run` with trainer.min_steps=1000 "
+        "teacher.trainer.min_steps=1000 overwrite=changed trains them longer"
+    )
+    assert text in printed.out
+    assert text in (workdir / "report/index.html").read_text()
+
+
 def test_the_last_table_says_how_many_images_were_measured_and_which_verticals_had_none(finished, tmp_path, capsys):
     workdir, printed = finished
     num_samples = load_json(workdir / "evaluations/student.json")["num_samples"]

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -113,6 +114,10 @@ class CsvSource(LocalSource):
                     f"{where}: '{path}' is on line {earlier_line} already{spelling}; write all its labels in one row"
                 )
             seen[file] = line, path
+            if re.fullmatch(r"\[\s*(['\"]).*\1\s*\]", values["labels"]):
+                raise DataError(
+                    f"{where}: the labels are {values['labels']}, a list; expected LABEL or {_several(config)}"
+                )
             labels = tuple(dict.fromkeys(label.strip() for label in values["labels"].split(config.label_separator)))
             for label in labels:
                 _check_label(label, classes, where, config)
@@ -149,9 +154,13 @@ def _check_path(text: str, where: str) -> str:
 def _check_label(label: str, classes: Mapping[str, int] | None, where: str, config: CsvConfig) -> None:
     """Without a taxonomy a label is a path, none of whose parts is empty."""
     if not label or (classes is None and not all(label.split("/"))):
-        raise DataError(f"{where}: a label is '{label}'; expected LABEL or LABEL{config.label_separator}LABEL")
+        raise DataError(f"{where}: a label is '{label}'; expected LABEL or {_several(config)}")
     if classes is not None and label not in classes:
         raise DataError(f"{where}: no class '{label}' in {config.taxonomy}; add the class or correct the label")
+
+
+def _several(config: CsvConfig) -> str:
+    return f"LABEL{config.label_separator}LABEL"
 
 
 def _parse_split(text: str, where: str) -> Split:

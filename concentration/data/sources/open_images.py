@@ -6,6 +6,7 @@ Source: https://storage.googleapis.com/openimages/web/download_v7.html; Gao et a
 import functools
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -101,6 +102,11 @@ class OpenImagesSource(LocalSource):
         """The vertical of every class of the tree that is below one, in the tree's order."""
         nodes = self._hierarchy.roots if self._config.verticals is None else self._find_nodes(self._config.verticals)
         name_of = {node: self._names.get(node, node.strip("/")).replace("/", "-") for node in nodes}
+        times = Counter(name_of.values())  # two classes may have one name, and are two verticals
+        name_of = {
+            node: name if times[name] == 1 else f"{name} {node.strip('/').replace('/', '-')}"
+            for node, name in name_of.items()
+        }
         return {c: name_of[node] for c, node in self._hierarchy.choose_subtree(nodes).items()}
 
     def _find_nodes(self, wanted: tuple[str, ...]) -> list[str]:

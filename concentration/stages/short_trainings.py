@@ -1,0 +1,44 @@
+"""What a run and its report say of trainings that took few steps: on a small set `max_epochs` passes are soon over."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from concentration.stages.expert import TEACHERS
+from concentration.stages.run_directory import RunDirectory
+from concentration.stages.student import STUDENTS
+
+#: With fewer, results tell how long was trained rather than what was. The shortest training of the demo takes 357.
+FEW_STEPS = 300
+#: What is proposed instead.
+_ENOUGH_STEPS = 1000
+
+
+def describe_short_trainings(workdir: Path, students: Sequence[str]) -> str:
+    """Which of these students and of all teachers took few steps, and what trains longer; empty where none did.
+
+    Raises:
+        DataError: the record of a finished training is damaged.
+    """
+    steps = {name: _load_steps(workdir / STUDENTS / name) for name in students}
+    few = {name: number for name, number in steps.items() if number is not None and number < FEW_STEPS}
+    taken = [number for path in (workdir / TEACHERS).glob("*") if (number := _load_steps(path)) is not None]
+    taken_few = [number for number in taken if number < FEW_STEPS]
+    parts = [f"{name} took {number} steps" for name, number in few.items()]
+    if taken_few:
+        parts.append(f"{len(taken_few)} of {len(taken)} teachers took {_describe_range(taken_few)} steps")
+    if not parts:
+        return ""
+    keys = ["trainer.min_steps"] * bool(few) + ["teacher.trainer.min_steps"] * bool(taken_few)
+    longer = " ".join(f"{key}={_ENOUGH_STEPS}" for key in keys)
+    return f"short trainings: {', '.join(parts)}; `concentrate run` with {longer} overwrite=changed trains them longer"
+
+
+def _load_steps(path: Path) -> int | None:
+    """Of a finished training; None where it is not finished, or nothing of ours was trained."""
+    directory = RunDirectory(path)
+    return directory.load_done("concentrate run").get("step") if directory.is_finished else None
+
+
+def _describe_range(numbers: Sequence[int]) -> str:
+    least, most = min(numbers), max(numbers)
+    return f"{least}" if least == most else f"{least} to {most}"

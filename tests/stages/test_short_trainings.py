@@ -1,0 +1,41 @@
+"""Which trainings took few steps, by what their directories say."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from concentration.stages.short_trainings import describe_short_trainings
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write_steps(steps: dict[str, int | None]) -> Path:
+        for name, step in steps.items():
+            (tmp_path / name).mkdir(parents=True)
+            facts = {} if step is None else {"step": step}
+            (tmp_path / name / "DONE.json").write_text(json.dumps({"config": "0", **facts}))
+        return tmp_path
+
+    return write_steps
+
+
+def test_enough_steps_are_not_told(write):
+    workdir = write({"students/student": 300, "teachers/birds": 4000, "teachers/external": None})
+    assert describe_short_trainings(workdir, ["generalist", "student"]) == ""
+
+
+def test_only_the_teachers_are_proposed_to_train_longer_where_only_they_took_few_steps(write):
+    workdir = write({"students/student": 900, "teachers/birds": 299, "teachers/cars": 63, "teachers/fish": 300})
+    text = describe_short_trainings(workdir, ["student"])
+    assert text.startswith("short trainings: 2 of 3 teachers took 63 to 299 steps; ")
+    assert "with teacher.trainer.min_steps=1000 overwrite=changed" in text
+
+
+def test_of_the_students_those_that_are_asked_for_are_looked_at(write):
+    workdir = write({"students/student": 24, "students/other": 12, "students/unfinished": 1})
+    (workdir / "students/unfinished/DONE.json").unlink()
+    text = describe_short_trainings(workdir, ["student", "unfinished"])
+    assert text.startswith(
+        "short trainings: student took 24 steps; `concentrate run` with trainer.min_steps=1000 overwrite"
+    )
