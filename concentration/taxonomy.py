@@ -161,8 +161,8 @@ class Taxonomy:
         Raises:
             DataError: there is no such vertical.
         """
-        self.vertical_number(vertical)
-        inside = [c for c in self.classes if c.vertical == vertical]
+        # By output and not by looking at every class: there may be a million, and this is asked once a vertical.
+        inside = [self.classes[position] for position in self.position_of_output[self.vertical_slice(vertical)]]
         ids = {c.id for c in inside}
         own_parents = [tuple(parent for parent in c.parents if parent in ids) for c in inside]
         classes = [TaxonomyClass(c.id, c.name, p, c.vertical) for c, p in zip(inside, own_parents, strict=True)]
