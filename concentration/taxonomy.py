@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import json
 import unicodedata
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -161,8 +161,9 @@ class Taxonomy:
         Raises:
             DataError: there is no such vertical.
         """
-        self.vertical_number(vertical)
-        return self._keep({vertical}, f"{self._where} [{vertical}]")
+        # By output and not by looking at every class: there may be a million, and this is asked once a vertical.
+        inside = [self.classes[position] for position in self.position_of_output[self.vertical_slice(vertical)]]
+        return _build_closed(inside, f"{self._where} [{vertical}]")
 
     def without(self, verticals: Sequence[str]) -> "Taxonomy":
         """The classes of the other verticals in the same order.
@@ -175,7 +176,8 @@ class Taxonomy:
         kept = set(self.verticals) - set(verticals)
         if not kept:
             raise DataError(f"{self._where}: no vertical would be left without {', '.join(verticals)}; keep one")
-        return self._keep(kept, f"{self._where} without {', '.join(verticals)}")
+        inside = [c for c in self.classes if c.vertical in kept]
+        return _build_closed(inside, f"{self._where} without {', '.join(verticals)}")
 
     def merged(self, verticals: Sequence[str], into: str) -> "Taxonomy":
         """The same classes in the same order, with these verticals merged into one named `into`.
@@ -191,13 +193,6 @@ class Taxonomy:
             raise DataError(f"{self._where}: there is a vertical {into!r} already; merge it, too, or give another name")
         classes = [dataclasses.replace(c, vertical=into) if c.vertical in verticals else c for c in self.classes]
         return Taxonomy(classes, f"{self._where} with {into}")
-
-    def _keep(self, verticals: Set[str], where: str) -> "Taxonomy":
-        """The classes of these verticals in the same order, without the parents that lie in others."""
-        kept = [c for c in self.classes if c.vertical in verticals]
-        ids = {c.id for c in kept}
-        classes = [dataclasses.replace(c, parents=tuple(p for p in c.parents if p in ids)) for c in kept]
-        return Taxonomy(classes, where)
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -342,3 +337,10 @@ def _describe_cycle(stuck: Sequence[TaxonomyClass]) -> str:
     while path[-1] not in path[:-1]:
         path.append(next(parent for parent in by_id[path[-1]].parents if parent in by_id))
     return " -> ".join(map(repr, path[path.index(path[-1]) :]))
+
+
+def _build_closed(classes: Sequence[TaxonomyClass], where: str) -> Taxonomy:
+    """Of these classes, without the parents that are not among them."""
+    ids = {c.id for c in classes}
+    closed = [dataclasses.replace(c, parents=tuple(p for p in c.parents if p in ids)) for c in classes]
+    return Taxonomy(closed, where)

@@ -369,3 +369,22 @@ def test_ids_or_verticals_that_differ_in_how_accents_are_encoded_alone_are_refus
         {"classes": [{"id": "a", "vertical": decomposed}, {"id": decomposed, "vertical": decomposed}]}
     )
     assert alone.verticals == (decomposed,)
+
+
+def test_one_vertical_of_many_is_taken_out_without_a_look_at_the_others():
+    class Seen(tuple):
+        count = 0
+
+        def __iter__(self):
+            for c in super().__iter__():
+                Seen.count += 1
+                yield c
+
+        def __getitem__(self, place):
+            Seen.count += 1
+            return super().__getitem__(place)
+
+    taxonomy = Taxonomy([TaxonomyClass(f"{v}/{n}", "x", (), f"v{v}") for n in range(20) for v in range(50)])
+    taxonomy.classes = Seen(taxonomy.classes)
+    assert [c.id for c in taxonomy.restrict("v7").classes] == [f"7/{n}" for n in range(20)]
+    assert Seen.count <= 40, "of 1,000"

@@ -25,6 +25,8 @@ _PAPER, _INK, _SOFT, _GRID = "#fcfcfa", "#1c1f26", "#5c636e", "#ecece8"
 _COLORS = ("#3553c9", "#d98716", "#16806c", "#b53f76", "#7554bd", "#86683a", "#2f8dbf")
 #: Room for this many bars at least, so that two are no walls.
 _MIN_ROWS = 7
+#: And for no more: the picture, with its other half, would be longer than any screen. The text has them all.
+_MAX_ROWS = 40
 _MAX_NAME = 28
 _DPI = 120
 #: Where a class without an image lies on a logarithmic scale, which has no zero.
@@ -70,9 +72,7 @@ class Summary:
             max_verticals: of more, only those with the most training images are shown, and long names are cut: for a terminal.
                 None shows all, whole.
         """
-        shown = list(self.verticals)
-        if max_verticals is not None and len(shown) > max_verticals:
-            shown = sorted(shown, key=lambda group: -group.num_samples["train"])[:max_verticals]
+        shown = self.verticals if max_verticals is None else self.choose_largest(max_verticals)
         num_left_out = len(self.verticals) - len(shown)
         splits = list(self.total.num_samples)
         titles = ["vertical", "classes", "leaves", *splits, "min", "median", "max", "no image"]
@@ -87,6 +87,12 @@ class Summary:
         rule = "-" * len(lines[0])
         left_out = [f"({num_left_out} more verticals)"] if num_left_out else []
         return "\n".join([lines[0], rule, *lines[1:-1], *left_out, rule, lines[-1], "", *self._describe()]) + "\n"
+
+    def choose_largest(self, max_verticals: int) -> Sequence[GroupSummary]:
+        """All verticals in their order, or of more than so many those with the most training images, the largest first."""
+        if len(self.verticals) <= max_verticals:
+            return self.verticals
+        return sorted(self.verticals, key=lambda group: -group.num_samples["train"])[:max_verticals]
 
     def _describe(self) -> list[str]:
         share = format_percent(self.total.largest_share)
@@ -124,11 +130,12 @@ def summarise_splits(splits: Mapping[str, Split]) -> Summary:
 
 
 def draw_summary(summary: Summary) -> bytes:
-    """A PNG: at the left the classes of every vertical, at the right the long tail of images per class."""
+    """A PNG: at the left the classes of every vertical, of many those of the largest, at the right the long tail of images."""
     import matplotlib.figure  # here, because it takes long and is needed once
     import matplotlib.text
 
-    height = 0.9 + 0.3 * max(len(summary.verticals), _MIN_ROWS)
+    bars = summary.choose_largest(_MAX_ROWS)
+    height = 0.9 + 0.3 * max(len(bars), _MIN_ROWS)
     figure = matplotlib.figure.Figure(figsize=(12, height), dpi=_DPI, facecolor=_PAPER, layout="constrained")
     bars_axes, tail_axes = figure.subplots(1, 2)
     for axes in (bars_axes, tail_axes):
@@ -136,7 +143,7 @@ def draw_summary(summary: Summary) -> bytes:
         axes.spines[:].set_visible(False)
         axes.tick_params(colors=_SOFT, labelsize=9, length=0)
         axes.set_axisbelow(True)
-    _draw_bars(bars_axes, summary)
+    _draw_bars(bars_axes, bars, len(summary.verticals))
     _draw_tail(tail_axes, summary)
     for text in figure.findobj(matplotlib.text.Text):
         text.set_parse_math(False)  # a dollar in a name is a dollar
@@ -183,19 +190,20 @@ def _count_samples(split: Split) -> np.ndarray:
     return counts
 
 
-def _draw_bars(axes, summary: Summary) -> None:
-    num_rows = len(summary.verticals)
-    sizes = [group.num_classes for group in summary.verticals]
+def _draw_bars(axes, verticals: Sequence[GroupSummary], num_all: int) -> None:
+    num_rows = len(verticals)
+    sizes = [group.num_classes for group in verticals]
     colors = _COLORS[:num_rows] if num_rows <= len(_COLORS) else _COLORS[0]
     axes.barh(range(num_rows), sizes, height=0.7, color=colors)
-    for row, group in enumerate(summary.verticals):
+    for row, group in enumerate(verticals):
         text = f"  {format_short(group.num_classes)} classes, {format_short(group.num_samples['train'])} images"
         axes.text(group.num_classes, row, text, va="center", color=_SOFT, fontsize=9)
-    axes.set_yticks(range(num_rows), [_shorten(group.name) for group in summary.verticals], color=_INK)
+    axes.set_yticks(range(num_rows), [_shorten(group.name) for group in verticals], color=_INK)
     axes.set_ylim(max(num_rows, _MIN_ROWS) - 0.4, -0.6)
     axes.set_xlim(0, 1.6 * max(sizes))  # room for the text behind the longest bar
     axes.set_xticks([])
-    _set_title(axes, "Classes and training images of each vertical")
+    which = "each vertical" if num_rows == num_all else f"the {num_rows} largest of {num_all:,} verticals"
+    _set_title(axes, f"Classes and training images of {which}")
 
 
 def _draw_tail(axes, summary: Summary) -> None:

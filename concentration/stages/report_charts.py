@@ -84,11 +84,16 @@ def draw_line_chart(chart: LineChart) -> Markup:
     )
 
 
+def is_crowded(chart: LineChart) -> bool:
+    """Whether there are more lines than room for their names at the ends; marks of so many would cover each other."""
+    return chart.names == "line_end" and len(chart.series) > chart.height_px // LABEL_HEIGHT_PX
+
+
 def choose_named(chart: LineChart) -> Sequence[Series]:
     """The series whose names have room at the ends of their lines: all, or some of every height, the outermost among them."""
-    most = chart.height_px // LABEL_HEIGHT_PX
-    if len(chart.series) <= most:
+    if not is_crowded(chart):
         return chart.series
+    most = chart.height_px // LABEL_HEIGHT_PX
     ranked = sorted(chart.series, key=lambda series: float(series.points[-1, 1]))
     return [ranked[number] for number in np.linspace(0, len(ranked) - 1, most).round().astype(int)]
 
@@ -272,7 +277,7 @@ def _draw_series(series: Series, chart: LineChart, x_axis: Axis, y_axis: Axis) -
     marks = Markup("").join(
         draw_mark(kind, points[n], f"{series.name}, step {curve.x[n]:,.0f}: {chart.y_format(float(curve.y[n]))}")
         for n in range(0, len(points), every)
-        if chart.names != "hidden" or kind == "dot"
+        if (chart.names != "hidden" or kind == "dot") and not is_crowded(chart)
     )
     last = chart.y_format(float(series.points[-1, 1]))
     return Markup(

@@ -24,7 +24,7 @@ from concentration.stages.prepare import SHARDS, DataOverrides, load_prepared
 from concentration.stages.run_directory import RunDirectory, StageConfig
 from concentration.stages.teacher import TEACHERS
 from concentration.stages.teacher_answers import TeacherAnswers
-from concentration.stages.teacher_gate import GateConfig, check_teacher
+from concentration.stages.teacher_gate import GateConfig, TeacherGate
 from concentration.stages.train_network import load_network
 from concentration.stages.verbs import write_command
 from concentration.stages.verify_targets import verify_targets
@@ -100,20 +100,22 @@ def targets(config: TargetsConfig) -> None:
     prepared, taxonomy, fingerprint = load_prepared(config.workdir, DataOverrides(view=config.view))
     split = load_split(config.workdir / SHARDS, "train", taxonomy)
     verticals = taxonomy.verticals if config.vertical is None else (config.vertical,)
-    totals = [len(split.routed(vertical)) for vertical in verticals]
+    totals = split.count_routed()[[taxonomy.vertical_number(vertical) for vertical in verticals]].tolist()
     if config.verify:
         totals = [min(config.num_verified, total * max(1, config.targets.views)) for total in totals]
     root = config.workdir / TARGETS / config.targets.name
     title = "targets" if config.vertical is None else f"targets {config.vertical}"
-    said = []
+    gate, said = TeacherGate(config.gate, config.workdir, split), []
     with Progress(title, sum(totals), "images", root / (config.vertical or "")) as progress:
         for vertical in verticals:
-            work = _verify if config.verify else _make_targets
-            said.append(work(config, vertical, split, fingerprint, prepared.view, progress))
+            if config.verify:
+                said.append(_verify(config, vertical, split, prepared.view, progress))
+            else:
+                said.append(_make_targets(config, vertical, split, fingerprint, prepared.view, gate, progress))
     print(*filter(None, said), sep="\n", end="\n" if any(said) else "")
 
 
-def _verify(config: TargetsConfig, vertical: str, split: Split, _: str, view: ViewConfig, progress: Progress) -> str:
+def _verify(config: TargetsConfig, vertical: str, split: Split, view: ViewConfig, progress: Progress) -> str:
     path = config.workdir / TARGETS / config.targets.name / vertical
     RunDirectory(path).load_done(write_command("targets", vertical))
     answers = _open_teacher(config, vertical, split, view)
@@ -121,7 +123,13 @@ def _verify(config: TargetsConfig, vertical: str, split: Split, _: str, view: Vi
 
 
 def _make_targets(
-    config: TargetsConfig, vertical: str, split: Split, fingerprint: str, view: ViewConfig, progress: Progress
+    config: TargetsConfig,
+    vertical: str,
+    split: Split,
+    fingerprint: str,
+    view: ViewConfig,
+    gate: TeacherGate,
+    progress: Progress,
 ) -> str | None:
     """Makes one vertical's targets, or this process's part of them, and returns a line on what was made."""
     teacher = RunDirectory(config.workdir / TEACHERS / vertical)
@@ -136,7 +144,7 @@ def _make_targets(
         if is_due or config.gate.action == "stop":  # "stop" also keeps a pipeline from going on with finished targets
             answers = _open_teacher(config, vertical, split, view)
             if config.gate.action != "off":
-                check_teacher(config.gate, config.workdir, split, vertical, answers.network)
+                gate.check(vertical, answers.network)
         if not is_due:
             progress.advance(sum(len(ordinals) for _, ordinals in rows_of.values()))
             return None

@@ -4,6 +4,7 @@ Shapes: V classes of the teacher's vertical.
 """
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -74,43 +75,86 @@ class Gate:
     problems: tuple[str, ...]
 
 
-def check_teacher(config: GateConfig, workdir: Path, split: Split, vertical: str, teacher: Classifier) -> Gate:
-    """Measures a teacher, writes the findings, and prints what is wrong.
+class TeacherGate:
+    """Measures the teachers of one process; what all of them are held against is read once.
 
     Args:
-        config: of the gate, which must not be off.
+        config: which is not off.
         workdir: where the generalist and the shards are.
-        split: the training split.
-        vertical: the teacher's vertical.
-        teacher: on its device, to which the generalist is moved too.
-
-    Raises:
-        ConfigError: the teacher is not fit, and `config.action` is `stop`.
+        split: the training samples.
     """
-    taxonomy = split.taxonomy
-    outputs = taxonomy.vertical_slice(vertical)
-    counts_V = split.count_labels()[outputs][taxonomy.is_leaf[outputs]]
-    images_per_class = float(np.median(counts_V)) if len(counts_V) else 0.0
-    num_val, ap, constant_ap, generalist_ap, problems = 0, None, None, None, []
-    val = load_split(workdir / SHARDS, "val", taxonomy) if any((workdir / SHARDS).glob("val-*.index")) else None
-    if val is not None and (num_val := len(val.routed(vertical))):
-        constant_ap = _measure_constant(val, vertical)
-        try:
-            ap = mean_average_precision(measure_vertical(teacher, 0, taxonomy.restrict(vertical), val))
-        except DataError as error:
-            problems.append(f"its answers are no numbers ({error})")
-        generalist_ap = _measure_generalist(config, workdir, val, vertical, teacher)
-    problems += _find_problems(config, images_per_class, ap, constant_ap, generalist_ap)
-    problems += _look_at_loss(workdir / TEACHERS / vertical)
-    gate = Gate(vertical, images_per_class, num_val, ap, constant_ap, generalist_ap, tuple(problems))
-    clear_temporaries(workdir / GATES)
-    write_atomically(workdir / GATES / f"{vertical}.json", dataclasses.asdict(gate))
-    if problems:
-        said = f"teacher of {vertical}: {'; '.join(problems)}"
-        if config.action == "stop":
-            raise ConfigError(f"{said}; train it longer or on more images, or go on with gate.action=report")
-        print(f"NOTE: {said}")
-    return gate
+
+    def __init__(self, config: GateConfig, workdir: Path, split: Split):
+        self._config = config
+        self._workdir = workdir
+        self._split = split
+        self._generalist: Classifier | None = None
+
+    def check(self, vertical: str, teacher: Classifier) -> Gate:
+        """Measures a teacher, writes what came out, and says what is wrong.
+
+        Args:
+            vertical: the teacher's.
+            teacher: on its device, where the generalist is taken, too.
+
+        Raises:
+            ConfigError: the teacher is not fit, and `config.action` is `stop`.
+        """
+        config, taxonomy, val = self._config, self._split.taxonomy, self._val
+        outputs = taxonomy.vertical_slice(vertical)
+        counts_V = self._count_C[outputs][taxonomy.is_leaf[outputs]]
+        images_per_class = float(np.median(counts_V)) if len(counts_V) else 0.0
+        num_val, ap, constant_ap, generalist_ap, problems = 0, None, None, None, []
+        if val is not None and (num_val := len(val.routed(vertical))):
+            constant_ap = self._measure_constant(vertical, num_val)
+            try:
+                ap = mean_average_precision(measure_vertical(teacher, 0, taxonomy.restrict(vertical), val))
+            except DataError as error:
+                problems.append(f"its answers are no numbers ({error})")
+            generalist_ap = self._measure_generalist(vertical, teacher)
+        problems += _find_problems(config, images_per_class, ap, constant_ap, generalist_ap)
+        problems += _look_at_loss(self._workdir / TEACHERS / vertical)
+        gate = Gate(vertical, images_per_class, num_val, ap, constant_ap, generalist_ap, tuple(problems))
+        clear_temporaries(self._workdir / GATES)
+        write_atomically(self._workdir / GATES / f"{vertical}.json", dataclasses.asdict(gate))
+        if problems:
+            said = f"teacher of {vertical}: {'; '.join(problems)}"
+            if config.action == "stop":
+                raise ConfigError(f"{said}; train it longer or on more images, or go on with gate.action=report")
+            print(f"NOTE: {said}")
+        return gate
+
+    @functools.cached_property
+    def _count_C(self) -> np.ndarray:
+        """Training samples of every class."""
+        return self._split.count_labels()
+
+    @functools.cached_property
+    def _val(self) -> Split | None:
+        shards = self._workdir / SHARDS
+        return load_split(shards, "val", self._split.taxonomy) if any(shards.glob("val-*.index")) else None
+
+    @functools.cached_property
+    def _val_count_C(self) -> np.ndarray:
+        """Validation samples of every class, labels smeared."""
+        return self._val.count_smeared()
+
+    def _measure_constant(self, vertical: str, num_val: int) -> float:
+        """The mean AP of an answer that is always the same: the share of the samples that a class is present in."""
+        count_V = self._val_count_C[self._split.taxonomy.vertical_slice(vertical)]
+        return float((count_V[count_V > 0] / num_val).mean())
+
+    def _measure_generalist(self, vertical: str, teacher: Classifier) -> float | None:
+        taxonomy, path = self._split.taxonomy, self._workdir / "students" / self._config.generalist
+        if self._generalist is None:  # it may be finished while teachers are asked
+            metadata = load_metadata(path / NETWORK_FILE) if RunDirectory(path).is_finished else {}
+            if metadata.get("taxonomy") != taxonomy.fingerprint:
+                return None
+            self._generalist = load_network(path, taxonomy).to(teacher.device)
+        first_column = taxonomy.vertical_slice(vertical).start
+        return mean_average_precision(
+            measure_vertical(self._generalist, first_column, taxonomy.restrict(vertical), self._val)
+        )
 
 
 def measure_vertical(
@@ -137,24 +181,6 @@ def measure_vertical(
             scores_BV = scores_BC[:, columns][:, : taxonomy.num_classes]
             evaluator.update(scores_BV, [subject.labels(int(ordinal)) for ordinal in ordinal_B])
     return evaluator.compute(network.device).ap_of_class
-
-
-def _measure_constant(split: Split, vertical: str) -> float:
-    """The mean AP of a constant answer: for each class, that is the share of the samples in which it is present."""
-    count_V = split.count_smeared()[split.taxonomy.vertical_slice(vertical)]
-    return float((count_V[count_V > 0] / len(split.routed(vertical))).mean())
-
-
-def _measure_generalist(
-    config: GateConfig, workdir: Path, val: Split, vertical: str, teacher: Classifier
-) -> float | None:
-    path, taxonomy = workdir / "students" / config.generalist, val.taxonomy
-    if not RunDirectory(path).is_finished or load_metadata(path / NETWORK_FILE).get("taxonomy") != taxonomy.fingerprint:
-        return None
-    generalist = load_network(path, taxonomy).to(teacher.device)
-    first_column = taxonomy.vertical_slice(vertical).start
-    ap_V = measure_vertical(generalist, first_column, taxonomy.restrict(vertical), val)
-    return mean_average_precision(ap_V)
 
 
 def _find_problems(

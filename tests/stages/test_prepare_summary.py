@@ -139,6 +139,18 @@ def test_a_picture_has_a_bar_for_every_vertical(num_verticals):
     assert count_color(content, (0x1C, 0x1F, 0x26)) > 500, "the line of all classes"
 
 
+def test_a_picture_of_many_verticals_fits_a_screen_and_has_the_largest():
+    def draw(names: list[str]) -> np.ndarray:
+        taxonomy = build_taxonomy(names)
+        labels = [[c.id] for c in taxonomy.classes for _ in range(3 if c.vertical.startswith("large") else 1)]
+        return look_at(draw_summary(summarise_splits({"train": build_split(taxonomy, labels)})))
+
+    names = [f"large {n:02}-" for n in range(40)]
+    many = draw([*(f"small {n}-" for n in range(160)), *names])
+    assert many.shape == draw(names).shape
+    assert many.shape[0] < 1600
+
+
 @pytest.mark.parametrize("counts", [[1, 1], [0, 1], [0, 10**6], [10, 10], [999, 1000], [7, 0]])
 def test_any_counts_can_be_drawn(counts):
     taxonomy = build_taxonomy(["a"], 2)

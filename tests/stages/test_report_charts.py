@@ -39,6 +39,11 @@ def test_the_charts_of_gamma_of_200_verticals_fit_a_screen_and_name_those_that_h
     assert {verticals[0], verticals[-1]} <= set(named), "the outermost are named"
     assert charts.count('class="line"') == 400, "every line is drawn, and says its name when pointed at"
     assert f"{len(named) // 2} of 200 are named" in charts
+    assert not {"dot", "touch", "hole"} & set(re.findall(r'<path class="(\w+)"', charts)), (
+        "marks would cover each other"
+    )
+    few = {f"train/{v}/gamma": curves[f"train/{v}/gamma"] for v in verticals[:10]}
+    assert 'class="dot"' in build_pace_part({"students/student": few}, verticals, "student").charts
 
 
 @pytest.mark.parametrize("num_ticks", [3, 5])

@@ -9,6 +9,7 @@ import pytest
 from real_runs import TINY, concentrate_here, load_json, prepare_shards_here
 
 from concentration.errors import ConfigError
+from concentration.stages import teacher_gate
 
 VERTICALS = ("fruit", "tools")
 
@@ -60,6 +61,20 @@ def test_what_it_measures_is_what_evaluate_measures(workdir):
     with pytest.raises(ConfigError, match=r"teacher of tools: .*it is worse than generalist"):
         concentrate_here("targets", "gate.action=stop", f"workdir={workdir}")  # which are finished
     assert "finished already" in concentrate_here("targets", "vertical=fruit", "gate.action=stop", f"workdir={workdir}")
+
+
+def test_what_all_teachers_are_held_against_is_read_once(workdir, tmp_path, monkeypatch):
+    copy = tmp_path / "work"
+    shutil.copytree(workdir, copy)
+    shutil.rmtree(copy / "targets", ignore_errors=True)
+    shutil.rmtree(copy / "gates", ignore_errors=True)
+    read = []
+    for name in ("load_network", "load_split"):
+        load = getattr(teacher_gate, name)
+        monkeypatch.setattr(teacher_gate, name, lambda *a, name=name, load=load: [read.append(name), load(*a)][1])
+    concentrate_here("targets", f"workdir={copy}")
+    assert all(load_json(copy / f"gates/{vertical}.json")["generalist_ap"] for vertical in VERTICALS)
+    assert sorted(read) == ["load_network", "load_split"]
 
 
 def test_a_loss_that_rose_answers_that_are_constant_and_no_validation_are_told(workdir, tmp_path):
