@@ -6,8 +6,6 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-import safetensors
-
 from concentration.errors import DataError
 from concentration.temporaries import name_temporary
 
@@ -39,7 +37,7 @@ def replacing(path: Path) -> Iterator[Path]:
     except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        if isinstance(error, OSError | safetensors.SafetensorError):
+        if isinstance(error, OSError):
             raise _cannot_be_written(path, error) from None
         raise
 

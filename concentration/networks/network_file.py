@@ -19,7 +19,10 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str,
     with replacing(path) as temporary:
         temporary.touch()
         mode = temporary.stat().st_mode
-        safetensors.torch.save_file(tensors, temporary, dict(header))
+        try:
+            safetensors.torch.save_file(tensors, temporary, dict(header))
+        except safetensors.SafetensorError as error:  # what the library makes of a full disk
+            raise OSError(" ".join(str(error).split())) from None
         if temporary.stat().st_mode != mode:
             temporary.chmod(mode)  # safetensors makes it private, whatever the umask, but teams share networks
         sort_metadata(temporary)
