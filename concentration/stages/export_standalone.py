@@ -34,8 +34,6 @@ except KeyboardInterrupt:
     sys.exit({128 + signal.SIGINT})
 main()
 """
-#: Imported where nothing of an export asks for it: the status files of stages.
-_LEFT_OUT = ("concentration.targets",)
 
 
 def write_standalone(path: Path) -> None:
@@ -50,7 +48,7 @@ def write_standalone(path: Path) -> None:
 def _collect_modules() -> Iterator[tuple[str, str]]:
     """(file, source) of every module that `predict` imports, and of the packages that they are in."""
     root = Path(concentration.__file__).parents[1]
-    waiting, seen = [_START], set(_LEFT_OUT)
+    waiting, seen = [_START], set()
     while waiting:
         module = waiting.pop()
         if module in seen:

@@ -130,7 +130,9 @@ def test_a_library_of_another_processor_is_one_line_with_the_reason(library, exp
 
 
 def test_ctrl_c_while_it_imports_is_one_line(exported, photos, tmp_path):
-    (tmp_path / "numpy.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)")
+    # A process that was started in the background, as these tests may be, ignores SIGINT.
+    interrupt = "signal.signal(signal.SIGINT, signal.default_int_handler); os.kill(os.getpid(), signal.SIGINT)"
+    (tmp_path / "numpy.py").write_text(f"import os, signal\n{interrupt}")
     environment = {"PYTHONPATH": str(tmp_path), "PATH": "/usr/bin"}
     command = [sys.executable, exported / "predict.pyz", photos]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60, check=False)
