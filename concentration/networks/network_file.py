@@ -34,10 +34,8 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         return safetensors.torch.load_file(path)
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
-    except (
-        safetensors.SafetensorError,
-        TypeError,
-    ) as error:  # TypeError: a size that torch cannot hold; it adds a stack
+    # TypeError: a size that torch cannot hold; it adds a stack.
+    except (safetensors.SafetensorError, TypeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise DataError(f"{path}: damaged, or no safetensors file ({reason}); restore it, or train it again") from None
 

@@ -301,17 +301,23 @@ def hold_part(directory: RunDirectory, may_end) -> None:
         raise DataError("a typing error")
 
 
+def start_holding_part(directory: RunDirectory) -> tuple:
+    """The process that holds a part, which it has begun, and what lets it end."""
+    may_end = _FORK.Event()
+    process = _FORK.Process(target=hold_part, args=(directory, may_end))
+    process.start()
+    deadline = time.monotonic() + 20
+    while not (directory.path / "held").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return process, may_end
+
+
 def test_what_parts_of_a_stage_have_replaced_comes_back_with_the_last_that_fails(finished):
     before = read_all(finished)
     fail_part(finished, "0-of-2")
     assert read_all(finished) == before
-    may_end = _FORK.Event()
-    process = _FORK.Process(target=hold_part, args=(finished, may_end))
-    process.start()
-    deadline = time.monotonic() + 20
-    while not (finished.path / "held").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    process, may_end = start_holding_part(finished)
     fail_part(finished, "0-of-2")
     assert (finished.path / REPLACED_FOLDER / "model").exists(), "the other may still make it"
     may_end.set()
@@ -322,13 +328,7 @@ def test_what_parts_of_a_stage_have_replaced_comes_back_with_the_last_that_fails
 
 def test_a_stage_waits_for_the_parts_of_it_that_are_being_made(directory):
     """It took their half-written files for those of a kill, and `overwrite` would have moved away the rest."""
-    may_end = _FORK.Event()
-    process = _FORK.Process(target=hold_part, args=(directory, may_end))
-    process.start()
-    deadline = time.monotonic() + 20
-    while not (directory.path / "held").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    process, may_end = start_holding_part(directory)
     (directory.path / ".train-000001.safetensors.1.tmp").touch()
     refuse(directory, "other processes make parts of this; wait for them or end them", seed=1)
     assert (directory.path / ".train-000001.safetensors.1.tmp").exists()

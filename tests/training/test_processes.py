@@ -16,6 +16,17 @@ from real_runs import (
     start_ranks,
 )
 
+#: `concentrate` as two processes of torchrun.
+TWO_RANKS = (
+    sys.executable,
+    "-m",
+    "torch.distributed.run",
+    "--standalone",
+    "--nproc-per-node=2",
+    "-m",
+    "concentration.cli",
+)
+
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory) -> Path:
@@ -28,18 +39,9 @@ def two_processes(prepared) -> Path:
 
     200 samples in batches of 15 leave a last batch of 5; the ranks hold 7 and 8 samples of every batch.
     """
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=2",
-        "-m",
-        "concentration.cli",
-    ]
     options = ["student", "-m", f"workdir={prepared}", "trainer.devices=2", *UNEVEN]
     options += ["trainer.accumulate=1,2", "name=two${trainer.accumulate}"]
-    done = subprocess.run([*command, *options], cwd=prepared.parent, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([*TWO_RANKS, *options], cwd=prepared.parent, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return prepared / "students"
 
@@ -90,16 +92,7 @@ def test_two_micro_batches_give_the_weights_of_one_batch(prepared):
 def test_two_processes_note_damaged_images_and_divergence_at_the_last_step(tmp_path):
     """With several ranks, checks are made seldom; the last step is one of those at which they are."""
     workdir = prepare_shards(tmp_path, damaged=(3, 4))
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=2",
-        "-m",
-        "concentration.cli",
-    ]
-    command += ["student", f"workdir={workdir}", "trainer.devices=2", *TINY, *LABELS]
+    command = [*TWO_RANKS, "student", f"workdir={workdir}", "trainer.devices=2", *TINY, *LABELS]
     options = [*command, "name=damaged", "trainer.max_epochs=1", "trainer.max_skipped_share=0.02"]
     done = subprocess.run(options, cwd=tmp_path, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
