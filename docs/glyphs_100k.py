@@ -17,7 +17,7 @@ from concentration.data.distortions import Distortion, distort, draw_distortions
 from concentration.data.sources.glyphs_100k.classes import Character, count_typefaces, load_characters, load_faces
 from concentration.data.sources.glyphs_100k.packages import load_packages
 from concentration.data.sources.glyphs_100k.source import Glyphs100kConfig, Glyphs100kSource
-from concentration.data.splits import SPLITS
+from concentration.data.split_assignment import SPLITS
 from concentration.schema import parse_config
 
 PAGE = Path(__file__).with_name("glyphs_100k.md")

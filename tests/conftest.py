@@ -5,7 +5,6 @@ The fixtures give functions where a test needs several of a thing, or of its own
 
 import io
 import itertools
-import json
 import multiprocessing.forkserver
 import os
 import sys
@@ -27,7 +26,10 @@ from PIL import Image
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from concentration.data.index import Split, index_shard, load_split
+from labelled_shards import encode_labels
+
+from concentration.data.index import index_shard
+from concentration.data.split import Split, load_split
 from concentration.taxonomy import Taxonomy
 
 # The same examples in every run, however busy the machine is.
@@ -158,5 +160,5 @@ def make_split(taxonomy, write_shard) -> Callable[..., Split]:
 def list_members(sample: Sample) -> list[tuple[str, bytes]]:
     return [
         (f"{sample.key}.{sample.extension}", sample.image),
-        (f"{sample.key}.json", json.dumps({"labels": list(sample.labels)}).encode()),
+        (f"{sample.key}.json", encode_labels(*sample.labels)),
     ]

@@ -20,8 +20,9 @@ from mutations import MUTATIONS
 from PIL import Image
 from webdataset.tariterators import base_plus_ext
 
-from concentration.data.index import Split, index_shard, load_split
+from concentration.data.index import index_shard
 from concentration.data.sample_targets import StoredTargets
+from concentration.data.split import Split, load_split
 from concentration.data.views import INTERPOLATION, View, describe_decoder
 from concentration.errors import ConfigError, DataError
 from concentration.files import write_atomically

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from concentration.data.index import ShardIndex
 from concentration.data.sources.source import Item
-from concentration.data.splits import SPLITS, Split
+from concentration.data.split_assignment import SPLITS, SplitName
 from concentration.errors import DataError
 from concentration.files import write_atomically
 from concentration.taxonomy import Taxonomy
@@ -84,7 +84,7 @@ class Kept:
         num_other_labels: samples for which the source lists other labels now; the old ones stay.
     """
 
-    splits: dict[str, Split]
+    splits: dict[str, SplitName]
     num_gone: int
     num_other_labels: int
 
@@ -100,7 +100,7 @@ def find_kept(path: Path, before: Before, taxonomy: Taxonomy, items: Mapping[str
 
     Raises: DataError where an index is damaged.
     """
-    splits: dict[str, Split] = {}
+    splits: dict[str, SplitName] = {}
     num_gone = num_other_labels = 0
     for index_path in sorted(path.glob("*.index")):
         if not before.holds(index_path):
@@ -154,7 +154,7 @@ def extend_classes(earlier: Taxonomy, now: Taxonomy, where: str) -> Taxonomy:
     return extended
 
 
-def _parse_name(path: Path) -> tuple[Split, int]:
+def _parse_name(path: Path) -> tuple[SplitName, int]:
     found = _SHARD_FILE.fullmatch(path.name)
     if found is None:
         raise DataError(f"{path}: no shard of `concentrate prepare`; move it elsewhere")

@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 
 from concentration.data.decoding import UNDECODABLE, decode_shrunk
-from concentration.data.index import Split
 from concentration.data.reader import ReadSamples, SampleReader
 from concentration.data.sample_targets import SampleTargets
+from concentration.data.split import Split
 from concentration.packed_targets import VIEW_BYTES
 
 #: 1: the largest square in the middle.

@@ -11,9 +11,10 @@ import numpy as np
 
 from concentration.array_files import load_arrays, load_metadata, save_arrays
 from concentration.data.decoding import UNDECODABLE
-from concentration.data.index import ShardIndex, Split
+from concentration.data.index import ShardIndex
 from concentration.data.near_duplicates import hash_image
 from concentration.data.shard_cache import ShardCache
+from concentration.data.split import Split
 from concentration.errors import DataError
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from concentration.data.index import Split
+from concentration.data.split import Split
 from concentration.errors import DataError
 from concentration.schema import parse_json
 from concentration.taxonomy import Taxonomy

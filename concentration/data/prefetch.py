@@ -3,9 +3,9 @@
 import queue
 import threading
 
-from concentration.data.index import Split
 from concentration.data.order import Order, Stretch
 from concentration.data.shard_cache import ShardCache
+from concentration.data.split import Split
 from concentration.errors import ConfigError, DataError
 
 

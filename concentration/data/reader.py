@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from concentration.data.decoding import UNDECODABLE, decode_shrunk, describe_undecodable
-from concentration.data.index import Split
 from concentration.data.sample_targets import LabelTargets, SampleTargets
 from concentration.data.shard_cache import ShardCache, load_cache
+from concentration.data.split import Split
 from concentration.data.views import CentreView, View, ViewConfig, Views, decode_view, draw_views
 from concentration.errors import DataError
 from concentration.packed_targets import VIEW_BYTES

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from concentration.data.distortions import DISTORTION_BYTES
-from concentration.data.index import Split
 from concentration.data.loader import Batch, StepBatches, build_loader
 from concentration.data.order import SequentialOrder
 from concentration.data.reader import ReadSamples, SampleReader
 from concentration.data.rendering import draw_random, render
 from concentration.data.sample_targets import LabelTargets
+from concentration.data.split import Split
 from concentration.data.view_records import encode_views
 from concentration.distributed import rank
 from concentration.progress import Progress

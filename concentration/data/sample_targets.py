@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from concentration.data.distortions import are_distorted
-from concentration.data.index import COUNTED_TOGETHER, Split
+from concentration.data.split import COUNTED_TOGETHER, Split
 from concentration.data.views import INTERPOLATION, StoredViews, describe_decoder
 from concentration.errors import DataError
 from concentration.label_mix import LabelMix

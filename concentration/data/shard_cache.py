@@ -20,8 +20,9 @@ from typing import Any, ClassVar
 
 import pydantic
 
-from concentration.data.index import ShardIndex, Split
+from concentration.data.index import ShardIndex
 from concentration.data.remote import Remote, WrongContentError
+from concentration.data.split import Split
 from concentration.errors import ConfigError, DataError
 from concentration.files import write_atomically
 from concentration.schema import Config, flatten, parse_config

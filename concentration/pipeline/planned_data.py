@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from concentration.data.index import load_split
 from concentration.data.packs import PACK_SUFFIX
 from concentration.data.reader import SampleReader
 from concentration.data.sample_targets import LabelTargets
 from concentration.data.sources import build_source
 from concentration.data.sources.webdataset_shards import ShardsConfig
-from concentration.data.splits import SPLITS, assign_splits
+from concentration.data.split import load_split
+from concentration.data.split_assignment import SPLITS, assign_splits
 from concentration.data.views import ViewConfig, decode_view, draw_views
 from concentration.errors import ConfigError
 from concentration.pipeline.graph import RunConfig, build_prepare_job

@@ -16,8 +16,8 @@ import torch
 
 from concentration import distributed
 from concentration.array_files import load_metadata
-from concentration.data.index import Split, load_split
 from concentration.data.order import permutation
+from concentration.data.split import Split, load_split
 from concentration.errors import ConfigError
 from concentration.metrics.average_precision import mean_average_precision
 from concentration.networks.bases import BaseConfig

@@ -7,8 +7,8 @@ import pydantic
 import torch
 
 from concentration import distributed
-from concentration.data.index import Split, load_split
 from concentration.data.sample_targets import LabelTargets
+from concentration.data.split import Split, load_split
 from concentration.data.views import ViewConfig
 from concentration.errors import ConfigError
 from concentration.grouping.class_groups import ClassGroups

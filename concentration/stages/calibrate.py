@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pydantic
 
-from concentration.data.index import Split, load_split
+from concentration.data.split import Split, load_split
 from concentration.errors import ConfigError
 from concentration.files import write_atomically
 from concentration.metrics.calibration import (

@@ -13,11 +13,12 @@ from pathlib import Path
 import numpy as np
 
 from concentration.array_files import compute_checksum, map_arrays, save_arrays
-from concentration.data.index import ShardIndex, Split, load_split
+from concentration.data.index import ShardIndex
 from concentration.data.regrouped_index import find_kept_rows, map_positions, regroup_index
 from concentration.data.sample_targets import load_manifest
 from concentration.data.shard_cache import ACCESS_FILE
-from concentration.data.splits import SPLITS
+from concentration.data.split import Split, load_split
+from concentration.data.split_assignment import SPLITS
 from concentration.errors import ConfigError, DataError
 from concentration.files import write_atomically
 from concentration.schema import hash_values

@@ -6,7 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
-from concentration.data.index import Split
+from concentration.data.split import Split
 from concentration.errors import ConfigError, DataError
 from concentration.schema import parse_json
 from concentration.stages.run_directory import RunDirectory

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from concentration.array_files import load_arrays, load_metadata, save_arrays
 from concentration.data.crops import NumCrops
-from concentration.data.index import Split, describe_missing_split, load_split
 from concentration.data.mapped_labels import load_class_map, map_labels
+from concentration.data.split import Split, describe_missing_split, load_split
 from concentration.distributed import choose_device
 from concentration.errors import ConfigError, DataError
 from concentration.files import write_atomically

@@ -13,8 +13,8 @@ import numpy as np
 import pydantic
 
 from concentration import distributed
-from concentration.data.index import Split, load_split
 from concentration.data.sample_targets import LabelTargets
+from concentration.data.split import Split, load_split
 from concentration.errors import ConfigError, DataError
 from concentration.stages.groupings import identify_sample_groups, load_router, load_sample_groups
 from concentration.stages.plan import count_most_labels, print_training_plan

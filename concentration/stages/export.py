@@ -8,10 +8,10 @@ import numpy as np
 import onnx
 import pydantic
 
-from concentration.data.index import Split, load_split
 from concentration.data.order import permutation
 from concentration.data.reader import SampleReader
 from concentration.data.sample_targets import LabelTargets
+from concentration.data.split import Split, load_split
 from concentration.errors import ConfigError
 from concentration.files import write_atomically
 from concentration.networks.classifier import Exportable

@@ -13,9 +13,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from concentration.data.index import Split
 from concentration.data.reader import SampleReader
 from concentration.data.sample_targets import LabelTargets
+from concentration.data.split import Split
 from concentration.errors import DataError
 from concentration.metrics.calibration import sigmoid
 from concentration.metrics.confusions import Confusions

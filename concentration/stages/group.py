@@ -6,8 +6,8 @@ from typing import Annotated, ClassVar, Literal
 import pydantic
 
 from concentration import distributed
-from concentration.data.index import load_split
-from concentration.data.splits import SPLITS
+from concentration.data.split import load_split
+from concentration.data.split_assignment import SPLITS
 from concentration.files import write_atomically
 from concentration.grouping.class_groups import ClassGroups
 from concentration.schema import FolderName

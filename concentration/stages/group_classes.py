@@ -11,8 +11,8 @@ import pydantic
 import torch
 
 from concentration import distributed
-from concentration.data.index import Split
 from concentration.data.order import SequentialOrder
+from concentration.data.split import Split
 from concentration.errors import ConfigError
 from concentration.grouping.class_groups import ClassGroups
 from concentration.grouping.detections import DetectionCounts, find_detections

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from concentration import distributed
-from concentration.data.index import Split
 from concentration.data.order import SequentialOrder, WindowOrder
+from concentration.data.split import Split
 from concentration.errors import ConfigError
 from concentration.grouping.class_groups import NO_GROUP, ClassGroups, vote
 from concentration.grouping.kmeans import Centroids, StreamedKMeans, fit_kmeans

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from concentration.data.index import Split
+from concentration.data.split import Split
 from concentration.errors import ConfigError
 from concentration.grouping.class_groups import ClassGroups, load_class_groups
 from concentration.grouping.sample_groups import CENTROIDS_FILE, CentroidRouter, load_group_ids

@@ -14,9 +14,9 @@ import pydantic
 import torch
 
 from concentration import distributed
-from concentration.data.index import load_split
 from concentration.data.order import SequentialOrder
 from concentration.data.sample_targets import LabelTargets
+from concentration.data.split import load_split
 from concentration.errors import ConfigError, DataError
 from concentration.files import write_atomically
 from concentration.grouping.sample_groups import CentroidRouter

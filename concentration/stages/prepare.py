@@ -11,7 +11,7 @@ import pydantic
 
 from concentration.data.appending import Before, Kept, append_classes, extend_classes, find_kept
 from concentration.data.image_hashes import hash_shard
-from concentration.data.index import ShardIndex, Split, check_keys, index_shard, load_split
+from concentration.data.index import ShardIndex, index_shard
 from concentration.data.near_duplicates import MaxDistance
 from concentration.data.order import permutation
 from concentration.data.packs import PACK_SUFFIX, write_pack
@@ -23,7 +23,8 @@ from concentration.data.sources.glyphs import GlyphsConfig
 from concentration.data.sources.glyphs_100k.source import Glyphs100kConfig
 from concentration.data.sources.source import Item, Source
 from concentration.data.sources.webdataset_shards import ShardsConfig, load_shards_taxonomy
-from concentration.data.splits import SPLITS, Assignment, assign_splits
+from concentration.data.split import Split, check_keys, load_split
+from concentration.data.split_assignment import SPLITS, Assignment, assign_splits
 from concentration.data.views import Share, ViewConfig
 from concentration.errors import ConfigError, DataError
 from concentration.files import write_atomically

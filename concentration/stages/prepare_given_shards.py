@@ -11,7 +11,7 @@ from concentration.data.remote import Location, Remote
 from concentration.data.shard_cache import ShardCache, save_access
 from concentration.data.shard_members import LabelMember
 from concentration.data.sources.webdataset_shards import ShardsConfig, check_owners, index_given_shard, list_shards
-from concentration.data.splits import SPLITS
+from concentration.data.split_assignment import SPLITS
 from concentration.errors import DataError
 from concentration.progress import Progress
 from concentration.stages.task_pool import run_tasks

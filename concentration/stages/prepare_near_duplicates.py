@@ -15,9 +15,9 @@ from typing import NamedTuple
 import numpy as np
 
 from concentration.data.image_hashes import hash_shard, load_hashes, read_images
-from concentration.data.index import Split
 from concentration.data.near_duplicates import HASH_BITS, NearDuplicates, WholeImage, find_near_duplicates
 from concentration.data.shard_cache import load_cache
+from concentration.data.split import Split
 from concentration.data.views import decode_view
 from concentration.files import write_atomically
 from concentration.progress import Progress

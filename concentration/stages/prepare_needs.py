@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from concentration.data.index import describe_missing_split
-from concentration.data.splits import SPLITS
+from concentration.data.split import describe_missing_split
+from concentration.data.split_assignment import SPLITS
 from concentration.errors import ConfigError
 from concentration.schema import Config
 from concentration.stages.run_directory import RunDirectory

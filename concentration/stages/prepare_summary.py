@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from concentration.data.index import Split
+from concentration.data.split import Split
 from concentration.stages.report_values import format_count, format_percent, format_short, format_tick
 from concentration.taxonomy import Taxonomy
 

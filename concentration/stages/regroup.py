@@ -16,9 +16,9 @@ import pydantic
 import torch
 from torch import Tensor
 
-from concentration.data.index import Split, load_split
 from concentration.data.mapped_labels import map_labels
 from concentration.data.order import permutation
+from concentration.data.split import Split, load_split
 from concentration.distributed import choose_device
 from concentration.errors import ConfigError
 from concentration.metrics.evaluation import Evaluation, Evaluator

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from concentration.data.index import Split
 from concentration.data.loader import Batch, StepBatches, build_loader
 from concentration.data.order import Order
 from concentration.data.reader import SampleReader
 from concentration.data.sample_targets import LabelTargets
+from concentration.data.split import Split
 from concentration.networks.student import Student
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from concentration.array_files import load_metadata
-from concentration.data.index import Split
+from concentration.data.split import Split
 from concentration.errors import ConfigError
 from concentration.networks.student import Student, load_student
 from concentration.schema import parse_config

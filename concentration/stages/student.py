@@ -7,7 +7,6 @@ import numpy as np
 import pydantic
 
 from concentration import distributed
-from concentration.data.index import Split, load_split
 from concentration.data.sample_targets import (
     LabelTargets,
     MixedTargets,
@@ -15,6 +14,7 @@ from concentration.data.sample_targets import (
     StoredTargets,
     WeightedOutside,
 )
+from concentration.data.split import Split, load_split
 from concentration.errors import ConfigError
 from concentration.label_mix import LabelMix
 from concentration.networks.routed_teachers import RoutedTeachers

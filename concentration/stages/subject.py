@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from concentration.data.crops import CropReader, NumCrops
-from concentration.data.index import Split
 from concentration.data.loader import StepBatches, build_loader
 from concentration.data.order import SequentialOrder
 from concentration.data.reader import SampleReader
 from concentration.data.sample_targets import LabelTargets
+from concentration.data.split import Split
 from concentration.metrics.ensembles import Combination, combine_logits
 from concentration.networks.classifier import Classifier
 from concentration.progress import Progress

@@ -14,7 +14,7 @@ import numpy as np
 import pydantic
 import torch
 
-from concentration.data.index import Split, load_split
+from concentration.data.split import Split, load_split
 from concentration.data.views import INTERPOLATION, ViewConfig, describe_decoder
 from concentration.distributed import choose_device
 from concentration.files import write_atomically

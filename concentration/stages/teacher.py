@@ -10,8 +10,8 @@ from typing import Any
 import pydantic
 
 from concentration import distributed
-from concentration.data.index import load_split
 from concentration.data.sample_targets import LabelTargets
+from concentration.data.split import load_split
 from concentration.networks.classifier import Classifier
 from concentration.networks.external import ExternalConfig, find_external_files
 from concentration.networks.external.teacher import ExternalTeacher, take_over

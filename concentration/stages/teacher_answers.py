@@ -13,12 +13,12 @@ import torch
 import torch.utils.data
 from torch import Tensor
 
-from concentration.data.index import Split
 from concentration.data.loader import build_loader
 from concentration.data.order import SequentialOrder
 from concentration.data.prefetch import Prefetch, check_room
 from concentration.data.reader import ReadSamples, SampleReader
 from concentration.data.sample_targets import LabelTargets
+from concentration.data.split import Split
 from concentration.data.views import ViewConfig
 from concentration.networks.classifier import Classifier
 

@@ -13,7 +13,7 @@ import numpy as np
 import pydantic
 
 from concentration.array_files import load_metadata
-from concentration.data.index import Split, load_split
+from concentration.data.split import Split, load_split
 from concentration.errors import ConfigError, DataError
 from concentration.files import write_atomically
 from concentration.metrics.average_precision import mean_average_precision

@@ -14,11 +14,11 @@ import torch
 
 from concentration import distributed
 from concentration.array_files import load_metadata
-from concentration.data.index import Split, load_split
 from concentration.data.order import ClassBalancedOrder, Order, WindowOrder
 from concentration.data.reader import SampleReader
 from concentration.data.resident import ResidentReader, load_resident
 from concentration.data.sample_targets import LabelTargets, SampleTargets
+from concentration.data.split import Split, load_split
 from concentration.data.view_records import encode_views
 from concentration.errors import ConfigError, DataError
 from concentration.networks.bases import BaseConfig

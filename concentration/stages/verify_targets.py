@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from concentration.data.index import Split
 from concentration.data.sample_targets import load_manifest
+from concentration.data.split import Split
 from concentration.errors import DataError
 from concentration.files import write_atomically
 from concentration.metrics.evaluation import Evaluator

@@ -11,9 +11,9 @@ import torch
 from lightning.pytorch.callbacks import Callback, Checkpoint
 
 from concentration import preemption
-from concentration.data.index import Split
 from concentration.data.loader import Batch
 from concentration.data.reader import explain_skipped
+from concentration.data.split import Split
 from concentration.distributed import broadcast_flag, gather_objects, sum_over_ranks
 from concentration.errors import DataError, DivergedError, Preempted
 from concentration.files import append_text

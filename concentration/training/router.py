@@ -8,11 +8,11 @@ import pydantic
 import torch
 from torch.nn.functional import cross_entropy
 
-from concentration.data.index import Split
 from concentration.data.loader import StepBatches, build_loader
 from concentration.data.order import WindowOrder
 from concentration.data.reader import SampleReader
 from concentration.data.sample_targets import LabelTargets
+from concentration.data.split import Split
 from concentration.data.views import ViewConfig
 from concentration.networks.gater import Gater
 from concentration.progress import Progress

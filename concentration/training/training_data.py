@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from concentration.data.index import Split
 from concentration.data.order import Order
 from concentration.data.reader import Reader
 from concentration.data.resident import ResidentImages
+from concentration.data.split import Split
 from concentration.networks.routed_teachers import RoutedTeachers
 from concentration.taxonomy import Taxonomy
 

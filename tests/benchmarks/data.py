@@ -8,7 +8,8 @@ import numpy as np
 import webdataset
 from PIL import Image
 
-from concentration.data.index import Split, index_shard, load_split
+from concentration.data.index import index_shard
+from concentration.data.split import Split, load_split
 from concentration.taxonomy import Taxonomy, TaxonomyClass
 
 NUM_CLASSES = 100

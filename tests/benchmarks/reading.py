@@ -22,12 +22,12 @@ from measure import Comparison, cpu_seconds, publish, take_best, time_in_turns
 from PIL import Image
 
 from concentration.data.distortions import DistortionConfig
-from concentration.data.index import Split
 from concentration.data.loader import StepBatches, build_loader
 from concentration.data.order import WindowOrder
 from concentration.data.reader import SampleReader
 from concentration.data.resident import ResidentReader, load_resident
 from concentration.data.sample_targets import LabelTargets
+from concentration.data.split import Split
 from concentration.data.views import CentreView, ViewConfig, decode_view
 
 NUM_IMAGES = 64

@@ -14,11 +14,12 @@ import webdataset
 from data import draw_photograph, encode_jpeg
 from measure import Comparison, publish, take_best, time_once
 
-from concentration.data.index import Split, index_shard, load_split
+from concentration.data.index import index_shard
 from concentration.data.loader import StepBatches
 from concentration.data.order import WindowOrder
 from concentration.data.reader import SampleReader
 from concentration.data.sample_targets import LabelTargets, SampleTargets, StoredTargets
+from concentration.data.split import Split, load_split
 from concentration.data.views import INTERPOLATION, ViewConfig
 from concentration.files import write_atomically
 from concentration.networks.bases.small import SmallBaseConfig

@@ -18,7 +18,7 @@ from concentration.data.sources.glyphs import (
     load_characters,
     load_font,
 )
-from concentration.data.splits import SPLITS
+from concentration.data.split_assignment import SPLITS
 from concentration.errors import ConfigError, DataError
 from concentration.schema import parse_config
 

@@ -4,7 +4,6 @@ What is damaged by chance is in `test_views.py`.
 """
 
 import io
-import json
 import pickle
 import struct
 import time
@@ -12,15 +11,17 @@ import zlib
 
 import numpy as np
 import pytest
+from labelled_shards import encode_labels
 from PIL import Image
 
 from concentration.data.decoding import UNDECODABLE, decode_shrunk, open_image
-from concentration.data.index import Split, index_shard
+from concentration.data.index import index_shard
 from concentration.data.loader import StepBatches
 from concentration.data.order import SequentialOrder
 from concentration.data.reader import SampleReader
 from concentration.data.sample_targets import LabelTargets
 from concentration.data.sources.image_files import read_image_file
+from concentration.data.split import Split
 from concentration.data.views import CentreView, decode_view
 
 MOST_SECONDS = 5
@@ -277,7 +278,7 @@ def test_hostile_images_of_a_shard_are_skipped_and_counted_and_their_neighbours_
     images = [content for bomb in BOMBS.values() for content in (good, bomb)]
     members = []
     for number, content in enumerate(images):
-        members += [(f"{number}.png", content), (f"{number}.json", json.dumps({"labels": ["gull"]}).encode())]
+        members += [(f"{number}.png", content), (f"{number}.json", encode_labels("gull"))]
     shard = write_tar(tmp_path / "train-000000.tar", members)
     index = index_shard(shard, taxonomy, str(shard))
     split = Split("train", [index], ["train-000000"], taxonomy, tmp_path)

@@ -12,7 +12,7 @@ from webdataset.tariterators import base_plus_ext
 from concentration.data.index import index_shard
 from concentration.data.shards import write_shard
 from concentration.data.sources.image_folder import ImageFolderConfig, ImageFolderSource
-from concentration.data.splits import SPLITS, assign_splits
+from concentration.data.split_assignment import SPLITS, assign_splits
 from concentration.errors import ConfigError, DataError
 from concentration.schema import parse_config
 

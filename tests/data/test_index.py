@@ -4,8 +4,6 @@ import contextlib
 import dataclasses
 import io
 import itertools
-import json
-import pickle
 import shutil
 import subprocess
 import tarfile
@@ -17,17 +15,14 @@ import safetensors.numpy
 import webdataset
 from hypothesis import given
 from hypothesis import strategies as st
+from labelled_shards import encode_labels
 
-import concentration.data.index
-from concentration.data.index import ShardIndex, check_keys, index_shard, load_split
+from concentration.data.index import ShardIndex, index_shard
+from concentration.data.split import load_split
 from concentration.errors import DataError
 from concentration.taxonomy import Taxonomy
 
 FORMATS = {"gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT, "ustar": tarfile.USTAR_FORMAT}
-
-
-def label(*ids: str) -> bytes:
-    return json.dumps({"labels": ids}).encode()
 
 
 def read_with_webdataset(path) -> list[tuple[str, bytes]]:
@@ -86,13 +81,13 @@ def test_what_tarfile_writes_is_read_as_webdataset_reads_it(format, write_tar, e
         ("__info__", b"another"),
         (folder, b""),
         ("folder.d/a.png", encode_image("png", seed=1)),
-        ("folder.d/a.json", label("gull")),
+        ("folder.d/a.json", encode_labels("gull")),
         ("folder.d/a.txt", b"an extra member"),
         ("folder.d/a.seg.png", encode_image("png", seed=2)),
         ("./b.JPG", image),
-        ("./b.json", label("taxi")),
+        ("./b.json", encode_labels("taxi")),
         ("._b.jpg", b"what macOS leaves"),
-        ("deep/" * 10 + "n" * 90 + ".json", label("soup", "gull")),
+        ("deep/" * 10 + "n" * 90 + ".json", encode_labels("soup", "gull")),
         ("deep/" * 10 + "n" * 90 + ".webp", encode_image("webp")),
         ("z/é字.cls", b"9\n"),
         ("z/é字.jpeg", image),
@@ -117,12 +112,12 @@ def test_hidden_members_are_left_out(write_tar, encode_image, taxonomy, tmp_path
         ("birds/._1.jpg", b"-"),
         ("birds/1.jpg", image),
         ("birds/._1.json", b"-"),
-        ("birds/1.json", label("gull")),
+        ("birds/1.json", encode_labels("gull")),
         ("birds/.ipynb_checkpoints/1-checkpoint.jpg", image),
-        ("birds/.ipynb_checkpoints/1-checkpoint.json", label("gull")),
+        ("birds/.ipynb_checkpoints/1-checkpoint.json", encode_labels("gull")),
         ("__MACOSX/birds/._1.jpg", b"-"),
         ("./../2.jpg", image),
-        ("./../2.json", label("taxi")),
+        ("./../2.json", encode_labels("taxi")),
     ]
     index = index_shard(write_tar(tmp_path / "a.tar", members), taxonomy, "a.tar")
     assert index.keys == ("birds/1", "./../2")
@@ -156,7 +151,7 @@ def test_what_webdatasets_own_writer_writes_is_read_as_webdataset_reads_it(encod
 
 
 def test_where_samples_have_both_kinds_of_labels_the_chosen_one_counts(write_tar, encode_image, taxonomy, tmp_path):
-    members = [("a.png", encode_image()), ("a.json", label("tram")), ("a.cls", b"3")]
+    members = [("a.png", encode_image()), ("a.json", encode_labels("tram")), ("a.cls", b"3")]
     path = write_tar(tmp_path / "a.tar", members)
     assert index_shard(path, taxonomy, "a.tar", "json").label_position.tolist() == [10]
     assert index_shard(path, taxonomy, "a.tar", "cls").label_position.tolist() == [3]
@@ -173,7 +168,7 @@ def test_checksums_are_those_of_the_images(write_shard, taxonomy, tmp_path):
 
 
 def test_labels_are_positions_sorted_and_each_once(write_tar, encode_image, taxonomy, tmp_path):
-    path = write_tar(tmp_path / "a.tar", [("a.png", encode_image()), ("a.json", label("tram", "bird", "tram"))])
+    path = write_tar(tmp_path / "a.tar", [("a.png", encode_image()), ("a.json", encode_labels("tram", "bird", "tram"))])
     assert index_shard(path, taxonomy, "a.tar").label_position.tolist() == [0, 10]
 
 
@@ -199,7 +194,7 @@ def whole(request, write_tar, encode_image, taxonomy, tmp_path_factory):
     members = []
     for number, name in enumerate(("a", "b" * 120, "c/" + "d" * 99)):
         name = name if request.param != "ustar" else name[:90]
-        members += [(f"{name}.png", encode_image(seed=number)), (f"{name}.json", label("gull"))]
+        members += [(f"{name}.png", encode_image(seed=number)), (f"{name}.json", encode_labels("gull"))]
     path = write_tar(tmp_path_factory.mktemp("whole") / "a.tar", members, FORMATS[request.param])
     return path, index_shard(path, taxonomy, "a.tar")
 
@@ -282,13 +277,13 @@ def test_files_that_are_no_tars_are_refused(write_tar, encode_image, taxonomy, t
 @pytest.mark.parametrize(
     ("members", "expected"),
     [
-        ([("a.json", label("gull"))], ("'a' has 0 images", ".webp", "a.json")),
+        ([("a.json", encode_labels("gull"))], ("'a' has 0 images", ".webp", "a.json")),
         ([("a.png", b"-")], ("'a' has 0 labels", ".json", "a.png")),
-        ([("a.png", b"-"), ("b.json", label("gull")), ("a.json", label("gull"))], ("'a' has 0 labels",)),
-        ([("a.png", b"-"), ("a.jpg", b"-"), ("a.json", label("gull"))], ("'a' has 2 images", "a.png, a.jpg")),
-        ([("a.png", b"-"), ("a.PNG", b"-"), ("a.json", label("gull"))], ("'a' has 2 images",)),
-        ([("a.png", b"-"), ("a.json", label("gull")), ("a.cls", b"1")], ("'a' has 2 labels", "data.labels=json")),
-        ([("a.png", b"-"), ("a.json", label("swan"))], ("a.json", "'swan'", "add the class or correct the label")),
+        ([("a.png", b"-"), ("b.json", encode_labels("gull")), ("a.json", encode_labels("gull"))], ("'a' has 0 labels",)),
+        ([("a.png", b"-"), ("a.jpg", b"-"), ("a.json", encode_labels("gull"))], ("'a' has 2 images", "a.png, a.jpg")),
+        ([("a.png", b"-"), ("a.PNG", b"-"), ("a.json", encode_labels("gull"))], ("'a' has 2 images",)),
+        ([("a.png", b"-"), ("a.json", encode_labels("gull")), ("a.cls", b"1")], ("'a' has 2 labels", "data.labels=json")),
+        ([("a.png", b"-"), ("a.json", encode_labels("swan"))], ("a.json", "'swan'", "add the class or correct the label")),
         ([("a.png", b"-"), ("a.json", b'{"labels": [3]}')], ("a.json", "label 3")),
         ([("a.png", b"-"), ("a.json", b'{"labels": [["gull"]]}')], ("a.json", "['gull']")),
         ([("a.png", b"-"), ("a.json", b'{"labels": [null]}')], ("a.json", "None")),
@@ -312,7 +307,7 @@ def test_files_that_are_no_tars_are_refused(write_tar, encode_image, taxonomy, t
     ],
 )  # fmt: skip
 def test_samples_that_are_not_an_image_with_labels_are_refused(members, expected, write_tar, taxonomy, tmp_path):
-    good = [("first.png", b"-"), ("first.json", label("gull"))]
+    good = [("first.png", b"-"), ("first.json", encode_labels("gull"))]
     refuse(write_tar(tmp_path / "a.tar", good + members), taxonomy, *expected)
 
 
@@ -358,21 +353,11 @@ def test_a_sparse_member_is_refused(write_tar, taxonomy, tmp_path):
     refuse(path, taxonomy, "a.png", "sparse")
 
 
-def test_a_key_that_comes_twice_is_refused(write_tar, encode_image, taxonomy, tmp_path, monkeypatch):
-    def sample(key):
-        return [(f"{key}.png", encode_image()), (f"{key}.json", label("gull"))]
-
-    refuse(write_tar(tmp_path / "a.tar", sample("a") + sample("b") + sample("a")), taxonomy, "'a'", "unique")
-    for number, key in enumerate("aba"):
-        shard = write_tar(tmp_path / f"train-{number}.tar", sample(key))
-        index_shard(shard, taxonomy, shard.name).save(shard.with_suffix(".index"))
-    with pytest.raises(DataError, match=r"train-2\.tar and .*train-0\.tar: .*'a'.*unique"):
-        check_keys(load_split(tmp_path, "train", taxonomy))
-    (tmp_path / "train-2.index").unlink()
-    split = load_split(tmp_path, "train", taxonomy)
-    check_keys(split)
-    monkeypatch.setattr(concentration.data.index, "_hash_keys", lambda shard: np.zeros(shard.num_samples, np.int64))
-    check_keys(split)  # keys are compared where their hashes meet
+def test_a_key_that_comes_twice_in_a_tar_is_refused(write_tar, encode_image, taxonomy, tmp_path):
+    members = [
+        member for key in "aba" for member in ((f"{key}.png", encode_image()), (f"{key}.json", encode_labels("gull")))
+    ]
+    refuse(write_tar(tmp_path / "a.tar", members), taxonomy, "'a'", "unique")
 
 
 def test_a_tar_that_is_gone_or_changed_since_it_was_indexed_is_refused(make_split, taxonomy, tmp_path):
@@ -386,6 +371,13 @@ def test_a_tar_that_is_gone_or_changed_since_it_was_indexed_is_refused(make_spli
     tar.unlink()
     with pytest.raises(DataError, match=rf"{tar}: no such file, but .*train-000001\.index describes it; bring it back"):
         load_split(tmp_path, "train", taxonomy)
+
+
+@pytest.fixture(scope="module")
+def small_split(make_split, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("small")
+    make_split(folder, [[["gull"], ["taxi", "osprey"], ["egg"]]])
+    return folder
 
 
 @given(st.data())
@@ -450,152 +442,3 @@ def test_an_index_that_was_changed_by_another_hand_is_refused(changes, expected,
     with pytest.raises(DataError, match=expected) as caught:
         load_split(tmp_path, "train", taxonomy)
     assert str(path) in str(caught.value)
-
-
-def test_a_split_keeps_few_indices_and_reads_the_others_again(make_split, taxonomy, tmp_path, monkeypatch):
-    monkeypatch.setattr(concentration.data.index, "_KEPT_INDICES", 2)
-    written = make_split(tmp_path, [[["gull"], ["taxi"]], [["egg"]], [["soup"], ["car"], ["tram"]]])
-    split = pickle.loads(pickle.dumps(written))
-    assert [shard.num_samples for shard in split.shards] == [2, 1, 3]
-    keys = [split.key(ordinal) for ordinal in (0, 2, 5, 1)]
-    assert [key.partition("/")[2] for key in keys] == [
-        "train-000000-0",
-        "train-000001-0",
-        "train-000002-2",
-        "train-000000-1",
-    ]
-    make_split(tmp_path, [[["car"], ["taxi"]]])
-    split.shards[1], split.shards[2]
-    with pytest.raises(DataError, match=r"train-000000\.index: was written anew while it was in use"):
-        split.key(0)
-
-
-def test_a_range_of_samples_is_split_as_the_array_of_them(split_and_labels):
-    split, _ = split_and_labels
-    for start, stop in itertools.combinations_with_replacement(range(11), 2):
-        parts = split.by_shard(range(start, stop))
-        assert all(isinstance(part, range) for part in parts)
-        expected = split.by_shard(np.arange(start, stop))
-        assert [list(part) for part in parts] == [part.tolist() for part in expected]
-
-
-def test_a_split_without_shards_names_what_to_run(taxonomy, tmp_path):
-    with pytest.raises(DataError, match="no shards of the split 'val'; run `concentrate prepare`"):
-        load_split(tmp_path, "val", taxonomy)
-
-
-def test_a_split_that_prepare_has_made_no_shards_of_names_those_that_are_there(taxonomy, tmp_path):
-    (tmp_path / "train-000000.index").touch()
-    with pytest.raises(
-        DataError, match=r"no shards of the split 'test', only of train; set data.split.test_per_class"
-    ) as caught:
-        load_split(tmp_path, "test", taxonomy)
-    assert "run `concentrate prepare` first" not in str(caught.value)
-
-
-def test_a_taxonomy_that_lost_classes_is_refused(make_split, taxonomy, tmp_path):
-    make_split(tmp_path, [[["gull"], ["tram"]]])
-    fewer = Taxonomy(taxonomy.classes[:-1])
-    with pytest.raises(DataError, match="label at position 10, but the taxonomy has 10 classes"):
-        load_split(tmp_path, "train", fewer)
-
-
-@pytest.fixture(scope="module")
-def small_split(make_split, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("small")
-    make_split(folder, [[["gull"], ["taxi", "osprey"], ["egg"]]])
-    return folder
-
-
-LABELS = [
-    [["gull"], ["taxi", "osprey"], ["bird"]],
-    [["egg", "osprey", "gull"], ["soup"]],
-    [["tram"]],
-    [["osprey"], ["ramen", "tram"], ["gull", "bird"], ["raptor", "seabird"]],
-]
-
-
-@pytest.fixture(scope="module", params=["several labels", "one label each"])
-def split_and_labels(request, make_split, taxonomy, tmp_path_factory):
-    """A split, and by ordinal the ids that were written."""
-    labels = LABELS if request.param == "several labels" else [[ids[:1] for ids in shard] for shard in LABELS]
-    return make_split(tmp_path_factory.mktemp("split"), labels), list(itertools.chain(*labels))
-
-
-def test_a_split_numbers_samples_through_and_knows_their_labels(split_and_labels, taxonomy):
-    split, labels = split_and_labels
-    assert len(split) == 10
-    assert split.shard_start.tolist() == [0, 3, 5, 6, 10]
-    assert [split.shard_of(ordinal) for ordinal in range(10)] == [0, 0, 0, 1, 1, 2, 3, 3, 3, 3]
-    for ordinal, ids in enumerate(labels):
-        assert sorted(taxonomy.class_of_output(output).id for output in split.labels(ordinal)) == sorted(ids)
-    assert split.key(0) == "train-000000.tar/train-000000-0"
-    assert split.key(4) == "train-000001.tar/train-000001-1"
-
-
-@pytest.mark.parametrize("counted_together", [1, 3, 1000])
-def test_counts_and_routing_are_the_slow_ones(counted_together, split_and_labels, taxonomy, monkeypatch):
-    monkeypatch.setattr(concentration.data.index, "COUNTED_TOGETHER", counted_together)
-    split, labels = split_and_labels
-    outputs = [{taxonomy.output(class_id) for class_id in ids} for ids in labels]
-    count = [sum(output in own for own in outputs) for output in range(taxonomy.num_classes)]
-    assert split.count_labels().tolist() == count
-    smeared = [set(taxonomy.smear(own)) for own in outputs]
-    count_smeared = [sum(output in all_of for all_of in smeared) for output in range(taxonomy.num_classes)]
-    assert split.count_smeared().tolist() == count_smeared
-    for vertical in taxonomy.verticals:
-        expected = [
-            ordinal
-            for ordinal, ids in enumerate(labels)
-            if any(taxonomy.classes[taxonomy.position[class_id]].vertical == vertical for class_id in ids)
-        ]
-        assert split.routed(vertical).tolist() == expected
-        assert split.count_routed()[taxonomy.vertical_number(vertical)] == len(expected)
-        by_shard = split.by_shard(split.routed(vertical))
-        assert len(by_shard) == 4
-        assert [part.tolist() for part in by_shard] == [
-            [ordinal for ordinal in expected if split.shard_of(ordinal) == shard] for shard in range(4)
-        ]
-
-
-def test_labels_follow_when_classes_are_appended(split_and_labels, make_split, taxonomy, tmp_path):
-    """New classes move the outputs of later verticals; positions in the file, which the index keeps, stay."""
-    split, labels = split_and_labels
-    entries = taxonomy.to_json()["classes"]
-    more = Taxonomy.from_json({"classes": [*entries, {"id": "swan", "parents": ["bird"], "vertical": "birds"}]})
-    assert more.output("taxi") != taxonomy.output("taxi")
-    reloaded = load_split(split.shards[0].path.parent, "train", more)
-    for ordinal, ids in enumerate(labels):
-        assert sorted(more.class_of_output(output).id for output in reloaded.labels(ordinal)) == sorted(ids)
-
-
-def test_the_fingerprint_is_of_keys_labels_places_and_images(make_split, write_tar, taxonomy, tmp_path):
-    def fingerprint(name: str, key: str = "a", ids: tuple[str, ...] = ("gull",), image: bytes = b"12", used=taxonomy):
-        folder = tmp_path / name
-        members = [
-            ("first.png", b"-"),
-            ("first.json", label("taxi")),
-            (f"{key}.png", image),
-            (f"{key}.json", label(*ids)),
-        ]
-        shard = write_tar(folder / "train-0.tar", members)
-        index_shard(shard, used, shard.name).save(shard.with_suffix(".index"))
-        return load_split(folder, "train", used).fingerprint
-
-    same = fingerprint("0")
-    assert fingerprint("1") == same, "the folder is no part of it"
-    renamed = Taxonomy.from_json(
-        {"classes": [entry | {"name": "another name"} for entry in taxonomy.to_json()["classes"]]}
-    )
-    assert fingerprint("2", used=renamed) == same, "display names are no part of it"
-    entries = taxonomy.to_json()["classes"]
-    more = Taxonomy.from_json({"classes": [*entries, {"id": "swan", "parents": [], "vertical": "birds"}]})
-    others = [
-        fingerprint("3", key="b"),
-        fingerprint("4", ids=("osprey",)),
-        fingerprint("5", ids=("gull", "osprey")),
-        fingerprint("6", image=b"123"),
-        fingerprint("8", image=b"13"),
-        fingerprint("7", used=more),
-    ]
-    assert len({same, *others}) == 7

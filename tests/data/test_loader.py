@@ -8,38 +8,17 @@ import signal
 import numpy as np
 import pytest
 import torch
+from labelled_shards import NUM_SAMPLES, SEED, build_reader
 
 from concentration.data.loader import Batch, StepBatches, StepLoader, build_loader
 from concentration.data.loader_workers import start_worker
 from concentration.data.order import SequentialOrder, WindowOrder
-from concentration.data.reader import SampleReader
-from concentration.data.sample_targets import LabelTargets
-from concentration.data.views import ViewConfig
 from concentration.errors import DataError
-
-LABELS = [
-    [["gull"], ["taxi", "osprey"], ["bird"], ["soup"], ["tram"]],
-    [["egg", "gull"], ["soup"], ["ramen"], ["car"], ["gull"], ["taxi"], ["raptor"]],
-    [["tram"], ["osprey"], ["ramen", "tram"], ["seabird"]],
-]
-NUM_SAMPLES = 16
-SIZE = 12
-VIEW = ViewConfig(crop_area=0.5, crop_aspect=1.5, flip=0.5, brightness=0.3)
-SEED = 4
-
-
-@pytest.fixture(scope="module")
-def split(make_split, tmp_path_factory):
-    return make_split(tmp_path_factory.mktemp("split"), LABELS)
 
 
 @pytest.fixture
 def order(split):
     return WindowOrder(split.by_shard(np.arange(NUM_SAMPLES)), seed=SEED, window_shards=2)
-
-
-def build_reader(split, views=VIEW) -> SampleReader:
-    return SampleReader(split, LabelTargets(split, smear=True), SIZE, views, SEED)
 
 
 def join_global_batch(batches_of_rank: list[StepBatches], step: int, accumulate: int) -> Batch:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from concentration.data.index import load_split
 from concentration.data.sources.open_images import OpenImagesConfig, OpenImagesSource
+from concentration.data.split import load_split
 from concentration.errors import ConfigError, DataError
 from concentration.schema import parse_config
 from concentration.stages.prepare import DataOverrides, PrepareConfig, load_prepared, prepare

@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 
-from concentration.data.index import ShardIndex, load_split
+from concentration.data.index import ShardIndex
 from concentration.data.packs import PACK_SUFFIX, write_pack
 from concentration.data.reader import SampleReader
 from concentration.data.sample_targets import LabelTargets
 from concentration.data.sources.source import Item, LocalSource
+from concentration.data.split import load_split
 from concentration.errors import DataError
 
 

@@ -10,12 +10,13 @@ import pytest
 from servers import Fault, answer, be_silent, serve
 
 import concentration.data.remote
-from concentration.data.index import Split, index_shard, load_split
+from concentration.data.index import index_shard
 from concentration.data.loader import StepBatches, StepLoader, build_loader
 from concentration.data.order import ClassBalancedOrder, SequentialOrder, WindowOrder
 from concentration.data.reader import SampleReader
 from concentration.data.sample_targets import LabelTargets
 from concentration.data.shard_cache import Access, CacheConfig, save_access
+from concentration.data.split import Split, load_split
 from concentration.errors import ConfigError, DataError
 
 NUM_SHARDS, NUM_SAMPLES, WINDOW = 8, 6, 2

@@ -8,34 +8,17 @@ import tarfile
 import numpy as np
 import pytest
 import torch
+from labelled_shards import LABELS, NUM_SAMPLES, SEED, SIZE, VIEW, build_reader
 
 from concentration.data import reader
-from concentration.data.index import ShardIndex, index_shard, load_split
+from concentration.data.index import ShardIndex, index_shard
 from concentration.data.loader import StepBatches, build_loader
 from concentration.data.order import SequentialOrder
 from concentration.data.reader import SampleReader, explain_skipped
 from concentration.data.sample_targets import LabelTargets
-from concentration.data.views import CentreView, ViewConfig, decode_view, draw_views
+from concentration.data.split import load_split
+from concentration.data.views import CentreView, decode_view, draw_views
 from concentration.errors import DataError
-
-LABELS = [
-    [["gull"], ["taxi", "osprey"], ["bird"], ["soup"], ["tram"]],
-    [["egg", "gull"], ["soup"], ["ramen"], ["car"], ["gull"], ["taxi"], ["raptor"]],
-    [["tram"], ["osprey"], ["ramen", "tram"], ["seabird"]],
-]
-NUM_SAMPLES = 16
-SIZE = 12
-VIEW = ViewConfig(crop_area=0.5, crop_aspect=1.5, flip=0.5, brightness=0.3)
-SEED = 4
-
-
-@pytest.fixture(scope="module")
-def split(make_split, tmp_path_factory):
-    return make_split(tmp_path_factory.mktemp("split"), LABELS)
-
-
-def build_reader(split, views=VIEW) -> SampleReader:
-    return SampleReader(split, LabelTargets(split, smear=True), SIZE, views, SEED)
 
 
 def test_a_reader_gives_the_view_of_the_images_own_bytes(split):

@@ -10,13 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from concentration.data.index import index_shard, load_split
+from concentration.data.index import index_shard
 from concentration.data.loader import Batch, StepBatches
 from concentration.data.order import SequentialOrder, WindowOrder
 from concentration.data.reader import SampleReader
 from concentration.data.rendering import draw_random, render
 from concentration.data.resident import ResidentReader, load_resident
 from concentration.data.sample_targets import LabelTargets
+from concentration.data.split import load_split
 from concentration.data.view_records import encode_views
 from concentration.data.views import CentreView, StoredViews, ViewConfig, decode_view, draw_views
 from concentration.errors import ConfigError

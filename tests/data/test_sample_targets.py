@@ -11,9 +11,9 @@ import safetensors.numpy
 import torch
 
 from concentration.array_files import compute_checksum, load_metadata
-from concentration.data.index import load_split
 from concentration.data.mapped_labels import map_labels
 from concentration.data.sample_targets import LabelTargets, MixedTargets, StoredTargets, WeightedOutside
+from concentration.data.split import load_split
 from concentration.data.views import View, describe_decoder
 from concentration.errors import DataError
 from concentration.label_mix import LabelMix

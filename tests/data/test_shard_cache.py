@@ -12,11 +12,12 @@ import pytest
 from servers import Server, answer, be_silent, send, serve
 
 import concentration.data.remote
-from concentration.data.index import ShardIndex, Split, check_keys, index_shard, load_split
+from concentration.data.index import ShardIndex, index_shard
 from concentration.data.reader import SampleReader
 from concentration.data.remote import Remote
 from concentration.data.sample_targets import LabelTargets
 from concentration.data.shard_cache import Access, CacheConfig, ShardCache, load_cache, save_access
+from concentration.data.split import Split, check_keys, load_split
 from concentration.errors import ConfigError, DataError
 from concentration.schema import parse_config
 

@@ -1,10 +1,10 @@
 """Shards are plain WebDataset tars: read with webdataset itself, the same bytes every time, whole or not there."""
 
-import json
 from pathlib import Path
 
 import pytest
 import webdataset
+from labelled_shards import encode_labels
 
 from concentration.data.shards import write_shard
 from concentration.data.sources.source import Item
@@ -49,7 +49,7 @@ def test_webdataset_reads_the_items_in_their_order(source, tmp_path):
     expected = []
     for item in ITEMS:
         extension, image = source.read(item)
-        label = json.dumps({"labels": list(item.labels)}).encode()
+        label = encode_labels(*item.labels)
         expected.append({"__key__": item.key, extension: image, "json": label})
     assert read(tmp_path / "a.tar") == expected
 

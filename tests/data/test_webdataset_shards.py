@@ -9,8 +9,8 @@ import pytest
 import webdataset
 from servers import serve
 
-from concentration.data.index import load_split
 from concentration.data.sources.webdataset_shards import ShardsConfig, list_shards, load_shards_taxonomy
+from concentration.data.split import load_split
 from concentration.errors import ConfigError, DataError
 from concentration.schema import parse_config
 from concentration.stages.prepare import DataOverrides, PrepareConfig, load_prepared, prepare

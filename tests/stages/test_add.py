@@ -18,7 +18,7 @@ from real_runs import (
     write_tar,
 )
 
-from concentration.data.index import load_split
+from concentration.data.split import load_split
 from concentration.errors import ConfigError, DataError
 from concentration.stages.add import choose_samples
 from concentration.taxonomy import Taxonomy

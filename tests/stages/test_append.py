@@ -11,7 +11,7 @@ import pytest
 import webdataset
 from real_runs import Plant, Running, concentrate, one_line
 
-from concentration.data.index import load_split
+from concentration.data.split import load_split
 from concentration.errors import ConfigError
 from concentration.schema import parse_config
 from concentration.stages.prepare import DataOverrides, PrepareConfig, load_prepared

@@ -10,7 +10,7 @@ import pytest
 from real_runs import IMAGE_SIZE, Plant, concentrate, draw_image, load_json, one_line, write_shards, write_tar
 from servers import serve
 
-from concentration.data.index import load_split
+from concentration.data.split import load_split
 from concentration.stages.prepare import DataOverrides, load_prepared
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from real_runs import TINY, concentrate, load_json, load_lines, one_line
 
-from concentration.data.index import load_split
+from concentration.data.split import load_split
 from concentration.errors import DataError
 from concentration.stages.student import HardTargetsConfig, LearningConfig, choose_ordinals, count_classes
 from concentration.stages.train_network import find_fine

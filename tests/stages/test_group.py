@@ -8,10 +8,10 @@ import torch
 from real_runs import TINY, concentrate, load_json, one_line, prepare_shards, start_ranks
 from sklearn.metrics import adjusted_rand_score
 
-from concentration.data.index import load_split
 from concentration.data.order import SequentialOrder
 from concentration.data.reader import SampleReader
 from concentration.data.sample_targets import LabelTargets
+from concentration.data.split import load_split
 from concentration.grouping.class_groups import NO_GROUP, ClassGroups
 from concentration.grouping.sample_groups import CentroidRouter
 from concentration.grouping.spectral import Similarity, cluster_classes

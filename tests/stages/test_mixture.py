@@ -8,9 +8,9 @@ import safetensors.numpy
 import torch
 from real_runs import TINY, concentrate, load_json, load_weights, one_line, prepare_shards
 
-from concentration.data.index import load_split
 from concentration.data.reader import SampleReader
 from concentration.data.sample_targets import LabelTargets
+from concentration.data.split import load_split
 from concentration.networks.mixture import load_mixture
 from concentration.networks.student import load_student
 from concentration.stages.groupings import load_sample_groups

@@ -15,9 +15,9 @@ import webdataset
 from PIL import Image
 
 import concentration.stages.prepare
-from concentration.data.index import load_split
 from concentration.data.shards import write_shard
 from concentration.data.sources.image_folder import ImageFolderSource
+from concentration.data.split import load_split
 from concentration.errors import ConfigError, DataError
 from concentration.schema import parse_config
 from concentration.stages import prepare_listing

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from concentration.data.index import ShardIndex, Split
+from concentration.data.index import ShardIndex
+from concentration.data.split import Split
 from concentration.stages.prepare_summary import draw_summary, summarise_splits
 from concentration.taxonomy import Taxonomy, TaxonomyClass
 

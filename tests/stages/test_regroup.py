@@ -20,7 +20,7 @@ from real_runs import (
     write_tar,
 )
 
-from concentration.data.index import load_split
+from concentration.data.split import load_split
 from concentration.errors import ConfigError, DataError
 from concentration.networks.student import load_student
 from concentration.targets import TargetFile

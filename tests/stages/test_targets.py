@@ -18,9 +18,9 @@ from real_runs import (
     taxonomy_of_fruit_and_tools,
 )
 
-from concentration.data.index import load_split
 from concentration.data.reader import SampleReader
 from concentration.data.sample_targets import StoredTargets
+from concentration.data.split import load_split
 from concentration.networks.student import load_student
 from concentration.targets import TargetFile, TargetRecords
 from concentration.taxonomy import Taxonomy

@@ -54,12 +54,12 @@ def test_a_balanced_order_shows_rare_classes_as_often_as_common_ones(tmp_path):
 
 def test_a_balanced_teacher_counts_the_classes_of_its_own_vertical_alone(prepared):
     """Every seventh image has a label of the other vertical, too, by which no sample is drawn."""
-    import concentration.data.index as index
+    from concentration.data.split import load_split
     from concentration.stages.train_network import NetworkStageConfig, Task, _build_order
     from concentration.taxonomy import Taxonomy
 
     taxonomy = Taxonomy.load(prepared / "shards" / "taxonomy.json")
-    split = index.load_split(prepared / "shards", "train", taxonomy)
+    split = load_split(prepared / "shards", "train", taxonomy)
     trainer = SimpleNamespace(sampling="class_balanced", window_shards=1)
     counts_C = split.count_labels()
     task = Task("", taxonomy, split, split.routed("tools"), None, counts_C, counts_C, vertical="tools")

@@ -19,7 +19,7 @@ from concentration.data.sources.image_files import (
 )
 from concentration.data.sources.source import Item, LocalSource
 from concentration.data.sources.tables import find_column, read_table
-from concentration.data.splits import SPLIT_OF_NAME, Split, find_split
+from concentration.data.split_assignment import SPLIT_OF_NAME, SplitName, find_split
 from concentration.data.views import IMAGE_EXTENSIONS
 from concentration.errors import DataError
 from concentration.schema import suggest
@@ -163,7 +163,7 @@ def _several(config: CsvConfig) -> str:
     return f"LABEL{config.label_separator}LABEL"
 
 
-def _parse_split(text: str, where: str) -> Split:
+def _parse_split(text: str, where: str) -> SplitName:
     split = find_split(text) if text else "train"
     if split is None:
         raise DataError(f"{where}: the split is '{text}'{suggest(text, SPLIT_OF_NAME)}")

@@ -16,7 +16,7 @@ from pydantic import Field
 from concentration.data.order import permutation, uniforms
 from concentration.data.sources.glyphs import FACES, GlyphsConfig, GlyphSource, encode_png
 from concentration.data.sources.source import Item, LocalSource
-from concentration.data.splits import SPLITS, Split, SplitConfig
+from concentration.data.split_assignment import SPLITS, SplitConfig, SplitName
 from concentration.data.views import ViewConfig
 from concentration.schema import Config
 from concentration.taxonomy import Taxonomy
@@ -124,13 +124,13 @@ class GlyphScenesSource(LocalSource):
         weight_TL = popularity_L * np.where(is_home_TL, config.affinity, 1.0)
         return weight_TL / weight_TL.sum(axis=1, keepdims=True)
 
-    def draw_topics(self, split: Split) -> np.ndarray:
+    def draw_topics(self, split: SplitName) -> np.ndarray:
         """(N,) the topic of every image of a split: nothing of it is written, but experiments want to know."""
         config, number = self._config, SPLITS.index(split)
         drawn_N = uniforms(config.seed, _TOPIC, number, np.arange(self._count_images(split)))
         return (drawn_N * config.num_topics).astype(int)
 
-    def _list_split(self, split: Split) -> list[Item]:
+    def _list_split(self, split: SplitName) -> list[Item]:
         config, stream, numbers_N1 = self._config, SPLITS.index(split), np.arange(self._count_images(split))[:, None]
         spread = config.max_characters - config.min_characters + 1
         count_N = config.min_characters + (uniforms(config.seed, _COUNT, stream, numbers_N1[:, 0]) * spread).astype(int)
@@ -157,7 +157,7 @@ class GlyphScenesSource(LocalSource):
         corner_NK2 = np.rint((cell_NK2 + _JITTER * shift_NK2) * self._cell_size).astype(int)
         return corner_NK2.clip(0, self._config.image_size - self._cell_size)
 
-    def _draw_candidates(self, split: Split) -> np.ndarray:
+    def _draw_candidates(self, split: SplitName) -> np.ndarray:
         """(N, K) characters of each image's topic, the likely ones often twice."""
         config, topic_N = self._config, self.draw_topics(split)
         places = np.arange(_CANDIDATES_PER_PLACE * config.max_characters)
@@ -169,6 +169,6 @@ class GlyphScenesSource(LocalSource):
             candidate_NK[mine] = np.minimum(found, len(probability_L) - 1)  # sums of floats may end below 1
         return candidate_NK
 
-    def _count_images(self, split: Split) -> int:
+    def _count_images(self, split: SplitName) -> int:
         config = self._config
         return {"train": config.num_images, "val": config.num_val_images, "test": config.num_test_images}[split]

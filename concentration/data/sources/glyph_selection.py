@@ -14,7 +14,7 @@ import numpy as np
 from fontTools.ttLib import TTFont
 
 from concentration.data.sources.glyphs import FACES, SELECTION_PATH, draw_master, face_path, load_font
-from concentration.data.splits import SPLITS
+from concentration.data.split_assignment import SPLITS
 
 #: Side of the bitmaps that are compared, in pixels.
 MASTER_SIZE = 64

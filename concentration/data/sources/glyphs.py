@@ -17,7 +17,7 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 from pydantic import Field
 
 from concentration.data.sources.source import Item, LocalSource
-from concentration.data.splits import SPLITS, Split, SplitConfig
+from concentration.data.split_assignment import SPLITS, SplitConfig, SplitName
 from concentration.data.views import ViewConfig
 from concentration.errors import ConfigError, DataError
 from concentration.schema import Config, suggest
@@ -31,7 +31,7 @@ class Face:
     """A font file of matplotlib's wheel and the one split that it draws."""
 
     file: str
-    split: Split
+    split: SplitName
 
 
 #: The number of a face is part of keys and of `glyphs.tsv`: append only.
@@ -155,7 +155,7 @@ class GlyphSource(LocalSource):
         noise = Image.frombytes("L", (size, size), random_bytes[_NUM_CHOICES:]).point(_build_noise_scale(choices.noise))
         return ImageChops.add(image, noise, offset=-(choices.noise // 2))
 
-    def _list_split(self, split: Split) -> list[Item]:
+    def _list_split(self, split: SplitName) -> list[Item]:
         """The drawings of a split, round by round over all classes, so that every shard holds many classes."""
         items = []
         has_coarse = split == "train" and self._config.num_coarse_drawings > 0
@@ -171,7 +171,7 @@ class GlyphSource(LocalSource):
                     items.append(Item(key, labels, (codepoint, face, drawing), split))
         return items
 
-    def _count_drawings(self, split: Split, num_faces: int) -> int:
+    def _count_drawings(self, split: SplitName, num_faces: int) -> int:
         if split == "train":
             return self._config.num_drawings + self._config.num_coarse_drawings
         per_face = self._config.num_val_drawings if split == "val" else self._config.num_test_drawings

@@ -14,7 +14,7 @@ import pydantic
 
 from concentration.data.decoding import UNDECODABLE, decode_shrunk, describe_undecodable
 from concentration.data.near_duplicates import MaxDistance
-from concentration.data.splits import SplitConfig
+from concentration.data.split_assignment import SplitConfig
 from concentration.data.views import IMAGE_EXTENSIONS, ViewConfig
 from concentration.errors import DataError
 from concentration.schema import Config

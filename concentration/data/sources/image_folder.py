@@ -12,7 +12,7 @@ import pydantic
 from concentration.data.folders import walk_folders
 from concentration.data.sources.image_files import ImageFilesConfig, classes_of_paths, key_of_path, read_image_file
 from concentration.data.sources.source import Item, LocalSource
-from concentration.data.splits import SPLITS, Split, find_split
+from concentration.data.split_assignment import SPLITS, SplitName, find_split
 from concentration.data.views import IMAGE_EXTENSIONS
 from concentration.errors import ConfigError, DataError
 from concentration.taxonomy import Taxonomy
@@ -123,7 +123,7 @@ class ImageFolderSource(LocalSource):
         return found[1]
 
 
-def _find_splits(root: Path) -> dict[str, Split]:
+def _find_splits(root: Path) -> dict[str, SplitName]:
     """The folders of splits, or the root itself for training where there are none.
 
     A class may be called `train`: its folder is a split where it is the only one, or stands beside another split.
@@ -139,7 +139,7 @@ def _find_splits(root: Path) -> dict[str, Split]:
     return dict(sorted(found.items(), key=lambda folder: SPLITS.index(folder[1])))
 
 
-def _note_other_folders(root: Path, tops: dict[str, Split]) -> list[str]:
+def _note_other_folders(root: Path, tops: dict[str, SplitName]) -> list[str]:
     folders = _list_folders(root)
     if "" in tops:
         classes = [f"{name}/" for name in folders if find_split(name) == "train"]

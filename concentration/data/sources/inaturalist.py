@@ -20,7 +20,7 @@ from concentration.data.sources.image_files import (
     read_image_file,
 )
 from concentration.data.sources.source import Item, LocalSource
-from concentration.data.splits import Split
+from concentration.data.split_assignment import SplitName
 from concentration.data.views import IMAGE_EXTENSIONS
 from concentration.errors import ConfigError, DataError
 from concentration.taxonomy import Taxonomy, TaxonomyClass
@@ -116,7 +116,7 @@ class INaturalistSource(LocalSource):
             notes.append(f"{num_bare} images have no annotation, and are left out")
         return taxonomy, [item for item in items if taxonomy.position.keys() >= set(item.labels)], notes
 
-    def _find(self, split: Split) -> Path | None:
+    def _find(self, split: SplitName) -> Path | None:
         pattern = getattr(self._config, split)
         found = sorted(self._annotations.glob(pattern))
         if len(found) > 1 or (not found and split == "train"):
@@ -231,7 +231,7 @@ def _add_categories(
 
 def _list_images(
     content: dict[str, list[dict[str, Any]]],
-    split: Split,
+    split: SplitName,
     class_of: dict[int | str, str],
     group_field: str | None,
     path: Path,

@@ -15,7 +15,7 @@ from concentration.data.sources.image_files import OTHER, ImageFilesConfig, merg
 from concentration.data.sources.open_images_hierarchy import Hierarchy, load_hierarchy
 from concentration.data.sources.source import Item, LocalSource
 from concentration.data.sources.tables import find_column, read_table
-from concentration.data.splits import SPLIT_OF_NAME
+from concentration.data.split_assignment import SPLIT_OF_NAME
 from concentration.data.views import Share
 from concentration.errors import ConfigError, DataError
 from concentration.taxonomy import Taxonomy, TaxonomyClass

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from concentration.data.splits import Split, SplitConfig
+from concentration.data.split_assignment import SplitConfig, SplitName
 from concentration.taxonomy import Taxonomy
 
 
@@ -22,7 +22,7 @@ class Item:
     key: str
     labels: tuple[str, ...]
     locator: Any
-    split: Split = "train"
+    split: SplitName = "train"
     group: str | None = None
 
 

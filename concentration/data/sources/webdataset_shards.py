@@ -14,7 +14,7 @@ from concentration.data.near_duplicates import MaxDistance
 from concentration.data.remote import Location, Remote, is_url, join, parse_location
 from concentration.data.shard_cache import Access, CacheConfig, ShardCache
 from concentration.data.shard_members import LabelMember
-from concentration.data.splits import Split
+from concentration.data.split_assignment import SplitName
 from concentration.data.views import ViewConfig
 from concentration.errors import ConfigError, DataError
 from concentration.schema import Config, parse_json
@@ -75,7 +75,7 @@ def load_shards_taxonomy(config: ShardsConfig) -> Taxonomy:
     return Taxonomy.from_json(parse_json(config.access.build_remote().read(location), location), location)
 
 
-def list_shards(config: ShardsConfig, split: Split) -> list[Location]:
+def list_shards(config: ShardsConfig, split: SplitName) -> list[Location]:
     """The tars of a split, sorted.
 
     Raises:
@@ -106,9 +106,9 @@ def list_shards(config: ShardsConfig, split: Split) -> list[Location]:
     return sorted(found)
 
 
-def check_owners(config: ShardsConfig, shards_of: Mapping[Split, Sequence[Location]]) -> None:
+def check_owners(config: ShardsConfig, shards_of: Mapping[SplitName, Sequence[Location]]) -> None:
     """Raises: DataError where a tar belongs to two splits: a network would be tested on what it was trained on."""
-    owner: dict[Location, Split] = {}
+    owner: dict[Location, SplitName] = {}
     for split, shards in shards_of.items():
         for shard in shards:
             if shard in owner:
@@ -132,7 +132,7 @@ def index_given_shard(
     index.save(index_path)
 
 
-def _expand_braces(config: ShardsConfig, split: Split, pattern: str) -> list[str]:
+def _expand_braces(config: ShardsConfig, split: SplitName, pattern: str) -> list[str]:
     """Raises: ConfigError where the pattern is none of names in the folder."""
     try:
         names = list(braceexpand(pattern))

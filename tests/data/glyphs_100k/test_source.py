@@ -9,12 +9,12 @@ import pytest
 from PIL import Image
 
 from concentration.data.distortions import DistortionConfig
-from concentration.data.index import load_split
 from concentration.data.reader import SampleReader
 from concentration.data.sample_targets import LabelTargets
 from concentration.data.sources.glyphs_100k import classes, source
 from concentration.data.sources.glyphs_100k.classes import Character, Face
 from concentration.data.sources.glyphs_100k.source import Glyphs100kConfig, Glyphs100kSource
+from concentration.data.split import load_split
 from concentration.data.views import ViewConfig
 from concentration.errors import DataError
 from concentration.stages.prepare import DataOverrides, PrepareConfig, load_prepared, prepare

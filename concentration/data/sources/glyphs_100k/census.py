@@ -34,7 +34,7 @@ from concentration.data.sources.glyphs_100k.unicode_tables import (
     UnicodeCharacter,
     UnicodeTables,
 )
-from concentration.data.splits import SPLITS, Split
+from concentration.data.split_assignment import SPLITS, SplitName
 from concentration.files import write_atomically
 from concentration.progress import Progress
 
@@ -49,7 +49,7 @@ CHINESE_ONLY = ("TW-Kai", "TW-Sung")
 #: A class needs so many training typefaces, and a test one.
 MIN_TYPEFACES = 2
 #: Drawings of a class that are listed, of each split.
-MAX_FACES: Mapping[Split, int] = {"train": 24, "val": 4, "test": 4}
+MAX_FACES: Mapping[SplitName, int] = {"train": 24, "val": 4, "test": 4}
 #: Faces of one typeface that draw a class: plain, bold, italic.
 MAX_FACES_OF_TYPEFACE = 3
 
@@ -83,9 +83,9 @@ def take_census(folder: Path) -> None:
     write_census(found, faces, typefaces, split_of)
 
 
-def assign_typefaces(name_of: Mapping[str, str]) -> dict[str, Split]:
+def assign_typefaces(name_of: Mapping[str, str]) -> dict[str, SplitName]:
     """The split of every merged typeface: one that is nearly a held-out one is held out, too."""
-    split_of: dict[str, Split] = dict.fromkeys(name_of.values(), "train")
+    split_of: dict[str, SplitName] = dict.fromkeys(name_of.values(), "train")
     for split, names in (("val", VAL_TYPEFACES), ("test", TEST_TYPEFACES)):
         for name in names:
             split_of[name_of[name]] = split
@@ -96,7 +96,7 @@ def find_classes(
     characters: Mapping[int, UnicodeCharacter],
     drawings: Sequence[FaceDrawings],
     typefaces: Sequence[str],
-    split_of: Mapping[str, Split],
+    split_of: Mapping[str, SplitName],
 ) -> list[Found]:
     """The characters that enough typefaces draw, look-alikes merged, by code point.
 
@@ -124,7 +124,7 @@ def find_classes(
 def _faces_by_character(
     drawings: Sequence[FaceDrawings],
     typefaces: Sequence[str],
-    split_of: Mapping[str, Split],
+    split_of: Mapping[str, SplitName],
     stands_for: Mapping[int, int],
 ) -> Iterator[tuple[int, tuple[int, ...]]]:
     """By character that stands for itself: the faces whose drawing is its own, no other character's and no earlier face's."""
@@ -145,7 +145,7 @@ def _faces_by_character(
         yield codepoint, _choose(sorted(face_of.values()), typefaces, split_of)
 
 
-def _choose(faces: Sequence[int], typefaces: Sequence[str], split_of: Mapping[str, Split]) -> tuple[int, ...]:
+def _choose(faces: Sequence[int], typefaces: Sequence[str], split_of: Mapping[str, SplitName]) -> tuple[int, ...]:
     """At most `MAX_FACES` of each split, typeface by typeface in turn."""
     turns: list[tuple[int, int]] = []
     num_of_typeface: Counter[str] = Counter()
@@ -203,7 +203,7 @@ def _draw_all(faces: Sequence[FontFace], characters: Mapping[int, object], folde
 
 
 def write_census(
-    found: Sequence[Found], faces: Sequence[FontFace], typefaces: Sequence[str], split_of: Mapping[str, Split]
+    found: Sequence[Found], faces: Sequence[FontFace], typefaces: Sequence[str], split_of: Mapping[str, SplitName]
 ) -> None:
     """Writes both files: the faces that draw a class, numbered anew, and the classes by vertical, group and code point."""
     used = sorted({face for f in found for face in f.faces})

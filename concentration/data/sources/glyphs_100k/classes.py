@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from concentration.data.splits import Split
+from concentration.data.split_assignment import SplitName
 from concentration.taxonomy import Taxonomy, TaxonomyClass
 
 FACES_PATH = Path(__file__).with_name("faces.tsv")
@@ -24,7 +24,7 @@ class Face:
     file: str
     index: int
     typeface: str
-    split: Split
+    split: SplitName
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ def load_characters() -> tuple[Character, ...]:
     return tuple(characters)
 
 
-def count_typefaces(character: Character, split: Split) -> int:
+def count_typefaces(character: Character, split: SplitName) -> int:
     """How many typefaces of a split draw it."""
     faces = load_faces()
     return len({faces[face].typeface for face in character.faces if faces[face].split == split})

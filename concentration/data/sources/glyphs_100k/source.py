@@ -17,7 +17,7 @@ from concentration.data.sources.glyphs_100k.classes import (
 from concentration.data.sources.glyphs_100k.drawing import draw_bitmap, encode_bitmap, open_font
 from concentration.data.sources.glyphs_100k.packages import fetch_packages, load_packages
 from concentration.data.sources.source import Item
-from concentration.data.splits import SPLITS, SplitConfig
+from concentration.data.split_assignment import SPLITS, SplitConfig
 from concentration.data.views import ViewConfig
 from concentration.errors import DataError
 from concentration.schema import Config

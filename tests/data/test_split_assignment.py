@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from concentration.data.splits import SPLITS, SplitConfig, assign_splits
+from concentration.data.split_assignment import SPLITS, SplitConfig, assign_splits
 from concentration.errors import ConfigError
 from concentration.schema import parse_config
 

@@ -17,10 +17,10 @@ from concentration.errors import ConfigError
 from concentration.schema import Config
 
 SPLITS = ("train", "val", "test")
-Split = Literal["train", "val", "test"]
+SplitName = Literal["train", "val", "test"]
 
 #: What the splits are called in folders and columns, in capitals or not: see `find_split`.
-SPLIT_OF_NAME: Mapping[str, Split] = {
+SPLIT_OF_NAME: Mapping[str, SplitName] = {
     "train": "train",
     "training": "train",
     "val": "val",
@@ -60,21 +60,21 @@ class SplitConfig(Config):
             )
         return self
 
-    def share(self, split: Split) -> float:
+    def share(self, split: SplitName) -> float:
         share = getattr(self, f"{split}_share")
         if share is None:
             return _DEFAULT_SHARE if self.per_class(split) is None else 0.0
         return share
 
-    def per_class(self, split: Split) -> int | None:
+    def per_class(self, split: SplitName) -> int | None:
         return getattr(self, f"{split}_per_class")
 
-    def asks_for(self, split: Split) -> bool:
+    def asks_for(self, split: SplitName) -> bool:
         """Whether the user has said how large the split is to be."""
         return bool(getattr(self, f"{split}_share") or self.per_class(split))
 
 
-def find_split(name: str) -> Split | None:
+def find_split(name: str) -> SplitName | None:
     """The split that a folder or a column calls so; None where it is no name of one."""
     return SPLIT_OF_NAME.get(name.lower())
 
@@ -84,7 +84,7 @@ class Splittable(Protocol):
 
     key: str
     labels: tuple[str, ...]
-    split: Split
+    split: SplitName
     group: str | None
 
 
@@ -98,12 +98,12 @@ class Assignment:
         short_of: by split, the classes that have fewer samples in it than `val_per_class` or `test_per_class`.
     """
 
-    splits: list[Split]
+    splits: list[SplitName]
     num_torn: int
-    short_of: dict[Split, list[str]]
+    short_of: dict[SplitName, list[str]]
 
 
-def assign_splits(samples: Sequence[Splittable], config: SplitConfig, kept: Mapping[str, Split]) -> Assignment:
+def assign_splits(samples: Sequence[Splittable], config: SplitConfig, kept: Mapping[str, SplitName]) -> Assignment:
     """The split of every sample.
 
     A split that the source gives is kept, also where it tears a group; one that it does not give is cut off its training
@@ -129,7 +129,7 @@ def assign_splits(samples: Sequence[Splittable], config: SplitConfig, kept: Mapp
     for sample in samples:
         if sample.split == "train":
             open_groups.setdefault(_group(sample), []).append(sample)
-    split_of_group: dict[str, Split] = {}
+    split_of_group: dict[str, SplitName] = {}
     for group, members in open_groups.items():
         earlier = {kept[sample.key] for sample in members if sample.key in kept}
         if earlier:
@@ -145,7 +145,7 @@ def assign_splits(samples: Sequence[Splittable], config: SplitConfig, kept: Mapp
             place = _hash(group)
             is_val = place < test_share + val_share
             split_of_group[group] = "test" if place < test_share else "val" if is_val else "train"
-    splits: list[Split] = []
+    splits: list[SplitName] = []
     for sample in samples:
         own = sample.split if sample.split != "train" else split_of_group[_group(sample)]
         splits.append(kept.get(sample.key, own))
@@ -154,9 +154,9 @@ def assign_splits(samples: Sequence[Splittable], config: SplitConfig, kept: Mapp
 
 def _take_per_class(
     groups: Mapping[str, Sequence[Splittable]],
-    split_of_group: dict[str, Split],
-    kept: Mapping[str, Split],
-    split: Split,
+    split_of_group: dict[str, SplitName],
+    kept: Mapping[str, SplitName],
+    split: SplitName,
     count: int,
 ) -> list[str]:
     """Puts groups into `split`, smallest hash first, until it has `count` samples of every class; returns those short of it.
@@ -187,8 +187,8 @@ def _take_per_class(
     return sorted(label for label, found in num_samples.items() if found < count)
 
 
-def _count_torn(samples: Sequence[Splittable], splits: Sequence[Split]) -> int:
-    first: dict[str, Split] = {}
+def _count_torn(samples: Sequence[Splittable], splits: Sequence[SplitName]) -> int:
+    first: dict[str, SplitName] = {}
     torn = set()
     for sample, split in zip(samples, splits, strict=True):
         if sample.group is not None and first.setdefault(sample.group, split) != split:
