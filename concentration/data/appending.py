@@ -1,8 +1,8 @@
-"""Adding images and classes to a prepared set: what was there before, and what stays as it is.
+"""Appending images and classes to a data set that is already prepared.
 
-Nothing that was there is changed: new shards are numbered after the old ones, new classes come at the taxonomy's end, so
-every position in an index and every output inside its vertical remains. `appending.json` says what was there from before the
-first new file is written until all are; a killed run is continued from it.
+Appending changes nothing that exists: new shards get the next free numbers, and new classes go to the end of the taxonomy. So the
+position of a class in taxonomy.json, and its output index inside its vertical, stay the same. `appending.json` records what
+existed before; it is there from before the first new file is written until the last one is, so that a killed run can go on.
 """
 
 import itertools
@@ -25,11 +25,11 @@ _SHARD_FILE = re.compile(r"(train|val|test)-(\d+)\.(tar|pack|index|hashes|skippe
 
 @dataclass(frozen=True)
 class Before:
-    """What a folder of shards held when something was first appended to it, and this had not yet finished.
+    """What a folder of shards held before the appending that is under way.
 
     Attributes:
-        num_classes: the first classes of `taxonomy.json`.
-        next_shard: by split, the number after its last shard's.
+        num_classes: how many classes `taxonomy.json` had; they are still its first ones.
+        next_shard: for each split, the number after that of its last shard.
     """
 
     num_classes: int
@@ -37,18 +37,20 @@ class Before:
 
     @classmethod
     def look(cls, path: Path, taxonomy: Taxonomy) -> "Before":
-        """Of a finished folder of shards."""
+        """What a folder holds in which nothing is being appended yet."""
         numbers: dict[str, int] = dict.fromkeys(SPLITS, 0)
-        for file in [*path.glob("*.tar"), *path.glob("*.pack"), *path.glob("*.index")]:  # given shards lie elsewhere
+        # The indices, too, since a user's own tars lie elsewhere.
+        for file in [*path.glob("*.tar"), *path.glob("*.pack"), *path.glob("*.index")]:
             split, number = _parse_name(file)
             numbers[split] = max(numbers[split], number + 1)
         return cls(taxonomy.num_classes, numbers)
 
     @classmethod
     def load(cls, path: Path) -> "Before | None":
-        """Of a folder in which appending was begun; None where it was not.
+        """What `save` recorded; None if no appending is under way.
 
-        Raises: DataError where the file is damaged.
+        Raises:
+            DataError: the file is damaged.
         """
         try:
             values = json.loads((path / _FILE).read_text(encoding="utf-8"))
@@ -59,29 +61,31 @@ class Before:
             raise DataError(f"{path / _FILE}: damaged ({error!r}); delete {path} and prepare again") from None
 
     def save(self, path: Path) -> None:
+        """Records that appending begins."""
         write_atomically(path / _FILE, asdict(self))
 
     def forget(self, path: Path) -> None:
+        """Records that appending has finished."""
         (path / _FILE).unlink(missing_ok=True)
 
     def holds(self, file: Path) -> bool:
-        """Whether a shard, or a file beside it, was there."""
+        """Whether this shard, or the shard that this file describes, existed before."""
         split, number = _parse_name(file)
         return number < self.next_shard[split]
 
     def taxonomy(self, path: Path) -> Taxonomy:
-        """As it was: classes are only ever appended."""
+        """The taxonomy as it was before: its first `num_classes` classes."""
         return Taxonomy(Taxonomy.load(path / "taxonomy.json").classes[: self.num_classes], f"{path}/taxonomy.json")
 
 
 @dataclass(frozen=True)
 class Kept:
-    """What a source still lists of the samples that were there.
+    """The samples of the existing shards, compared with what the source lists now.
 
     Attributes:
-        splits: by key, where it lies.
-        num_gone: samples that the source does not list any more; they stay in their shards.
-        num_other_labels: samples for which the source lists other labels now; the old ones stay.
+        splits: for each key that the source still lists, the split whose shards hold it.
+        num_gone: how many samples the source no longer lists; they stay in their shards.
+        num_other_labels: for how many samples the source lists other labels now; the stored labels stay.
     """
 
     splits: dict[str, SplitName]
@@ -90,15 +94,16 @@ class Kept:
 
 
 def find_kept(path: Path, before: Before, taxonomy: Taxonomy, items: Mapping[str, Item]) -> Kept:
-    """Looks up the samples of all shards that were there.
+    """Compares the samples of the existing shards with what the source lists now.
 
     Args:
         path: the folder of shards.
-        before: what was there.
-        taxonomy: with all classes of `items`.
-        items: by key, all that the source lists.
+        before: what the folder held before appending.
+        taxonomy: a taxonomy that has all classes of `items`.
+        items: all items that the source lists, by key.
 
-    Raises: DataError where an index is damaged.
+    Raises:
+        DataError: an index is damaged.
     """
     splits: dict[str, SplitName] = {}
     num_gone = num_other_labels = 0
@@ -118,10 +123,10 @@ def find_kept(path: Path, before: Before, taxonomy: Taxonomy, items: Mapping[str
 
 
 def append_classes(earlier: Taxonomy, now: Taxonomy, where: str) -> Taxonomy:
-    """The earlier classes as they are, and then those that only `now` has, in its order.
+    """The taxonomy with the earlier classes unchanged, followed by those that only `now` has, in the order of `now`.
 
-    Raises: DataError where a class has another vertical or other parents now: outputs and their smearing would mean something
-        else.
+    Raises:
+        DataError: a class has another vertical or other parents in `now`, so that stored outputs would change their meaning.
     """
     for c in now.classes:
         if c.id in earlier.position:
@@ -139,9 +144,10 @@ def append_classes(earlier: Taxonomy, now: Taxonomy, where: str) -> Taxonomy:
 
 
 def extend_classes(earlier: Taxonomy, now: Taxonomy, where: str) -> Taxonomy:
-    """The same, for a taxonomy whose classes are known by their positions (.cls): new ones must stand at its end.
+    """As `append_classes`, for shards whose labels are positions (.cls): there `now` must list its new classes last.
 
-    Raises: DataError where they do not, a class is gone, or means something else.
+    Raises:
+        DataError: a new class is not at the end, a class is missing, or has another vertical or other parents.
     """
     extended = append_classes(earlier, now, where)
     for position, pair in enumerate(itertools.zip_longest(extended.classes, now.classes)):

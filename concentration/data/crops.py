@@ -18,16 +18,22 @@ from concentration.data.sample_targets import SampleTargets
 from concentration.data.split import Split
 from concentration.packed_targets import VIEW_BYTES
 
-#: 1: the largest square in the middle.
-#: 10: the image with 256/224 of S as its shorter side; of the square in the middle, S x S at the corners and in the middle;
-#:     and the mirror images.
-#: 144: at four such sizes, of the squares at both ends and in the middle of the longer side, the same five and the whole square
-#:     made S x S; and the mirror images.
+#: How many crops of an image the network sees:
+#:   1: the largest square in the middle, resized to S x S.
+#:  10: the image is resized so that its shorter side is 256/224 of S, and its middle square is taken. The crops are the four
+#:      corners (S x S) and the middle of that square, and the mirror images of these five.
+#: 144: the image is resized to four sizes, and of each, three squares are taken: at the ends and in the middle of the longer
+#:      side. The crops of a square are the same five, the whole square resized to S x S, and the mirror images of these six.
 NumCrops = Literal[1, 10, 144]
 
 
 class _Scheme(NamedTuple):
-    """shorter_sides: of the resized image, for S = 224. places: of the squares, as shares of the room along the longer side."""
+    """How crops are cut.
+
+    shorter_sides: the shorter side of the resized image in pixels, for S = 224; other S scale it.
+    places: where the squares lie along the longer side, from 0 (its start) to 1 (its end).
+    has_whole_square: whether the whole square, resized to S x S, is a crop, too.
+    """
 
     shorter_sides: tuple[int, ...]
     places: tuple[float, ...]
@@ -38,8 +44,10 @@ _SCHEMES = {10: _Scheme((256,), (0.5,), False), 144: _Scheme((256, 288, 320, 352
 
 
 def decode_crops(content: bytes, image_size: int, num_crops: NumCrops) -> np.ndarray:
-    """(N, 3, S, S) uint8: the crops size by size, square by square (top left, top right, bottom left, bottom right, middle, the
-    whole), and then all their mirror images.
+    """The crops of an encoded image, (N, 3, S, S) uint8.
+
+    They come size by size, in each size square by square, and of each square in this order: top left, top right, bottom left,
+    bottom right, middle, whole square (if the scheme has it). The mirror images of all of them follow in the same order.
 
     Raises:
         one of UNDECODABLE: the image cannot be decoded.
@@ -54,9 +62,10 @@ def decode_crops(content: bytes, image_size: int, num_crops: NumCrops) -> np.nda
 
 
 class CropReader:
-    """As `SampleReader`, with several crops of each sample: its images are (B * N, 3, S, S), a sample's one after the other.
+    """A `Reader` like `SampleReader` that gives several crops of each sample.
 
-    Its views are all zeros.
+    The images that it reads are (B * N, 3, S, S); the N crops of a sample are consecutive. Their view records are all zeros,
+    since a record cannot describe these crops.
 
     Raises:
         DataError: as `SampleReader`.
@@ -71,7 +80,7 @@ class CropReader:
         self.cache = self._reader.cache
 
     def read(self, ordinals: np.ndarray, epoch: int) -> ReadSamples:
-        """The crops of these samples, black where an image cannot be decoded, and their targets."""
+        """The crops of these samples, black if the image cannot be decoded, and their targets."""
         images_BN = np.zeros((len(ordinals), self._num_crops, 3, self._image_size, self._image_size), dtype=np.uint8)
         skipped_B = np.zeros(len(ordinals), dtype=bool)
         for row, ordinal in enumerate(ordinals):
@@ -82,7 +91,7 @@ class CropReader:
         views = torch.zeros(len(ordinals), VIEW_BYTES, dtype=torch.uint8)
         targets = self._targets.lookup(ordinals, epoch)
         images, skipped_B = torch.from_numpy(images_BN).flatten(0, 1), torch.from_numpy(skipped_B)
-        is_grey_B = torch.zeros(len(ordinals), dtype=torch.bool)  # no views are made of crops
+        is_grey_B = torch.zeros(len(ordinals), dtype=torch.bool)  # only views made on a device need to know
         return ReadSamples(images, targets, skipped_B, views, views[:, :0], is_grey_B)
 
     def read_encoded(self, ordinal: int) -> bytes:
@@ -91,13 +100,13 @@ class CropReader:
 
 
 def _cut(image: Image.Image, shorter_side: int, image_size: int, scheme: _Scheme) -> Iterator[np.ndarray]:
-    """(S, S, 3), or (S, S) of a grey image: the crops of the squares of the image resized to this shorter side."""
+    """Yields the crops of an image resized to this shorter side: (S, S, 3) uint8, or (S, S) if the image is grey."""
     width, height = image.size
     side = min(width, height)
     last, middle = shorter_side - image_size, round((shorter_side - image_size) / 2)
     for place in scheme.places:
         left, top = place * (width - side), place * (height - side)
-        # NOTE: the squares are resized, not the whole image: one of 1 x 65,535 pixels would become 256 times as long, too.
+        # NOTE: only the square is resized. Resizing the whole image would take gigabytes for one of 1 x 65,535 pixels.
         box = (left, top, left + side, top + side)
         square = image.resize((shorter_side, shorter_side), Image.Resampling.BILINEAR, box)
         pixels = np.asarray(square)

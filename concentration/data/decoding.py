@@ -1,4 +1,4 @@
-"""Encoded images become pixels: every stage, `predict` and exports decode them here, and nowhere else."""
+"""Decodes images. Every stage and `predict` decode here, so that training and serving see the same pixels."""
 
 import io
 import math
@@ -11,27 +11,29 @@ from PIL.JpegImagePlugin import JpegImageFile
 #: What `open_image` and Pillow raise for a damaged or hostile image.
 UNDECODABLE = (OSError, ValueError, SyntaxError, EOFError, TypeError, struct.error, Image.DecompressionBombError)
 
-# What Pillow raises for EXIF that is none.
+# What Pillow raises for invalid EXIF data.
 _NO_EXIF = (*UNDECODABLE, LookupError, ArithmeticError)
 
-# What may stand behind a name in .jpg, .png or .webp. NOTE: of Pillow's other formats some start programs (EPS), and many
-# raise anything at all for a damaged file.
-_FORMATS = ("PNG", "WEBP", "GIF", "BMP")  # and JPEG
+# The formats that are decoded, whatever a file's suffix says; JPEG, which `_open_jpeg` opens, is one more.
+# NOTE: some of Pillow's other formats start programs (EPS), and many raise exceptions of any kind for a damaged file.
+_FORMATS = ("PNG", "WEBP", "GIF", "BMP")
 _JPEG_START = b"\xff\xd8\xff"
 
-# Of an image that is decoded whole: WebP takes 15 bytes a pixel, so a file of 30 bytes could fill the memory. JPEGs, which
-# large photographs are, are decoded at a fraction of their size.
+# The most pixels of an image that has to be decoded at its full size. Decoding WebP takes 15 bytes per pixel, so without a limit
+# a file of 30 bytes could fill the memory. Large photographs are JPEGs, which can be decoded at a fraction of their size.
 _MOST_PIXELS = 64_000_000
-# Of what is held of a JPEG: the pixels that are decoded, or all its frequencies, however few are decoded, where it comes in
-# several scans, as progressive ones do. It is Pillow's own limit for any image.
+# The most pixels that are held in memory of a JPEG. In a JPEG of one scan these are the pixels that are decoded; in one of
+# several scans (a progressive one) they are all its pixels, since all its frequencies are held however few are decoded.
+# The number is Pillow's own limit for any image.
 _MOST_JPEG_PIXELS = 178_956_970
-# What no camera or scanner exceeds; a WebP of 16 million pixels by ten is decoded for a minute.
+# The longest side of an image in pixels; no camera or scanner exceeds it. Without this limit a hostile file, such as a WebP of
+# 16 million pixels by ten, would be decoded for a minute.
 _LONGEST_SIDE = 65_535
 
-# By Pillow's name of a grey PNG's pixels: what white is among them.
+# The value of white in a grey PNG of 2 or 4 bits, by Pillow's name of its pixel format.
 _WHITE_OF_FEW_BITS = {"L;2": 3, "L;4": 15}
 
-#: By EXIF's orientation: what makes the image upright.
+#: The transposition that makes an image upright, by the orientation in its EXIF data.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -41,26 +43,26 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-#: The orientations with which width and height change places.
+#: The orientations for which the upright image has width and height exchanged.
 SIDEWAYS = (5, 6, 7, 8)
 
 
 def describe_undecodable(error: Exception) -> str:
-    """What is wrong with an image that could not be read or decoded, of one of UNDECODABLE; on one line."""
+    """Says in one line why an image could not be read or decoded; `error` is one of UNDECODABLE."""
     if isinstance(error, FileNotFoundError):
         return "is missing"
     if isinstance(error, OSError) and error.strerror:
         return f"cannot be read ({error.strerror})"
-    if isinstance(error, UnidentifiedImageError):  # it names an object in memory
+    if isinstance(error, UnidentifiedImageError):  # whose own text names an object in memory
         return "cannot be decoded (no JPEG, PNG, WebP, GIF or BMP)"
     return f"cannot be decoded ({' '.join(str(error).split()) or type(error).__name__})"
 
 
 def open_image(content: bytes) -> Image.Image:
-    """The image, of which only the header has been read.
+    """Opens an encoded image and reads its header only.
 
     Raises:
-        one of UNDECODABLE: it is no image of a format that we take, or is too large.
+        one of UNDECODABLE: the content is not an image of an accepted format, or the image is too large.
     """
     if content.startswith(_JPEG_START):
         return _open_jpeg(content)
@@ -74,7 +76,9 @@ def open_image(content: bytes) -> Image.Image:
 
 
 def decode_shrunk(content: bytes, shorter_side: int) -> Image.Image:
-    """The upright image, grey or RGB. A large photograph may be smaller than it was, not than this shorter side.
+    """The decoded image, upright, grey or RGB, at its full size or smaller.
+
+    A JPEG may be decoded at a half, quarter or eighth of its size, but its shorter side keeps at least `shorter_side` pixels.
 
     Raises:
         one of UNDECODABLE: the image cannot be decoded.
@@ -84,9 +88,10 @@ def decode_shrunk(content: bytes, shorter_side: int) -> Image.Image:
 
 
 def load_upright(image: Image.Image, orientation: int | None, shrink: float) -> Image.Image:
-    """Upright, of 8 bits.
+    """The decoded image, upright, grey or RGB with 8 bits per channel.
 
-    A JPEG is decoded at a half, quarter or eighth where that shrinks it by no more than this, or is needed for the memory.
+    A JPEG is decoded at a half, quarter or eighth of its size if that shrinks it by no more than the factor `shrink`, or if it
+    would otherwise have more than `_MOST_JPEG_PIXELS`.
     """
     if image.format == "JPEG":
         num_pixels = image.width * image.height
@@ -100,9 +105,9 @@ def load_upright(image: Image.Image, orientation: int | None, shrink: float) -> 
 
 
 def read_orientation(image: Image.Image) -> int | None:
-    """EXIF's orientation; None also where what stands for EXIF is none, which is no reason to do without the image.
+    """The orientation in the image's EXIF data; None if it has none. Invalid EXIF data counts as none: the pixels may be sound.
 
-    NOTE: not `ImageOps.exif_transpose`, which also writes the other tags anew, and fails where it cannot.
+    NOTE: `ImageOps.exif_transpose` is not used, since it also rewrites the other tags, and fails if it cannot.
     """
     if image.format == "PNG" and "exif" not in image.info:  # Pillow would read the whole file to look for it
         return None
@@ -113,11 +118,14 @@ def read_orientation(image: Image.Image) -> int | None:
 
 
 def _open_jpeg(content: bytes) -> Image.Image:
-    """NOTE: not by `Image.open`, which refuses what has many pixels, however few of them are decoded."""
+    """Opens a JPEG.
+
+    NOTE: `Image.open` is not used, since it refuses images with many pixels even if only a fraction of them will be decoded.
+    """
     try:
         image = JpegImageFile(io.BytesIO(content))
     except SyntaxError:
-        # Pillow may have looked up the resolution in EXIF that is none: again, with nothing called EXIF.
+        # Pillow fails if it looks up the resolution in invalid EXIF data. A second try, with the EXIF marker overwritten.
         try:
             image = JpegImageFile(io.BytesIO(content.replace(b"Exif\0", b"None\0")))
         except SyntaxError as error:
@@ -131,14 +139,14 @@ def _open_jpeg(content: bytes) -> Image.Image:
 
 
 def _has_one_scan(image: JpegImageFile, content: bytes) -> bool:
-    """Whether the first scan, whose header has just been read, has all of a JPEG: all components, and all frequencies."""
+    """Whether the first scan of a JPEG, whose header has just been read, holds all components and all frequencies."""
     header_bytes = 6 + 2 * image.layers
     header = content[: image.fp.tell()][-header_bytes - 2 :]
     return "progressive" not in image.info and header[:5] == bytes([0xFF, 0xDA, 0, header_bytes, image.layers])
 
 
 def _scale_transparent_colour(image: Image.Image) -> None:
-    """Makes the one colour that a PNG may call transparent, which has the file's bits, one of the pixels as Pillow loads them."""
+    """Converts the one colour that a PNG may declare transparent from the file's bit depth to that of the pixels Pillow loads."""
     colour = image.info.get("transparency")
     if image.format != "PNG" or colour is None:
         return
@@ -150,8 +158,8 @@ def _scale_transparent_colour(image: Image.Image) -> None:
 
 
 def _reduce_to_8_bits(image: Image.Image) -> Image.Image:
-    """Grey or RGB, 8 bits a channel; what is transparent lies on white."""
-    if image.mode.startswith("I"):  # grey of 16 bits, all of which Pillow would turn white, but for the darkest
+    """The image as grey or RGB with 8 bits per channel, and white where it was transparent."""
+    if image.mode.startswith("I"):  # grey of 16 bits; Pillow's own conversion turns all but the darkest pixels white
         wide = np.asarray(image)
         grey = (wide >> 8).clip(0, 255).astype(np.uint8)
         grey[wide == image.info.get("transparency", -1)] = 255
@@ -160,7 +168,7 @@ def _reduce_to_8_bits(image: Image.Image) -> Image.Image:
         seen = image if image.mode == "RGBA" else image.convert("RGBA")
         opacity = seen.getchannel("A")
         if opacity.getextrema()[0] < 255:
-            # Without it, drawings would be blank: under what is transparent all is black in most files, and so are strokes.
+            # Most files are black under transparent pixels: a drawing with black strokes would be blank without a white ground.
             on_white = Image.new("RGB", image.size, "white")
             on_white.paste(seen, mask=opacity)
             return on_white

@@ -1,7 +1,7 @@
-"""Distortions of drawings: turned, slanted, stretched, moved, bolder or lighter, blurred, partly erased, noisy.
+"""Distortions of drawings: rotation, shear, scale, shift, stroke width, blur, an erased rectangle, and noise.
 
-A distortion is eight bytes of a view's record (`views`), and all that it does follows from the record: where it erases and
-what noise it adds, too.
+A distortion takes eight bytes of a view's record (`views`). Everything it does follows from these bytes, also where it erases and
+which noise it adds, so that a stored view can be repeated exactly.
 
 Shapes: B batch, S the side of a square image.
 """
@@ -18,25 +18,28 @@ from PIL import Image, ImageFilter
 from concentration.data.order import uniforms
 from concentration.schema import Config
 
+#: The random streams (`order.random_bits`) of the amounts are numbered from here; `views` has those before.
 _FIRST_PURPOSE = 110
 
-#: Of a distortion in a view's record.
+#: The length of an encoded distortion.
 DISTORTION_BYTES = 8
-#: Of the random bytes that belong to a record: `draw_bytes`.
+#: How many of the random bytes of `draw_bytes` say what is erased.
 ERASE_BYTES = 4
 
 
 class DistortionConfig(Config):
-    """How far drawings are distorted; each amount is drawn evenly from nothing to this, and for all but the last four both ways.
+    """How far drawings are distorted: the largest amount of each distortion.
+
+    Blur, erase and noise are drawn uniformly between 0 and this amount, the others between minus and plus this amount.
 
     rotate: degrees.
-    shear: sideways, as a share of the height.
-    scale: of the logarithm of width and height, each for itself: 0.1 is about a tenth.
-    shift: sideways and up or down, as a share of the side.
-    stroke: how much of the strokes' outermost pixel is added (bolder) or taken away (lighter), of light ink on dark paper.
-    blur: radius in pixels.
-    erase: the share of the image under a rectangle of one grey.
-    noise: added to or taken from each pixel, as a share of white.
+    shear: the sideways slant, as a share of the height.
+    scale: change of the logarithms of width and height, drawn separately: 0.1 is about a tenth larger or smaller.
+    shift: sideways, and up or down, as a share of the side.
+    stroke: strokes of light ink on dark paper become bolder (positive) or thinner (negative) by this share of a pixel a side.
+    blur: the standard deviation of a Gaussian in pixels.
+    erase: the share of the image that is covered by a rectangle of one grey.
+    noise: the largest change of a pixel, as a share of white.
     """
 
     rotate: float = pydantic.Field(0.0, ge=0, le=45)
@@ -51,7 +54,7 @@ class DistortionConfig(Config):
 
 @dataclass(frozen=True, slots=True)
 class Distortion:
-    """One distortion: `DistortionConfig`'s amounts; scale and shift by width and height."""
+    """One distortion: the amounts of `DistortionConfig`, with scale and shift along the width (x) and the height (y)."""
 
     rotate: float
     shear: float
@@ -65,7 +68,8 @@ class Distortion:
     noise: float
 
     def encode(self) -> bytes:
-        """Eight bytes: the first six amounts with 128 for none, then two of 4 bits each in two bytes, stroke with 8 for none."""
+        """Eight bytes: one for each of the first six amounts, in which 128 is none; then stroke (8 is none) and blur, erase and
+        noise in 4 bits each."""
         wide = (128 + round(getattr(self, name) * steps) for name, steps in WIDE_STEPS.items())
         stroke, blur = 8 + round(self.stroke * 8), round(self.blur * 8)
         erase, noise = round(self.erase * 32), round(self.noise * 32)
@@ -73,28 +77,30 @@ class Distortion:
 
     @classmethod
     def decode(cls, record: bytes) -> "Distortion":
+        """The distortion that `encode` rounded to these eight bytes."""
         *wide, stroke_blur, erase_noise = struct.unpack("8B", record)
         amounts = [(byte - 128) / steps for byte, steps in zip(wide, WIDE_STEPS.values(), strict=True)]
         stroke, blur = (stroke_blur // 16 - 8) / 8, stroke_blur % 16 / 8
         return cls(*amounts, stroke, blur, erase_noise // 16 / 32, erase_noise % 16 / 32)
 
 
-#: To half a degree; slant and place to a fifth of a pixel of 48; size to a hundredth.
+#: How many steps of a byte make one unit of an amount: half a degree is one step, and so is a hundredth of scale.
 WIDE_STEPS = {"rotate": 2, "shear": 256, "scale_x": 100, "scale_y": 100, "shift_x": 256, "shift_y": 256}
 
 
 @dataclass(frozen=True)
 class DrawnDistortions:
-    """Random distortions of a batch; by the name of an amount, (B,) float64."""
+    """The random distortions of a batch: for the name of each amount, its values (B,) float64."""
 
     amounts: dict[str, np.ndarray]
 
     def at(self, row: int) -> Distortion:
+        """The distortion of one sample of the batch."""
         return Distortion(**{name: float(values[row]) for name, values in self.amounts.items()})
 
 
 def draw_distortions(config: DistortionConfig, seed: int, epoch: int, ordinals: np.ndarray) -> DrawnDistortions:
-    """The distortions of these samples in this epoch, whatever the batch, rank or worker that asks."""
+    """The distortions of these samples in this epoch; they do not depend on the batch, rank or worker."""
     amounts = {}
     for number, field in enumerate(fields(Distortion)):
         limit = getattr(config, field.name.removesuffix("_x").removesuffix("_y"))
@@ -104,7 +110,7 @@ def draw_distortions(config: DistortionConfig, seed: int, epoch: int, ordinals: 
 
 
 def distort(image: Image.Image, distortion: Distortion) -> Image.Image:
-    """The distorted image, of the same size (S, S) and mode, grey or RGB; what comes in from outside is black."""
+    """The distorted image, of the same size (S, S) and mode (grey or RGB). Pixels that come from outside the image are black."""
     matrix = _build_matrix(distortion, image.width)
     image = image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
     if distortion.stroke:
@@ -126,17 +132,21 @@ def distort(image: Image.Image, distortion: Distortion) -> Image.Image:
 
 
 def are_distorted(record_BV):
-    """(B,) bool, of records of views, an array or a tensor: whether they hold a distortion where others have a crop."""
+    """(B,) bool: which records of views (B, 13) uint8, an array or a tensor, hold a distortion instead of a crop."""
     return record_BV[:, DISTORTION_BYTES + 1] >= 128
 
 
 def draw_bytes(record: bytes, num_pixels: int) -> bytes:
-    """Of a distortion's record: four bytes say where and in which grey something is erased, the others are each pixel's noise."""
+    """The random bytes of a distortion: ERASE_BYTES that place the erased rectangle and choose its grey, then a byte of noise for
+    each of `num_pixels` values. They are a hash of `record`, the eight bytes of the distortion."""
     return hashlib.shake_128(record).digest(ERASE_BYTES + num_pixels)
 
 
 def _build_matrix(distortion: Distortion, size: int) -> tuple[float, ...]:
-    """From a pixel of the result to a pixel of the image: six numbers, row by row; the centre is the fixed point."""
+    """The affine map from a place in the result to one in the image, as Pillow takes it: two rows of three numbers.
+
+    Apart from the shift, the centre of the image stays where it is.
+    """
     angle = math.radians(distortion.rotate)
     cosine, sine = math.cos(angle), math.sin(angle)
     shrink_x, shrink_y = math.exp(-distortion.scale_x), math.exp(-distortion.scale_y)
@@ -147,7 +157,12 @@ def _build_matrix(distortion: Distortion, size: int) -> tuple[float, ...]:
 
 
 def _erase(pixels: np.ndarray, share: float, random_bytes: np.ndarray) -> None:
-    """Overwrites a rectangle of the image with one grey; (S, S) or (S, S, 3)."""
+    """Overwrites a rectangle of `pixels`, (S, S) or (S, S, 3) uint8, with one grey.
+
+    Args:
+        share: the share of the image that the rectangle covers.
+        random_bytes: (ERASE_BYTES,) uint8: the rectangle's aspect, its place along x and y, and the grey.
+    """
     size = pixels.shape[0]
     aspect, x, y, grey = random_bytes.tolist()
     stretch = 2 ** (aspect / 255 - 0.5)

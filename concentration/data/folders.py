@@ -1,4 +1,4 @@
-"""Folders in folders, also behind links: what images are looked for in, to be trained on or to be answered."""
+"""Walks a folder and all folders below it, also through symbolic links, to find images."""
 
 import os
 from collections.abc import Iterator
@@ -8,11 +8,13 @@ from concentration.errors import unreadable
 
 
 def walk_folders(top: str, hidden: list[str]) -> Iterator[tuple[str, list[str]]]:
-    """(folder, the names of the files in it) of a folder and of all below it, sorted.
+    """Yields (folder, the sorted names of its files) for the folder `top` and every folder below it, in sorted order.
 
-    A link back to a folder that led to it is not followed. Hidden folders are left out, and added to `hidden`.
+    Symbolic links are followed, except to a folder that the walk is already inside, which would never end. Hidden folders (whose
+    names begin with a dot) are left out, and their paths are appended to `hidden`.
 
-    Raises: DataError where a folder cannot be read.
+    Raises:
+        DataError: a folder cannot be read.
     """
 
     def refuse(error: OSError) -> None:
@@ -29,9 +31,10 @@ def walk_folders(top: str, hidden: list[str]) -> Iterator[tuple[str, list[str]]]
 
 
 def _follow(folder: str, name: str, way: tuple[str, ...]) -> tuple[str, ...] | None:
-    """The way to a folder that lies in `folder`, which `way` leads to: the real paths of all folders from the top down.
+    """The way to the folder `name` inside `folder`; None if it is a link that would be followed for ever.
 
-    None where it is a link back to one of them, or above: it would be followed for ever.
+    A way is the real paths of all folders from the top down; `way` is that of `folder`. A link to one of these folders, or to a
+    folder above them, leads back to itself.
     """
     path = os.path.join(folder, name)
     if not os.path.islink(path):

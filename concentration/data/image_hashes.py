@@ -1,4 +1,6 @@
-"""The perceptual hashes of a shard's images, `NAME.hashes` beside `NAME.index`: made once, and good as long as the index is.
+"""Perceptual hashes of the images of a shard, stored as `NAME.hashes` beside `NAME.index`.
+
+They are computed once, and again only if the index has changed.
 
 Shapes: S samples of a shard, N samples of a split.
 """
@@ -19,11 +21,11 @@ from concentration.errors import DataError
 
 
 def hash_shard(index_path: Path, cache: ShardCache | None) -> None:
-    """Writes the hashes of a shard's images, unless they are there.
+    """Computes and stores the hashes of a shard's images, unless those of this index are stored already.
 
     Args:
-        index_path: of the shard.
-        cache: of remote shards; None where the shard lies on this machine.
+        index_path: the index of the shard.
+        cache: the cache through which remote shards are read; None if the shard lies on this machine.
 
     Raises:
         DataError: the index or the hashes are damaged, or the shard cannot be read.
@@ -45,10 +47,12 @@ def hash_shard(index_path: Path, cache: ShardCache | None) -> None:
 
 
 def load_hashes(split: Split) -> tuple[np.ndarray, np.ndarray]:
-    """(N,) uint64 hashes, and (N,) bool whether there is one: a blank image has none, nor one that cannot be decoded.
+    """The stored hashes of a split: (N,) uint64, and (N,) bool, whether the image has a hash.
+
+    A blank image, and one that cannot be decoded, have none.
 
     Raises:
-        DataError: hashes are missing or damaged, or of other images.
+        DataError: the hashes of a shard are missing or damaged, or belong to other images.
     """
     parts = []
     for shard, name in zip(split.shards, split.index_names, strict=True):
@@ -65,7 +69,11 @@ def load_hashes(split: Split) -> tuple[np.ndarray, np.ndarray]:
 
 
 def read_images(shard: ShardIndex, rows: range, cache: ShardCache | None) -> Iterator[bytes]:
-    """The encoded images of these samples of a shard, one after the other.
+    """Yields the encoded images of these samples of a shard in turn.
+
+    Args:
+        rows: the samples' places in the shard.
+        cache: the cache through which remote shards are read; None if the shard lies on this machine.
 
     Raises:
         DataError: the shard cannot be read.

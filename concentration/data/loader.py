@@ -1,4 +1,4 @@
-"""Batches by number: micro-batch i of a rank is a pure function of i, so a loader's whole state is one integer.
+"""Loads the micro-batches of a training run. Micro-batch i of a rank is a pure function of i, so a loader's state is one integer.
 
 Shapes: B samples of a rank's micro-batch, G samples of a global batch.
 """
@@ -28,16 +28,16 @@ from concentration.targets import SoftTargets
 class Batch(NamedTuple):
     """One rank's share of a micro-batch.
 
-    images: (B, 3, H, W) uint8, black where an image cannot be decoded; channels last in memory. (B, 0) where the images are
-        `resident` on the device, which makes their views.
+    images: (B, 3, H, W) uint8, channels last in memory; black if an image cannot be decoded. (B, 0) if the images are held on the
+        device, which then makes their views (`resident`).
     targets: the targets of the samples.
-    weight_B: float32, 1; 0 for an undecodable image, and for places behind the end of an epoch.
+    weight_B: float32; 1, or 0 for an image that cannot be decoded and for a place beyond the end of an epoch.
     skipped_B: bool, whether the image cannot be decoded.
-    view_BV: (B, 13) uint8, the views that are seen, as `View.encode` writes them; zeros where skipped.
-    ordinal_B: int64, which samples these are.
-    random_BR: uint8, the random bytes of views that are made on the device (`rendering.draw_random`); else (B, 0).
-    is_grey_B: bool, whether the image's file is grey, as `decode_view` says; True where skipped, False for crops.
-    global_count: samples with a place in this step's global batch, over all ranks and micro-batches.
+    view_BV: (B, 13) uint8, the view of each image, as `View.encode` writes it; zeros if skipped.
+    ordinal_B: int64, the sample's ordinal in its split.
+    random_BR: uint8, the random bytes of views that are made on the device (`rendering.draw_random`); otherwise (B, 0).
+    is_grey_B: bool, whether the image's file is grey (see `decode_view`); True if skipped, False for several crops.
+    global_count: how many samples this step's global batch has, over all ranks and micro-batches.
     """
 
     images: Tensor
@@ -52,11 +52,16 @@ class Batch(NamedTuple):
 
 
 class StepBatches(torch.utils.data.Dataset):
-    """Micro-batch i of one rank, for every i from 0.
+    """The micro-batches of one rank, numbered from 0 over the whole run.
 
-    A step's global batch is places [t*G, (t+1)*G) of its epoch's order; ranks take contiguous shares of it, and micro-batches
-    contiguous shares of those. Places behind the end of the epoch are filled with samples of weight 0, so that every
-    batch has the same shape. World size and number of workers decide who reads a sample, never which batch it is in.
+    The global batch of step t of an epoch is places [t*G, (t+1)*G) of the epoch's order. Each rank takes a contiguous share of
+    it, and each micro-batch a contiguous share of the rank's. Places beyond the end of the epoch are filled with samples of
+    weight 0, so that every batch has the same shape. The world size and the number of workers decide which process reads a
+    sample, but never which global batch it is in.
+
+    Raises:
+        DataError: there are fewer samples in a global batch than ranks times micro-batches.
+        ConfigError: the cache of remote shards is too small for this order.
     """
 
     def __init__(self, reader: Reader, order: Order, batch_size: int, accumulate: int, rank: int, world_size: int):
@@ -76,14 +81,14 @@ class StepBatches(torch.utils.data.Dataset):
             check_room(reader.split, order, reader.cache)
 
     def begin_prefetch(self, numbers: range) -> Prefetch | None:
-        """Fetches ahead for these micro-batches; None where the shards lie on this machine, or nothing is read."""
+        """Starts to fetch the shards of these micro-batches; None if all shards lie on this machine, or `numbers` is empty."""
         if self._reader.cache is None or not numbers:
             return None
         epoch, place = self.locate(numbers[-1])
         return Prefetch(self._reader.split, self._order, self._reader.cache, (epoch, place + self._batch_size))
 
     def locate(self, number: int) -> tuple[int, int]:
-        """The epoch of a micro-batch, and the place in it at which the global batch begins."""
+        """(epoch, place): the epoch of a micro-batch, and the place at which its global batch begins in the epoch's order."""
         epoch, step_of_epoch = divmod(number // self._accumulate, self.steps_per_epoch)
         return epoch, step_of_epoch * self._batch_size
 
@@ -109,9 +114,9 @@ class StepBatches(torch.utils.data.Dataset):
 
 
 class StepLoader:
-    """The training loader of a whole run; its state is the number of micro-batches that it has handed out.
+    """The training loader of a whole run.
 
-    The state is the same on every rank, whatever the number of workers.
+    Its state is the number of micro-batches that it has given so far: the same on every rank, for any number of workers.
     """
 
     def __init__(self, batches: StepBatches, num_batches: int, num_workers: int, pin_memory: bool):
@@ -122,7 +127,7 @@ class StepLoader:
         self._next = 0
 
     def __len__(self) -> int:
-        # NOTE: of the whole run, also after a resume. Lightning drops a batch of a stateful loader without a length.
+        # NOTE: this counts the whole run, also after a resume. Lightning drops a batch of a stateful loader without a length.
         return self._num_batches
 
     def __iter__(self) -> Iterator[Batch]:
@@ -141,7 +146,7 @@ class StepLoader:
 def build_loader(
     batches: StepBatches, numbers: range, num_workers: int, pin_memory: bool = False
 ) -> torch.utils.data.DataLoader:
-    """The micro-batches with these numbers, in order, read ahead by at most `num_workers` processes."""
+    """A loader of the micro-batches with these numbers, in order. Up to `num_workers` processes read ahead."""
     num_workers = min(num_workers, len(numbers))
     if num_workers:
         check_semaphores()
@@ -150,8 +155,9 @@ def build_loader(
         sampler=numbers,
         batch_size=None,
         num_workers=num_workers,
-        # NOTE: a pipeline's jobs are started by a fork server, and so would be their workers: from a server of their own, which
-        # first imports torch for seconds, and whose workers outlive a killed job, as they watch the server instead of the job.
+        # NOTE: a pipeline starts its jobs by a fork server, which would become the jobs' default, too. Their workers would then
+        # come from a new fork server, which takes seconds to import torch, and would outlive a killed job, since they watch that
+        # server instead of the job.
         multiprocessing_context="fork" if num_workers else None,
         pin_memory=pin_memory,
         worker_init_fn=start_worker,
@@ -161,18 +167,19 @@ def build_loader(
 
 
 class _Loader(torch.utils.data.DataLoader):
-    """Raises the workers' errors as they were, and ends the workers with this process."""
+    """A DataLoader that raises the errors of its workers unchanged, and whose workers never outlive this process."""
 
     def __iter__(self) -> Iterator[Batch]:
         others = set(multiprocessing.active_children())
         with preemption.left_to_parent() if self.num_workers else contextlib.nullcontext():
             batches = super().__iter__()
-        # NOTE: a process that exits while a loader is in use (an error keeps everything alive) would ask the workers to end by
-        # a signal that they ignore, and wait for ever.
+        # NOTE: when a process exits while a loader is in use (an exception keeps the loader alive), torch asks the workers to
+        # end by a signal that ours ignore, and waits for ever. This kills them first.
         workers = set(multiprocessing.active_children()) - others
         end = multiprocessing.util.Finalize(None, kill, args=(workers,), exitpriority=1)
         step_batches: StepBatches = self.dataset.batches
-        prefetch = step_batches.begin_prefetch(self.sampler)  # its threads begin when the workers have been forked
+        # Only now, when the workers have been forked: a fork should not meet running threads.
+        prefetch = step_batches.begin_prefetch(self.sampler)
         try:
             if prefetch is not None:
                 prefetch.advance(*step_batches.locate(self.sampler[0]))
@@ -185,13 +192,13 @@ class _Loader(torch.utils.data.DataLoader):
         finally:
             if prefetch is not None:
                 prefetch.stop()
-            batches = None  # ends the workers, unless an error keeps hold of it
+            batches = None  # this ends the workers, unless an exception still refers to the iterator
             if not any(worker.is_alive() for worker in workers):
                 end.cancel()
 
 
 class _Returned(torch.utils.data.Dataset):
-    """Returns an error of ours instead of raising it: torch would put the worker's whole traceback into the message."""
+    """Returns a ConcentrationError instead of raising it: torch would put the worker's traceback into its message."""
 
     def __init__(self, batches: StepBatches):
         self.batches = batches

@@ -1,4 +1,4 @@
-"""Samples that are labelled with the classes of one taxonomy, seen with those of another.
+"""Translates the labels of samples from their own taxonomy into another one, to evaluate a network on foreign data.
 
 Shapes: N samples, L labels, C classes of the samples' own taxonomy.
 """
@@ -16,14 +16,18 @@ from concentration.taxonomy import Taxonomy
 
 
 def map_labels(split: Split, taxonomy: Taxonomy, class_map: Mapping[str, str] | None, where: str) -> Split:
-    """The same samples with labels of `taxonomy`; a sample none of whose labels has a class there has no label.
+    """The same samples with their labels translated into classes of `taxonomy`.
+
+    Labels without a counterpart are dropped, so a sample may be left without labels.
 
     Args:
-        class_map: from class ids of the split's own taxonomy to those of `taxonomy`; None takes the ids that both have.
-        where: the map comes from, for errors.
+        split: the samples with labels of their own taxonomy.
+        taxonomy: the taxonomy to translate into.
+        class_map: class ids of the split's own taxonomy, mapped to those of `taxonomy`; None keeps the ids that both have.
+        where: what errors call the map.
 
     Raises:
-        DataError: the map names a class that is none, or no sample is left with a label.
+        DataError: the map names a class that its taxonomy lacks, or no sample has a label left.
     """
     own = split.taxonomy
     pairs = {class_id: class_id for class_id in own.position} if class_map is None else class_map
@@ -45,7 +49,7 @@ def map_labels(split: Split, taxonomy: Taxonomy, class_map: Mapping[str, str] | 
         np.unique(split.sample_of_label[is_kept_L] * num_classes + mapped_L[is_kept_L]), num_classes
     )
     mapped = copy.copy(split)
-    for name in ("sample_of_label", "fingerprint"):  # computed from what is changed here
+    for name in ("sample_of_label", "fingerprint"):  # these are cached, and depend on what changes here
         mapped.__dict__.pop(name, None)
     mapped.taxonomy = taxonomy
     mapped.label_output = output.astype(np.int32)
@@ -54,7 +58,11 @@ def map_labels(split: Split, taxonomy: Taxonomy, class_map: Mapping[str, str] | 
 
 
 def load_class_map(path: Path) -> dict[str, str]:
-    """A JSON object from class ids to class ids. Raises: DataError where the file is missing, or is something else."""
+    """Reads a class map: a JSON object from class ids to class ids.
+
+    Raises:
+        DataError: the file is missing, or holds something else.
+    """
     try:
         content = parse_json(path.read_bytes(), str(path))
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Near-duplicates between splits: images of `test` that training has all but seen, found by their perceptual hashes.
+"""Finds near-duplicates between splits: images of `test` that are copies of training images, by their perceptual hashes.
 
 Shapes: N samples, U hashes of one split that differ, P pairs.
 """
@@ -17,26 +17,29 @@ from concentration.data.views import View, decode_view
 
 HASH_BITS = 64
 
-#: Bits in which near-duplicates may differ. With more, bands are so short that a million images come to `MAX_COMPARED`.
+#: In how many bits the hashes of near-duplicates may differ. With more than 6, bands become so short that a million images reach
+#: `MAX_COMPARED`.
 MaxDistance = Annotated[int, pydantic.Field(ge=0, le=6)]
 
-#: Pairs that are listed for two splits; all are counted.
+#: How many pairs are listed for any two splits; all pairs are counted.
 MAX_LISTED = 1000
-#: Pairs of hashes of two splits that are compared: a minute. A million different images stay far below it (15 million at a
-#: distance of 3), but a hundred thousand that all agree in one band come to 2.5 billion, and time grows with their square.
+#: How many pairs of hashes are compared for any two splits, which takes a minute. A million different images need far fewer
+#: (15 million at a distance of 3), but 100,000 images that agree in one band would need 2.5 billion, and the time grows with
+#: the square of their number.
 MAX_COMPARED = 2**30
 
-#: The least standard deviation of an image's greys. Under it, a copy that was saved again agrees in all but 3 bits in less
-#: than one of six cases, and blank images would all be each other's copies.
+#: The least standard deviation of an image's grey levels for which it gets a hash. Below it, hashes mean nothing: fewer than one
+#: in six copies that were saved again stay within 3 bits, and all blank images would be each other's copies.
 _MIN_CONTRAST = 2.0
-#: Of both sides before the hash's own reduction to 32: finer, and large photographs are still decoded small.
+#: The side in pixels to which an image is decoded before `imagehash` reduces it to 32: larger, so that little detail is lost, and
+#: small, so that large photographs are decoded fast.
 _IMAGE_SIZE = 64
-#: Candidates that are compared at a time.
+#: How many candidate pairs are compared at once.
 _BLOCK = 2**20
 
 
 class WholeImage:
-    """The whole image, which becomes square; implements `Views`."""
+    """The view of a whole image, which is stretched to a square; implements `Views`."""
 
     def at(self, row: int, size: tuple[int, int]) -> View:
         return View(0.0, 0.0, 1.0, 1.0)
@@ -44,16 +47,16 @@ class WholeImage:
 
 @dataclass(frozen=True)
 class NearDuplicates:
-    """Pairs of samples in different splits whose hashes differ in few bits.
+    """Pairs of samples from different splits whose hashes differ in few bits.
 
     Attributes:
-        sample_P2: int64, the nearest pairs of every two splits, at most `MAX_LISTED`; the sample of the lower split comes
-            first. Samples of one split with one hash, thousands perhaps, are listed once, by the first of them.
-        distance_P: uint8, the bits that differ, rising for every two splits.
-        num_pairs: of samples, listed or not.
-        num_twins: by two splits, the lower one first: the samples of the first, and of the second, that are in their pairs.
-        num_left_out: pairs of hashes that agree in a band, and were too many to be compared (`MAX_COMPARED`). Some of them
-            may be pairs that are missing here.
+        sample_P2: int64, the listed pairs: for any two splits the `MAX_LISTED` with the smallest distance. The sample of the
+            split with the lower number comes first. Of the samples of one split that share a hash, only the first is listed.
+        distance_P: uint8, the number of bits that differ, ascending for any two splits.
+        num_pairs: the number of all pairs of samples, listed or not.
+        num_twins: for any two splits (the lower number first): how many samples of the first, and of the second, are in a pair.
+        num_left_out: how many candidate pairs of hashes were not compared, because there were more than `MAX_COMPARED`. Some of
+            them may be near-duplicates that are missing here.
     """
 
     sample_P2: np.ndarray
@@ -66,10 +69,12 @@ class NearDuplicates:
 def hash_image(content: bytes) -> int | None:
     """The perceptual hash of an encoded image, 64 bits; None for a blank image, which has no structure to hash.
 
+    Exactly 32 of the bits are set, so the distance of two hashes is always even.
+
     Raises:
         one of UNDECODABLE: the image cannot be decoded.
 
-    Source: `imagehash.phash`, the signs of the 8 x 8 lowest frequencies; 32 are set, so distances are even.
+    Source: `imagehash.phash`: which of the 8 x 8 lowest frequencies are above their median.
     """
     pixels = decode_view(content, WholeImage(), 0, _IMAGE_SIZE)[0]
     grey = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0))).convert("L")
@@ -79,15 +84,16 @@ def hash_image(content: bytes) -> int | None:
 
 
 def find_near_duplicates(hash_N: np.ndarray, split_N: np.ndarray, max_distance: int) -> NearDuplicates:
-    """Pairs of samples in different splits whose hashes differ in at most `max_distance` bits; all, up to `MAX_COMPARED`.
+    """All pairs of samples from different splits whose hashes differ in at most `max_distance` bits.
 
-    Hashes are cut into max_distance + 1 bands: two that differ in max_distance bits agree in one band at least. Memory is
-    O(N). 16-bit bands (a distance of 3) compare 15 million candidates for 1 million random hashes, half in each split.
+    The bits of a hash are divided into max_distance + 1 bands, so that two hashes within that distance agree in at least one
+    whole band. Only pairs that agree in a band are candidates, and candidates beyond `MAX_COMPARED` are left out. Memory is O(N).
+    For 1 million random hashes, half in each of two splits, bands of 16 bits (max_distance=3) give 15 million candidates.
 
     Args:
         hash_N: uint64, from `hash_image`.
-        split_N: integers, the split of each sample.
-        max_distance: at most 3 keeps bands long, and the search fast.
+        split_N: integers, the number of each sample's split.
+        max_distance: the fewer, the longer the bands, and the faster the search.
     """
     listed = [(np.empty((0, 2), dtype=np.int64), np.empty(0, dtype=np.uint8))]
     num_pairs = num_left_out = 0
@@ -116,7 +122,7 @@ def find_near_duplicates(hash_N: np.ndarray, split_N: np.ndarray, max_distance: 
 
 @dataclass(frozen=True)
 class _Distinct:
-    """The hashes of one split, (U,), each once, with their first sample and count."""
+    """The distinct hashes of one split: each hash (U,) uint64, the first sample that has it, and how many samples have it."""
 
     hash_U: np.ndarray
     first_U: np.ndarray
@@ -130,13 +136,15 @@ class _Distinct:
 
 @dataclass(frozen=True)
 class _Band:
-    """Some of the bits, and for each hash of the left those of the right that agree with it in them: its candidates.
+    """One band of bits, and for each hash of the left split its candidates: the hashes of the right split that agree in the band.
 
     Attributes:
-        mask: the bits.
-        order_U: places of the right's hashes; `order_U[start:start + count]` are the candidates of a hash of the left.
-        start_U, count_U: of each hash of the left.
-        is_compared_U: bool, whether its candidates are looked at; those with the fewest are.
+        mask: the bits of the band.
+        order_U: the places of the right hashes, sorted by the band's bits. The candidates of a left hash are
+            `order_U[start:start + count]`.
+        start_U, count_U: where the candidates of each left hash begin in `order_U`, and how many there are.
+        is_compared_U: bool, whether the candidates of a left hash are compared. If there are too many in all, only those of the
+            left hashes with the fewest candidates are.
     """
 
     mask: np.uint64
@@ -162,6 +170,7 @@ class _Band:
 
 
 def _cut_into_bands(left_U: np.ndarray, right_U: np.ndarray, max_distance: int) -> list[_Band]:
+    """The max_distance + 1 bands of about equal width, which share `MAX_COMPARED` equally."""
     edges = [HASH_BITS * number // (max_distance + 1) for number in range(max_distance + 2)]
     masks = [np.uint64((1 << stop) - (1 << start)) for start, stop in itertools.pairwise(edges)]
     return [_Band.of(mask, left_U, right_U, MAX_COMPARED // len(masks)) for mask in masks]
@@ -170,7 +179,10 @@ def _cut_into_bands(left_U: np.ndarray, right_U: np.ndarray, max_distance: int) 
 def _join(
     bands: Sequence[_Band], left_U: np.ndarray, right_U: np.ndarray, max_distance: int
 ) -> Iterator[tuple[np.ndarray, ...]]:
-    """Blocks of places in `left_U` and in `right_U`, and their distance; each pair comes once."""
+    """Yields the pairs within `max_distance` block by block: their places in `left_U` and in `right_U`, and their distances.
+
+    A pair that agrees in several bands is found in each of them, and yielded for the first.
+    """
     for number, band in enumerate(bands):
         end_U = np.cumsum(band.count_U * band.is_compared_U)
         for first in range(0, int(end_U[-1]), _BLOCK):
@@ -188,5 +200,6 @@ def _join(
 
 
 def _keep_nearest(sample_P2: np.ndarray, distance_P: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The `MAX_LISTED` nearest pairs, and their distances."""
     order = np.lexsort((sample_P2[:, 1], sample_P2[:, 0], distance_P))[:MAX_LISTED]
     return sample_P2[order], distance_P[order]

@@ -1,8 +1,8 @@
-"""The order of samples: a pure function of (seed, epoch), so that a position is all the state that a resumed run needs.
+"""The order in which samples are read: a pure function of (seed, epoch), so a place in it is all that a resumed run has to know.
 
-Shards are permuted and taken in windows of a few, and samples are permuted inside a window: so reads stay inside a few files,
-memory is O(window), and any position is found by a look-up. The permutations come from a hash of counters, not from a
-library's random stream, so they never change; golden values in the tests make sure of that.
+A shuffled epoch permutes the shards, takes them in windows of a few, and permutes the samples inside each window. So reads stay
+inside a few files, memory is O(window), and the sample at any place is found without walking the epoch. The permutations come
+from a hash of counters and not from a library's random stream, so that they never change; golden values in the tests hold them.
 """
 
 from collections.abc import Sequence
@@ -14,13 +14,15 @@ _ORDER, _CLASS, _SAMPLE = 1, 2, 3  # one stream of random bits per purpose
 
 
 class Stretch(NamedTuple):
-    """The numbers of the shards that are read together, and the place in the epoch at which the next ones begin."""
+    """The shards (by number) that are read together, and the place in the epoch's order at which the next shards begin."""
 
     shards: list[int]
     stop: int
 
 
 class Order(Protocol):
+    """Which sample stands at each place of each epoch."""
+
     def __len__(self) -> int:
         """The number of places in an epoch."""
 
@@ -28,17 +30,21 @@ class Order(Protocol):
         """The ordinals of the samples at these places (each below the epoch's length)."""
 
     def stretch_at(self, epoch: int, place: int, shard_start: np.ndarray) -> Stretch:
-        """What is read around this place. `shard_start`: the first ordinal of every shard, and their number."""
+        """The shards that are read around this place, so that remote ones can be fetched in time.
+
+        Args:
+            shard_start: (number of shards + 1,) the first ordinal of every shard, and the number of samples.
+        """
 
 
 class WindowOrder:
-    """Every sample once an epoch, shuffled by shard and inside windows of `window_shards` shards.
+    """Every sample once an epoch: the shards are shuffled, and the samples inside windows of `window_shards` shards.
 
     Args:
-        ordinals_by_shard: the samples that take part, by shard. Ranges, where all do, take no memory: any place among 100 million
-            samples in 25,000 shards is found in milliseconds and with some megabytes.
-        seed: the seed of the whole order.
-        window_shards: how many shards are read at the same time.
+        ordinals_by_shard: the ordinals that take part, by shard. If all samples of a shard do, a range takes no memory: any place
+            among 100 million samples in 25,000 shards is found in milliseconds and with some megabytes.
+        seed: the seed of all permutations.
+        window_shards: how many shards a window has, which are read at the same time.
     """
 
     def __init__(self, ordinals_by_shard: Sequence[np.ndarray | range], seed: int, window_shards: int):
@@ -70,7 +76,7 @@ class WindowOrder:
         return Stretch((np.searchsorted(shard_start, firsts, side="right") - 1).tolist(), int(stop))
 
     def _windows_of(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The epoch's order of shards, and the place at which each window starts."""
+        """The order of the shards in this epoch, and the place at which each window starts. The last epoch's are kept."""
         if self._epoch is None or self._epoch[0] != epoch:
             shard_order = permutation(len(self._shards), self._seed, _ORDER, epoch)
             ends = np.cumsum(self._lengths[shard_order])
@@ -79,6 +85,7 @@ class WindowOrder:
         return self._epoch[1], self._epoch[2]
 
     def _samples_of(self, epoch: int, window: int) -> np.ndarray:
+        """The shuffled ordinals of a window. The last window's are kept."""
         if self._window is None or self._window[0] != (epoch, window):
             ordinals = np.concatenate([_as_array(ordinals) for ordinals in self._shards_of(epoch, window)])
             shuffled = ordinals[permutation(len(ordinals), self._seed, _ORDER, epoch, window)]
@@ -92,10 +99,10 @@ class WindowOrder:
 
 
 class ClassBalancedOrder:
-    """Every place draws a class, each with equal probability, then one of its samples: rare classes are seen as often as others.
+    """Every place draws a class, all with equal probability, and then one of its samples, so that rare classes are seen often.
 
     Args:
-        ordinals_by_class: for each class the samples with that label; classes without samples are left out.
+        ordinals_by_class: for each class the ordinals of the samples with that label; classes without samples are left out.
         length: the number of places in an epoch.
         seed: the seed of all draws.
     """
@@ -115,12 +122,12 @@ class ClassBalancedOrder:
         return np.array([self._classes[c][bits % len(self._classes[c])] for c, bits in pairs], dtype=np.int64)
 
     def stretch_at(self, epoch: int, place: int, shard_start: np.ndarray) -> Stretch:
-        """All shards, always: a rare class's samples lie anywhere."""
+        """All shards for the whole epoch, since every place draws from all of them."""
         return Stretch(list(range(len(shard_start) - 1)), self._length)
 
 
 class SequentialOrder:
-    """Samples as they lie in the shards; for evaluation and for making targets."""
+    """The given samples in the given order in every epoch, for evaluation and for making targets."""
 
     def __init__(self, ordinals: np.ndarray):
         self._ordinals = ordinals
@@ -143,12 +150,12 @@ def _as_array(ordinals: np.ndarray | range) -> np.ndarray:
 
 
 def permutation(length: int, *keys: int) -> np.ndarray:
-    """A permutation of range(length), int64, that depends on the keys alone."""
+    """A permutation of range(length), int64, that depends on nothing but the keys."""
     return np.argsort(random_bits(*keys, np.arange(length)), kind="stable")
 
 
 def random_bits(*keys: int | np.ndarray) -> np.ndarray:
-    """64 random bits for each combination of counters; arrays among the keys are broadcast.
+    """64 random bits (uint64) that depend on nothing but the keys, which are integers; arrays among them are broadcast.
 
     Source: the finaliser of SplitMix64 (Steele, Lea and Flood 2014), applied after each key is mixed in.
     """
@@ -164,5 +171,5 @@ def random_bits(*keys: int | np.ndarray) -> np.ndarray:
 
 
 def uniforms(*keys: int | np.ndarray) -> np.ndarray:
-    """Numbers in [0, 1), float64, from `random_bits`."""
+    """Random numbers in [0, 1), float64, from the upper 53 of `random_bits`."""
     return (random_bits(*keys) >> np.uint64(11)).astype(np.float64) * 2.0**-53

@@ -1,6 +1,6 @@
-"""Packs: shards of very small images, one behind the other in a file, which their index alone describes.
+"""Packs: shards of very small images. A pack is the encoded images one after another; only its index says where each begins.
 
-A tar takes two kilobytes a sample, however small its image is; of drawings of 400 bytes it would be five times as large.
+A tar takes at least two kilobytes per sample, so for drawings of 400 bytes it would be five times as large as a pack.
 """
 
 import zlib
@@ -15,23 +15,24 @@ from concentration.errors import DataError
 from concentration.files import replacing
 from concentration.taxonomy import Taxonomy
 
-#: In place of `.tar`.
+#: The suffix of a pack's file, where a tar has `.tar`.
 PACK_SUFFIX = ".pack"
 
 
 def write_pack(path: Path, items: Sequence[Item], source: Source, taxonomy: Taxonomy) -> list[str]:
-    """Writes a pack and its index, each whole or not at all, and returns a line for every image that could not be had.
-
-    Where none could be had, there is neither.
+    """Writes a pack and its index, each whole or not at all.
 
     Args:
-        path: of the pack; its index lies beside it.
-        items: in the order of the pack.
-        source: reads each item's image.
-        taxonomy: of the labels.
+        path: the file of the pack; its index is written beside it.
+        items: the samples, in the order of the pack.
+        source: reads the image of each item.
+        taxonomy: the taxonomy that the labels belong to.
+
+    Returns:
+        A line for each image that could not be read. If none could, neither file is written.
 
     Raises:
-        DataError: the disk is full, or the folder may not be written.
+        DataError: the disk is full, or the folder cannot be written to.
     """
     contents, skipped, kept = [], [], []
     for item in items:

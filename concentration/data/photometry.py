@@ -1,6 +1,6 @@
-"""Photometric distortions: brightness, contrast, saturation and the light of an image.
+"""Photometric distortions: brightness, contrast, saturation, and the colour of the light.
 
-Shapes: H, W of an image, 3 channels or none (grey).
+Shapes: H, W height and width of an image, which has 3 channels or, if it is grey, no channel axis.
 
 Sources: Howard, "Some improvements on deep convolutional neural network based image classification", arXiv 1312.5402, section 2
 (contrast, brightness and colour between 0.5 and 1.5, then light); Krizhevsky et al. 2012, section 4.1 (light).
@@ -12,30 +12,30 @@ import numpy as np
 
 from concentration.data.order import uniforms
 
-#: Brightness of red, green and blue, as television has it (ITU-R 601), and Pillow.
+#: The weights of red, green and blue in a pixel's brightness (ITU-R BT.601; Pillow has the same).
 LUMA = np.array([0.299, 0.587, 0.114])
 
-# The principal directions of the colours of ImageNet's pixels in [0, 1], as columns, and their standard deviations; of
-# facebook's fb.resnet.torch, since Krizhevsky et al. print none.
+# The principal directions of the colours of ImageNet's pixels in [0, 1], as columns, and the standard deviation along each. Since
+# Krizhevsky et al. do not print theirs, these are from Facebook's fb.resnet.torch.
 _DIRECTIONS = np.array([[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]])
 _DEVIATIONS = np.array([0.2175, 0.0188, 0.0045])
-#: Of the amounts of the three directions that are added.
+#: The standard deviation of alpha_i in Krizhevsky et al., by which each direction is added in units of its own deviation.
 _LIGHT = 0.1
 
-#: Lights that can be drawn: light 0 adds nothing.
+#: How many lights can be drawn; light 0 adds nothing.
 NUM_LIGHTS = 256
 
 
 def change_colours(pixels: np.ndarray, brightness: float, contrast: float, saturation: float, light: int) -> np.ndarray:
-    """The changed image, uint8 and (H, W, 3), or (H, W) where a grey one stays grey.
+    """The changed image, (H, W, 3) uint8; a grey image stays (H, W) unless a light colours it.
 
-    Saturation about each pixel's own brightness, then contrast about the mean, brightness, and the light. Howard draws the
-    order of the first three; they are not cut to 8 bits in between here, so it would hardly matter.
+    The steps are: saturation about each pixel's own brightness, contrast about the image's mean, brightness, light. Howard
+    applies the first three in random order. Here the order would hardly matter, since pixels become 8 bits only at the end.
 
     Args:
         pixels: uint8, (H, W, 3) or (H, W).
         brightness, contrast, saturation: factors; 1 changes nothing.
-        light: a number below NUM_LIGHTS.
+        light: the number of a light, below NUM_LIGHTS; 0 changes nothing.
     """
     if (brightness, contrast, saturation, light) == (1, 1, 1, 0):
         return pixels
@@ -52,7 +52,10 @@ def change_colours(pixels: np.ndarray, brightness: float, contrast: float, satur
 
 @functools.cache
 def list_lights() -> np.ndarray:
-    """(NUM_LIGHTS, 3): what each adds to red, green and blue; normally distributed, and the same for ever."""
+    """(NUM_LIGHTS, 3) float64: what each light adds to red, green and blue in [0, 255].
+
+    The lights are normally distributed, and the same in every run, so that a stored view can be repeated.
+    """
     numbers = np.arange(NUM_LIGHTS)
     first, second, third, fourth = (1 - uniforms(0, purpose, numbers) for purpose in range(4))  # above 0
     normal = np.stack(

@@ -1,4 +1,4 @@
-"""Fetches remote shards before they are read: the order is known, so the next ones are fetched while these are used."""
+"""Fetches remote shards before they are read. Since the order is known, the next shards are fetched while these are in use."""
 
 import queue
 import threading
@@ -10,14 +10,14 @@ from concentration.errors import ConfigError, DataError
 
 
 class Prefetch:
-    """Fetches the shards of the stretch of the order that is read, and of the one after it, in daemon threads.
+    """Fetches the shards of the stretch that is being read, and of the stretch after it, in daemon threads.
 
-    The threads are those of the process that owns the loader; its workers find the files, or wait for them.
+    The threads run in the process that owns the loader. The loader's workers find the files in the cache, or wait for them.
 
     Args:
-        split, order: what is read, and how.
-        cache: where the shards go.
-        end: (epoch, place) behind which nothing is read.
+        split, order: the samples, and the order in which they are read.
+        cache: the cache that the shards are fetched into.
+        end: (epoch, place) at which reading ends.
     """
 
     def __init__(self, split: Split, order: Order, cache: ShardCache, end: tuple[int, int]):
@@ -26,14 +26,14 @@ class Prefetch:
         self._cache = cache
         self._end = end
         self._known_until = (-1, 0)
-        self._turn = 0  # counts stretches
+        self._turn = 0  # the number of the stretch that is being read
         self._queue: queue.SimpleQueue[tuple[int, int] | None] = queue.SimpleQueue()
         self._is_over = False
         for _ in range(cache.connections):
             threading.Thread(target=self._work, name="prefetch", daemon=True).start()
 
     def advance(self, epoch: int, place: int) -> None:
-        """Says that everything before this place has been read."""
+        """Tells the threads that everything before this place has been read."""
         if (epoch, place) < self._known_until:
             return
         self._turn += 1
@@ -44,7 +44,7 @@ class Prefetch:
             self._ask_for(*after, self._turn + 1)
 
     def stop(self) -> None:
-        """Begins no other shard; what is being fetched goes on, and does not keep the process from ending."""
+        """Starts no further fetch. Fetches that are under way go on, but do not keep the process from ending."""
         self._is_over = True
         for _ in range(self._cache.connections):
             self._queue.put(None)
@@ -58,17 +58,17 @@ class Prefetch:
     def _work(self) -> None:
         while (asked := self._queue.get()) is not None and not self._is_over:
             turn, number = asked
-            if turn < self._turn:  # it has been read, and would only push out what is needed
+            if turn < self._turn:  # its stretch has been read; fetching it now would only evict shards that are needed
                 continue
             try:
                 self._cache.fetch(self._split.shards[number])
             except (ConfigError, DataError):
-                # The reader that needs the shard tries again, and says why it cannot be had.
+                # The reader that needs the shard tries again, and reports why it cannot be fetched.
                 continue
 
 
 def check_room(split: Split, order: Order, cache: ShardCache) -> None:
-    """Raises: ConfigError where the cache cannot hold what is read at a time and what is fetched meanwhile."""
+    """Raises: ConfigError if the cache cannot hold the shards that are read together and those that are fetched meanwhile."""
     num_shards = len(order.stretch_at(0, 0, split.shard_start).shards)
     largest_bytes = int(split.shard_bytes.max())
     needed_bytes = min(2 * num_shards * largest_bytes, int(split.shard_bytes.sum()))

@@ -1,4 +1,4 @@
-"""Reads samples by ordinal: an image's bytes out of its shard, checked and decoded into a view, and its targets.
+"""Reads samples by ordinal: reads and checks an image's bytes in its shard, decodes a view of it, and looks up its targets.
 
 Shapes: B samples that are read together.
 """
@@ -22,12 +22,12 @@ from concentration.errors import DataError
 from concentration.packed_targets import VIEW_BYTES
 from concentration.targets import SoftTargets
 
-#: Images are read together until they have so many bytes: see `SampleReader.read`.
+#: Encoded images are read in a row until they have so many bytes, and then decoded: see `SampleReader.read`.
 _READ_TOGETHER_BYTES = 2**18
 
 
 class ReadSamples(NamedTuple):
-    """What a reader gives for B samples; the fields are those of `loader.Batch`."""
+    """What a reader gives for B samples; `loader.Batch` describes the fields."""
 
     images: Tensor
     targets: SoftTargets
@@ -42,7 +42,7 @@ class Reader(Protocol):
 
     Attributes:
         split: the split of the samples.
-        cache: the cache of remote shards; None where nothing remote is read.
+        cache: the cache of remote shards; None if no remote shard is read.
     """
 
     split: Split
@@ -53,7 +53,16 @@ class Reader(Protocol):
 
 
 class SampleReader:
-    """Reads and decodes samples by ordinal. It holds open files, which do not travel to worker processes.
+    """Reads and decodes samples by ordinal.
+
+    It keeps shards open. Pickled for a worker process, it opens them there again.
+
+    Args:
+        split: the split of the samples.
+        targets: gives the targets of the samples.
+        image_size: the side of the images in pixels.
+        views: how views are drawn, if the targets do not belong to stored views; None takes the centre view.
+        seed: the seed of drawn views.
 
     Raises:
         DataError: a shard cannot be read or fetched, or has changed since it was indexed.
@@ -65,7 +74,7 @@ class SampleReader:
         self._image_size = image_size
         self._views = views
         self._seed = seed
-        #: None where the shards lie on this machine.
+        #: None if the shards lie on this machine.
         self.cache = load_cache(split)
         self._files: dict[int, int] = {}
 
@@ -79,13 +88,13 @@ class SampleReader:
     def read(self, ordinals: np.ndarray, epoch: int) -> ReadSamples:
         """The samples' images and targets in this epoch."""
         size = self._image_size
-        # Channels last in memory, as decoders give them: for small images a transposing copy would cost most after decoding.
+        # Channels last in memory, as decoders give them: of small images, only decoding takes longer than a transposing copy.
         images = np.empty((len(ordinals), size, size, 3), dtype=np.uint8).transpose(0, 3, 1, 2)
         views = self.choose_views(ordinals, epoch)
         seen: list[View | None] = []
         is_grey_B = np.ones(len(ordinals), dtype=bool)
-        # NOTE: decoding evicts everything else from the processor's caches, so whatever is done between two images takes
-        # several times as long as alone. Hence the loop does no more than it must, and files are read in stretches.
+        # NOTE: decoding evicts everything else from the processor's caches, so that code between two decodings takes several
+        # times as long as alone. Hence this loop does as little as possible, and several images are read in a row.
         for row, content in enumerate(self._read_stretches(ordinals)):
             try:
                 images[row], view, is_grey_B[row] = decode_view(content, views, row, size)
@@ -99,11 +108,11 @@ class SampleReader:
         return ReadSamples(images, self.lookup(ordinals, epoch), skipped_B, view_BV, view_BV[:, :0], is_grey_B)
 
     def lookup(self, ordinals: np.ndarray, epoch: int) -> SoftTargets:
-        """The samples' targets alone."""
+        """The targets of these samples, without their images."""
         return self._targets.lookup(ordinals, epoch)
 
     def choose_views(self, ordinals: np.ndarray, epoch: int) -> Views:
-        """The stored views that the targets belong to, if they belong to some; otherwise newly drawn ones."""
+        """The stored views that the targets belong to; views drawn for this epoch if the targets hold for any view."""
         if stored := self._targets.views(ordinals, epoch):
             return stored
         return CentreView() if self._views is None else draw_views(self._views, self._seed, epoch, ordinals)
@@ -113,7 +122,7 @@ class SampleReader:
         return next(self._read_stretches(np.array([ordinal])))
 
     def _read_stretches(self, ordinals: np.ndarray) -> Iterator[bytes]:
-        """Yields the images' bytes in turn; a few are read at once, but never so many that they would fill the memory."""
+        """Yields the encoded images in turn. Several are read in a row, up to about `_READ_TOGETHER_BYTES`."""
         contents, num_bytes = [], 0
         for place in self._locate(ordinals):
             contents.append(self._read_at(*place))
@@ -124,7 +133,7 @@ class SampleReader:
         yield from contents
 
     def _locate(self, ordinals: np.ndarray) -> list[list[int]]:
-        """For each sample: its shard's number and its row there, and its image's offset, size and checksum."""
+        """For each sample: the number of its shard, its row there, and its image's offset, size and checksum."""
         numbers = np.searchsorted(self.split.shard_start, ordinals, side="right") - 1
         rows = ordinals - self.split.shard_start[numbers]
         places = np.empty((len(ordinals), 5), dtype=np.int64)
@@ -136,10 +145,14 @@ class SampleReader:
         return places.tolist()
 
     def _read_at(self, number: int, row: int, offset: int, size: int, crc32: int) -> bytes:
-        """The bytes of an image, checked against what `_locate` says of it."""
+        """The bytes of an image, whose size and checksum must be those that `_locate` gave.
+
+        Raises:
+            DataError: the shard cannot be read, or its content has changed.
+        """
         content, error = self._read_unchecked(number, offset, size)
         if self.cache is not None and zlib.crc32(content) != crc32:
-            # The copy was checked when it was fetched, so it was damaged on this disk.
+            # The copy was checked when it was fetched, so it was damaged on this disk since: it is fetched again.
             self._discard_copy(number)
             content, error = self._read_unchecked(number, offset, size)
         if error is None and zlib.crc32(content) == crc32:
@@ -163,14 +176,14 @@ class SampleReader:
         )
 
     def _read_unchecked(self, number: int, offset: int, size: int) -> tuple[bytes, OSError | None]:
-        """The bytes there, or the error that kept them from being read."""
+        """The bytes at this place and None, or no bytes and the error that prevented reading them."""
         try:
             return os.pread(self._open(number), size, offset), None
         except OSError as error:
             return b"", error
 
     def _discard_copy(self, number: int) -> None:
-        """Takes a damaged copy out of the cache, unless another process has done so and fetched it again."""
+        """Removes a damaged copy from the cache, unless another process has done so, and may have fetched it again."""
         if number in self._files:
             file = self._files.pop(number)
             if os.fstat(file).st_nlink > 0:
@@ -178,6 +191,7 @@ class SampleReader:
             os.close(file)
 
     def _open(self, number: int) -> int:
+        """A file descriptor of the shard. At most 256 stay open."""
         if number not in self._files:
             if self.cache is not None:
                 self._close_evicted()
@@ -190,14 +204,14 @@ class SampleReader:
         return self._files[number]
 
     def _close_evicted(self) -> None:
-        """Closes copies that the cache has removed: while they are open, they still take disk space."""
+        """Closes copies that the cache has removed, since an open file still takes disk space."""
         for number, file in list(self._files.items()):
             if os.fstat(file).st_nlink == 0:
                 os.close(self._files.pop(number))
 
 
 def explain_skipped(split: Split, ordinal: int) -> str:
-    """Why the image of a sample was skipped. It is decoded once more, as readers only say that it was.
+    """Says why the image of a sample was skipped. To find out it is decoded again: a reader only reports that it was skipped.
 
     Raises:
         DataError: as `SampleReader`.

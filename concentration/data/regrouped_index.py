@@ -1,4 +1,4 @@
-"""The index of a shard for a taxonomy with fewer verticals: the images stay where they lie, and some count no longer.
+"""The index of a shard for a taxonomy from which verticals were removed. The shard itself stays as it is.
 
 Shapes: C classes of the earlier taxonomy, L labels of the earlier index, R samples of the new one.
 """
@@ -12,18 +12,26 @@ from concentration.taxonomy import Taxonomy
 
 
 def map_positions(before: Taxonomy, after: Taxonomy) -> np.ndarray:
-    """(C,) int32: where each class stands in the new taxonomy; -1 where it is gone."""
+    """(C,) int32: the position of each earlier class in the new taxonomy; -1 if it is not there."""
     return np.array([after.position.get(c.id, -1) for c in before.classes], dtype=np.int32)
 
 
 def find_kept_rows(index: ShardIndex, position_C: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(R,) the rows whose samples have a label left, rising, and (R,) how many each has."""
+    """(R,) the rows, ascending, whose samples have labels in the new taxonomy, and (R,) how many labels each has there.
+
+    Args:
+        position_C: from `map_positions`.
+    """
     sample_L = np.repeat(np.arange(index.num_samples), np.diff(index.label_start))
     return np.unique(sample_L[position_C[index.label_position] >= 0], return_counts=True)
 
 
 def regroup_index(index: ShardIndex, position_C: np.ndarray) -> ShardIndex | None:
-    """The samples that have a label left, with those of their labels; None where none has."""
+    """The index of the samples that have labels in the new taxonomy, with these labels; None if there is no such sample.
+
+    Args:
+        position_C: from `map_positions`.
+    """
     rows, counts = find_kept_rows(index, position_C)
     if not len(rows):
         return None

@@ -1,4 +1,4 @@
-"""Files behind URLs, through fsspec: listed, measured, read and copied, tried again where that may help."""
+"""Lists, measures, reads and copies files behind URLs through fsspec, and tries again if that may help."""
 
 import json
 import os
@@ -15,13 +15,14 @@ import fsspec
 
 from concentration.errors import FULL_DISK, ConfigError, DataError
 
-#: A path on this machine, or a URL (str), which a Path would mangle.
+#: A path on this machine, or a URL as a str, since a Path would turn `//` into `/`.
 Location = Path | str
 
-#: Before the second try, and at most before any; each wait is twice the one before, give or take a half.
+#: How long to wait before the second try, and the longest wait before any. Each wait is twice the one before, times a random
+#: factor from 0.5 to 1.5.
 FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.5, 30.0
 
-#: Answers of a server after which another try may help: a timeout, too early, too many requests.
+#: HTTP statuses below 500 after which another try may help: request timeout, too early, too many requests.
 _PASSING_STATUS = (408, 425, 429)
 
 
@@ -29,7 +30,7 @@ T = TypeVar("T")
 
 
 class WrongContentError(OSError):
-    """What was fetched is not what was indexed: cut on the way, or replaced at its source."""
+    """A fetched file is not the one that was indexed: it was cut short on the way, or replaced at its source."""
 
 
 def is_url(text: str) -> bool:
@@ -37,11 +38,11 @@ def is_url(text: str) -> bool:
 
 
 def parse_location(value: Any) -> Any:
-    """A text as a Path or, where it is a URL, as itself; for pydantic, which checks the rest.
+    """A URL as it is, without a final slash, and any other text as a Path. What is not text is left to pydantic to refuse.
 
     Raises:
-        ConfigError: the URL holds a password; unlike a ValueError, it does not show what was found.
-        ValueError: names cannot be added to the URL.
+        ConfigError: the URL holds a name or password. Pydantic would show the URL in the message of a ValueError.
+        ValueError: the URL is not that of a folder, to which file names can be added.
     """
     if not isinstance(value, str):
         return value
@@ -63,22 +64,22 @@ def join(folder: Location, name: str) -> Location:
 
 
 def name_of(location: Location) -> str:
-    """The last part, a file's name."""
+    """The file name at the end of a location."""
     return location.name if isinstance(location, Path) else location.rpartition("/")[2]
 
 
 @dataclass(frozen=True)
 class Remote:
-    """How remote files are reached.
+    """Access to remote files.
 
     Attributes:
-        retries: tries after the first.
-        timeout_seconds: how long the server of an http or s3 URL may be silent.
-        storage_options: handed to fsspec's file system.
+        retries: how often a failed request is tried again.
+        timeout_seconds: how long the server of an http or s3 URL may be silent before a try counts as failed.
+        storage_options: the arguments of fsspec's file system.
 
     Raises:
         ConfigError: no file system for the URL is installed, or it does not take these options.
-        DataError: naming the URL, the last reason and the number of tries, where a file cannot be had.
+        DataError: a file cannot be fetched; the message has the URL, the last reason and the number of tries.
     """
 
     retries: int
@@ -86,25 +87,26 @@ class Remote:
     storage_options: Mapping[str, Any]
 
     def glob(self, pattern: str) -> list[str]:
-        """The URLs of all files that match."""
+        """The URLs of all files that match the pattern."""
         names = self._try(pattern, lambda: self._call(pattern, "glob"))
         return [self._connect(pattern).unstrip_protocol(name) for name in names]
 
     def read(self, url: str) -> bytes:
-        """A small file whole."""
+        """The content of a small file."""
         return self._try(url, lambda: self._call(url, "cat_file"))
 
     def size(self, url: str) -> int:
-        """In bytes, as the server says."""
+        """The size of a file in bytes, as the server reports it."""
         size = self._try(url, lambda: self._call(url, "size"))
         if size is None:
             raise DataError(f"{url}: the server does not tell its size; serve it as a plain file")
         return size
 
     def copy(self, url: str, path: Path, check: Callable[[Path], T]) -> T:
-        """Writes the file to `path`, and returns what `check` says of it; its WrongContentError is a failed try.
+        """Copies the file to `path`, and returns `check(path)`. A WrongContentError of `check` counts as a failed try.
 
-        Raises: OSError where the disk is full, which is no fault of the server's.
+        Raises:
+            OSError: the disk is full; trying again would not help.
         """
 
         def fetch_and_check() -> T:
@@ -114,6 +116,7 @@ class Remote:
         return self._try(url, fetch_and_check)
 
     def _try(self, url: str, action: Callable[[], T]) -> T:
+        """Calls `action` until it succeeds, fails for a reason that will not pass, or has failed 1 + `retries` times."""
         own, own_passing = _list_own_errors(url)
         for number in range(self.retries + 1):
             try:
@@ -128,14 +131,15 @@ class Remote:
                         f"{'try' if number == 0 else 'tries'}); bring it back, or correct the address or the credentials"
                     ) from None
             wait_seconds = min(FIRST_WAIT_SECONDS * 2**number, LONGEST_WAIT_SECONDS)
-            # Many processes fail at the same time, and should not come back at the same time.
+            # The random factor spreads the next tries of many processes that failed at the same time.
             time.sleep(wait_seconds * random.uniform(0.5, 1.5))
         raise AssertionError("the last try returns or raises")
 
     def _call(self, url: str, method: str, *arguments: str) -> Any:
+        """Calls a method of the URL's file system."""
         try:
             return getattr(self._connect(url), method)(url, *arguments)
-        except TypeError as error:  # options are looked at when they are first used
+        except TypeError as error:  # fsspec uses some options at the first call only, and fails then if they are wrong
             raise _describe_options(url, error) from None
 
     def _describe(self, error: Exception) -> str:
@@ -150,14 +154,14 @@ class Remote:
         return " ".join(str(error).split()) or type(error).__name__
 
     def _connect(self, url: str) -> fsspec.AbstractFileSystem:
-        """The file system of a URL, one a process: connections are no good to a forked child."""
+        """The file system of a URL. Each process has its own, since a forked child cannot use its parent's connections."""
         scheme, host = urlsplit(url)[:2]
         key = (os.getpid(), scheme, host, self.timeout_seconds, json.dumps(dict(self.storage_options), sort_keys=True))
         if key not in _FILE_SYSTEMS:
             try:
                 options = _add_timeout(scheme, self.storage_options, self.timeout_seconds)
-                # NOTE: not from fsspec's own cache, which a forked child clears: closing its copies of the parent's
-                # connections would disturb the parent's downloads.
+                # NOTE: fsspec's own cache is not used. A forked child clears it, which closes the child's copies of its
+                # parent's connections, and that disturbs the parent's downloads.
                 _FILE_SYSTEMS[key] = fsspec.core.url_to_fs(url, skip_instance_cache=True, **options)[0]
             except ImportError as error:
                 raise ConfigError(f"{url}: {error}; for s3, `pip install 'concentration[s3]'`") from None
@@ -166,18 +170,18 @@ class Remote:
         return _FILE_SYSTEMS[key]
 
 
-# Those of a parent stay in here, and are never closed by its children.
+# After a fork, a child keeps its parent's file systems in here, so that it never closes their connections.
 _FILE_SYSTEMS: dict[tuple, fsspec.AbstractFileSystem] = {}
 
 
 def _add_timeout(scheme: str, options: Mapping[str, Any], seconds: float) -> dict[str, Any]:
-    """fsspec has no common name for it; the user's own options win."""
+    """The options with a timeout in the form that the file system of this scheme expects. The user's own options win."""
     added: dict[str, dict[str, Any]] = {}
     if scheme in ("http", "https"):
-        # The time of a whole download is not bounded, only its silences.
+        # A download may take any time, as long as the server is never silent for longer than this.
         added = {"client_kwargs": {"timeout": aiohttp.ClientTimeout(sock_connect=seconds, sock_read=seconds)}}
     elif scheme in ("s3", "s3a"):
-        # One request is one try: retries are counted here alone.
+        # botocore does not retry by itself, so that `Remote.retries` is the only count of tries.
         tries = {"total_max_attempts": 1}
         added = {"config_kwargs": {"connect_timeout": seconds, "read_timeout": seconds, "retries": tries}}
     return {**options, **{name: {**values, **options.get(name, {})} for name, values in added.items()}}
@@ -188,7 +192,10 @@ def _describe_options(url: str, error: Exception) -> ConfigError:
 
 
 def _list_own_errors(url: str) -> tuple[tuple[type[Exception], ...], tuple[type[Exception], ...]]:
-    """What a file system raises beside OSError, and which of it may pass: botocore has errors of its own."""
+    """The exceptions that the URL's file system raises beside OSError, and those of them after which another try may help.
+
+    Only S3 has some: botocore's exceptions are no OSErrors.
+    """
     if urlsplit(url).scheme not in ("s3", "s3a"):
         return (), ()
     try:

@@ -1,10 +1,10 @@
-"""Views of many square images at once, by torch on any device: what `views.decode_view` makes of each with Pillow, to rounding.
+"""Makes views of many square images at once, with torch on any device.
 
-The steps and their order are those of `distortions.distort` and `photometry.change_colours`; all that they do follows from the
-views' records and the random bytes that belong to those.
+The result is what `views.decode_view` makes of each image with Pillow, up to rounding. The steps and their order are those of
+`distortions.distort` and `photometry.change_colours`, and depend on nothing but the views' records and random bytes.
 
-Shapes: B batch, C channels (1 where all images are grey, else 3), S the side of an image, R random bytes: 4 and those of the
-noise, which are S*S where all images' files are grey and else 3*S*S, or none.
+Shapes: B batch; C channels (1 if all images are grey, otherwise 3); S the side of an image; R random bytes of a view: none, or 4
+that say what is erased and then those of the noise, S*S if all images' files are grey and otherwise 3*S*S.
 """
 
 import functools
@@ -19,12 +19,12 @@ from concentration.data.distortions import DISTORTION_BYTES, ERASE_BYTES, WIDE_S
 from concentration.data.photometry import LUMA, list_lights
 from concentration.data.views import FACTOR_STEPS
 
-#: Boxes that Pillow blurs with, one after the other, and what it reads beyond an edge is the edge.
+#: Pillow approximates a Gaussian by so many box filters in turn; beyond an edge they read the pixels of the edge.
 _NUM_BOXES = 3
 
 
 class _Amounts(NamedTuple):
-    """What views do, each (B,): see `distortions.Distortion` and `views.View`."""
+    """The decoded records of a batch, each amount (B,): see `distortions.Distortion` and `views.View`."""
 
     rotate: Tensor
     shear: Tensor
@@ -44,12 +44,12 @@ class _Amounts(NamedTuple):
 
 
 def render(pixel_BCSS: Tensor, record_BV: Tensor, random_BR: Tensor) -> Tensor:
-    """The views, (B, 3, S, S) uint8.
+    """The views of a batch, (B, 3, S, S) uint8.
 
     Args:
         pixel_BCSS: uint8, the images.
-        record_BV: uint8, (B, 13), views that show all of an image: `view_records`.
-        random_BR: uint8, of `draw_random`; (B, 0) where no view erases anything or adds noise.
+        record_BV: (B, 13) uint8, the views' records, which must show whole images (`view_records.encode_views`).
+        random_BR: uint8, from `draw_random`; (B, 0) if no view erases anything or adds noise.
     """
     amounts = _decode(record_BV)
     view = _move(pixel_BCSS.float(), amounts)
@@ -64,10 +64,12 @@ def render(pixel_BCSS: Tensor, record_BV: Tensor, random_BR: Tensor) -> Tensor:
 
 
 def draw_random(record_BV: np.ndarray, is_grey_B: np.ndarray, size: int) -> np.ndarray:
-    """(B, R) uint8, the random bytes of each record; zeros where it has no distortion.
+    """The random bytes of each record, (B, R) uint8; zeros if a record has no distortion.
 
     Args:
-        is_grey_B: bool, as `views.decode_view` has it: the noise of a grey file is grey, beside files in colour, too.
+        record_BV: (B, 13) uint8, the views' records.
+        is_grey_B: bool, whether the image's file is grey (`views.decode_view`). The noise of a grey file is grey, also in a batch
+            with files in colour.
         size: S.
     """
     num_channels = 1 if is_grey_B.all() else 3
@@ -86,7 +88,7 @@ def draw_random(record_BV: np.ndarray, is_grey_B: np.ndarray, size: int) -> np.n
 
 
 def _decode(record_BV: Tensor) -> _Amounts:
-    """As `View.decode` and `Distortion.decode`."""
+    """Decodes the records of a batch, as `View.decode` and `Distortion.decode` do one by one."""
     byte_BV = record_BV.float()
     is_distorted_B = are_distorted(record_BV)
     steps = _load_constants(record_BV.device).wide_steps
@@ -107,26 +109,26 @@ def _decode(record_BV: Tensor) -> _Amounts:
 
 
 class _Constants(NamedTuple):
-    """`WIDE_STEPS`, `LUMA` and the lights."""
+    """`WIDE_STEPS`, `LUMA` and the lights as float32 tensors on a device."""
 
     wide_steps: Tensor
     luma: Tensor
     lights: Tensor
 
 
-@functools.cache  # a copy to a GPU in every step would wait for what it has been given
+@functools.cache  # copying them to a GPU in every step would wait until the GPU has done all that it was given
 def _load_constants(device: torch.device) -> _Constants:
     values = (list(WIDE_STEPS.values()), LUMA, list_lights())
     return _Constants(*(torch.tensor(value, dtype=torch.float32, device=device) for value in values))
 
 
 def _wide(amount_B: Tensor) -> Tensor:
-    """To be multiplied by images, (B, 1, 1, 1)."""
+    """(B, 1, 1, 1), which broadcasts against images (B, C, S, S)."""
     return amount_B[:, None, None, None]
 
 
 def _move(view: Tensor, amounts: _Amounts) -> Tensor:
-    """Turned, slanted, stretched and moved: what `distortions._build_matrix` says, bilinear, black outside."""
+    """Applies rotation, shear, scale and shift with bilinear interpolation, black outside: see `distortions._build_matrix`."""
     size = view.shape[-1]
     angle = amounts.rotate.deg2rad()
     cosine, sine = angle.cos(), angle.sin()
@@ -135,7 +137,7 @@ def _move(view: Tensor, amounts: _Amounts) -> Tensor:
     to_y = torch.stack([shrink_y * sine, shrink_y * cosine], 1)
     matrix_B22 = torch.stack([to_x, to_y], 1)
     shift_B2 = torch.stack([amounts.shift_x, amounts.shift_y], 1)
-    # From the middle, half a side being 1.
+    # Coordinates as `grid_sample` takes them: from -1 at one edge to 1 at the other.
     along = (torch.arange(size, device=view.device) + 0.5) * (2 / size) - 1
     place_PP2 = torch.stack(torch.meshgrid(along, along, indexing="xy"), -1)
     from_BPP2 = torch.einsum("bij,yxbj->byxi", matrix_B22, place_PP2[:, :, None] - 2 * shift_B2)
@@ -145,7 +147,7 @@ def _move(view: Tensor, amounts: _Amounts) -> Tensor:
 
 
 def _change_strokes(view: Tensor, stroke_B: Tensor) -> Tensor:
-    """Bolder where positive, lighter where negative."""
+    """Makes strokes of light ink bolder where `stroke_B` is positive, and thinner where it is negative."""
     grown = max_pool2d(view, 3, stride=1, padding=1)
     shrunk = -max_pool2d(-view, 3, stride=1, padding=1)
     towards = torch.where(_wide(stroke_B > 0), grown, shrunk)
@@ -153,7 +155,10 @@ def _change_strokes(view: Tensor, stroke_B: Tensor) -> Tensor:
 
 
 def _blur(view: Tensor, sigma_B: Tensor) -> Tensor:
-    """Pillow's Gaussian: three boxes with soft ends, whose variances add up to the Gaussian's, along both axes."""
+    """Blurs as Pillow's GaussianBlur does: by three box filters along each axis, whose variances add up to that of the Gaussian.
+
+    A box has `whole` full pixels on each side of its centre (weight `inner`), and one more on either side (weight `outer`).
+    """
     size = view.shape[-1]
     variance = sigma_B.square() / _NUM_BOXES
     whole = (((12 * variance + 1).sqrt() - 1) / 2 + 1e-6).floor()
@@ -162,7 +167,7 @@ def _blur(view: Tensor, sigma_B: Tensor) -> Tensor:
     inner = 1 / (2 * (whole + part) + 1)
     outer = (1 - (2 * whole + 1) * inner) / 2
     distance = torch.arange(-size, 2 * size, device=view.device) - torch.arange(size, device=view.device)[:, None]
-    distance = distance.abs()  # of a pixel to all, those beyond the edges included
+    distance = distance.abs()  # from each pixel to all of its row, which goes on for a side's length beyond both edges
     inner, outer, whole = (amount[:, None, None] for amount in (inner, outer, whole))
     box_B = torch.where(distance <= whole, inner, 0) + torch.where(distance == whole + 1, outer, 0)
     before, inside, after = box_B.split(size, dim=2)
@@ -174,7 +179,7 @@ def _blur(view: Tensor, sigma_B: Tensor) -> Tensor:
 
 
 def _erase(view: Tensor, share_B: Tensor, random_B4: Tensor) -> Tensor:
-    """As `distortions._erase`."""
+    """Overwrites a rectangle of each image with one grey, as `distortions._erase` does."""
     size = view.shape[-1]
     aspect, x, y, grey = random_B4.double().unbind(1)
     stretch, side = 2 ** (aspect / 255 - 0.5), size * share_B.double().sqrt()
@@ -188,13 +193,13 @@ def _erase(view: Tensor, share_B: Tensor, random_B4: Tensor) -> Tensor:
 
 
 def _add_noise(view: Tensor, noise_B: Tensor, random_BP: Tensor) -> Tensor:
-    """Noise of three channels makes three of one that was held for them, and one of noise serves all that are there."""
+    """Adds noise. Grey noise is added to every channel; noise in three channels gives a grey view three channels."""
     noise = (random_BP.float() / 127.5 - 1).view(len(view), *view.shape[2:], -1).permute(0, 3, 1, 2)
     return _cut(view + noise * _wide(255 * noise_B)).clamp(0, 255)
 
 
 def _change_colours(view: Tensor, amounts: _Amounts) -> Tensor:
-    """As `photometry.change_colours`; (B, 3, S, S)."""
+    """Changes saturation, contrast, brightness and light as `photometry.change_colours` does; gives (B, 3, S, S)."""
     constants = _load_constants(view.device)
     changed = view
     if view.shape[1] == 3:
@@ -209,5 +214,8 @@ def _change_colours(view: Tensor, amounts: _Amounts) -> Tensor:
 
 
 def _cut(view: Tensor) -> Tensor:
-    """To whole levels, downwards as a conversion to 8 bits does; what misses a whole one by float32's rounding is one."""
+    """Rounds down to whole levels, as a conversion to 8 bits does.
+
+    The small addition keeps a level that float32 rounded to just below a whole number from losing one.
+    """
     return (view + 1e-3).floor()

@@ -1,7 +1,7 @@
-"""Training images that stay on the device: decoded once, and seen in views that are made there.
+"""Training images that are decoded once and stay on the device, which makes their views.
 
-This is for many small images, which take a processor longer to decode and distort than a GPU to train on. Readers then give
-the parameters of views, and no pixels.
+This is for many small images, which a processor takes longer to decode and distort than a GPU to train on. Readers then give the
+records of views, and no pixels.
 
 Shapes: N images that are held, B batch, C channels, S the side of an image.
 """
@@ -23,17 +23,19 @@ from concentration.data.view_records import encode_views
 from concentration.distributed import rank
 from concentration.progress import Progress
 
-#: Images that are decoded together.
+#: How many images a worker decodes at once.
 _TOGETHER = 1024
 
 
 class ResidentImages:
-    """The largest square in the middle of each image, and which samples these are.
+    """Images on a device: of each, the largest square in its middle, resized to S x S.
+
+    Only one channel is held if every image looks grey, even if its file has three equal channels.
 
     Attributes:
-        ordinal_N: int64, rising.
+        ordinal_N: int64, ascending: which samples these are.
         skipped_N: bool, whether the image cannot be decoded.
-        is_grey_N: bool, whether the file is grey. (Where all channels of other files are alike, only one is held.)
+        is_grey_N: bool, whether the image's file is grey (`views.decode_view`).
         size: S.
     """
 
@@ -45,27 +47,29 @@ class ResidentImages:
         self._pixel_NCSS = pixel_NCSS
 
     def __deepcopy__(self, memo: dict) -> "ResidentImages":
-        """Itself: an average of a module's weights is a copy of the module, and needs no second copy of the images."""
+        """Itself. Averaging weights deep-copies the module that holds these images, and needs no second copy of them."""
         return self
 
     def to(self, device: torch.device) -> None:
+        """Moves the images to a device."""
         self._pixel_NCSS = self._pixel_NCSS.to(device)
         self.ordinal_N = self.ordinal_N.to(device)
 
     def view(self, batch: Batch) -> Tensor:
-        """(B, 3, S, S) uint8, as the batch's views say."""
+        """The batch's views of these images, (B, 3, S, S) uint8."""
         row_B = torch.searchsorted(self.ordinal_N, batch.ordinal_B)
         return render(self._pixel_NCSS[row_B], batch.view_BV, batch.random_BR)
 
 
 class ResidentReader:
-    """Reads everything that `reader` reads, except for the images.
+    """A `Reader` that gives everything that `reader` reads except the images, and instead the random bytes of their views.
 
     Args:
-        images: the images of all samples that will be asked for.
+        reader: gives the targets, and chooses the views.
+        images: the images of all samples that will be read.
     """
 
-    #: Nothing is fetched any more.
+    #: All images are on the device already, so no shard is fetched.
     cache = None
 
     def __init__(self, reader: SampleReader, images: ResidentImages):
@@ -77,13 +81,17 @@ class ResidentReader:
         self._size = images.size
 
     def read(self, ordinals: np.ndarray, epoch: int) -> ReadSamples:
-        """Raises: ConfigError, where stored views are crops."""
+        """What training needs of these samples beside their images.
+
+        Raises:
+            ConfigError: a view is a crop, or resized in another way than bilinear.
+        """
         record_BV = encode_views(self._reader.choose_views(ordinals, epoch), len(ordinals))
         row_B = np.searchsorted(self._ordinal_N, ordinals)
         is_grey_B = self._is_grey_N[row_B]
         skipped_B = self._skipped_N[row_B] | ~record_BV.any(axis=1)
         record_BV = np.where(skipped_B[:, None], np.uint8(0), record_BV)
-        has_random = record_BV[:, DISTORTION_BYTES - 1].any()  # something is erased, or noise
+        has_random = record_BV[:, DISTORTION_BYTES - 1].any()  # this byte holds the amounts of erase and noise
         random_BR = (
             draw_random(record_BV, is_grey_B, self._size) if has_random else np.empty((len(ordinals), 0), np.uint8)
         )
@@ -96,7 +104,15 @@ class ResidentReader:
 def load_resident(
     split: Split, ordinals: np.ndarray | range, image_size: int, num_workers: int, title: str, directory: Path | None
 ) -> ResidentImages:
-    """Decodes these images, rising ordinals, into the machine's memory.
+    """Decodes images into the memory of this machine.
+
+    Args:
+        split: the split of the samples.
+        ordinals: (N,) ascending.
+        image_size: S.
+        num_workers: how many processes decode.
+        title: what the progress bar calls the run.
+        directory: where the progress is recorded; None for nowhere.
 
     Raises:
         DataError: a shard cannot be read or fetched, or has changed since it was indexed.

@@ -1,6 +1,6 @@
-"""The targets of samples by ordinal: from their labels, or from stored soft targets.
+"""Looks up the targets of samples by ordinal: from their labels, from stored soft targets, or from a mixture of both.
 
-Shapes: B batch, K targets a sample, M verticals.
+Shapes: B batch, K targets of a sample (the same number for all; those that a sample lacks have probability 0), M verticals.
 """
 
 import dataclasses
@@ -24,15 +24,22 @@ from concentration.targets import SoftTargets, TargetFile
 
 
 class SampleTargets(Protocol):
+    """Gives the targets of samples."""
+
     def lookup(self, ordinals: np.ndarray, epoch: int) -> SoftTargets:
-        """The targets of these samples, one row each; the number of columns is the same for every batch."""
+        """The targets of these samples in this epoch, one row each; the number of columns is the same for every batch."""
 
     def views(self, ordinals: np.ndarray, epoch: int) -> StoredViews | None:
-        """The views that the targets are of; None where they hold for any view."""
+        """The views that the targets were computed from; None if they hold for any view."""
 
 
 class LabelTargets:
-    """Hard labels, smeared to their ancestors or not; of all verticals, or of one, counted from its first class.
+    """Hard labels as targets with probability 1.
+
+    Args:
+        split: the split of the samples.
+        smear: whether the ancestors of a label are targets, too.
+        vertical: only the labels of this vertical are targets, and its first class has index 0; None takes all labels.
 
     Source: Gao et al., section 3.1: teachers and the generalist train on smeared labels.
     """
@@ -44,7 +51,7 @@ class LabelTargets:
         self._outputs = slice(0, taxonomy.num_classes) if vertical is None else taxonomy.vertical_slice(vertical)
 
     def lookup(self, ordinals: np.ndarray, epoch: int = 0) -> SoftTargets:
-        """As the protocol says; labels are the same in every epoch."""
+        """The targets of these samples, which are the same in every epoch."""
         row, output = self._find_targets(ordinals)
         num_targets_B = np.bincount(row, minlength=len(ordinals))
         column = np.arange(len(row)) - (np.cumsum(num_targets_B) - num_targets_B)[row]
@@ -57,45 +64,51 @@ class LabelTargets:
         return None
 
     def _find_targets(self, ordinals: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(place in `ordinals`, class) of every target; rising."""
+        """The targets as two arrays of equal length: the row in `ordinals`, and the class. Ascending by row, then class."""
         row, output = self._split.label_pairs(ordinals, self._smear)
         is_inside = (self._outputs.start <= output) & (output < self._outputs.stop)
         return row[is_inside], output[is_inside] - self._outputs.start
 
     @functools.cached_property
     def _width(self) -> int:
-        """The most targets that a sample has, at least 1."""
+        """K: the largest number of targets of any sample, but at least 1."""
         split = self._split
         samples = np.arange(len(split))
-        if split.has_one_label_each:  # one sample of each class will do
+        if split.has_one_label_each:  # samples of one class have equally many targets, so one of each class will do
             samples = np.unique(split.label_output, return_index=True)[1]
         parts = np.split(samples, range(COUNTED_TOGETHER, len(samples), COUNTED_TOGETHER))
         return max(1, *(np.bincount(self._find_targets(part)[0]).max(initial=0) for part in parts))
 
 
 class _ShardTargets(NamedTuple):
-    """What all verticals' teachers say of a shard's rows in one of their views, side by side.
+    """The soft targets of all verticals for the samples of one shard, in one of their stored views.
 
-    Shapes: R rows, W the most targets that any sample has, M verticals.
+    index_RW: int32, output indices: the top K of the sample's first vertical, then those of its next, and so on.
+    probability_RW: float16, the probability of each.
+    num_filled_R: int64, how many of the W columns a row uses; the others hold zeros.
+    background_RM: float32, the probability of each class of a vertical outside its top K; None if it is taken as 0.
+    view_RV: (R, 13) uint8, the views' records; None if the targets hold for any view.
+
+    Shapes: R rows (samples of the shard), W the largest number of targets of any sample of the split, M verticals.
     """
 
-    index_RW: np.ndarray  # int32 outputs
-    probability_RW: np.ndarray  # float16
-    num_filled_R: np.ndarray  # of the W places; the others hold zeros
-    background_RM: np.ndarray | None  # float32
-    view_RV: np.ndarray | None  # uint8
+    index_RW: np.ndarray
+    probability_RW: np.ndarray
+    num_filled_R: np.ndarray
+    background_RM: np.ndarray | None
+    view_RV: np.ndarray | None
 
 
 class StoredTargets:
-    """The teachers' soft targets from `targets/NAME`; a sample with labels in several verticals gets all of theirs.
+    """The teachers' soft targets from `targets/NAME`. A sample with labels in several verticals gets the targets of each of them.
 
-    Where R views of every sample were stored, epoch e replays view e mod R.
+    If R views of every sample were stored, epoch e replays view e mod R.
 
     Args:
         directory: `targets/NAME`.
-        split: whose samples the targets are of.
-        tail: `zero` leaves classes outside the top K at 0 (Gao et al., section 3.1); `spread` shares the stored tail mass out
-            evenly among those of the sample's own verticals.
+        split: the split that the targets were made for.
+        tail: the probability of classes outside the top K: `zero` takes it as 0 (Gao et al., section 3.1), `spread` divides the
+            stored tail mass of each of the sample's verticals evenly among that vertical's other classes.
 
     Raises:
         DataError: a vertical's targets are missing or damaged, or were made from another taxonomy or other data.
@@ -114,7 +127,7 @@ class StoredTargets:
         if self._num_views:
             _compare_decoders(directory, manifests)
         self._width = self._compute_width()
-        #: By shard and vertical, whether the file has been held against its checksum.
+        #: (number of shards, M) bool: whether the checksum of a file has been verified. That is done once.
         self._is_verified = np.zeros((len(split.shards), split.taxonomy.num_verticals), dtype=bool)
         self._load_shard = functools.lru_cache(maxsize=64)(self._merge_shard)
 
@@ -126,6 +139,7 @@ class StoredTargets:
         self._load_shard = functools.lru_cache(maxsize=64)(self._merge_shard)
 
     def lookup(self, ordinals: np.ndarray, epoch: int) -> SoftTargets:
+        """The stored targets of these samples, in the view that this epoch replays."""
         index_BK = np.empty((len(ordinals), self._width), dtype=np.int64)
         probability_BK = np.empty(index_BK.shape, dtype=np.float32)
         background_BM = np.zeros((len(ordinals), self._split.taxonomy.num_verticals), dtype=np.float32)
@@ -136,13 +150,14 @@ class StoredTargets:
                 background_BM[inside], num_filled_B[inside] = stored.background_RM[rows], stored.num_filled_R[rows]
         if self._tail == "zero":
             return SoftTargets(torch.from_numpy(index_BK), torch.from_numpy(probability_BK))
-        # A listed class has its own probability, not the background's: SoftTargets adds the two.
+        # SoftTargets adds the background to every class of a vertical; subtracted here, a listed class keeps its own probability.
         vertical_BK = self._split.taxonomy.vertical_of_output[index_BK]
         is_listed = np.arange(self._width) < num_filled_B[:, None]
         probability_BK -= np.where(is_listed, np.take_along_axis(background_BM, vertical_BK, axis=1), 0)
         return SoftTargets(*map(torch.from_numpy, (index_BK, probability_BK, background_BM)))
 
     def views(self, ordinals: np.ndarray, epoch: int) -> StoredViews | None:
+        """The views that this epoch replays; None if no views were stored."""
         if self._num_views == 0:
             return None
         view_BV = np.empty((len(ordinals), VIEW_BYTES), dtype=np.uint8)
@@ -151,7 +166,7 @@ class StoredTargets:
         return StoredViews(view_BV)
 
     def _by_shard(self, ordinals: np.ndarray, epoch: int) -> Iterator[tuple[np.ndarray, np.ndarray, _ShardTargets]]:
-        """Which of the batch's samples are of a shard, their rows in it, and the shard's targets in this epoch."""
+        """Yields for each shard of the batch: a mask (B,) of its samples, their rows in the shard, and the shard's targets."""
         shards = np.searchsorted(self._split.shard_start, ordinals, side="right") - 1
         view = epoch % max(1, self._num_views)
         for shard in np.unique(shards):
@@ -159,6 +174,7 @@ class StoredTargets:
             yield inside, ordinals[inside] - self._split.shard_start[shard], self._load_shard(int(shard), view)
 
     def _merge_shard(self, shard: int, view: int) -> _ShardTargets:
+        """Reads the targets of all verticals for one shard and one of the stored views."""
         split, taxonomy = self._split, self._split.taxonomy
         num_rows = split.shards[shard].num_samples
         merged = _ShardTargets(
@@ -175,6 +191,7 @@ class StoredTargets:
         return merged
 
     def _add_vertical(self, merged: _ShardTargets, shard: int, view: int, vertical: str, rows: np.ndarray) -> None:
+        """Reads the targets of one vertical, which must be of exactly these rows, and appends them to `merged`."""
         outputs, num_kept = self._split.taxonomy.vertical_slice(vertical), self._kept[vertical]
         number = self._split.taxonomy.vertical_number(vertical)
         vertical_size = outputs.stop - outputs.start
@@ -202,7 +219,7 @@ class StoredTargets:
         merged.num_filled_R[rows] += num_kept
 
     def _rows_in(self, shard: int, number: int) -> np.ndarray:
-        """The shard's rows with a label in a vertical, rising."""
+        """The rows of a shard, ascending, whose samples have a label in the vertical with this number."""
         split = self._split
         first, last = split.shard_start[shard], split.shard_start[shard + 1]
         labels = slice(split.label_start[first], split.label_start[last])
@@ -211,7 +228,7 @@ class StoredTargets:
         return np.unique(rows[is_inside])
 
     def _compute_width(self) -> int:
-        """The most targets that any sample has."""
+        """W: the largest number of targets of any sample of the split."""
         kept_M = np.array([self._kept[vertical] for vertical in self._split.taxonomy.verticals])
         if self._split.has_one_label_each:
             present = np.unique(self._split.taxonomy.vertical_of_output[self._split.label_output])
@@ -226,7 +243,7 @@ class StoredTargets:
 
 
 def _compare_decoders(directory: Path, manifests: Mapping[str, dict]) -> None:
-    """Warns where another version of the image libraries may decode other pixels than the teachers saw."""
+    """Warns if this machine has other versions of the image libraries, which may decode other pixels than the teachers saw."""
     here = describe_decoder()
     for manifest in manifests.values():
         made_with = manifest["preprocessing"].get("decoder")
@@ -240,7 +257,7 @@ def _compare_decoders(directory: Path, manifests: Mapping[str, dict]) -> None:
 
 
 def _check_views(path: Path, merged: _ShardTargets, rows: np.ndarray, view_RV: np.ndarray) -> None:
-    """Raises: DataError where a crop is empty, or a sample of several verticals was shown to their teachers in other views."""
+    """Raises: DataError if a crop is empty, or the teachers of several verticals saw the same sample in different views."""
     left, top, right, bottom = view_RV[:, :8].copy().view("<u2").T
     is_crop = view_RV.any(axis=1) & ~are_distorted(view_RV)
     if (is_crop & ((left >= right) | (top >= bottom))).any():
@@ -254,7 +271,7 @@ def _check_views(path: Path, merged: _ShardTargets, rows: np.ndarray, view_RV: n
 
 
 class MixedTargets:
-    """Stored targets with a share of the labels (`LabelMix`)."""
+    """Stored soft targets mixed with hard labels, in the proportion that `LabelMix` says."""
 
     def __init__(self, stored: StoredTargets, labels: LabelTargets, mix: LabelMix):
         self._stored = stored
@@ -269,7 +286,10 @@ class MixedTargets:
 
 
 class WeightedOutside:
-    """Targets whose loss counts with `weight` in the verticals that a sample has no label in; 0 masks them."""
+    """Targets whose loss has the weight `weight` in verticals in which the sample has no label, and 1 in the others.
+
+    A weight of 0 leaves those verticals out of the loss.
+    """
 
     def __init__(self, targets: SampleTargets, split: Split, weight: float):
         self._targets = targets

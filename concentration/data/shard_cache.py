@@ -1,7 +1,8 @@
-"""Remote shards on the local disk: fetched whole, checked against their index, shared by the processes of a machine, bounded.
+"""A cache of remote shards on the local disk, shared by all processes of a machine, with a bound on its size.
 
-An entry is named by the digest of its index, so a shard that was replaced at its source is never taken for the one that
-was indexed. The one who fetches it holds a lock that ends with its process; all others wait for the entry.
+Shards are fetched whole and checked against their index. An entry is named by the digest of the index, so a shard that was
+replaced at its source is never mistaken for the one that was indexed. The process that fetches a shard holds a lock, which the
+operating system releases if the process dies; all others wait for the entry.
 """
 
 import contextlib
@@ -27,10 +28,10 @@ from concentration.errors import ConfigError, DataError
 from concentration.files import write_atomically
 from concentration.schema import Config, flatten, parse_config
 
-#: Beside the indices: how the shards that they describe are reached.
+#: The file beside the indices that says how the shards they describe are reached.
 ACCESS_FILE = "access.json"
 
-#: Where caches lie, if `data.cache.directory` does not say.
+#: The environment variable that names the cache's folder, if `data.cache.directory` does not.
 DIRECTORY_VARIABLE = "CONCENTRATION_CACHE"
 
 _POLL_SECONDS = 0.02
@@ -40,12 +41,12 @@ _ROOM = "room"
 
 
 class CacheConfig(Config):
-    """The copies of remote shards on this machine.
+    """The cache of remote shards on this machine.
 
-    directory: None is $CONCENTRATION_CACHE or else `cache` in the working directory; runs may share one.
-    gib: all copies together never take more.
-    connections: shards that a process fetches at the same time.
-    retries: of a request that failed for a reason that may pass, with growing waits.
+    directory: its folder, which runs may share; None takes $CONCENTRATION_CACHE, or else `cache` in the working directory.
+    gib: the most that all copies together may take, in GiB.
+    connections: how many shards a process fetches at the same time.
+    retries: how often a request is tried again, after growing waits, if it failed for a reason that may pass.
     timeout_seconds: how long a server may be silent.
     """
 
@@ -57,9 +58,9 @@ class CacheConfig(Config):
 
 
 class Access(Config):
-    """How remote shards are reached: no part of what they are.
+    """How remote shards are reached. It may change without changing what the data is.
 
-    storage_options: handed to fsspec. They are written to disk, so they may hold no secrets: those are taken from the
+    storage_options: arguments of fsspec's file system. They are written to disk and must hold no secrets; those come from the
     environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a role, ~/.netrc with `client_kwargs: {trust_env: true}`).
     """
 
@@ -75,7 +76,7 @@ class Access(Config):
     def _check_secrets(cls, options: dict[str, Any] | None) -> dict[str, Any] | None:
         for name in flatten(options or {}):
             if cls.secret_words & set(re.split(r"[^a-z]+", name.lower())):
-                # The value is not shown: this line goes into logs.
+                # The message leaves the value out, since it goes into logs.
                 raise ValueError(
                     f"storage_options.{name} would be written to disk; use the environment's credentials instead"
                 )
@@ -91,15 +92,15 @@ class Access(Config):
 
 
 def save_access(access: Access, directory: Path) -> None:
-    """Notes beside the indices how their shards are reached."""
+    """Records in the folder of the indices how their shards are reached."""
     write_atomically(directory / ACCESS_FILE, access.model_dump(mode="json"))
 
 
 def load_cache(split: Split) -> "ShardCache | None":
-    """The cache that the shards of a split are read through; None where they lie on this machine.
+    """The cache through which the shards of a split are read; None if they lie on this machine.
 
     Raises:
-        DataError: how they are reached is not noted.
+        DataError: the record of how they are reached (`save_access`) is missing or damaged.
     """
     if not split.is_remote:
         return None
@@ -115,7 +116,13 @@ def load_cache(split: Split) -> "ShardCache | None":
 
 @dataclass(frozen=True)
 class ShardCache:
-    """Copies of remote shards, at most `bound_bytes` together; those used longest ago go first.
+    """Copies of remote shards that together take at most `bound_bytes`; the least recently used are removed first.
+
+    Attributes:
+        directory: the folder of the copies.
+        bound_bytes: the most that all copies, and downloads that are under way, may take.
+        connections: how many shards a process should fetch at the same time.
+        remote: how shards are reached.
 
     Raises:
         ConfigError: the directory cannot be used, or a shard is larger than the bound.
@@ -128,11 +135,14 @@ class ShardCache:
     remote: Remote
 
     def open(self, shard: ShardIndex) -> int:
-        """A file descriptor of the shard's copy, fetched where it is not there; it stays readable when the copy goes."""
+        """A file descriptor of the shard's copy, which is fetched if it is not there.
+
+        The descriptor stays readable when the copy is removed from the cache.
+        """
         name = shard.digest[:32]
 
         def find_or_fetch() -> int:
-            # Whoever had the lock may have fetched it meanwhile.
+            # Another process may have fetched it while this one waited for the lock.
             with contextlib.suppress(FileNotFoundError):
                 return self._open_entry(name)
             return self._fetch(name, shard.path, shard.size_bytes, lambda path: _verify(path, shard))[0]
@@ -142,25 +152,25 @@ class ShardCache:
         return self._alone(name, find_or_fetch)
 
     def fetch(self, shard: ShardIndex) -> None:
-        """Makes sure that the shard's copy is there now, and keeps it from going next."""
+        """Makes sure that the shard's copy is there, and marks it as just used."""
         os.close(self.open(shard))
 
     def admit(self, url: str, index: Callable[[Path], ShardIndex]) -> ShardIndex:
-        """Fetches a shard that is to be indexed, keeps it, and returns its index."""
+        """Fetches a shard that has no index yet, builds its index by `index`, and keeps the copy under the index's digest."""
         name = hashlib.sha256(url.encode()).hexdigest()[:32]
         file, shard = self._alone(name, lambda: self._fetch(name, url, self.remote.size(url), index))
         os.close(file)
         return shard
 
     def discard(self, shard: ShardIndex) -> None:
-        """Forgets a copy that was damaged on the disk."""
+        """Removes a copy that was damaged on the disk."""
         (self.directory / f"{shard.digest[:32]}.shard").unlink(missing_ok=True)
 
     def _open_entry(self, name: str) -> int:
-        """Raises: FileNotFoundError where it is not there."""
+        """A file descriptor of an entry. Raises: FileNotFoundError if there is no such entry."""
         try:
             file = os.open(self.directory / f"{name}.shard", os.O_RDONLY)
-            os.utime(file)  # what was used last goes last
+            os.utime(file)  # entries are removed in the order of this time, the oldest first
         except FileNotFoundError:
             raise
         except OSError as error:
@@ -191,7 +201,10 @@ class ShardCache:
         return file, shard
 
     def _reserve(self, temporary: Path, size_bytes: int) -> bool:
-        """Makes room and takes it, by a file whose name says how much; False where others' downloads take too much now."""
+        """Reserves room for a download by creating a temporary file whose name has its size; evicts entries if need be.
+
+        Returns False if downloads of other processes take so much now that there is no room.
+        """
         taken_bytes, entries = size_bytes, []
         for found in os.scandir(self.directory):
             with contextlib.suppress(FileNotFoundError):
@@ -212,14 +225,17 @@ class ShardCache:
         return True
 
     def _is_in_flight(self, name: str, temporary: Path) -> bool:
-        """Whether somebody is writing the file; if nobody is, it was left by a killed process, and goes."""
+        """Whether a process is writing this temporary file. If none is, a killed process left it, and it is removed."""
         with self._try_lock(name) as is_ours:
             if is_ours:
                 temporary.unlink(missing_ok=True)
             return not is_ours
 
     def _alone(self, name: str, action: Callable[[], Any]) -> Any:
-        """Calls `action` while no other thread or process holds the lock `name`; again where it returns False."""
+        """Calls `action` while holding the lock `name`, which no other thread or process holds then, and returns its result.
+
+        If `action` returns False, the lock is released for a moment and `action` is called again.
+        """
         while True:
             with self._try_lock(name) as is_ours:
                 if is_ours and (result := action()) is not False:
@@ -228,11 +244,11 @@ class ShardCache:
 
     @contextlib.contextmanager
     def _try_lock(self, name: str) -> Iterator[bool]:
-        """Whether the lock was free and is held now.
+        """Tries to take a lock without waiting; gives whether it is held now, and releases it at the end.
 
-        NOTE: not flock, which children inherit and go on holding; and never waiting in the kernel, which takes two
-        processes whose threads wait for each other's locks for a deadlock. Such a lock knows no threads, so each name
-        has a lock of this process's beside it.
+        NOTE: the locks are POSIX record locks (`lockf`). `flock` would not do: children inherit its locks and go on holding them.
+        Nobody waits inside the kernel, since it reports a deadlock when threads of two processes wait for each other's locks.
+        Record locks belong to a process, so a lock of this process's own keeps its threads apart.
         """
         among_threads = _THREAD_LOCKS.setdefault((os.getpid(), self.directory, name), threading.Lock())
         if not among_threads.acquire(blocking=False):
@@ -258,15 +274,17 @@ class ShardCache:
             among_threads.release()
 
 
-# By process, too: a fork copies locks that are held by threads which it does not copy.
+# The key has the process id, since a fork copies a lock in its held state, but not the thread that would release it.
 _THREAD_LOCKS: dict[tuple[int, Path, str], threading.Lock] = {}
 
-# NOTE: one a directory, never closed: closing any descriptor of a file gives up all of the process's locks on it.
+# NOTE: one descriptor per directory, which is never closed: closing any descriptor of a file releases all of the process's record
+# locks on that file.
 _LOCK_FILES: dict[Path, int] = {}
 
 
 def _open_lock_file(directory: Path) -> int:
-    if directory not in _LOCK_FILES or os.fstat(_LOCK_FILES[directory]).st_nlink == 0:  # removed as a whole, perhaps
+    # A file without links was removed, with the whole directory perhaps.
+    if directory not in _LOCK_FILES or os.fstat(_LOCK_FILES[directory]).st_nlink == 0:
         try:
             directory.mkdir(parents=True, exist_ok=True)
             _LOCK_FILES[directory] = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
@@ -283,7 +301,7 @@ def _describe_unusable(directory: Path, error: OSError) -> ConfigError:
 
 
 def _verify(path: Path, shard: ShardIndex) -> ShardIndex:
-    """Raises: WrongContentError where the file is not the one that was indexed."""
+    """Returns `shard` if the file is the one that was indexed. Raises: WrongContentError if it is not."""
     found_bytes = path.stat().st_size
     if found_bytes != shard.size_bytes:
         raise WrongContentError(f"{found_bytes} bytes, but {shard.size_bytes} when it was indexed")

@@ -1,6 +1,6 @@
-"""What lies in a tar: its members walked by their headers, grouped into samples as `webdataset` does, and their labels.
+"""Walks the members of a tar by their headers, groups them into samples as `webdataset` does, and reads the labels.
 
-Hidden members, which `webdataset` would read, are left out: macOS's tar puts `birds/._1.jpg` before `birds/1.jpg`.
+Unlike `webdataset`, it leaves out hidden members: macOS's tar puts a file `birds/._1.jpg` before each `birds/1.jpg`.
 """
 
 import os
@@ -20,10 +20,10 @@ from concentration.taxonomy import Taxonomy
 _BLOCK_BYTES = 512
 _READ_BYTES = 2**20
 
-#: Which member holds a sample's labels; `auto` takes the only one.
+#: Which member holds a sample's labels; `auto` takes whichever a sample has, and it may have only one.
 LabelMember = Literal["auto", "json", "cls"]
 
-# Members that `webdataset` takes for notes about the shard and leaves out.
+# Members that `webdataset` treats as notes about the shard, and skips.
 _NOTE = re.compile(r"__[^/]*__($|/)")
 
 
@@ -39,18 +39,18 @@ class Member(NamedTuple):
 def walk_samples(
     path: Path, file: BinaryIO, where: str, taxonomy: Taxonomy, label_member: LabelMember
 ) -> Iterator[Member]:
-    """All samples of a tar, in its order.
+    """Yields all samples of a tar, in its order.
 
     Args:
-        path: of the tar.
-        file: the same, open; the caller may move it in between.
-        where: what errors call it.
-        taxonomy: of the labels.
-        label_member: where the labels are.
+        path: the tar.
+        file: the same tar, opened; between two samples the caller may seek in it.
+        where: what errors call the tar.
+        taxonomy: the taxonomy that the labels belong to.
+        label_member: which member of a sample holds its labels.
 
     Raises:
-        DataError: naming the member, where the tar is truncated, a sample lacks its image or labels or has two, or a label is
-            not in the taxonomy.
+        DataError: the tar is truncated; a sample has no image or no labels, or two of either; or a label is not in the taxonomy.
+            The message names the member.
     """
     extensions = ("json", "cls") if label_member == "auto" else (label_member,)
     for key, members in _group_members(path, file, where):
@@ -64,7 +64,7 @@ def walk_samples(
 
 
 def _group_members(path: Path, file: BinaryIO, where: str) -> Iterator[tuple[str, list[tarfile.TarInfo]]]:
-    """(key, members) of each run of members with one key, as `webdataset` groups them."""
+    """Yields (key, members) for each run of consecutive members with the same key, as `webdataset` groups them."""
     key, members = None, []
     for member in _walk_headers(path, file, where):
         member_key, extension = base_plus_ext(member.name)
@@ -83,26 +83,26 @@ def _group_members(path: Path, file: BinaryIO, where: str) -> Iterator[tuple[str
 
 
 def _walk_headers(path: Path, file: BinaryIO, where: str) -> Iterator[tarfile.TarInfo]:
-    """All members of a tar that is whole. `file` may be moved by the caller in between."""
+    """Yields all members of a tar, and then checks that the tar is whole. Between two members the caller may seek in `file`."""
     end, num_bytes = 0, file.seek(0, os.SEEK_END)
     try:
         with tarfile.open(path, "r:", encoding="utf-8") as tar:
             for member in tar:
-                # Before its bytes are asked for: tarfile would notice only at the next member.
+                # tarfile itself would notice only at the next member, after the caller has tried to read this one.
                 if member.size < 0 or tar.offset > num_bytes:
                     raise tarfile.ReadError(f"a member of {member.size} bytes, but the file has {num_bytes}")
                 yield member
             end = tar.offset
-    # The last two where a long name says that it is longer than memory.
+    # A header may announce a name that is longer than memory, which raises the last two.
     except (tarfile.TarError, ValueError, OverflowError, MemoryError) as error:
         raise DataError(
             f"{where}: empty, truncated, compressed or no tar ({error}); write or fetch it again, uncompressed"
         ) from None
     file.seek(end)
-    # NOTE: a tar cut between two members reads as a shorter tar; only the missing end mark tells.
+    # NOTE: a tar that was cut between two members reads as a shorter tar; only the missing end mark shows it.
     if file.read(_BLOCK_BYTES) != bytes(_BLOCK_BYTES):
         raise DataError(f"{where}: truncated: no end-of-archive mark after byte {end}; write or fetch it again")
-    # What `cat a.tar b.tar` writes reads as a.tar alone.
+    # The output of `cat a.tar b.tar` reads as a.tar alone; what follows the end mark shows it.
     while padding := file.read(_READ_BYTES):
         if padding.count(0) != len(padding):
             raise DataError(
@@ -112,6 +112,7 @@ def _walk_headers(path: Path, file: BinaryIO, where: str) -> Iterator[tarfile.Ta
 
 
 def _check_member(where: str, member: tarfile.TarInfo) -> None:
+    """Raises: DataError if the member is sparse, or its name is not UTF-8 or has a line break, which an index cannot store."""
     if member.issparse():
         raise DataError(f"{where}: {member.name} is stored as a sparse file; write the tar again without --sparse")
     try:
@@ -125,7 +126,15 @@ def _check_member(where: str, member: tarfile.TarInfo) -> None:
 def _only_member(
     where: str, key: str, members: list[tarfile.TarInfo], extensions: tuple[str, ...], what: str, advice: str
 ) -> tarfile.TarInfo:
-    """`advice` is for a sample that has several."""
+    """The only member with one of these extensions.
+
+    Args:
+        what: what errors call such a member.
+        advice: what to do if there are several.
+
+    Raises:
+        DataError: there is none, or there are several.
+    """
     found = [m for m in members if base_plus_ext(m.name)[1].lower() in extensions]
     if len(found) == 1:
         return found[0]
@@ -137,7 +146,7 @@ def _only_member(
 
 
 def _parse_labels(content: bytes, where: str, taxonomy: Taxonomy) -> list[int]:
-    """The positions of the class ids of a .json member, sorted, each once."""
+    """The class ids of a .json member as positions in taxonomy.json, sorted, each once."""
     record = parse_json(content, where)
     if not isinstance(record, dict) or "labels" not in record:
         raise DataError(f'{where}: expected {{"labels": ["class id", ...]}}, found {content[:80]!r}')
@@ -151,7 +160,7 @@ def _parse_labels(content: bytes, where: str, taxonomy: Taxonomy) -> list[int]:
 
 
 def _parse_position(content: bytes, where: str, taxonomy: Taxonomy) -> list[int]:
-    """The position in a .cls member."""
+    """The content of a .cls member: one position in taxonomy.json."""
     text = content.decode("ascii", errors="replace").strip()
     if not text.isdigit() or len(text) > 12 or int(text) >= taxonomy.num_classes:
         raise DataError(

@@ -14,17 +14,18 @@ from concentration.temporaries import name_temporary
 
 
 def write_shard(path: Path, items: Sequence[Item], source: Source) -> list[str]:
-    """Writes one tar whole or not at all, and returns a line for every image that could not be had.
-
-    Where none could be had, there is no tar.
+    """Writes one tar, whole or not at all.
 
     Args:
-        path: of the tar; a temporary file beside it is renamed at the end.
-        items: in the order of the tar.
-        source: reads each item's image.
+        path: the tar; it is written to a temporary file beside it, which is renamed at the end.
+        items: the samples, in the order of the tar.
+        source: reads the image of each item.
+
+    Returns:
+        A line for each image that could not be read. If none could, no tar is written.
 
     Raises:
-        DataError: the disk is full, or the folder may not be written.
+        DataError: the disk is full, or the folder cannot be written to.
     """
     temporary = name_temporary(path)
     try:
@@ -47,7 +48,7 @@ def write_shard(path: Path, items: Sequence[Item], source: Source) -> list[str]:
 
 def _write_items(file: BinaryIO, items: Sequence[Item], source: Source) -> list[str]:
     skipped = []
-    # mtime: the same samples give the same bytes, whenever they are written.
+    # Without a fixed mtime, the same samples would give other bytes each time they are written.
     with webdataset.TarWriter(file, mtime=0) as writer:
         for item in items:
             try:

@@ -1,8 +1,8 @@
-"""Which sample is for training, validation or the test: by a hash, or a number of samples of every class.
+"""Assigns samples to the splits train, val and test: by shares of all samples, or by a number of samples per class.
 
-A group is what must not be torn apart: all photographs of one product, session or photographer. A sample without a group is
-a group by itself. A split is a pure function of the samples and of the splits that an earlier preparation gave them, so a
-sample never moves: shares depend on the group's hash alone, and what is prepared already keeps its split.
+A group is a set of samples that must stay in one split, such as all photographs of one product, session or photographer. A sample
+without a group is a group by itself. A sample never moves to another split when data is added: shares depend on nothing but the
+hash of the group, and samples that are already prepared keep their split.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from concentration.schema import Config
 SPLITS = ("train", "val", "test")
 SplitName = Literal["train", "val", "test"]
 
-#: What the splits are called in folders and columns, in capitals or not: see `find_split`.
+#: The names by which folders and table columns call the splits, in lower case: see `find_split`.
 SPLIT_OF_NAME: Mapping[str, SplitName] = {
     "train": "train",
     "training": "train",
@@ -35,11 +35,11 @@ _DEFAULT_SHARE = 0.1
 
 
 class SplitConfig(Config):
-    """How validation and test are cut off the training samples, where the source itself has none.
+    """How the splits val and test are taken from the training samples, if the source itself does not have them.
 
-    group: what samples of one group have in common; each source says what it names. None: every sample by itself.
-    val_share, test_share: of the groups, by a hash; None is 0.1, or nothing where a number per class is given.
-    val_per_class, test_per_class: at least so many samples of every class (the paper's EFT has 50), whole groups at a time.
+    group: what the samples of one group have in common; each source says which names it knows. None: every sample is a group.
+    val_share, test_share: the share of the groups, chosen by a hash; None is 0.1, or 0 if a number per class is given.
+    val_per_class, test_per_class: at least so many samples of every class (the paper's EFT has 50), taken in whole groups.
     """
 
     group: str | None = None
@@ -61,26 +61,28 @@ class SplitConfig(Config):
         return self
 
     def share(self, split: SplitName) -> float:
+        """The share of all groups that goes to `val` or `test`, with the default filled in."""
         share = getattr(self, f"{split}_share")
         if share is None:
             return _DEFAULT_SHARE if self.per_class(split) is None else 0.0
         return share
 
     def per_class(self, split: SplitName) -> int | None:
+        """The number of samples per class that goes to `val` or `test`; None if the split is taken by a share."""
         return getattr(self, f"{split}_per_class")
 
     def asks_for(self, split: SplitName) -> bool:
-        """Whether the user has said how large the split is to be."""
+        """Whether the user has set the size of this split, so that ignoring it would be an error."""
         return bool(getattr(self, f"{split}_share") or self.per_class(split))
 
 
 def find_split(name: str) -> SplitName | None:
-    """The split that a folder or a column calls so; None where it is no name of one."""
+    """The split that a folder or column calls by this name, in upper or lower case; None if it is not the name of a split."""
     return SPLIT_OF_NAME.get(name.lower())
 
 
 class Splittable(Protocol):
-    """A sample as it is listed: `split` is the source's own, "train" where it has none."""
+    """A sample as a source lists it; `split` is the source's own assignment, "train" if it has none."""
 
     key: str
     labels: tuple[str, ...]
@@ -90,12 +92,12 @@ class Splittable(Protocol):
 
 @dataclass(frozen=True)
 class Assignment:
-    """The splits of samples, and what could not be as it was asked for.
+    """The splits of samples, and where the configuration could not be met.
 
     Attributes:
-        splits: of every sample, in the order they were given.
-        num_torn: groups that lie in several splits, because the source or an earlier preparation put them there.
-        short_of: by split, the classes that have fewer samples in it than `val_per_class` or `test_per_class`.
+        splits: the split of every sample, in the order of the samples.
+        num_torn: how many groups lie in several splits, because the source or an earlier preparation put them there.
+        short_of: for each split, the classes that have fewer samples in it than `val_per_class` or `test_per_class`.
     """
 
     splits: list[SplitName]
@@ -104,18 +106,18 @@ class Assignment:
 
 
 def assign_splits(samples: Sequence[Splittable], config: SplitConfig, kept: Mapping[str, SplitName]) -> Assignment:
-    """The split of every sample.
+    """Assigns every sample to a split.
 
-    A split that the source gives is kept, also where it tears a group; one that it does not give is cut off its training
-    samples. No group is torn by that, and the members that come to a group later join it.
+    A val or test split of the source's own is kept, even if it divides a group. If the source lacks one, it is taken from the
+    training samples in whole groups; a sample that is added later joins the split of its group.
 
     Args:
-        samples: all that the source lists; keys are unique.
-        config: how to cut.
-        kept: by key, the splits of samples that are prepared already.
+        samples: all samples that the source lists; keys are unique.
+        config: how val and test are taken.
+        kept: the split of each sample that is already prepared, by key.
 
     Raises:
-        ConfigError: it is said how to cut a split that the source gives.
+        ConfigError: `config` sets the size of a split that the source already has.
     """
     given = {sample.split for sample in samples}
     for split in ("val", "test"):
@@ -124,7 +126,8 @@ def assign_splits(samples: Sequence[Splittable], config: SplitConfig, kept: Mapp
                 f"data.split: the source has its own {split}, so that {split}_share and {split}_per_class have no effect; "
                 "leave them out"
             )
-    # Only these are cut: a photographer in the source's own test set does not take all training images there.
+    # Only training samples are assigned here: if a photographer's image is in the source's own test set, that does not move the
+    # photographer's training images there.
     open_groups: dict[str, list[Splittable]] = {}
     for sample in samples:
         if sample.split == "train":
@@ -159,12 +162,13 @@ def _take_per_class(
     split: SplitName,
     count: int,
 ) -> list[str]:
-    """Puts groups into `split`, smallest hash first, until it has `count` samples of every class; returns those short of it.
+    """Puts groups into `split`, in the order of their hashes, until it has `count` samples of every class.
 
-    No class loses its last training group. One pass is enough: what a class lacks, and what it could lose, only falls.
+    Changes `split_of_group`, and returns the classes that still have fewer samples. No class loses its last training group.
+    One pass is enough: as groups are taken, the number of samples that a class lacks, and of groups it can spare, only fall.
     """
-    num_samples: dict[str, int] = {}  # of each class in this split
-    num_groups: dict[str, int] = {}  # of each class that are, or may come to be, for training
+    num_samples: dict[str, int] = {}  # for each class: its samples in this split
+    num_groups: dict[str, int] = {}  # for each class: its groups that are in train, or not assigned yet
     for group, members in groups.items():
         for label in {label for sample in members for label in sample.labels}:
             num_samples.setdefault(label, 0)
@@ -174,7 +178,7 @@ def _take_per_class(
                 for label in sample.labels:
                     num_samples[label] += 1
     undecided = [group for group in groups if group not in split_of_group]
-    # NOTE: another hash than that of the shares, which may cut the other split off the same groups.
+    # NOTE: the hash is not that of the shares, so that a split by share and one by number do not prefer the same groups.
     for group in sorted(undecided, key=lambda group: (_hash(f"{split} {group}"), group)):
         labels = [label for sample in groups[group] for label in sample.labels]
         is_wanted = any(num_samples[label] < count for label in labels)
@@ -188,6 +192,7 @@ def _take_per_class(
 
 
 def _count_torn(samples: Sequence[Splittable], splits: Sequence[SplitName]) -> int:
+    """How many groups have samples in several splits."""
     first: dict[str, SplitName] = {}
     torn = set()
     for sample, split in zip(samples, splits, strict=True):
@@ -197,10 +202,10 @@ def _count_torn(samples: Sequence[Splittable], splits: Sequence[SplitName]) -> i
 
 
 def _group(sample: Splittable) -> str:
-    """NOTE: a key and a group may be the same text; the mark keeps them apart."""
+    """The name of a sample's group. A sample without one has its key, marked so that it never equals a group's name."""
     return f"key {sample.key}" if sample.group is None else f"group {sample.group}"
 
 
 def _hash(text: str) -> float:
-    """Evenly spread over [0, 1), the same on every machine."""
+    """A hash of the text, evenly spread over [0, 1), and the same on every machine."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64

@@ -1,4 +1,4 @@
-"""Records of the views of whole square images, a batch at once: what `View.encode` gives image by image.
+"""Encodes the views of a batch of square images at once, as `View.encode` does image by image.
 
 Shapes: B batch.
 """
@@ -14,10 +14,12 @@ _CENTRE = np.frombuffer(CentreView().at(0, (1, 1)).encode(), dtype=np.uint8)
 
 
 def encode_views(views: DrawnViews | StoredViews | CentreView, num_samples: int) -> np.ndarray:
-    """(B, 13) uint8, of views that show all of square images; zeros where a stored one says that it cannot be decoded.
+    """The records of a batch of views that show the whole of square images, (B, 13) uint8.
+
+    A stored record of zeros, which stands for an image that could not be decoded, stays so.
 
     Raises:
-        ConfigError: views are crops, or images are resized in several ways.
+        ConfigError: a view is a crop, or resized in another way than bilinear.
     """
     if isinstance(views, CentreView):
         return np.tile(_CENTRE, (num_samples, 1))
@@ -39,7 +41,7 @@ def encode_views(views: DrawnViews | StoredViews | CentreView, num_samples: int)
 
 
 def _encode_distortions(distortions: DrawnDistortions) -> np.ndarray:
-    """(B, 8) uint8, as `Distortion.encode` writes them."""
+    """(B, 8) uint8: each distortion as `Distortion.encode` writes it."""
     amounts = distortions.amounts
     wide = [128 + np.rint(amounts[name] * steps).astype(int) for name, steps in WIDE_STEPS.items()]
     stroke, blur = 8 + np.rint(amounts["stroke"] * 8).astype(int), np.rint(amounts["blur"] * 8).astype(int)
@@ -48,10 +50,12 @@ def _encode_distortions(distortions: DrawnDistortions) -> np.ndarray:
 
 
 def _count_steps(factor_B: np.ndarray, at_most: int = 127) -> np.ndarray:
+    """(B,) int64: factors in steps of 1/64."""
     return np.minimum(at_most, np.rint(factor_B * FACTOR_STEPS).astype(int))
 
 
 def _check_whole(is_other_B: np.ndarray, origin: str) -> None:
+    """Raises: ConfigError if any of these views does not show a whole image; `origin` says where they come from."""
     if is_other_B.any():
         raise ConfigError(
             f"{is_other_B.sum()} of {len(is_other_B)} views {origin} are crops or resized in other ways than bilinear, and with "

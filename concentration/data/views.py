@@ -1,7 +1,7 @@
-"""Views: what a network sees of an image. The parameters of a view are drawn from (seed, epoch, sample) alone.
+"""Views: what a network sees of an image. The parameters of a random view depend on nothing but (seed, epoch, sample).
 
-A drawn view is rounded to a record of 13 bytes before it is used, so that the view that a teacher saw is stored exactly, and the
-student that replays it sees the same pixels.
+A random view is rounded to a record of 13 bytes before it is used. So the stored record describes exactly the view that a teacher
+saw, and a student that replays it sees the same pixels.
 
 Shapes: B batch.
 """
@@ -34,10 +34,11 @@ _AREA, _ASPECT, _LEFT, _TOP, _FLIP, _BRIGHTNESS, _CONTRAST, _SATURATION, _LIGHT,
 
 Share = pydantic.confloat(ge=0, le=1)
 
-#: Of the files that are taken for images.
+#: The suffixes of files that count as images.
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 
-#: How a crop becomes the network's input: Pillow's filters; those but `nearest` are antialiased, `area` is a mean over boxes.
+#: How a crop is resized to the network's input: one of Pillow's filters. All but `nearest` are antialiased; `area` is a mean over
+#: boxes.
 Interpolation = Literal["bilinear", "area", "nearest", "cubic"]
 INTERPOLATIONS: tuple[Interpolation, ...] = get_args(Interpolation)
 _FILTERS = {
@@ -46,22 +47,22 @@ _FILTERS = {
     "nearest": Image.Resampling.NEAREST,
     "cubic": Image.Resampling.BICUBIC,
 }
-#: Of the centre view, and of all views where no other is drawn.
+#: The interpolation of the centre view, and of all views if none is drawn.
 INTERPOLATION: Interpolation = "bilinear"
 
 
 class ViewConfig(Config):
-    """Augmentation of training images; evaluation and teachers see the centre view.
+    """The augmentation of training images. Evaluation sees the centre view.
 
-    crop_area: the least share of an area that a crop keeps; 1 keeps all.
-    crop_of: whose area: that of the largest `square` inside, or of the whole `image`. There, a crop that would not fit becomes
-        as wide or high as the image, and keeps its area.
-    crop_aspect: crops are up to this much wider or higher than square.
-    flip: the probability of a mirror image.
+    crop_area: the smallest area of a crop, as a share of the area that `crop_of` names; 1 keeps all of it.
+    crop_of: what `crop_area` is a share of: the largest `square` in the middle, or the whole `image`. Of the latter, a crop that
+        would be wider or higher than the image becomes exactly as wide or high, and keeps its area.
+    crop_aspect: the largest ratio of a crop's sides; 1 gives squares.
+    flip: the probability that the view is mirrored.
     brightness, contrast, saturation: the largest relative change of each.
-    light: whether the colours of the light are drawn.
-    interpolation: `random` draws one of all for each view.
-    distortion: of drawings, in place of a crop; None for none.
+    light: whether a colour of the light is drawn.
+    interpolation: `random` draws one of all interpolations for each view.
+    distortion: a distortion of drawings in place of a crop; None for none.
     """
 
     crop_area: Share = 1.0
@@ -91,15 +92,15 @@ class View:
     """One view of one image.
 
     Attributes:
-        left, top, right, bottom: the crop, as shares of the upright image's width and height; with a distortion, of the
-            largest square in its middle.
+        left, top, right, bottom: the crop, as shares of the upright image's width and height. With a distortion the crop is the
+            largest square in the middle, and these are 0, 0, 1, 1.
         flip: whether the crop is mirrored.
         brightness, contrast: factors, contrast about the crop's mean; 1 changes nothing.
-        distortion: of the crop, which then is the whole square.
+        distortion: the distortion of the crop; None for none.
         saturation: a factor; 1 changes nothing.
-        light: number of a colour of light (`photometry`); 0 changes nothing.
-        interpolation: by which the crop is resized.
-        record: what it was decoded from, kept since each image's view is written down.
+        light: the number of a colour of the light (`photometry`); 0 changes nothing.
+        interpolation: how the crop is resized.
+        record: the record that the view was decoded from, so that writing it again costs nothing.
     """
 
     left: float
@@ -116,11 +117,12 @@ class View:
     record: bytes | None = field(default=None, init=False, compare=False, repr=False)
 
     def encode(self) -> bytes:
-        """The record, little-endian.
+        """The view as a record of 13 bytes, little-endian.
 
-        Crop in 1/65,535 (4 x u16) or distortion (8 bytes); flip and brightness in 1/64 (1 and 7 bits); whether it is a
-        distortion, and contrast in 1/64 (1 and 7 bits); saturation in 1/64 above 1 (i8); light (u8); interpolation (u8).
-        Zeros at the end change nothing.
+        Bytes 0-7: the crop in steps of 1/65,535 (4 x u16), or the distortion. Byte 8: flip (the highest bit) and brightness in
+        steps of 1/64. Byte 9: whether there is a distortion (the highest bit) and contrast in steps of 1/64. Byte 10: saturation
+        minus 1 in steps of 1/64 (i8). Byte 11: light. Byte 12: interpolation. Zeros in bytes 10 to 12 change nothing, so that
+        records of an earlier version, which ended there, still mean the same.
         """
         if self.record is not None:
             return self.record
@@ -137,7 +139,7 @@ class View:
 
     @classmethod
     def decode(cls, record: bytes) -> "View":
-        """Raises: ValueError, one of UNDECODABLE, where it is no record."""
+        """The view that `encode` rounded to this record. Raises: ValueError, one of UNDECODABLE, if the record is invalid."""
         place, (flip_brightness, is_distorted_contrast) = record[: _CROP.size], record[_CROP.size : -_COLOUR.size]
         saturation, light, interpolation = _COLOUR.unpack(record[-_COLOUR.size :])
         if interpolation >= len(INTERPOLATIONS):
@@ -151,19 +153,21 @@ class View:
         factors = (brightness / FACTOR_STEPS, contrast / FACTOR_STEPS)
         colour = (1 + saturation / FACTOR_STEPS, light, INTERPOLATIONS[interpolation])
         view = cls(*crop, flip == 1, *factors, distortion, *colour)
-        object.__setattr__(view, "record", record)  # not of __init__, so that a changed copy does not keep it
+        # Not by __init__, so that `dataclasses.replace` does not carry the record into a changed copy.
+        object.__setattr__(view, "record", record)
         return view
 
     def box(self, size: tuple[int, int]) -> tuple[float, float, float, float]:
-        """(left, top, right, bottom) in pixels of an upright image of this width and height."""
+        """The crop (left, top, right, bottom) in pixels of an upright image of this size (width, height)."""
         width, height = size
         if self.distortion is not None:
             return CentreView().at(0, size).box(size)
         return self.left * width, self.top * height, self.right * width, self.bottom * height
 
 
-@functools.lru_cache(maxsize=1024)  # where nothing is drawn, all square images have one view
+@functools.lru_cache(maxsize=1024)  # if nothing is random, all square images share one view
 def _round_view(exact: View) -> View:
+    """The view rounded to its record."""
     return View.decode(exact.encode())
 
 
@@ -176,21 +180,22 @@ class Views(Protocol):
     """The views of a batch."""
 
     def at(self, row: int, size: tuple[int, int]) -> View:
-        """The view of one sample of the batch, whose upright image has this width and height."""
+        """The view of the sample in this row of the batch, whose upright image has this size (width, height)."""
 
 
 @dataclass(frozen=True)
 class DrawnViews:
-    """Random views; the crop is centred at (x, y) as shares of the free room, 0.5 being the middle.
+    """The random views of a batch.
 
     Attributes:
-        area: (B,) of the crop, as a share of the largest square's, or of the image's.
-        aspect: (B,) its width over its height.
-        x, y, brightness, contrast, saturation: (B,) float64.
+        area: (B,) float64, the area of the crop as a share of that of the largest square, or of the image: see `crop_of`.
+        aspect: (B,) float64, the width of the crop divided by its height.
+        x, y: (B,) float64, where the crop lies: 0 is the left or upper edge of the image, 1 the right or lower one.
         flip: (B,) bool.
-        light, interpolation: (B,) int64, their numbers.
+        brightness, contrast, saturation: (B,) float64, factors.
+        light, interpolation: (B,) int64, the number of each.
         crop_of: what `area` is a share of.
-        distortions: in place of the crop.
+        distortions: distortions in place of crops; None for none.
     """
 
     area: np.ndarray
@@ -225,7 +230,7 @@ class DrawnViews:
         else:
             area *= width * height
             aspect = min(max(aspect, area / height**2), width**2 / area)  # neither higher nor wider than the image
-        # At least two steps of the record: rounding must not make the crop empty.
+        # At least two steps of the record, so that rounding cannot make the crop empty.
         share_x = max(2 / CROP_STEPS, min(1, max(1, (area * aspect) ** 0.5) / width))
         share_y = max(2 / CROP_STEPS, min(1, max(1, (area / aspect) ** 0.5) / height))
         left, top = (1 - share_x) * self.x[row], (1 - share_y) * self.y[row]
@@ -234,16 +239,16 @@ class DrawnViews:
 
 @dataclass(frozen=True)
 class StoredViews:
-    """Views that were drawn earlier.
+    """Views that were drawn earlier and stored.
 
     Attributes:
-        record_BV: (B, 13) uint8, as `View.encode` writes them.
+        record_BV: (B, 13) uint8, their records; zeros stand for an image that could not be decoded.
     """
 
     record_BV: np.ndarray
 
     def at(self, row: int, size: tuple[int, int]) -> View:
-        """Raises: ValueError, one of UNDECODABLE, where the image could not be decoded when its views were drawn."""
+        """The stored view. Raises: ValueError, one of UNDECODABLE, if the image could not be decoded when it was drawn."""
         if not self.record_BV[row].any():
             raise ValueError("the image could not be decoded when its views were drawn")
         return View.decode(self.record_BV[row].tobytes())
@@ -260,12 +265,12 @@ class CentreView:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a part of a member's path begins with a dot, as what macOS leaves beside every file does."""
+    """Whether a part of a path begins with a dot, as those of the files that macOS leaves beside every file do."""
     return any(part.startswith(".") and part not in (".", "..") for part in name.split("/"))
 
 
 def draw_views(config: ViewConfig, seed: int, epoch: int, ordinals: np.ndarray) -> DrawnViews:
-    """The views of these samples in this epoch, whatever the batch, rank or worker that asks."""
+    """The random views of these samples in this epoch; they do not depend on the batch, rank or worker."""
 
     def uniform(purpose: int) -> np.ndarray:
         return uniforms(seed, purpose, epoch, ordinals)
@@ -290,16 +295,24 @@ def draw_views(config: ViewConfig, seed: int, epoch: int, ordinals: np.ndarray) 
 
 
 def describe_decoder() -> dict[str, str]:
-    """The versions on which the pixels of a view depend; its parameters depend on none."""
+    """The versions of the libraries that decode images: the pixels of a view depend on them, its record does not."""
     versions = {"pillow": PIL.__version__}
     versions |= {name: features.version(name) or "none" for name in ("libjpeg_turbo", "webp", "zlib")}
     return versions
 
 
 def decode_view(content: bytes, views: Views, row: int, image_size: int) -> tuple[np.ndarray, View, bool]:
-    """One view as uint8 (3, image_size, image_size), which view it is, and whether the image is grey, as its file says.
+    """Decodes an image into one of a batch's views.
 
-    A distortion's noise is then grey, too. Of a file of colours that are all grey, it is not.
+    Args:
+        content: the encoded image.
+        views: the views of the batch.
+        row: the image's place in the batch.
+        image_size: the side of the result in pixels.
+
+    Returns:
+        The pixels (3, image_size, image_size) uint8, the view, and whether the image's file is grey. A grey file gets grey noise;
+        a file in colour gets coloured noise even if all its pixels are grey.
 
     Raises:
         one of UNDECODABLE: the image cannot be decoded.
