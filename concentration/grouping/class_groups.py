@@ -1,6 +1,6 @@
-"""Groups of classes: made valid as verticals, permuted for the control, written as a taxonomy, and described.
+"""Groups of classes: a partition of all classes that can replace the verticals of a taxonomy.
 
-Shapes: C all classes (by output), G groups, M given verticals, N samples, P pairs of a sample and a label.
+Shapes: C all classes (by output), G groups, M verticals of the given taxonomy, N samples, P pairs of a sample and a label.
 """
 
 from dataclasses import dataclass, replace
@@ -10,18 +10,18 @@ import numpy as np
 from concentration.errors import DataError
 from concentration.taxonomy import Taxonomy
 
-#: Of a class about which nothing is known, and of a sample whose image cannot be decoded.
+#: The group of a class about which nothing is known, and of a sample whose image cannot be decoded.
 NO_GROUP = -1
 
 
 @dataclass(frozen=True)
 class ClassGroups:
-    """A partition of the classes; groups come by falling size.
+    """A partition of the classes into groups, which are numbered from the largest to the smallest.
 
     Attributes:
-        group_C: of each output of `taxonomy`.
-        taxonomy: that was partitioned.
-        num_placed: classes that were put to those of their vertical, since nothing was known of them or they were alone.
+        group_C: int64, the group of each class.
+        taxonomy: the taxonomy whose classes are partitioned.
+        num_placed: how many classes were placed by their vertical, since nothing was known of them or they were alone in a group.
     """
 
     group_C: np.ndarray
@@ -30,17 +30,20 @@ class ClassGroups:
 
     @classmethod
     def build(cls, group_C: np.ndarray, taxonomy: Taxonomy) -> "ClassGroups":
-        """Groups of any numbers, NO_GROUP among them, as verticals may be: every class in one, and two classes in each.
+        """Turns any grouping into one whose groups can be verticals: every class in a group, and two classes or more in each.
 
-        A class without a group, or alone in its group, goes where most classes of its vertical are.
+        A class without a group, or alone in its group, goes to the group that has most classes of its vertical.
+
+        Args:
+            group_C: integers, the group of each class; NO_GROUP if nothing is known of it.
 
         Raises:
-            DataError: fewer than two groups are left.
+            DataError: fewer than two groups have two classes or more.
         """
         group_C = group_C.copy()
         numbers, counts = np.unique(group_C[group_C != NO_GROUP], return_counts=True)
         group_C[np.isin(group_C, numbers[counts == 1])] = NO_GROUP
-        homeless = np.flatnonzero(group_C == NO_GROUP)
+        unplaced = np.flatnonzero(group_C == NO_GROUP)
         known_C = group_C != NO_GROUP
         if np.sum(counts > 1) < 2:
             raise DataError(
@@ -48,10 +51,10 @@ class ClassGroups:
                 "number of groups, or look at more images"
             )
         largest = numbers[counts.argmax()]
-        for output in homeless:
+        for output in unplaced:
             siblings = group_C[known_C & (taxonomy.vertical_of_output == taxonomy.vertical_of_output[output])]
             group_C[output] = np.bincount(siblings).argmax() if len(siblings) else largest
-        return cls(_number_by_size(group_C), taxonomy, len(homeless))
+        return cls(_number_by_size(group_C), taxonomy, len(unplaced))
 
     @property
     def num_groups(self) -> int:
@@ -59,20 +62,21 @@ class ClassGroups:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the groups as verticals."""
+        """(G,) the name of each group as a vertical: `group-0` and so on, with as many digits as the last one needs."""
         width = len(str(self.num_groups - 1))
         return tuple(f"group-{number:0{width}}" for number in range(self.num_groups))
 
     @property
     def sizes(self) -> tuple[int, ...]:
+        """(G,) the number of classes of each group."""
         return tuple(np.bincount(self.group_C).tolist())
 
     def permute(self, seed: int) -> "ClassGroups":
-        """Groups of the same sizes with the classes drawn at random (Warde-Farley et al., section 5.2: the control)."""
+        """Random groups of the same sizes: the control experiment of Warde-Farley et al., section 5.2."""
         return ClassGroups(np.random.default_rng(seed).permutation(self.group_C), self.taxonomy)
 
     def build_taxonomy(self) -> Taxonomy:
-        """The same classes in the same order, with the groups as their verticals."""
+        """A taxonomy with the same classes in the same order, whose verticals are the groups."""
         names, output_of = self.names, self.taxonomy.output_of_position
         return Taxonomy(
             [
@@ -83,17 +87,17 @@ class ClassGroups:
         )
 
     def count_verticals(self) -> np.ndarray:
-        """(G, M): how many classes of each given vertical are in each group."""
+        """(G, M) int64: how many classes of each vertical each group has."""
         count_GM = np.zeros((self.num_groups, self.taxonomy.num_verticals), dtype=np.int64)
         np.add.at(count_GM, (self.group_C, self.taxonomy.vertical_of_output), 1)
         return count_GM
 
     def compute_purity(self) -> float:
-        """The share of the classes that are of the vertical which most classes of their group are of."""
+        """The purity of the groups: the share of classes whose vertical is the most frequent one in their group."""
         return float(self.count_verticals().max(1).sum() / len(self.group_C))
 
     def describe(self, num_shown: int = 30) -> str:
-        """Of each group its size, the verticals that its classes are of, and the names of its first classes.
+        """A text that lists each group's size, the verticals of its classes, and the names of its first `num_shown` classes.
 
         Source: Warde-Farley et al., Table 1.
         """
@@ -114,10 +118,13 @@ class ClassGroups:
 
 
 def load_class_groups(taxonomy: Taxonomy, grouped: Taxonomy, where: str) -> ClassGroups:
-    """The groups that the verticals of `grouped` make of the classes of `taxonomy`.
+    """The groups of the classes of `taxonomy` that are the verticals of `grouped`.
+
+    Args:
+        where: what errors call `grouped`.
 
     Raises:
-        DataError: `grouped` has not the same classes.
+        DataError: the two taxonomies have different classes.
     """
     if set(taxonomy.position) != set(grouped.position):
         differing = sorted(set(taxonomy.position) ^ set(grouped.position))
@@ -130,14 +137,16 @@ def load_class_groups(taxonomy: Taxonomy, grouped: Taxonomy, where: str) -> Clas
     return ClassGroups(_number_by_size(group_C), taxonomy)
 
 
-def vote(
+def find_majority_groups(
     group_N: np.ndarray, sample_P: np.ndarray, output_P: np.ndarray, num_groups: int, num_classes: int
 ) -> np.ndarray:
-    """(C,) the group that most samples of each class are in; NO_GROUP where it has no sample.
+    """(C,) int64: the group that most samples of each class belong to; NO_GROUP if no sample of the class has a group.
 
     Args:
-        group_N: of each sample.
-        sample_P, output_P: the labels of the samples, each pair once.
+        group_N: integers, the group of each sample, or NO_GROUP.
+        sample_P, output_P: the labels of all samples: pairs of a sample and an output, each once.
+        num_groups: G.
+        num_classes: C.
     """
     group_P = group_N[sample_P]
     is_known_P = group_P != NO_GROUP
@@ -147,7 +156,7 @@ def vote(
 
 
 def _number_by_size(group_C: np.ndarray) -> np.ndarray:
-    """The same partition, numbered from 0 by falling size; of equal ones that with the first class comes first."""
+    """The same partition, with its groups numbered by size from the largest, and equally large ones by their lowest output."""
     numbers, first, counts = np.unique(group_C, return_index=True, return_counts=True)
     rank = np.empty(len(numbers), dtype=np.int64)
     rank[np.lexsort((first, -counts))] = np.arange(len(numbers))

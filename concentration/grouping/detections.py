@@ -1,8 +1,11 @@
-"""How often a network detects one class where another is annotated, or detected: the matrix A of Equations 3 and 4.
+"""Counts how often a network detects class i in images that are annotated with class j, or in which it also detects class j.
+
+These shares are the matrix A: Equation 3 for annotations (a confusion matrix), Equation 4 for other detections. A class is
+detected in an image if it is among the K classes with the highest scores.
 
 Shapes: B images of a batch, C all classes, K detections of an image, P pairs of an image and a class.
 
-Source: Warde-Farley et al. 2014, section 4. A detection is a class among the K that score highest.
+Source: Warde-Farley et al. 2014, section 4.
 """
 
 import numpy as np
@@ -12,20 +15,20 @@ from torch import Tensor
 
 from concentration.distributed import is_distributed, sum_over_ranks
 
-#: Pairs of a detection and a class that are counted together: some 100 MB while they are sorted.
+#: How many pairs (detected class, other class) are counted at once; sorting them takes about 100 MB.
 _PAIRS_PER_PRODUCT = 1 << 23
-#: Numbers of the matrix that are summed over ranks together.
+#: How many elements of the matrix are summed over ranks at once.
 _SUMMED_TOGETHER = 1 << 24
 
 Matrix = scipy.sparse.csr_array | np.ndarray
 
 
 class DetectionCounts:
-    """Counts, image by image, the pairs (detected class i, other class j).
+    """Counts in how many images each pair (detected class i, other class j) occurs.
 
-    The sum is sparse, 8 bytes for each pair that ever occurred, until a dense matrix (4 bytes a pair) takes no more: at most
-    4 C^2 bytes however many images there are, 1.2 GB for 17,000 classes. What was counted lately is kept apart until it has
-    a quarter of the sum's size, since adding to a sparse sum copies it.
+    The counts are a sparse matrix, with 8 bytes for each pair that ever occurred, until a dense one with 4 bytes for every pair
+    takes no more. So they take at most 4 C^2 bytes (1.2 GB for 17,000 classes), however many images there are. Adding to a sparse
+    matrix copies it; therefore recent counts are collected in a second matrix until that has a quarter of the elements.
     """
 
     def __init__(self, num_classes: int):
@@ -37,12 +40,12 @@ class DetectionCounts:
         self._num_waiting_pairs = 0
 
     def update(self, detected_BK: np.ndarray, annotated: tuple[np.ndarray, np.ndarray] | None = None) -> None:
-        """Adds a batch.
+        """Adds the images of a batch.
 
         Args:
-            detected_BK: the outputs that were detected, each once in a row.
-            annotated: rows and outputs of the annotations, rising, each pair once (Equation 3); None takes the detected ones
-                (Equation 4).
+            detected_BK: integers, the outputs that were detected in each image, from `find_detections`.
+            annotated: the annotations of the images as rows (P,) and outputs (P,), ascending by row, each pair once (Equation 3);
+                None counts pairs of detected classes (Equation 4).
         """
         num_images, top_k = detected_BK.shape
         shape = num_images, self._num_classes
@@ -55,9 +58,10 @@ class DetectionCounts:
             self._count_waiting()
 
     def compute(self) -> Matrix:
-        """A, (C, C) float32: a_ij is the share of the images, over all ranks, in which i was detected and j annotated (detected).
+        """The matrix A, (C, C) float32.
 
-        Ends the counting: a dense sum becomes A in its own memory. All ranks call it, and get the same.
+        a_ij is the share of the images, over all ranks, in which class i was detected and class j annotated (or detected). All
+        ranks have to call this, and get the same matrix. It ends the counting: dense counts are turned into shares in place.
         """
         self._count_waiting()
         self._take_in_recent()
@@ -75,6 +79,7 @@ class DetectionCounts:
         )
 
     def _count_waiting(self) -> None:
+        """Counts the pairs of the batches that `update` has collected, in one product of sparse matrices."""
         if not self._waiting:
             return
         detected, annotated = (scipy.sparse.vstack(parts, format="csr") for parts in zip(*self._waiting, strict=True))
@@ -88,6 +93,7 @@ class DetectionCounts:
             self._take_in_recent()
 
     def _take_in_recent(self) -> None:
+        """Adds the recent counts to the sum, which becomes dense if that takes no more memory."""
         recent, self._recent = self._recent, _empty(self._num_classes)
         if isinstance(self._sum, np.ndarray):
             _add_to_dense(self._sum, recent)
@@ -99,7 +105,7 @@ class DetectionCounts:
             self._sum = dense
 
     def _sum_over_ranks(self) -> None:
-        """Some rows at a time, which are dense meanwhile; ranks need not agree on what is sparse."""
+        """Adds up the counts of all ranks, some rows at a time. These are made dense, since not all ranks need be sparse."""
         height = max(1, _SUMMED_TOGETHER // self._num_classes)
         blocks = []
         for first in range(0, self._num_classes, height):
@@ -113,7 +119,7 @@ class DetectionCounts:
 
 
 def find_detections(logits_BC: Tensor, top_k: int) -> np.ndarray:
-    """(B, K) the outputs that score highest, M_i,K(x) of Equation 2."""
+    """(B, K) int64: the outputs with the highest scores of each image, in any order. Source: M_i,K(x) of Equation 2."""
     return logits_BC.topk(top_k, dim=1, sorted=False).indices.cpu().numpy()
 
 
@@ -122,8 +128,8 @@ def _empty(num_classes: int) -> scipy.sparse.csr_array:
 
 
 def _as_rows(row_P: np.ndarray, output_P: np.ndarray, shape: tuple[int, int]) -> scipy.sparse.csr_array:
-    """(B, C) with a 1 for each pair; the rows rise."""
-    # NOTE: one 64-bit index would make those of all sums 64 bits wide.
+    """A matrix (B, C) with a 1 for each pair of a row and an output. The rows must be ascending."""
+    # NOTE: the indices are made 32 bits wide; if those of one matrix had 64 bits, those of every sum would have, too.
     starts = np.searchsorted(row_P, np.arange(shape[0] + 1)).astype(np.int32)
     return scipy.sparse.csr_array((np.ones(len(row_P), np.int32), output_P.astype(np.int32), starts), shape)
 

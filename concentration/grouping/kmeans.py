@@ -1,7 +1,7 @@
-"""k-means: of points that are in memory, and of a stream that is seen once, on one process or several; balanced if asked.
+"""k-means of points in memory, or of a stream of batches that is seen once, by one process or several; groups may be balanced.
 
-A point belongs to the group with the least |x - c_k|^2 + p_k. The prices p are 0, unless groups are to be balanced: then they
-are what makes all groups about equally large, so that where a new point belongs is decided by the same rule as for an old one.
+A point belongs to the group k with the smallest cost |x - c_k|^2 + p_k. In plain k-means the prices p_k are 0. For balanced
+groups they are chosen so that all groups are about equally large; a new point is then assigned by the same rule as the old ones.
 
 Shapes: N points, B points of a batch, K groups, D features.
 """
@@ -15,34 +15,34 @@ from torch import Tensor
 from concentration.distributed import sum_over_ranks
 from concentration.errors import DataError
 
-#: Costs that are held at once while points are assigned.
+#: How many costs (points times groups) are held at once while points are assigned.
 _COSTS_PER_BLOCK = 1 << 24
-#: By how much the largest of balanced groups may exceed its share, of points in memory.
+#: The share by which the largest of balanced groups may exceed N / K.
 _MAX_EXCESS = 0.05
-#: Rounds in which prices are found for points in memory.
+#: The most steps in which prices are sought.
 _PRICE_ROUNDS = 200
-#: The first step of a price, as a share of what it costs on average to be in any group instead of the best one.
+#: The first step of each price, as a share of the mean difference between the cost of an average group and that of the best one.
 _FIRST_PRICE_STEP = 0.1
-#: A step's factor while its price goes on in one direction, and where that turns.
+#: The factor by which the step of a price grows while the price keeps its direction, and shrinks when the direction turns.
 _FASTER, _SLOWER = 1.3, 0.5
-#: The step of prices in a stream, in units of the mean squared distance.
+#: The step of the prices in a stream, in units of the mean squared distance of the points to their centroids.
 _STREAM_PRICE_STEP = 0.05
 
 
 class Centroids(NamedTuple):
-    """`centroid_KD` and `price_K`, float32."""
+    """The centroids (K, D) and the prices (K,) of the groups, float32."""
 
     centroid_KD: Tensor
     price_K: Tensor
 
     def compute_costs(self, point_ND: Tensor) -> Tensor:
-        """|x - c_k|^2 + p_k, (N, K) float32."""
+        """The cost of each point in each group, |x - c_k|^2 + p_k: (N, K) float32."""
         square_N1 = point_ND.square().sum(1, keepdim=True)
         offset_K = self.centroid_KD.square().sum(1) + self.price_K
         return (square_N1 + offset_K).addmm_(point_ND, self.centroid_KD.T, alpha=-2)
 
     def assign(self, point_ND: Tensor) -> tuple[Tensor, Tensor]:
-        """The group of each point, (N,) int64, and its cost, (N,)."""
+        """The group with the smallest cost for each point, (N,) int64, and that cost, (N,) float32."""
         block = max(1, _COSTS_PER_BLOCK // len(self.centroid_KD))
         found = [self.compute_costs(points).min(1) for points in point_ND.split(block)]
         return torch.cat([least.indices for least in found]), torch.cat([least.values for least in found])
@@ -51,16 +51,25 @@ class Centroids(NamedTuple):
 def fit_kmeans(
     point_ND: Tensor, num_groups: int, seed: int, balanced: bool = False, num_starts: int = 4, max_rounds: int = 100
 ) -> Centroids:
-    """Lloyd's algorithm from the best of several k-means++ starts; the same points and seed give the same result.
+    """The best result of Lloyd's algorithm from several k-means++ starts. The same points and seed give the same result.
 
-    Of balanced starts the best is that whose largest group exceeds its share the least, and the closest of those that exceed it
-    by no more than 5%. All may exceed it where many points are nearly one, which no price divides.
+    The best result has the smallest mean squared distance. If groups are to be balanced, it is the best among the results whose
+    largest group exceeds N / K by at most 5%; if there is none, the result that exceeds it the least. That happens if many points
+    are nearly equal, since no prices can divide them.
+
+    Args:
+        point_ND: the points.
+        num_groups: K.
+        seed: the seed of the starts.
+        balanced: whether prices make the groups about equally large.
+        num_starts: how many starts are tried.
+        max_rounds: the most rounds of Lloyd's algorithm from each start.
 
     Raises:
         DataError: there are fewer different points than groups.
 
-    Source: Arthur and Vassilvitskii 2007 (k-means++). Balanced groups are those of least cost among groups of equal size, an
-        optimal transport whose dual variables are the prices (Aurenhammer, Hoffmann and Aronov 1998).
+    Source: Arthur and Vassilvitskii 2007 (k-means++). Finding the groups of equal size with the least cost is an optimal
+        transport problem, and the prices are its dual variables (Aurenhammer, Hoffmann and Aronov 1998).
     """
     generator = torch.Generator().manual_seed(seed)
     point_ND = point_ND.float()
@@ -69,15 +78,19 @@ def fit_kmeans(
 
 
 class StreamedKMeans:
-    """k-means of points that come in batches and are not kept: each centroid is the mean of all points that it was given.
+    """k-means of points that come in batches and are not kept: each centroid is the mean of all points that were assigned to it.
 
-    All ranks make one from equal centroids, call `step` with their shares of the same batch, and `finish` after the last.
+    Every rank makes one from the same centroids, calls `step` with its share of each batch, and `finish` after the last batch.
+
+    Args:
+        start: centroids that were fitted to `point_ND`.
+        point_ND: the points that `start` was fitted to; they count as seen.
+        balanced: whether prices keep the groups about equally large.
 
     Source: Sculley 2010, "Web-scale k-means clustering".
     """
 
     def __init__(self, start: Centroids, point_ND: Tensor, balanced: bool):
-        """`start` was fitted to `point_ND`, which count as seen."""
         group_N, _ = start.assign(point_ND)
         self.centroids = start
         self._balanced = balanced
@@ -86,7 +99,7 @@ class StreamedKMeans:
         self._scale = _mean_square(point_ND, start.centroid_KD, group_N)
 
     def step(self, point_BD: Tensor) -> None:
-        """Moves the centroids, and the prices where groups are to be balanced."""
+        """Assigns the points of a batch, and updates the centroids and, for balanced groups, the prices."""
         centroid_KD, price_K = self.centroids
         group_B, _ = self.centroids.assign(point_BD)
         sum_KD, count_K = sum_over_ranks(_sum_by_group(point_BD, group_B, len(price_K))).tensor_split([-1], dim=1)
@@ -98,9 +111,11 @@ class StreamedKMeans:
         self.centroids = Centroids((centroid_KD + moved_KD).float(), price_K)
 
     def finish(self) -> Centroids:
-        """The centroids as they are now; where groups are to be balanced, with the prices that make them so for the first points.
+        """The final centroids; for balanced groups, with the prices that balance the points of the start.
 
-        NOTE: `step` alone would not do: where groups lie far apart, a centroid moves a border by more than a price can follow.
+        NOTE: the prices of `step` are not good enough: if groups lie far apart, a moving centroid shifts the border between two
+            of
+        them faster than the prices follow.
         """
         if self._balanced:
             self.centroids = _balance(self._start_ND, self.centroids)
@@ -110,8 +125,8 @@ class StreamedKMeans:
 def _fit_once(
     point_ND: Tensor, num_groups: int, balanced: bool, max_rounds: int, generator: torch.Generator
 ) -> tuple[Centroids, tuple[float, float]]:
-    """A local optimum, and what it is judged by: by how many points the largest group is too large, where groups are to be
-    balanced, and the mean squared distance to the centroids."""
+    """A local optimum, and by what optima are compared: first the number of points by which the largest group is too large (0 if
+    groups need not be balanced), then the mean squared distance of the points to their centroids."""
     centroids = Centroids(_choose_starts(point_ND, num_groups, generator), point_ND.new_zeros(num_groups))
     group_N: Tensor | None = None
     for _ in range(max_rounds):
@@ -123,19 +138,19 @@ def _fit_once(
         sum_KD, count_K1 = _sum_by_group(point_ND, group_N, num_groups).tensor_split([-1], dim=1)
         centroid_KD = (sum_KD / count_K1.clamp_min(1)).float()
         empty = (count_K1.squeeze(1) == 0).nonzero().squeeze(1)
-        if len(empty):  # each starts anew at a point that its group serves worst
+        if len(empty):  # an empty group starts anew at one of the points with the highest cost
             centroid_KD[empty] = point_ND[cost_N.topk(len(empty)).indices]
         centroids = Centroids(centroid_KD, centroids.price_K)
     excess = 0.0
     if balanced:
-        centroids = _balance(point_ND, centroids)  # the last round may have moved them
+        centroids = _balance(point_ND, centroids)  # once more, since the last round may have moved the centroids
         group_N, _ = centroids.assign(point_ND)
         excess = max(0.0, int(torch.bincount(group_N).max()) - _allow(len(point_ND), num_groups))
     return centroids, (excess, _mean_square(point_ND, centroids.centroid_KD, group_N))
 
 
 def _choose_starts(point_ND: Tensor, num_groups: int, generator: torch.Generator) -> Tensor:
-    """(K, D): k-means++, each start drawn by its squared distance to the nearest one before it."""
+    """(K, D): the starts of k-means++: a point is drawn in proportion to its squared distance from the nearest earlier start."""
     chosen = [int(torch.randint(len(point_ND), (), generator=generator))]
     distance_N = point_ND.new_full((len(point_ND),), torch.inf)
     for number in range(1, num_groups):
@@ -151,10 +166,11 @@ def _choose_starts(point_ND: Tensor, num_groups: int, generator: torch.Generator
 
 
 def _balance(point_ND: Tensor, centroids: Centroids) -> Centroids:
-    """The same centroids with the best prices that were found, by the size of the largest group of these points.
+    """The same centroids with the prices for which the largest group of these points is smallest, of all prices that were tried.
 
-    They maximise a concave function whose slope in p_k is group k's share beyond its due. How far a price has to go depends on
-    what lies between two groups, much or nothing: each has a step of its own, which grows while it goes on in one direction.
+    The right prices maximise a concave function (the dual of the optimal transport) whose derivative in p_k is the number of
+    points that group k has beyond N / K. How far a price has to move depends on how many points lie between two groups, so each
+    price has a step of its own, which grows while the price keeps its direction.
 
     Source: Riedmiller and Braun 1993, "A direct adaptive method for faster backpropagation learning: the RPROP algorithm".
     """
@@ -180,23 +196,23 @@ def _balance(point_ND: Tensor, centroids: Centroids) -> Centroids:
 
 
 def _allow(num_points: int, num_groups: int) -> float:
-    """How large a balanced group may be."""
+    """How many points a balanced group may have: N / K and `_MAX_EXCESS` of it, or N / K rounded up if that is more."""
     return max((1 + _MAX_EXCESS) * num_points / num_groups, math.ceil(num_points / num_groups))
 
 
 def _raise_prices(price_K: Tensor, count_K: Tensor, step: float) -> Tensor:
-    """Dearer where too many points are, cheaper where too few."""
+    """New prices: higher for a group with more than its share of a batch's points, lower for one with fewer."""
     share_K = count_K / count_K.sum() * len(count_K)
     return _centre(price_K + (step * (share_K - 1)).float())
 
 
 def _centre(price_K: Tensor) -> Tensor:
-    """With mean 0, since only differences matter."""
+    """The same prices shifted to mean 0. Only differences matter, and so prices cannot drift."""
     return price_K - price_K.mean()
 
 
 def _sum_by_group(point_ND: Tensor, group_N: Tensor, num_groups: int) -> Tensor:
-    """(K, D + 1) float64: the sum of each group's points, and their number."""
+    """(K, D + 1) float64: the sum of each group's points, and in the last column their number."""
     sum_KE = torch.zeros(num_groups, point_ND.shape[1] + 1, dtype=torch.float64, device=point_ND.device)
     one_N1 = torch.ones(len(point_ND), 1, dtype=torch.float64, device=point_ND.device)
     return sum_KE.index_add_(0, group_N, torch.cat([point_ND.double(), one_N1], dim=1))

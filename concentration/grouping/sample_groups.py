@@ -1,7 +1,7 @@
-"""Groups of samples: who belongs where, and the rule that says it of any image.
+"""Groups of samples: the group of every sample of the data, and the rule that assigns any image to a group.
 
-    groupings/NAME/centroids.safetensors     `centroid` (K, D) and `price` (K,); what features they are of, in the header
-    groupings/NAME/SHARD.safetensors         `group` (S,) int32: of each sample of a shard; -1 where its image cannot be decoded
+    groupings/NAME/centroids.safetensors     `centroid` (K, D) and `price` (K,); the header says of which features
+    groupings/NAME/SHARD.safetensors         `group` (S,) int32, of each sample of a shard; -1 if its image cannot be decoded
 
 Shapes: B batch, D features, K groups, S samples of a shard, N samples of a split.
 """
@@ -24,12 +24,12 @@ CENTROIDS_FILE = "centroids.safetensors"
 
 @dataclass(frozen=True)
 class CentroidRouter:
-    """Says of features which group they belong to: the one of least cost |x - c_k|^2 + p_k.
+    """Assigns features to the group k with the smallest cost |x - c_k|^2 + p_k.
 
     Attributes:
-        centroids: of the groups, with their prices.
-        layer: of the network that was grouped by, whose features they are.
-        normalise: whether features are first brought to length 1.
+        centroids: the centroids c_k of the groups, and their prices p_k.
+        layer: the layer of the network whose features were grouped.
+        normalise: whether features are first scaled to length 1.
         network: a hash of that network's file.
     """
 
@@ -43,7 +43,7 @@ class CentroidRouter:
         return len(self.centroids.price_K)
 
     def compute_costs(self, feature_BD: Tensor) -> Tensor:
-        """(B, K) float32: the least says where a sample belongs, the second least which group comes next."""
+        """(B, K) float32: the cost of each sample in each group. The group with the smallest cost is the sample's."""
         return self.centroids.compute_costs(prepare_features(feature_BD, self.normalise))
 
     def route(self, feature_BD: Tensor) -> Tensor:
@@ -51,16 +51,18 @@ class CentroidRouter:
         return self.centroids.assign(prepare_features(feature_BD, self.normalise))[0]
 
     def to(self, device: torch.device) -> "CentroidRouter":
+        """A copy on another device."""
         return replace(self, centroids=Centroids(*(tensor.to(device) for tensor in self.centroids)))
 
     def save(self, path: Path) -> None:
+        """Writes the centroids with what they are of, whole or not at all."""
         arrays = {"centroid": self.centroids.centroid_KD.cpu().numpy(), "price": self.centroids.price_K.cpu().numpy()}
         header = {"layer": self.layer, "normalise": str(self.normalise).lower(), "network": self.network}
         save_arrays(path, arrays, header)
 
     @classmethod
     def load(cls, path: Path) -> "CentroidRouter":
-        """Raises: DataError where the file is missing or damaged."""
+        """The router that `save` wrote. Raises: DataError if the file is missing or damaged."""
         header, arrays = load_metadata(path), load_arrays(path, ("centroid", "price"))
         centroid_KD, price_K = (torch.from_numpy(arrays[name]) for name in ("centroid", "price"))
         is_known = "layer" in header and header.get("normalise") in ("true", "false")
@@ -72,7 +74,7 @@ class CentroidRouter:
 
 
 def prepare_features(feature_BD: Tensor, normalise: bool) -> Tensor:
-    """(B, D) float32, of length 1 if asked."""
+    """(B, D) float32: the features, scaled to length 1 if `normalise`."""
     feature_BD = feature_BD.float()
     return torch.nn.functional.normalize(feature_BD) if normalise else feature_BD
 
@@ -85,16 +87,16 @@ def save_group_ids(path: Path, group_S: np.ndarray) -> None:
 def load_group_ids(
     directory: Path, index_names: Sequence[str], num_samples: Sequence[int], num_groups: int
 ) -> np.ndarray:
-    """The groups of all samples of a split, (N,) int32, in the order of its shards.
+    """The group of every sample of a split, (N,) int32, in the order of its shards.
 
     Args:
-        directory: of the grouping.
-        index_names: of the shards.
-        num_samples: of each of them.
+        directory: the folder of the grouping.
+        index_names: the name of each shard's index (`Split.index_names`).
+        num_samples: the number of samples of each shard.
         num_groups: K.
 
     Raises:
-        DataError: a shard's groups are missing, or are not of its samples.
+        DataError: the groups of a shard are missing, or do not fit its number of samples or K.
     """
     groups = []
     for name, expected in zip(index_names, num_samples, strict=True):
@@ -109,7 +111,12 @@ def load_group_ids(
 
 
 def count_by_group(groups: Mapping[str, np.ndarray], num_groups: int) -> dict[str, list[int]]:
-    """By split, the number of samples of every group; those of no group are left out."""
+    """The number of samples of every group, for each split; samples without a group are not counted.
+
+    Args:
+        groups: for each split the group of every sample, (N,) integers.
+        num_groups: K.
+    """
     return {
         split: np.bincount(group_N[group_N != NO_GROUP], minlength=num_groups).tolist()
         for split, group_N in groups.items()

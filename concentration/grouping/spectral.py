@@ -1,8 +1,8 @@
-"""Spectral clustering of classes by B = A^T A, after Ng, Jordan and Weiss, without ever forming B.
+"""Spectral clustering of classes by the similarity B = A^T A, where A is the matrix of `detections`.
 
-B's product with a vector is A^T (A v), so what is held is A and some vectors, also where B is dense.
+B is never formed, since it may be dense even if A is sparse: the eigenvectors need no more than products B v = A^T (A v).
 
-Shapes: C all classes, S connected classes, G groups, N columns.
+Shapes: C all classes, S connected classes (those with any similarity to another class), G groups, E eigenvectors, N columns.
 
 Source: Ng, Jordan and Weiss 2002, "On spectral clustering"; Warde-Farley et al. 2014, section 4.
 """
@@ -19,18 +19,18 @@ from concentration.grouping.class_groups import NO_GROUP
 from concentration.grouping.detections import Matrix
 from concentration.grouping.kmeans import fit_kmeans
 
-#: Below so many classes all eigenvectors are computed: the iterative solver needs some more than it is asked for.
+#: Below so many classes all eigenvectors are computed directly, since the iterative solver needs more than it is asked for.
 _SMALL = 64
 _TOLERANCE = 1e-6
-#: Starts of k-means in the space of the eigenvectors, which has few dimensions.
+#: How many starts k-means makes; in the few dimensions of the eigenvectors they are cheap.
 _NUM_STARTS = 10
 
 
 class SpectralGroups(NamedTuple):
     """What the clustering found.
 
-    group_C: NO_GROUP for a class that has nothing in common with any other.
-    eigenvalues: of the normalised similarity, falling; one more than was looked for.
+    group_C: int64, the group of each class; NO_GROUP for a class without similarity to any other.
+    eigenvalues: (E,) float64, the largest eigenvalues of the normalised similarity, descending: one more than the most groups.
     """
 
     group_C: np.ndarray
@@ -38,18 +38,22 @@ class SpectralGroups(NamedTuple):
 
 
 class Similarity:
-    """B = A^T A with zeros on its diagonal, as a product: B_ij says how alike the detections are where i and j are annotated."""
+    """B = A^T A with its diagonal set to zero, as a linear operator.
+
+    B_ij is large if the same classes are detected in images that are annotated with i and in images that are annotated with j.
+    """
 
     def __init__(self, a_CC: Matrix):
         self._a_CC = a_CC
         squares = a_CC.multiply(a_CC) if scipy.sparse.issparse(a_CC) else None
-        #: (C,) of A^T A.
+        #: (C,) float64, the diagonal of A^T A.
         self.diagonal_C = (
             _sum_squares(a_CC) if squares is None else np.asarray(squares.sum(0, dtype=np.float64)).ravel()
         )
-        #: (C,) the sum of each row of B.
+        #: (C,) float64, the sum of each row of B: the degree of a class in the graph of similarities.
         self.degree_C = np.maximum(self.multiply(np.ones((a_CC.shape[1], 1)))[:, 0], 0)
-        self.degree_C[self.degree_C <= 1e-6 * self.diagonal_C] = 0  # rounding
+        # Sums this small are only what rounding leaves when the diagonal is subtracted.
+        self.degree_C[self.degree_C <= 1e-6 * self.diagonal_C] = 0
 
     def multiply(self, value_CN: np.ndarray) -> np.ndarray:
         """B @ value, (C, N) float64."""
@@ -60,13 +64,18 @@ class Similarity:
 def cluster_classes(
     similarity: Similarity, num_groups: int | Literal["eigengap"], max_groups: int, seed: int
 ) -> SpectralGroups:
-    """Groups of the classes: k-means of the row-normalised leading eigenvectors of D^-1/2 B D^-1/2.
+    """Clusters the classes: k-means of the rows, scaled to length 1, of the leading eigenvectors of D^-1/2 B D^-1/2.
+
+    D is the diagonal matrix of the degrees.
 
     Args:
-        num_groups: `eigengap` takes the number from 2 to `max_groups` after which the eigenvalues fall most.
+        similarity: the operator B.
+        num_groups: G; `eigengap` takes the number from 2 to `max_groups` after which the eigenvalues fall most.
+        max_groups: the largest G that `eigengap` may take.
+        seed: the seed of k-means and of the iterative solver.
 
     Raises:
-        DataError: fewer classes have anything in common than groups are asked for.
+        DataError: there are no more connected classes than groups.
     """
     connected_S = np.flatnonzero(similarity.degree_C > 0)
     most = max_groups if num_groups == "eigengap" else num_groups
@@ -91,7 +100,7 @@ def cluster_classes(
 def _find_leading(
     similarity: Similarity, connected_S: np.ndarray, count: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The largest eigenvalues, falling, and their vectors, (S, count)."""
+    """The largest eigenvalues of D^-1/2 B D^-1/2 of the connected classes, (count,) descending, and their vectors (S, count)."""
     num_classes = len(similarity.degree_C)
     scale_S1 = similarity.degree_C[connected_S, None] ** -0.5
 
@@ -115,7 +124,7 @@ def _find_leading(
 
 
 def _sum_squares(a_CC: np.ndarray) -> np.ndarray:
-    """(C,) of each column, in float64 and row by row: without a second matrix."""
+    """(C,) float64: the sum of the squares of each column. Row by row, so that no second matrix is needed."""
     total_C = np.zeros(a_CC.shape[1])
     for row_C in a_CC:
         total_C += row_C.astype(np.float64) ** 2

@@ -18,7 +18,7 @@ from concentration import distributed
 from concentration.data.order import SequentialOrder, WindowOrder
 from concentration.data.split import Split
 from concentration.errors import ConfigError
-from concentration.grouping.class_groups import NO_GROUP, ClassGroups, vote
+from concentration.grouping.class_groups import NO_GROUP, ClassGroups, find_majority_groups
 from concentration.grouping.kmeans import Centroids, StreamedKMeans, fit_kmeans
 from concentration.grouping.sample_groups import (
     CENTROIDS_FILE,
@@ -95,7 +95,7 @@ def group_by_features(
         for name, split in splits.items()
     }
     pairs = train.label_pairs(np.arange(len(train)), smear=True)
-    group_C = vote(groups["train"], *pairs, router.num_groups, train.taxonomy.num_classes)
+    group_C = find_majority_groups(groups["train"], *pairs, router.num_groups, train.taxonomy.num_classes)
     facts = {"centroids": hash_file(path / CENTROIDS_FILE), "num_samples": count_by_group(groups, router.num_groups)}
     return ClassGroups.build(group_C, train.taxonomy), facts
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from concentration.errors import DataError
-from concentration.grouping.class_groups import NO_GROUP, ClassGroups, load_class_groups, vote
+from concentration.grouping.class_groups import NO_GROUP, ClassGroups, find_majority_groups, load_class_groups
 from concentration.taxonomy import Taxonomy
 
 
@@ -57,7 +57,7 @@ def test_each_class_is_where_most_of_its_samples_are(taxonomy):
     output = taxonomy.output
     pairs = [(0, "gull"), (0, "bird"), (1, "gull"), (1, "bird"), (2, "osprey"), (2, "bird"), (3, "taxi"), (4, "tram")]
     sample_P, output_P = np.array([(sample, output(name)) for sample, name in pairs]).T
-    group_C = vote(np.array([1, 1, 0, 2, NO_GROUP]), sample_P, output_P, 3, taxonomy.num_classes)
+    group_C = find_majority_groups(np.array([1, 1, 0, 2, NO_GROUP]), sample_P, output_P, 3, taxonomy.num_classes)
     found = {name: group_C[output(name)] for name in ("gull", "osprey", "bird", "taxi", "tram", "soup")}
     assert found == {"gull": 1, "osprey": 0, "bird": 1, "taxi": 2, "tram": NO_GROUP, "soup": NO_GROUP}
 
