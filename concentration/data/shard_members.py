@@ -12,7 +12,7 @@ from typing import BinaryIO, Literal, NamedTuple
 
 from webdataset.tariterators import base_plus_ext
 
-from concentration.data.views import IMAGE_EXTENSIONS, is_hidden
+from concentration.data.image_names import IMAGE_EXTENSIONS, is_hidden
 from concentration.errors import DataError
 from concentration.schema import parse_json
 from concentration.taxonomy import Taxonomy

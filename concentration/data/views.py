@@ -34,9 +34,6 @@ _AREA, _ASPECT, _LEFT, _TOP, _FLIP, _BRIGHTNESS, _CONTRAST, _SATURATION, _LIGHT,
 
 Share = pydantic.confloat(ge=0, le=1)
 
-#: The suffixes of files that count as images.
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-
 #: How a crop is resized to the network's input: one of Pillow's filters. All but `nearest` are antialiased; `area` is a mean over
 #: boxes.
 Interpolation = Literal["bilinear", "area", "nearest", "cubic"]
@@ -262,11 +259,6 @@ class CentreView:
         side = min(width, height)
         left, top = (width - side) / 2 / width, (height - side) / 2 / height
         return View(left, top, 1 - left, 1 - top)
-
-
-def is_hidden(name: str) -> bool:
-    """Whether a part of a path begins with a dot, as those of the files that macOS leaves beside every file do."""
-    return any(part.startswith(".") and part not in (".", "..") for part in name.split("/"))
 
 
 def draw_views(config: ViewConfig, seed: int, epoch: int, ordinals: np.ndarray) -> DrawnViews:

@@ -1,16 +1,15 @@
-"""The images that are asked about: files, folders of them, and WebDataset shards."""
+"""Lists the images that `concentrate predict` is given: files, folders, and WebDataset shards."""
 
 import os
 import tarfile
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from concentration.data.folders import walk_folders
-from concentration.data.views import IMAGE_EXTENSIONS, is_hidden
+from concentration.data.image_names import IMAGE_EXTENSIONS, has_image_extension, is_hidden
 from concentration.errors import ConfigError, DataError
 
-#: What no encoded photograph exceeds; a larger file is not read.
+#: The largest file that is read, in bytes. No encoded photograph exceeds it.
 MOST_BYTES = 2**28
 
 
@@ -21,11 +20,11 @@ class InputImage(Protocol):
     def name(self) -> str: ...
 
     def read(self) -> bytes:
-        """Raises: OSError, ValueError where it cannot be read."""
+        """The encoded image. Raises: OSError, ValueError if it cannot be read."""
 
 
 class ImageInMemory(NamedTuple):
-    """An image that was read already."""
+    """An encoded image that is in memory already."""
 
     name: str
     content: bytes
@@ -35,7 +34,7 @@ class ImageInMemory(NamedTuple):
 
 
 class ImageOnDisk(NamedTuple):
-    """A file, or a part of a shard."""
+    """A file on disk, or a member of a tar: `num_bytes` bytes of the file `path` from `offset` on."""
 
     name: str
     path: str
@@ -43,7 +42,7 @@ class ImageOnDisk(NamedTuple):
     num_bytes: int
 
     def read(self) -> bytes:
-        """Raises: OSError, ValueError where the file is too large."""
+        """The encoded image. Raises: OSError if it cannot be read, ValueError if it is too large."""
         if self.num_bytes > MOST_BYTES:
             raise ValueError(f"{self.num_bytes:,} bytes, expected at most {MOST_BYTES:,}")
         with open(self.path, "rb") as file:
@@ -52,13 +51,14 @@ class ImageOnDisk(NamedTuple):
 
 
 def list_inputs(paths: Sequence[str]) -> list[ImageOnDisk]:
-    """All images of files, folders (also those inside them, sorted) and tars, in the order that was given.
+    """All images of the given files, folders and tars, in the given order.
 
-    Links between folders are followed. Of folders and tars those count that have the extension of an image and are not hidden,
-    nor in a hidden folder there; a file that is named is taken for one.
+    A folder is walked with all folders below it, in sorted order, also through links. In folders and tars, an image is a file
+    that has the extension of one and is neither hidden nor in a hidden folder. A file that is given by name always counts as an
+    image.
 
     Raises:
-        ConfigError: nothing is given, a path is not there or is a pipe, or no image is found.
+        ConfigError: no path is given, a path does not exist or is a pipe or device, or there are no images.
         DataError: a folder cannot be read, or a tar is damaged.
     """
     if not paths:
@@ -82,9 +82,9 @@ def _list_folder(folder: str) -> Iterator[ImageOnDisk]:
     for inside, files in walk_folders(folder, hidden=[]):
         for name in files:
             path = os.path.join(inside, name)
-            # Of a link to nowhere it is said that it is one.
+            # A broken link is listed, so that its answer is an error instead of nothing.
             is_answered = os.path.isfile(path) or not os.path.exists(path)
-            if _has_image_extension(name) and not name.startswith(".") and is_answered:
+            if has_image_extension(name) and not name.startswith(".") and is_answered:
                 yield _describe_file(path)
 
 
@@ -93,16 +93,12 @@ def _list_shard(path: str) -> Iterator[ImageOnDisk]:
         with tarfile.open(path, "r:", encoding="utf-8") as tar:
             for member in tar:
                 is_file = member.isreg() and not member.issparse()
-                if is_file and _has_image_extension(member.name) and not is_hidden(member.name):
+                if is_file and has_image_extension(member.name) and not is_hidden(member.name):
                     yield ImageOnDisk(f"{path}/{member.name}", path, member.offset_data, member.size)
     except (tarfile.TarError, OSError, ValueError, OverflowError, MemoryError) as error:
         raise DataError(f"{path}: truncated, compressed or no tar ({error}); fetch it again, uncompressed") from None
 
 
 def _describe_file(path: str) -> ImageOnDisk:
-    """One that is gone is told as that when it is read."""
+    """The file as an image. If it does not exist (a broken link, say), reading it will say so."""
     return ImageOnDisk(path, path, 0, os.path.getsize(path) if os.path.exists(path) else 0)
-
-
-def _has_image_extension(name: str) -> bool:
-    return Path(name).suffix[1:].lower() in IMAGE_EXTENSIONS

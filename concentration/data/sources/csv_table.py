@@ -9,18 +9,17 @@ from typing import ClassVar, Literal
 
 import pydantic
 
+from concentration.data.image_names import IMAGE_EXTENSIONS, has_image_extension
 from concentration.data.remote import is_url
 from concentration.data.sources.image_files import (
     ImageFilesConfig,
     classes_of_paths,
-    has_image_extension,
     key_of_path,
     read_image_file,
 )
 from concentration.data.sources.source import Item, LocalSource
 from concentration.data.sources.tables import find_column, read_table
 from concentration.data.split_assignment import SPLIT_OF_NAME, SplitName, find_split
-from concentration.data.views import IMAGE_EXTENSIONS
 from concentration.errors import DataError
 from concentration.schema import suggest
 from concentration.taxonomy import Taxonomy

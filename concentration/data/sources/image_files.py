@@ -15,7 +15,7 @@ import pydantic
 from concentration.data.decoding import UNDECODABLE, decode_shrunk, describe_undecodable
 from concentration.data.near_duplicates import MaxDistance
 from concentration.data.split_assignment import SplitConfig
-from concentration.data.views import IMAGE_EXTENSIONS, ViewConfig
+from concentration.data.views import ViewConfig
 from concentration.errors import DataError
 from concentration.schema import Config
 from concentration.taxonomy import TaxonomyClass
@@ -62,10 +62,6 @@ def key_of_path(path: str) -> str:
     """A key that WebDataset reads back whole: no dots, and unique through a hash of the path."""
     readable = re.sub("[^A-Za-z0-9]", "-", os.path.splitext(path)[0][-60:])
     return f"{readable}-{hashlib.sha256(path.encode()).hexdigest()[:12]}"
-
-
-def has_image_extension(path: str) -> bool:
-    return os.path.splitext(path)[1][1:].lower() in IMAGE_EXTENSIONS
 
 
 def classes_of_paths(ids: Iterable[str]) -> list[TaxonomyClass]:

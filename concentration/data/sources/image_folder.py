@@ -10,10 +10,10 @@ from typing import ClassVar, Literal
 import pydantic
 
 from concentration.data.folders import walk_folders
+from concentration.data.image_names import IMAGE_EXTENSIONS
 from concentration.data.sources.image_files import ImageFilesConfig, classes_of_paths, key_of_path, read_image_file
 from concentration.data.sources.source import Item, LocalSource
 from concentration.data.split_assignment import SPLITS, SplitName, find_split
-from concentration.data.views import IMAGE_EXTENSIONS
 from concentration.errors import ConfigError, DataError
 from concentration.taxonomy import Taxonomy
 

@@ -12,16 +12,15 @@ from typing import Any, ClassVar, Literal
 
 import pydantic
 
+from concentration.data.image_names import IMAGE_EXTENSIONS, has_image_extension
 from concentration.data.sources.image_files import (
     ImageFilesConfig,
-    has_image_extension,
     key_of_path,
     merge_small_verticals,
     read_image_file,
 )
 from concentration.data.sources.source import Item, LocalSource
 from concentration.data.split_assignment import SplitName
-from concentration.data.views import IMAGE_EXTENSIONS
 from concentration.errors import ConfigError, DataError
 from concentration.taxonomy import Taxonomy, TaxonomyClass
 
