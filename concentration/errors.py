@@ -40,8 +40,14 @@ def unloadable(library: str, error: ImportError, packages: str) -> ConfigError:
     """The error for a library that is not installed, or was built for another processor or Python, as in a copied environment."""
     if isinstance(error, ModuleNotFoundError):
         return ConfigError(f"{library} is not installed; pip install {packages}")
-    reason = " ".join(str(error).split())[:200]
-    return ConfigError(f"{library} cannot be loaded ({reason}); here, pip install --force-reinstall {packages}")
+    return ConfigError(
+        f"{library} cannot be loaded ({one_line(error)}); here, pip install --force-reinstall {packages}"
+    )
+
+
+def one_line(error: BaseException) -> str:
+    """The text of an error on one line, at most 300 characters of it, to be quoted in a message."""
+    return " ".join(str(error).split())[:300]
 
 
 class DivergedError(ConcentrationError):

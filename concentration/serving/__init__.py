@@ -1,1 +1,1 @@
-"""What answers with an exported network: onnxruntime, numpy, Pillow, pydantic and rich, and neither torch nor the trainer."""
+"""Answers images with an exported network. It needs onnxruntime, numpy, Pillow, pydantic and rich, but no torch."""

@@ -1,4 +1,4 @@
-"""Many images through a predictor: decoded and answered in batches, on all cores, in the order that was given.
+"""Answers many images: decodes them and runs the network in batches on all cores, and keeps their order.
 
 Shapes: B batch, C all classes, T features before the classifiers.
 """
@@ -18,7 +18,13 @@ from concentration.serving.predictor import Predictor
 
 
 class Answerer:
-    """What is said of images: by the network, and by the nearest neighbours where there is an index."""
+    """Answers batches of images with a network and, if an index is given, with the nearest neighbours.
+
+    Args:
+        predictor: runs the network.
+        ranking: chooses the classes that are named.
+        index: finds the nearest neighbours; None leaves them out.
+    """
 
     def __init__(self, predictor: Predictor, ranking: Ranking, index: NeighbourIndex | None = None):
         self._predictor = predictor
@@ -26,7 +32,7 @@ class Answerer:
         self._index = index
 
     def answer(self, inputs: Sequence[InputImage]) -> list[ImageAnswer]:
-        """One answer for each, with an error where the image cannot be decoded."""
+        """The answer to each image; an image that cannot be decoded gets one with an error."""
         images, is_decoded, errors = decode_images(inputs, self._predictor.image_size)
         decoded = iter(self._answer_decoded(images[is_decoded]))
         return [
@@ -43,7 +49,12 @@ class Answerer:
 
 
 def decode_images(inputs: Sequence[InputImage], image_size: int) -> tuple[np.ndarray, np.ndarray, list[str | None]]:
-    """Centre views (B, 3, H, W) uint8, black where an image cannot be decoded; whether it could; and why not."""
+    """Decodes a batch of images.
+
+    Returns:
+        The centre views, (B, 3, H, W) uint8, black if an image cannot be decoded; whether each image could be decoded, (B,) bool;
+        and why not, a text or None for each.
+    """
     images = np.zeros((len(inputs), 3, image_size, image_size), dtype=np.uint8)
     errors: list[str | None] = [None] * len(inputs)
     for row, image in enumerate(inputs):
@@ -57,7 +68,10 @@ def decode_images(inputs: Sequence[InputImage], image_size: int) -> tuple[np.nda
 def answer_all(
     answerer: Answerer, inputs: Sequence[InputImage], batch_size: int, num_threads: int
 ) -> Iterator[list[ImageAnswer]]:
-    """The answers of batch after batch. Decoding and the network leave Python's lock, so threads share the cores."""
+    """Yields the answers batch by batch, in the order of the images.
+
+    Batches are answered by `num_threads` threads, which use several cores: decoders and onnxruntime release Python's lock.
+    """
     starts = iter(range(0, len(inputs), batch_size))
     waiting: collections.deque[Future] = collections.deque()
     with ThreadPoolExecutor(num_threads) as pool:
@@ -66,7 +80,7 @@ def answer_all(
             if (start := next(starts, None)) is not None:
                 waiting.append(pool.submit(answerer.answer, inputs[start : start + batch_size]))
 
-        for _ in range(2 * num_threads):  # so many, however many images there are
+        for _ in range(2 * num_threads):  # a bound, so that memory does not grow with the number of images
             submit()
         while waiting:
             yield waiting.popleft().result()

@@ -1,4 +1,4 @@
-"""From logits to what a reader sees: the most probable classes, with their verticals and ancestors.
+"""Turns logits into answers: the most probable classes, with their verticals and ancestors.
 
 Shapes: B batch, C all classes.
 """
@@ -22,8 +22,8 @@ class ClassAnswer:
 
     Attributes:
         lineage: the names from the furthest ancestor down to the class itself.
-        is_sure: whether the probability reaches the threshold from which on such answers are right as often as was wanted of
-            the calibration; None without one.
+        is_sure: whether the probability reaches the threshold from which on answers have the precision that was asked of
+            `concentrate calibrate`; None without a calibration.
     """
 
     id: str
@@ -36,7 +36,12 @@ class ClassAnswer:
 
 @dataclass(frozen=True)
 class NeighbourAnswer:
-    """A class of which images lie near; `similarity` is the cosine of the nearest, `share` its part of the votes."""
+    """A class that has images among the nearest neighbours.
+
+    Attributes:
+        similarity: the cosine similarity of its nearest image.
+        share: its share of the neighbours' votes.
+    """
 
     name: str
     similarity: float
@@ -45,12 +50,15 @@ class NeighbourAnswer:
 
 @dataclass(frozen=True)
 class ImageAnswer:
-    """What is said of one image.
+    """The answer to one image.
 
     Attributes:
-        none_of_these: whether the best of all leaves is less probable than images of the taxonomy are; None without a
-            calibration.
-        error: why nothing is said.
+        path: what the image is called.
+        classes: the most probable classes.
+        none_of_these: whether the image probably shows none of the classes, because even the most probable leaf is below the
+            calibration's threshold; None without a calibration.
+        neighbours: the classes of the nearest neighbours; none without an index.
+        error: why there is no answer; None if there is one.
     """
 
     path: str
@@ -61,24 +69,25 @@ class ImageAnswer:
 
 
 class Ranked(NamedTuple):
-    """As in `ImageAnswer`."""
+    """The part of an `ImageAnswer` that comes from the network."""
 
     classes: tuple[ClassAnswer, ...]
     none_of_these: bool | None
 
 
 class Ranking:
-    """Which classes are candidates, and how many are named.
+    """Chooses the classes that an answer names.
 
     Args:
-        best: how many classes are named, in all or of every vertical.
-        verticals: the candidates'; none means all.
-        classes: `leaves` leaves out classes that have classes below them, which are never less probable.
-        is_by_vertical: ranks inside every vertical, verticals by their best class.
-        calibration: makes verticals comparable and probabilities true.
+        taxonomy: the classes of the network.
+        best: how many classes are named; with `is_by_vertical`, how many of each vertical.
+        verticals: the verticals whose classes may be named; empty for all.
+        classes: whether all classes may be named, or only leaves. An ancestor is as a rule more probable than its descendants.
+        is_by_vertical: whether classes are ranked inside each vertical, and verticals by their best class.
+        calibration: corrects the probabilities and makes verticals comparable; None leaves them as they are.
 
     Raises:
-        ConfigError: there is no such vertical.
+        ConfigError: a vertical does not exist.
     """
 
     def __init__(
@@ -107,7 +116,11 @@ class Ranking:
             self._groups = [outputs[vertical_of_candidate == number] for number in np.unique(vertical_of_candidate)]
 
     def rank(self, logits_BC: np.ndarray) -> list[Ranked]:
-        """The answers of every image, the most probable first; by vertical, the vertical with the best class first."""
+        """The answer to each image: classes by falling probability or, by vertical, first the vertical with the best class.
+
+        Args:
+            logits_BC: float32, from the network.
+        """
         is_none_B: Sequence[bool | None] = [None] * len(logits_BC)
         if self._calibration is not None:
             logits_BC = self._calibration.scale(logits_BC, self._taxonomy)
@@ -118,7 +131,7 @@ class Ranking:
             count = min(self._best, len(outputs))
             best_BK = np.argpartition(-scores, count - 1, axis=1)[:, :count]
             for row, places in enumerate(best_BK):
-                order = places[np.lexsort((places, -scores[row, places]))]  # of equal ones the first
+                order = places[np.lexsort((places, -scores[row, places]))]  # of equal scores the lower output first
                 ranked[row].append(outputs[order])
         answers = []
         for logits_C, groups, is_none in zip(logits_BC, ranked, is_none_B, strict=True):

@@ -1,4 +1,4 @@
-"""The calibration of an export: true probabilities, from which one on an answer is given, and "none of these".
+"""The calibration of an export: how logits become true probabilities, and the thresholds that answers are held against.
 
 Shapes: B batch, C all classes.
 """
@@ -21,9 +21,9 @@ class Calibration:
     """What `concentrate calibrate` found.
 
     Attributes:
-        scaling: of logits.
-        threshold_C: (C,) an answer of the class is given from this probability on; infinite where none is right often enough.
-        rejection: an image whose best answer is below this probability shows none of the classes.
+        scaling: the slope and shift of the logits of each vertical.
+        threshold_C: (C,) float64, the probability from which on an answer with this class is sure; infinite if none ever is.
+        rejection: an image whose best answer has a smaller probability probably shows none of the classes.
     """
 
     scaling: Scaling
@@ -32,7 +32,7 @@ class Calibration:
 
     @classmethod
     def load(cls, path: Path, taxonomy: Taxonomy) -> "Calibration":
-        """Raises: DataError where the file is damaged, or was made for other verticals or classes."""
+        """Reads a calibration. Raises: DataError if the file is damaged, or was made for other verticals or classes."""
         try:
             content = parse_json(path.read_bytes(), str(path))
         except OSError as error:
@@ -51,15 +51,16 @@ class Calibration:
             ) from None
 
     def scale(self, logits_BC: np.ndarray, taxonomy: Taxonomy) -> np.ndarray:
-        """Calibrated logits (B, C)."""
+        """The calibrated logits, (B, C): their sigmoids are the probabilities of the classes."""
         return self.scaling.scale(logits_BC, taxonomy.vertical_of_output)
 
 
 def load_calibration(folder: Path, taxonomy: Taxonomy) -> Calibration | None:
-    """That of an export; None where it has none. Raises: as `Calibration.load`."""
+    """The calibration of the export in this folder; None if it has none. Raises: as `Calibration.load`."""
     path = folder / CALIBRATION_FILE
     return Calibration.load(path, taxonomy) if path.exists() else None
 
 
 def _as_threshold(value: float | None) -> float:
+    """The threshold, infinite for null."""
     return np.inf if value is None else float(value)

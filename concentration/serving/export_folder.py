@@ -1,4 +1,4 @@
-"""An export: the folder with a network as programs, its taxonomy, and how an image becomes its input."""
+"""An export: a folder with a network as programs (ONNX, torch), its taxonomy, and a description of its input."""
 
 import hashlib
 from collections.abc import Mapping
@@ -19,19 +19,19 @@ EXPORTS = "exports"
 ONNX_FILES: Mapping[Weights, str] = {"float32": "model.onnx", "int8": "model.int8.onnx"}
 TORCH_FILE, NETWORK_FILE = "model.pt2", "model.safetensors"
 TAXONOMY_FILE, PREPROCESSING_FILE = "taxonomy.json", "preprocessing.json"
-#: Of the large files, as `sha256sum --check` reads it.
+#: The checksums of the large files, in the form that `sha256sum --check` reads.
 CHECKSUMS_FILE = "SHA256SUMS"
-#: Beside them: features of training images, for nearest neighbours; none where the export was told so.
+#: The folder with the features of training images, for nearest neighbours; an export may be made without it.
 NEIGHBOURS_FOLDER = "neighbours"
 #: The names of the programs' input and outputs.
 IMAGES, LOGITS, FEATURES = "images", "logits", "features"
 
 
 class Preprocessing(Config):
-    """How an image becomes the input (B, 3, image_size, image_size); `concentration.data.views` does it.
+    """How an image becomes the network's input (B, 3, image_size, image_size), as `concentration.data.views` does it.
 
-    The image is turned upright by its EXIF orientation, what is transparent is laid on white, and the largest square in its
-    middle is resized. Mean and deviation are inside the programs.
+    The image is turned upright by its EXIF orientation, transparent parts become white, and the largest square in the middle is
+    resized. The programs themselves subtract the mean and divide by the standard deviation.
     """
 
     image_size: pydantic.PositiveInt
@@ -44,7 +44,7 @@ class Preprocessing(Config):
 
 @dataclass(frozen=True)
 class ExportFolder:
-    """What of an export is small: the programs are loaded by who runs them."""
+    """The small parts of an export. Its programs are loaded by those that run them (`predictor`)."""
 
     path: Path
     taxonomy: Taxonomy
@@ -52,7 +52,12 @@ class ExportFolder:
 
 
 def load_export(path: Path) -> ExportFolder:
-    """Raises: ConfigError where there is no export; DataError where a file of it is damaged."""
+    """Reads the small parts of the export in this folder.
+
+    Raises:
+        ConfigError: there is no export.
+        DataError: a file of it is damaged.
+    """
     description = path / PREPROCESSING_FILE
     try:
         values = parse_json(description.read_bytes(), str(description))
@@ -69,16 +74,20 @@ def load_export(path: Path) -> ExportFolder:
     return ExportFolder(path, Taxonomy.load(path / TAXONOMY_FILE), preprocessing)
 
 
-def write_checksum(path: Path) -> str:
-    """The line of a file in `SHA256SUMS`."""
+def compute_checksum_line(path: Path) -> str:
+    """The line of a file in `SHA256SUMS`: the SHA-256 of its content, and its name."""
     with open(path, "rb") as file:
         return f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {path.name}"
 
 
 def check_content(path: Path) -> None:
-    """Raises: DataError where a file is not what the export wrote; an earlier version wrote no checksums."""
+    """Checks a file against `SHA256SUMS`, if there is one: earlier versions of this program wrote none.
+
+    Raises:
+        DataError: the file is not the one that the export wrote.
+    """
     checksums = path.with_name(CHECKSUMS_FILE)
-    if checksums.exists() and write_checksum(path).encode() not in checksums.read_bytes().splitlines():
+    if checksums.exists() and compute_checksum_line(path).encode() not in checksums.read_bytes().splitlines():
         raise DataError(
             f"{path}: damaged, or changed since it was exported ({CHECKSUMS_FILE} beside it has another checksum); bring it "
             "back, or export again with overwrite=true"

@@ -1,6 +1,6 @@
-"""Nearest neighbours among features of images whose class is known: an answer for classes that the network never saw.
+"""Nearest neighbours among the features of images whose class is known, which can answer with classes the network never saw.
 
-Shapes: N images in the index, B batch, T features before the classifiers, P of them after the projection, K neighbours.
+Shapes: N images in the index, B batch, T features before the classifiers, K neighbours.
 """
 
 import json
@@ -15,19 +15,22 @@ from concentration.schema import parse_json
 from concentration.serving.answers import NeighbourAnswer
 
 INDEX_FILE, LABELS_FILE = "index.faiss", "labels.json"
-#: Longer features are projected on so many principal components.
+#: Features with more than so many numbers are projected onto their principal components.
 MOST_COMPONENTS = 256
-#: Images that the components are found from, at most.
+#: About how many images the principal components are computed from, at most.
 _MOST_TRAINED = 4096
-#: Links of each image in the graph that is searched (HNSW).
+#: How many links each image has in the graph of the index (M of HNSW).
 _NUM_LINKS = 32
 
 
 class NeighbourIndex:
-    """Cosine similarities of features, searched by a graph of near ones; images may be added at any time.
+    """Finds the images whose features have the highest cosine similarity. Images may be added at any time.
 
     Args:
+        index: faiss's index of the features.
         labels: (N,) the name of the class of each image in the index.
+        num_neighbours: K, how many neighbours vote.
+        num_answers: how many classes are named.
 
     Source: Malkov and Yashunin 2016, "Efficient and robust approximate nearest neighbor search using hierarchical navigable small
     world graphs", as faiss implements it.
@@ -41,7 +44,7 @@ class NeighbourIndex:
 
     @classmethod
     def build(cls, features_NT: np.ndarray, labels: Sequence[str]) -> "NeighbourIndex":
-        """An index of these images."""
+        """An index of images with these features (float) and these names of classes. Raises: ConfigError if faiss is missing."""
         faiss = _import_faiss()
         num_features = features_NT.shape[1]
         num_components = min(MOST_COMPONENTS, num_features, len(features_NT))
@@ -53,7 +56,7 @@ class NeighbourIndex:
         return built
 
     def add(self, features_NT: np.ndarray, labels: Sequence[str]) -> None:
-        """Adds images, of known classes or of new ones."""
+        """Adds images; their classes may be new."""
         self._index.add(_contiguous(features_NT))
         self._labels += labels
 
@@ -61,11 +64,11 @@ class NeighbourIndex:
         return len(self._labels)
 
     def search(self, features_BT: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Similarities (B, K), falling, and which images of the index these are."""
+        """The cosine similarities of the nearest images, (B, K) float32 descending, and their numbers in the index, (B, K)."""
         return self._index.search(_contiguous(features_BT), min(self._num_neighbours, len(self)))
 
     def answer(self, features_BT: np.ndarray) -> list[tuple[NeighbourAnswer, ...]]:
-        """The classes of the nearest images by their part of the votes; a vote counts with its similarity."""
+        """For each image the classes of its neighbours with the largest shares of the votes. A vote weighs as its similarity."""
         similarity_BK, number_BK = self.search(features_BT)
         return [
             self._count_votes(similarity_K, number_K)
@@ -80,7 +83,7 @@ class NeighbourIndex:
 
     @classmethod
     def load(cls, folder: Path) -> "NeighbourIndex":
-        """Raises: ConfigError where faiss is not installed; DataError where a file is missing or damaged."""
+        """Reads what `save` wrote. Raises: ConfigError if faiss is missing; DataError if a file is missing or damaged."""
         faiss = _import_faiss()
         advice = "export again with overwrite=true and neighbours=10"
         try:
@@ -98,7 +101,7 @@ class NeighbourIndex:
         votes: dict[str, float] = defaultdict(float)
         nearest: dict[str, float] = {}
         for similarity, number in zip(similarity_K, number_K, strict=True):
-            if number < 0:  # the graph had no more
+            if number < 0:  # faiss fills up with -1 if it finds fewer neighbours
                 continue
             label = self._labels[number]
             votes[label] += max(float(similarity), 0.0)

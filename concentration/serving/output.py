@@ -1,4 +1,4 @@
-"""Answers as JSON lines, as CSV, or as a table to read."""
+"""Writes answers as JSON lines, as CSV, or as a table for people."""
 
 import csv
 import json
@@ -20,25 +20,27 @@ CSV_COLUMNS = (
 )  # fmt: skip
 SEPARATOR = " > "
 
-#: Of a terminal and of files: names of classes are of all scripts, and of a file's name that is no UTF-8 `?` stands for a byte.
+#: How text is encoded, in a terminal and in files. Names of classes may be in any script; in the name of a file that is not
+#: UTF-8, a `?` stands for each wrong byte.
 TEXT_ENCODING = {"encoding": "utf-8", "errors": "replace"}
 
 
 class Writer(Protocol):
-    """Writes the answers of batch after batch to a file."""
+    """Writes answers to a file, batch by batch."""
 
     def write(self, answers: Iterable[ImageAnswer]) -> None: ...
 
     def close(self) -> None:
-        """Writes what was waiting for the end."""
+        """Writes what is still held back; called once, after the last batch."""
 
 
 def build_writer(format: Format, file: TextIO) -> Writer:
+    """The writer of this format."""
     return {"table": TableWriter, "jsonl": JsonLinesWriter, "csv": CsvWriter}[format](file)
 
 
 def describe_answer(answer: ImageAnswer) -> dict:
-    """As a JSON object; what there is none of is left out."""
+    """An answer as a JSON object. Values that are None or empty are left out."""
     described = {"path": answer.path}
     if answer.error is not None:
         return described | {"error": answer.error}
@@ -71,7 +73,7 @@ class JsonLinesWriter:
 
 
 class CsvWriter:
-    """One class a row, with the image's path in each; an image without an answer has a row with its error."""
+    """Writes a row for each class of an answer, and for an image without an answer a row with the error."""
 
     def __init__(self, file: TextIO):
         self._file = file
@@ -99,10 +101,10 @@ class CsvWriter:
 
 
 class TableWriter:
-    """For reading: an image's answers under each other, its neighbours after them."""
+    """Writes a table for people: for each image its classes, and below them its neighbours."""
 
     def __init__(self, file: TextIO):
-        # Where there is no terminal, lines are as long as they are.
+        # A file or pipe has no width, so lines there may have up to 200 characters.
         self._console = Console(file=file, highlight=False, width=None if file.isatty() else 200)
         self._table = Table(box=None, pad_edge=False, header_style="dim")
         self._table.add_column("image", overflow="fold", max_width=40)
@@ -118,7 +120,7 @@ class TableWriter:
         self._console.print(self._table)
 
     def _add(self, answer: ImageAnswer) -> None:
-        # A name may hold what a terminal obeys: colours, a cleared screen.
+        # A file name may contain control characters, by which it could change colours or clear the screen.
         path = escape("".join(character if character.isprintable() else "?" for character in answer.path))
         if answer.error is not None:
             self._table.add_row(path, f"[red]{escape(answer.error)}[/red]", "", "")
@@ -139,10 +141,11 @@ class TableWriter:
 
 
 def standard_output() -> TextIO:
-    """stdout in UTF-8, whatever the terminal's language."""
+    """Standard output, set to UTF-8 whatever the locale says."""
     sys.stdout.reconfigure(**TEXT_ENCODING)
     return sys.stdout
 
 
 def count_errors(answers: Sequence[ImageAnswer]) -> int:
+    """How many images have an error instead of an answer."""
     return sum(answer.error is not None for answer in answers)

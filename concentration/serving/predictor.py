@@ -1,4 +1,4 @@
-"""A network of an export, run by onnxruntime.
+"""Runs the network of an export with onnxruntime.
 
 Shapes: B batch, C all classes, T features before the classifiers.
 """
@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-from concentration.errors import ConfigError, DataError, unloadable
+from concentration.errors import ConfigError, DataError, one_line, unloadable
 from concentration.serving.export_folder import (
     FEATURES,
     IMAGES,
@@ -20,16 +20,19 @@ from concentration.serving.export_folder import (
 
 
 class Predictor:
-    """`predictor(images)` gives logits (B, C) and features (B, T), float32, of images (B, 3, H, W) uint8.
+    """`predictor(images)` gives the logits (B, C) and features (B, T), float32, of images (B, 3, H, W) uint8.
 
-    May be called by several threads at once.
+    Several threads may call it at once.
 
     Args:
-        num_threads: of one call.
+        export: the export.
+        weights: which of its ONNX files is run.
+        num_threads: how many threads one call uses.
+        accelerator: where it runs.
 
     Raises:
-        ConfigError: onnxruntime cannot be loaded, or has no GPU.
-        DataError: the program is missing or damaged, or is not that of the taxonomy.
+        ConfigError: onnxruntime cannot be loaded, or cannot use a GPU.
+        DataError: the ONNX file is missing or damaged, or has another number of classes than the taxonomy.
     """
 
     def __init__(
@@ -55,13 +58,13 @@ class Predictor:
 
 def _open_session(export: ExportFolder, weights: Weights, num_threads: int, accelerator: str):
     try:
-        import onnxruntime  # a tenth of a second, which `--help` does not wait for
+        import onnxruntime  # here, so that `--help` does not wait a tenth of a second for it
     except ImportError as error:
         raise unloadable("onnxruntime", error, "onnxruntime") from None
     path = export.path / ONNX_FILES[weights]
     if not path.is_file():
         raise DataError(f"{path}: no such file; export again with overwrite=true")
-    for file in sorted(path.parent.glob(f"{path.name}*")):  # large weights lie in one of their own
+    for file in sorted(path.parent.glob(f"{path.name}*")):  # large weights lie in a second file
         check_content(file)
     providers = ["CPUExecutionProvider"]
     if accelerator == "gpu":
@@ -73,12 +76,12 @@ def _open_session(export: ExportFolder, weights: Weights, num_threads: int, acce
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = num_threads
     options.inter_op_num_threads = 1
-    options.add_session_config_entry(
-        "session.intra_op.allow_spinning", "0"
-    )  # waiting threads leave the cores to others
-    options.log_severity_level = 4  # what goes wrong is raised
+    # Waiting threads sleep, and leave the cores to the threads of other calls.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.log_severity_level = 4  # errors are raised, so they need not be logged, too
     try:
         return onnxruntime.InferenceSession(path, options, providers=providers)
-    except Exception as error:  # NOTE: its errors have no class in common but this
-        reason = " ".join(str(error).split())[:300]
-        raise DataError(f"{path}: damaged, or no ONNX model ({reason}); export again with overwrite=true") from None
+    except Exception as error:  # NOTE: onnxruntime's exceptions have no other base class in common
+        raise DataError(
+            f"{path}: damaged, or no ONNX model ({one_line(error)}); export again with overwrite=true"
+        ) from None

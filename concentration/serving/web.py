@@ -1,4 +1,4 @@
-"""The page of `concentrate demo`: an image is dropped on it, and answered by vertical. Nothing is fetched from elsewhere."""
+"""The web page of `concentrate demo`, which answers an image that is dropped on it. It loads nothing from other sites."""
 
 from pathlib import Path
 
@@ -15,10 +15,10 @@ from concentration.serving.export_folder import ExportFolder
 from concentration.serving.inputs import ImageInMemory
 from concentration.serving.output import describe_answer
 
-#: Of an image that is sent; a photograph has a few.
+#: The largest image that is accepted, in bytes. A photograph has a few million.
 MOST_BYTES = 2**26
 
-#: Scripts, styles and pictures are the page's own.
+#: The page may use no scripts, styles or pictures but its own.
 _POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'"
 _TYPES = {"page.html": "text/html", "page.css": "text/css", "page.js": "text/javascript"}
 
@@ -27,9 +27,11 @@ def build_app(answerer: Answerer, export: ExportFolder, name: str, hosts: list[s
     """The web application.
 
     Args:
-        answerer: ranks inside every vertical.
+        answerer: answers the images; it should rank inside each vertical.
+        export: the export, which the page describes.
         name: what the page calls the network.
-        hosts: by which the page may be asked for; another site cannot ask through a visitor's browser.
+        hosts: the host names under which the page may be requested. Requests for others are refused, so that another site cannot
+            reach the page through a visitor's browser (DNS rebinding).
     """
     about = {"name": name, "num_classes": export.taxonomy.num_classes, "verticals": list(export.taxonomy.verticals)}
 
@@ -37,7 +39,7 @@ def build_app(answerer: Answerer, export: ExportFolder, name: str, hosts: list[s
         try:
             content = await _read_body(request)
         except ClientDisconnect:
-            return JSONResponse({"error": "did not arrive whole"}, status_code=400)  # which nobody reads
+            return JSONResponse({"error": "did not arrive whole"}, status_code=400)  # nobody reads this any more
         if content is None:
             return JSONResponse({"error": f"is larger than {MOST_BYTES // 2**20} MB"}, status_code=413)
         [found] = await run_in_threadpool(answerer.answer, [ImageInMemory("image", content)])
@@ -52,7 +54,10 @@ def build_app(answerer: Answerer, export: ExportFolder, name: str, hosts: list[s
 
 
 async def _read_body(request: Request) -> bytes | None:
-    """None where it is too large. It is read to its end all the same: a browser that is still sending hears no answer."""
+    """The content of a request; None if it is too large.
+
+    Even then it is read to its end, since a browser does not listen to an answer while it is still sending.
+    """
     parts: list[bytes] = []
     num_bytes = 0
     async for part in request.stream():

@@ -29,8 +29,8 @@ from concentration.serving.export_folder import (
     TORCH_FILE,
     Preprocessing,
     Weights,
+    compute_checksum_line,
     load_export,
-    write_checksum,
 )
 from concentration.serving.neighbours import NeighbourIndex
 from concentration.serving.predictor import Predictor
@@ -115,7 +115,7 @@ def _write_export(config: ExportConfig, taxonomy: Taxonomy, source: Path, path: 
     write_atomically(path / PREPROCESSING_FILE, Preprocessing(image_size=network.image_size).model_dump(mode="json"))
     write_standalone(path / STANDALONE_FILE)
     _write_programs(network, path)
-    checksums = [write_checksum(file) for file in sorted(path.glob("model.*"))]
+    checksums = [compute_checksum_line(file) for file in sorted(path.glob("model.*"))]
     write_atomically(path / CHECKSUMS_FILE, "".join(f"{line}\n" for line in checksums))
     predictors = {weights: Predictor(load_export(path), weights) for weights in ONNX_FILES}
     num_neighbours = _write_neighbours(config, taxonomy, predictors["float32"], path)

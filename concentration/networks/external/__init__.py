@@ -1,7 +1,7 @@
-"""Models that were made elsewhere: `ExternalConfig` is the configuration of any of them, `build_external_model` makes it.
+"""Models that were trained elsewhere. `ExternalConfig` configures any of them, and `build_external_model` loads it.
 
-To add a kind: a module with a subclass of `ExternalModel` and of `ExternalModelConfig` with a `kind` of its own, a line in each
-of the two places below, and a file in `conf/external/`.
+To add a kind, write a module with subclasses of `ExternalModel` and of `ExternalModelConfig` (with a `kind` of its own), add it
+to `ExternalConfig` and to `_MODELS` below, and write a file in `conf/external/`.
 """
 
 from pathlib import Path
@@ -40,7 +40,11 @@ _MODELS: dict[type[ExternalModelConfig], type[ExternalModel]] = {
 
 
 def find_external_files(config: ExternalModelConfig) -> tuple[Path, ...]:
-    """The model's files, those of the map's, and what else decides the answers."""
+    """All files that decide the model's answers: its own, and those of the map from outputs to classes.
+
+    Raises:
+        ConfigError: a file is missing.
+    """
     given = {
         "external.names": config.names,
         "external.classes": None if config.classes == IDENTITY else Path(config.classes),
@@ -50,12 +54,12 @@ def find_external_files(config: ExternalModelConfig) -> tuple[Path, ...]:
 
 
 def build_external_model(config: ExternalModelConfig) -> ExternalModel:
-    """The model that `config` describes, on the CPU.
+    """Loads the model that `config` describes, on the CPU.
 
-    NOTE: a callable, and an exported program of torch, is code. It is run because the config names it.
+    NOTE: a callable and a program of torch.export are code, which this runs.
 
     Raises:
-        ConfigError: a file or library is missing, or a size does not fit.
-        DataError: a file is damaged, or no model of this kind.
+        ConfigError: a file or library is missing, or the image size does not fit the model.
+        DataError: a file is damaged, or is not a model of this kind.
     """
     return _MODELS[type(config)](config)

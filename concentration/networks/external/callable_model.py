@@ -1,4 +1,4 @@
-"""Any function of one's own as a model.
+"""A model that a Python function of the user's returns.
 
 Shapes: B batch, O outputs of the model.
 """
@@ -19,26 +19,26 @@ from concentration.schema import suggest
 
 
 class CallableModelConfig(ExternalModelConfig):
-    """Any function of one's own."""
+    """A model that a Python function of your own returns."""
 
     kind: Literal["callable"] = "callable"
     image_size: pydantic.PositiveInt
 
     function: str
-    """`package.module:function`, importable from the working directory or the Python path. It is called once, with `path` where
-    that is given, and returns the model: what maps float images (B, 3, H, W) to a tensor (B, O)."""
+    """`package.module:function`, importable from the working directory or the Python path. It is called once, with `path` as its
+    argument if that is given, and returns the model: a callable from float images (B, 3, H, W) to a tensor (B, O)."""
 
     path: Path | None = None
-    """A file that the function reads, its weights say."""
+    """A file that the function reads, such as its weights."""
 
     source: Path | None = None
-    """Written by `concentrate teacher`: where the module lay. It is not copied, but must not change."""
+    """Set by `concentrate teacher`: the file of the module. It is not copied, and must not change."""
 
 
 class CallableModel(ExternalModel):
-    """What a function of one's own returns.
+    """The model that the configured function returned.
 
-    A torch module is put into eval mode and moved to the device; anything else gets images on the CPU.
+    A torch module is put into eval mode and moved to the device. Any other callable gets images on the CPU.
     """
 
     def __init__(self, config: CallableModelConfig):
@@ -73,7 +73,12 @@ class CallableModel(ExternalModel):
 
 
 def _find_module(config: CallableModelConfig) -> Path:
-    """The file of the function's module; its folder is put on the Python path."""
+    """The file of the module that the function is in. Puts the folder to import it from on the Python path.
+
+    Raises:
+        ConfigError: the name is not of the form package.module:function, or there is no such module.
+        DataError: the module is another file than when the teacher was made.
+    """
     module, _, name = config.function.partition(":")
     parts = module.split(".")
     if not all(part.isidentifier() for part in (*parts, name)):
@@ -86,7 +91,7 @@ def _find_module(config: CallableModelConfig) -> Path:
         sys.path.insert(0, str(folder))
     try:
         spec = importlib.util.find_spec(module)
-    except ImportError:  # of a package around it
+    except ImportError:  # the package that it should be in cannot be imported
         spec = None
     if spec is None or spec.origin is None or not Path(spec.origin).is_file():
         raise ConfigError(f"external.function={config.function}: no module {module} in {folder} or on the Python path")
@@ -99,6 +104,7 @@ def _find_module(config: CallableModelConfig) -> Path:
 
 
 def _import_function(function: str, source: Path) -> Callable[..., Any]:
+    """The function `package.module:function`. Raises: ConfigError if the module cannot be imported, or lacks it."""
     module_name, _, name = function.partition(":")
     try:
         module = importlib.import_module(module_name)

@@ -1,6 +1,6 @@
-"""Which classes of a vertical the outputs of an external model stand for, and the logits of those classes.
+"""Maps the outputs of an external model to the classes of a vertical, and computes the logits of these classes.
 
-Shapes: B batch, O outputs of the model, V classes of the vertical, P pairs of an output and a class that it counts for.
+Shapes: B batch, O outputs of the model, V classes of the vertical, P pairs of an output and a class that it counts towards.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,23 +16,23 @@ from concentration.objectives.softmax_cross_entropy import LARGEST_LOGIT, comput
 from concentration.schema import parse_json, suggest
 from concentration.taxonomy import Taxonomy
 
-#: The value of `external.classes` that needs no file: output n is class n of the vertical.
+#: The value of `external.classes` that stands for no file: output n is class n of the vertical.
 IDENTITY = "identity"
 
-#: What the model's outputs are. Of a softmax the outputs are exclusive, so those of one class are added; sigmoids are
-#: independent, so the largest counts.
+#: What the model's outputs are. If several outputs count towards one class, its probability is their sum if they are of a
+#: softmax, which makes them exclusive, and the largest of them if they are of independent sigmoids.
 OutputKind = Literal["softmax_logits", "softmax_probabilities", "sigmoid_logits", "sigmoid_probabilities"]
 
-#: How far rounding may take a probability, or the sum of a softmax's, out of its range.
+#: By how much a probability may lie outside of [0, 1], or the sum of a softmax differ from 1, through rounding.
 TOLERANCE = 1e-2
 
 
 @dataclass(frozen=True)
 class ClassMap:
-    """The outputs that count for each class.
+    """Which outputs count towards which class.
 
     Attributes:
-        output_P, class_P: int64, the pairs; the classes are counted inside the vertical.
+        output_P, class_P: int64, the pairs of an output and a class; classes are numbered inside the vertical.
         num_classes: V.
     """
 
@@ -42,12 +42,12 @@ class ClassMap:
 
     @classmethod
     def build(cls, class_ids: Sequence[str | None], taxonomy: Taxonomy, smear: bool) -> "ClassMap":
-        """The pairs of a vertical.
+        """The map from the class of each output.
 
         Args:
-            class_ids: (O,) the class of every output; None where the output is ignored.
-            taxonomy: of the vertical alone.
-            smear: an inner class without an output of its own gets those of all its descendants, each once.
+            class_ids: (O,) the class id of every output; None if the output is ignored.
+            taxonomy: the taxonomy of this vertical only.
+            smear: whether an inner class without an output of its own gets the outputs of all its descendants.
         """
         own: dict[int, list[int]] = {}
         for output, class_id in enumerate(class_ids):
@@ -65,21 +65,26 @@ class ClassMap:
 
     @classmethod
     def identity(cls, num_classes: int) -> "ClassMap":
-        """Output n is class n."""
+        """The map in which output n is class n."""
         return cls(torch.arange(num_classes), torch.arange(num_classes), num_classes)
 
     def find_missing(self) -> list[int]:
-        """The classes that no output counts for: their probability is 0."""
+        """The classes that no output counts towards; their probability is 0."""
         return sorted(set(range(self.num_classes)) - set(self.class_P.tolist()))
 
     def to(self, device: torch.device) -> "ClassMap":
+        """A copy on another device."""
         return ClassMap(self.output_P.to(device), self.class_P.to(device), self.num_classes)
 
     def compute_logits(self, outputs_BO: Tensor, kind: OutputKind) -> Tensor:
-        """Logits (B, V) float32, at most LARGEST_LOGIT from 0, of the classes' probabilities.
+        """The logits of the classes' probabilities, (B, V) float32, cut to at most LARGEST_LOGIT in size.
 
-        Computed in float64 from the logarithms of probabilities: a probability that float32 rounds to 1 has lost how certain
-        it is, and with it its rank.
+        They are computed in float64 from the logarithms of probabilities. In float32, near-certain probabilities would all round
+        to 1, and lose their order.
+
+        Args:
+            outputs_BO: the model's outputs.
+            kind: what these outputs are.
         """
         outputs_BO = outputs_BO.double()
         if kind == "sigmoid_logits":
@@ -93,14 +98,14 @@ class ClassMap:
         return logit_BV.clamp(-LARGEST_LOGIT, LARGEST_LOGIT).float()
 
     def _take_largest(self, value_BO: Tensor) -> Tensor:
-        """(B, V) the largest value of each class's outputs, -inf where it has none."""
+        """(B, V): the largest value among the outputs of each class; -inf for a class without outputs."""
         value_BP = value_BO[:, self.output_P]
         largest_BV = value_BP.new_full((len(value_BP), self.num_classes), -torch.inf)
         return largest_BV.scatter_reduce(1, self.class_P.expand_as(value_BP), value_BP, "amax")
 
     def _add_up(self, log_BO: Tensor) -> Tensor:
-        """(B, V) the logarithm of the sum of each class's probabilities."""
-        # Sums of e^(x - largest) do not vanish; the lower bound keeps -inf minus -inf away.
+        """(B, V): the logarithm of the sum of the probabilities of each class's outputs, given their logarithms (B, O)."""
+        # As in logsumexp, the largest term is taken out, so that sums do not underflow. The bound avoids -inf minus -inf.
         largest_BV = self._take_largest(log_BO).clamp(min=-1e300)
         share_BP = torch.exp(log_BO[:, self.output_P] - largest_BV[:, self.class_P])
         sum_BV = torch.zeros_like(largest_BV).scatter_add(1, self.class_P.expand_as(share_BP), share_BP)
@@ -108,7 +113,14 @@ class ClassMap:
 
 
 def check_outputs(outputs_BO: Tensor, kind: OutputKind, where: str) -> None:
-    """Raises: DataError where the outputs are no numbers, or not the probabilities that `kind` says."""
+    """Checks the outputs of a model.
+
+    Args:
+        where: what errors call the model.
+
+    Raises:
+        DataError: an output is NaN or infinite, or `kind` says probabilities and the outputs are none.
+    """
     if torch.isnan(outputs_BO).any() or (outputs_BO == torch.inf).any():
         raise DataError(f"{where}: gives NaN or infinity for an image; look into the model, or give another one")
     if not kind.endswith("_probabilities"):
@@ -126,7 +138,14 @@ def check_outputs(outputs_BO: Tensor, kind: OutputKind, where: str) -> None:
 
 
 def check_softmax_is_left(outputs_BO: Tensor, kind: OutputKind, where: str) -> None:
-    """Raises: DataError where what should be logits of a softmax are its probabilities, for all of several unlike images."""
+    """Checks that the model does not apply the softmax itself if `kind` says that its outputs are logits.
+
+    Args:
+        outputs_BO: the outputs for several different images: logits do not sum to 1 for all of them by chance.
+
+    Raises:
+        DataError: no output is negative, and those of each image sum to 1.
+    """
     if kind == "softmax_logits" and bool((outputs_BO >= 0).all()) and _sum_to_1(outputs_BO, 1e-4):
         raise DataError(
             f"{where}: its outputs add up to 1, so the softmax is in the model; give external.output=softmax_probabilities"
@@ -140,17 +159,19 @@ def _sum_to_1(outputs_BO: Tensor, tolerance: float) -> bool:
 def load_class_ids(
     classes: str, num_outputs: int, names: Sequence[str], taxonomy: Taxonomy, vertical: str
 ) -> tuple[str | None, ...]:
-    """The class id of every output (O,), None where the map has none for it.
+    """The class id of every output, (O,); None for an output that the map leaves out.
 
     Args:
-        classes: `identity`, or a JSON file: a list with a class id or null per output, or an object from output positions or
-            names to class ids. Several outputs may have one class.
-        names: of the outputs, where they are known.
-        taxonomy: the whole.
+        classes: `identity`, or a JSON file: a list with a class id or null per output, or an object from the positions or names
+            of outputs to class ids. Several outputs may have the same class.
+        num_outputs: O.
+        names: (O,) the names of the outputs; empty if they are not known.
+        taxonomy: the whole taxonomy.
+        vertical: the vertical that all classes must be in.
 
     Raises:
-        ConfigError: there is no such file.
-        DataError: it is no such JSON, an output is none of the model's, a class is not in the vertical, or none is named.
+        ConfigError: the file cannot be read, or `identity` does not fit the number of outputs.
+        DataError: the file has another form, names an output that the model lacks or a class outside the vertical, or no class.
     """
     restricted = taxonomy.restrict(vertical)
     if classes == IDENTITY:
@@ -191,7 +212,7 @@ def _load_json(path: Path) -> object:
 
 
 def _find_outputs(keys: Iterable[str], num_outputs: int, names: Sequence[str], where: str) -> dict[int, str]:
-    """By output, the key that stands for it."""
+    """The key that stands for each output. Raises: DataError if two keys stand for the same one, or a key for none."""
     key_of: dict[int, str] = {}
     for key in keys:
         output = _find_output(key, num_outputs, names, where)
@@ -202,6 +223,7 @@ def _find_outputs(keys: Iterable[str], num_outputs: int, names: Sequence[str], w
 
 
 def _find_output(key: str, num_outputs: int, names: Sequence[str], where: str) -> int:
+    """The output that a key names, or whose position it is. Raises: DataError if there is none, or several have the name."""
     if names.count(key) == 1:
         return names.index(key)
     if names.count(key) > 1:
@@ -215,6 +237,7 @@ def _find_output(key: str, num_outputs: int, names: Sequence[str], where: str) -
 
 
 def _check_class(class_id: object, where: str, taxonomy: Taxonomy, vertical: str) -> None:
+    """Raises: DataError if this is not the id of a class of the vertical."""
     if not isinstance(class_id, str):
         raise DataError(f"{where} has {class_id!r}, expected a class id or null")
     if class_id not in taxonomy.position:

@@ -1,4 +1,4 @@
-"""What every external model is: maps images to its outputs; its config, and what the kinds share.
+"""The interface of external models, the part of the configuration that all kinds share, and helpers of the kinds.
 
 Shapes: B batch, O outputs of the model.
 """
@@ -22,46 +22,47 @@ Crop = Annotated[float, pydantic.Field(gt=0, le=1)]
 
 
 class ExternalModelConfig(Config):
-    """What all kinds can be told; each adds `kind` and its own options.
+    """The options of all kinds of external models; each kind adds `kind` and options of its own.
 
-    The files that are named here are known by their content: they may be moved.
+    Files that are named here are identified by their content, so they may be moved.
     """
 
     runtime_fields: ClassVar[frozenset[str]] = frozenset({"path", "checkpoint", "classes", "names"})
 
     classes: str
-    """`identity`, or a JSON file: which class each output is. See `class_map.load_class_ids`."""
+    """Which class each output is: `identity`, or a JSON file (see `class_map.load_class_ids`)."""
 
     names: Path | None = None
-    """A text file with the name of each output in a line, for a map that uses names."""
+    """A text file with the name of each output on a line of its own, for a map that uses names."""
 
     smear: bool = True
-    """An inner class without an output of its own gets those of its descendants."""
+    """Whether an inner class without an output of its own gets the outputs of its descendants."""
 
     output: OutputKind
-    """What the outputs are."""
+    """What the outputs are: logits or probabilities, of a softmax or of sigmoids."""
 
     image_size: pydantic.PositiveInt | None = None
-    """Pixels of the side of the model's input; None where the model itself fixes it."""
+    """The side of the model's input in pixels; None if the model itself fixes it."""
 
     crop: Crop = 1.0
-    """The share of the middle square's side that the model sees."""
+    """The model sees the middle of the largest square: this is its side as a share of the square's."""
 
     mean: PerChannel = (0.0, 0.0, 0.0)
-    """Subtracted from images in [0, 1], per channel (red, green, blue)."""
+    """The value of each channel (red, green, blue) that is subtracted from images in [0, 1]."""
 
     std: PerChannelPositive = (1.0, 1.0, 1.0)
-    """What the difference is then divided by."""
+    """The value of each channel by which the difference is divided."""
 
 
 class ExternalModel:
-    """The interface: maps normalised float32 images (B, 3, H, W) on `device` to outputs (B, O).
+    """The interface of external models: `model(images)` gives the outputs (B, O) for normalised float32 images (B, 3, H, W).
 
     Attributes:
-        config: with everything that the model itself fixes filled in.
-        batch_size: the only one that it takes; None where it takes any.
-        module: the torch module inside, for counting; None where there is none.
-        names: of the outputs, where they are known.
+        config: the configuration, with everything filled in that the model itself fixes.
+        batch_size: the only batch size that the model takes; None if it takes any.
+        module: the torch module of the model; None if it has none.
+        names: (O,) the names of the outputs; empty if they are not known.
+        device: the device that images are given on, and outputs come on.
     """
 
     config: ExternalModelConfig
@@ -72,40 +73,47 @@ class ExternalModel:
 
     @property
     def where(self) -> str:
-        """What stands at the start of a message about it."""
+        """What errors call the model."""
         return str(self.config.path)
 
     @classmethod
     def find_files(cls, config: ExternalModelConfig) -> tuple[Path, ...]:
-        """The files that decide its answers, without loading them. Raises: ConfigError where one is missing."""
+        """The files that decide the model's answers; they are not loaded. Raises: ConfigError if one is missing."""
         raise NotImplementedError
 
     def __call__(self, images: Tensor) -> Tensor:
         raise NotImplementedError
 
     def to(self, device: torch.device) -> None:
-        """Raises: ConfigError where it cannot run there."""
+        """Moves the model. Raises: ConfigError if it cannot run on this device."""
         self.device = device
         if self.module is not None:
             self.module.to(device)
 
     def count_parameters(self) -> int | None:
+        """The number of parameters; None if it is not known."""
         return None if self.module is None else sum(parameter.numel() for parameter in self.module.parameters())
 
     def save(self, directory: Path) -> ExternalModelConfig:
-        """Copies its files into `directory`; gives the config that builds it again from there, with paths relative to it."""
+        """Copies the model's files into `directory`.
+
+        Returns:
+            The configuration that builds the model from the copies; its paths are relative to `directory`.
+        """
         for path in self.find_files(self.config):
             copy_file(path, directory / path.name)
         return self.config.model_copy(update={"path": Path(self.config.path.name)})
 
 
 def check_is_file(path: Path, where: str) -> Path:
-    if not os.path.isfile(path):  # Path.is_file raises OSError where a name is too long
+    """The same path. Raises: ConfigError if there is no such file; `where` is the option that names it."""
+    if not os.path.isfile(path):  # Path.is_file raises OSError if a name is too long
         raise ConfigError(f"{where}: {str(path)!r}: no such file; bring it, or correct the name")
     return path
 
 
 def copy_file(path: Path, copy: Path) -> None:
+    """Copies a file. Raises: DataError if that fails."""
     try:
         shutil.copyfile(path, copy)
     except OSError as error:
@@ -114,16 +122,16 @@ def copy_file(path: Path, copy: Path) -> None:
         ) from None
 
 
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]
-
-
 def read_shape(shape: Sequence[object], config: ExternalModelConfig) -> tuple[int | None, int]:
-    """The batch and image size of an input (B, 3, H, W) of which some sizes are fixed.
+    """The batch size (None if any) and the image size of a model, from the shape of its input.
+
+    Args:
+        shape: the shape of the input; what is not a positive number stands for any size.
+        config: the configuration, which may give the image size.
 
     Raises:
-        DataError: it is no such input.
-        ConfigError: the image size is neither fixed nor given, or both and different.
+        DataError: the input is not (B, 3, H, H).
+        ConfigError: the image size is neither fixed nor configured, or is configured and differs from the fixed one.
     """
     fixed = [size if isinstance(size, int) and size > 0 else None for size in shape]
     if len(fixed) != 4 or fixed[1] not in (3, None) or fixed[2] != fixed[3]:

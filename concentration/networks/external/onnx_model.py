@@ -1,4 +1,4 @@
-"""An ONNX model, run by onnxruntime.
+"""An ONNX model as an external model, run by onnxruntime.
 
 Shapes: B batch, O outputs of the model.
 """
@@ -12,25 +12,27 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from concentration.errors import ConfigError, DataError
+from concentration.errors import ConfigError, DataError, one_line
 from concentration.networks.external.model import (
     ExternalModel,
     ExternalModelConfig,
     check_is_file,
-    one_line,
     read_shape,
 )
 
 
 class OnnxModelConfig(ExternalModelConfig):
-    """An ONNX model, with its weights inside or in files beside it."""
+    """An ONNX model.
+
+    path: its file; its weights may be inside, or in files of the same folder.
+    """
 
     kind: Literal["onnx"] = "onnx"
     path: Path
 
 
 class OnnxModel(ExternalModel):
-    """An ONNX model in onnxruntime, on the CPU or by CUDA."""
+    """An ONNX model that onnxruntime runs, on the CPU or with CUDA."""
 
     def __init__(self, config: OnnxModelConfig):
         self.config = config
@@ -77,9 +79,10 @@ class OnnxModel(ExternalModel):
         return self._num_parameters
 
     def _start(self, onnxruntime: ModuleType, providers: list[str]) -> None:
+        """Opens a session with these execution providers."""
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
-        options.log_severity_level = 4  # what goes wrong is raised
+        options.log_severity_level = 4  # errors are raised, so they need not be logged, too
         try:
             self._session = onnxruntime.InferenceSession(self.config.path, options, providers=providers)
         except _onnx_errors() as error:
@@ -87,6 +90,7 @@ class OnnxModel(ExternalModel):
 
 
 def _import_onnx(name: str) -> ModuleType:
+    """The package `onnx` or `onnxruntime`. Raises: ConfigError if it is not installed."""
     try:
         return importlib.import_module(name)
     except ImportError:
@@ -96,6 +100,7 @@ def _import_onnx(name: str) -> ModuleType:
 
 
 def _onnx_errors() -> tuple[type[Exception], ...]:
+    """The exceptions of onnxruntime, which have no base class of their own in common."""
     state = importlib.import_module("onnxruntime.capi.onnxruntime_pybind11_state")
     names = ("EPFail", "Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NoSuchFile", "NotImplemented",
              "RuntimeException")  # fmt: skip
@@ -103,7 +108,7 @@ def _onnx_errors() -> tuple[type[Exception], ...]:
 
 
 def _load_onnx_graph(path: Path) -> Any:
-    """The graph without the weights that lie in files beside it."""
+    """The graph of an ONNX model, without weights that are stored in other files."""
     onnx = _import_onnx("onnx")
     message = importlib.import_module("google.protobuf.message")
     try:
@@ -113,7 +118,7 @@ def _load_onnx_graph(path: Path) -> Any:
 
 
 def _list_files_beside(path: Path) -> list[str]:
-    """The names of the files beside an ONNX model that hold weights of it."""
+    """The names of the files in which an ONNX model stores weights; they must be in the same folder."""
     places = (place for tensor in _load_onnx_graph(path).initializer for place in tensor.external_data)
     names = sorted({place.value for place in places if place.key == "location"})
     for name in names:
@@ -123,7 +128,7 @@ def _list_files_beside(path: Path) -> list[str]:
 
 
 def _count_initialisers(path: Path) -> int:
-    """The numbers in an ONNX model's initialisers; integers of 32 and 64 bits are sizes and places, not weights."""
+    """How many numbers the initialisers of an ONNX model hold. Integers of 32 and 64 bits do not count: they are no weights."""
     TensorProto = _import_onnx("onnx").TensorProto
     sizes_and_places = (TensorProto.INT32, TensorProto.INT64, TensorProto.BOOL)
     weights = [t for t in _load_onnx_graph(path).initializer if t.data_type not in sizes_and_places]

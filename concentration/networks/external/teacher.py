@@ -1,4 +1,4 @@
-"""A teacher that was made elsewhere: an external model, and which classes of the vertical its outputs are.
+"""A teacher that was trained elsewhere: an external model with a map from its outputs to the classes of a vertical.
 
 Shapes: B batch, O outputs of the model, V classes of the vertical.
 """
@@ -12,31 +12,30 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from concentration.errors import ConfigError, DataError
+from concentration.errors import ConfigError, DataError, one_line
 from concentration.files import write_atomically
 from concentration.networks.external import ExternalConfig, ExternalModel, build_external_model
 from concentration.networks.external.class_map import ClassMap, check_outputs, check_softmax_is_left, load_class_ids
-from concentration.networks.external.model import one_line
 from concentration.schema import parse_json
 from concentration.taxonomy import Taxonomy
 
-#: In the teacher's directory: its config and the class of each output; and beside it the folder of the model's own files.
+#: In the teacher's directory: the file with its configuration and the class of each output, and the folder of the model's files.
 TEACHER_FILE, MODEL_FOLDER = "external.json", "model"
 
-#: What models raise when they do not take an image.
+#: What models raise for an input that they do not accept.
 _REFUSALS = (AssertionError, IndexError, RuntimeError, TypeError, ValueError)
 
-#: How far an image's probabilities may move with the images beside it: float16 models round differently in other batches.
+#: How much an image's probabilities may change with the other images of its batch: the rounding of float16 depends on them.
 _BATCH_TOLERANCE = 0.02
 
 
 class ExternalTeacher:
-    """`teacher(images)` gives logits (B, V) float32, as a `Student` does; a class without an output gets probability 0.
+    """`teacher(images)` gives logits (B, V) float32 as a `Student` does; a class without an output has probability 0.
 
     Args:
-        model: as it was made.
-        class_ids: (O,) the class of every output; None where the output is ignored.
-        taxonomy: of the vertical alone.
+        model: the external model.
+        class_ids: (O,) the class id of every output; None if the output is ignored.
+        taxonomy: the taxonomy of the vertical only.
     """
 
     def __init__(self, model: ExternalModel, class_ids: Sequence[str | None], taxonomy: Taxonomy):
@@ -48,7 +47,7 @@ class ExternalTeacher:
 
     @property
     def image_size(self) -> int:
-        """Larger than the model's input where that is cut out of the middle."""
+        """The side of the images that the teacher takes, in pixels; the model sees the share `config.crop` of it."""
         return int(self.model.config.image_size / self.model.config.crop)
 
     @property
@@ -76,9 +75,11 @@ class ExternalTeacher:
         return self.class_map.compute_logits(outputs_BO, config.output)
 
     def save(self, directory: Path) -> list[str]:
-        """Writes `external.json` and copies the model's files; gives the files that decide its answers.
+        """Writes `external.json`, and copies the model's files.
 
-        Their names are relative to `directory`; a callable's module is not copied, and its name is absolute.
+        Returns:
+            The files that decide the teacher's answers. The names of the copies are relative to `directory`. The module of a
+            callable is not copied, and its name is absolute.
         """
         folder = directory / MODEL_FOLDER
         folder.mkdir(exist_ok=True)
@@ -93,7 +94,11 @@ class ExternalTeacher:
         return [TEACHER_FILE, *(str(p.relative_to(directory) if p.is_relative_to(directory) else p) for p in files)]
 
     def _prepare(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) float32 as the model expects it: the middle of the images, normalised."""
+        """The input of the model, (B, 3, H, W) float32: the middle of the images, normalised.
+
+        Raises:
+            ConfigError: the images have another size than `image_size`.
+        """
         if images.shape[-2:] != (self.image_size, self.image_size):
             raise ConfigError(
                 f"{self.model.where}: looks at images of {self.image_size} pixels, and is given {images.shape[-1]}; "
@@ -107,11 +112,17 @@ class ExternalTeacher:
 
 
 def take_over(config: ExternalConfig, taxonomy: Taxonomy, vertical: str) -> ExternalTeacher:
-    """The teacher of a vertical from the user's own files, tried on a few images.
+    """Makes a teacher of a vertical from the user's own model, and tries it on a few images.
+
+    Args:
+        config: the model, and how its outputs are read.
+        taxonomy: the whole taxonomy.
+        vertical: the vertical that it is to teach.
 
     Raises:
-        ConfigError, DataError: as `build_external_model` and `load_class_ids`; or the model does not take images, its answers
-            are not what `config.output` says, or they depend on the other images of a batch.
+        ConfigError, DataError: as `build_external_model` and `load_class_ids`.
+        DataError: the model does not accept images, its outputs are not what `config.output` says, or the output of an image
+            depends on the other images of the batch.
     """
     model = build_external_model(config)
     outputs_BO = _try_out(model)
@@ -121,12 +132,15 @@ def take_over(config: ExternalConfig, taxonomy: Taxonomy, vertical: str) -> Exte
 
 
 def load_external_teacher(directory: Path, taxonomy: Taxonomy) -> ExternalTeacher:
-    """The teacher that `ExternalTeacher.save` wrote. `taxonomy` is of the vertical alone.
+    """Loads the teacher that `ExternalTeacher.save` wrote.
 
-    NOTE: a callable, and an exported program of torch, is code: load only what you would run.
+    NOTE: a callable and a program of torch.export are code: load only what you would run.
+
+    Args:
+        taxonomy: the taxonomy of the vertical only.
 
     Raises:
-        DataError: it was made for another taxonomy, or the files are not what `save` wrote.
+        DataError: the teacher was made for another taxonomy, or its files have changed.
     """
     path = directory / TEACHER_FILE
     try:
@@ -151,10 +165,12 @@ def load_external_teacher(directory: Path, taxonomy: Taxonomy) -> ExternalTeache
 
 @torch.no_grad()
 def compute_outputs(model: ExternalModel, images: Tensor) -> Tensor:
-    """(B, O) of normalised images. A model of a fixed batch size gets them in batches of it, the last one filled up.
+    """The outputs (B, O) of a model for normalised images (B, 3, H, W).
+
+    A model with a fixed batch size gets the images in batches of that size; the last image is repeated to fill the last batch.
 
     Raises:
-        DataError: it does not take the images, or gives something else than a number per image and output.
+        DataError: the model does not accept the images, or does not give a tensor (B, O).
     """
     size = model.batch_size or len(images)
     found = []
@@ -174,16 +190,17 @@ def compute_outputs(model: ExternalModel, images: Tensor) -> Tensor:
 
 
 def _in_folder(config: ExternalConfig, folder: Path) -> ExternalConfig:
-    """With the paths of copied files, which are relative to `folder`."""
+    """The same configuration with the paths of the model's files, which are relative to `folder`, made complete."""
     given = {key: getattr(config, key, None) for key in ("path", "checkpoint")}
     return config.model_copy(update={key: folder / path for key, path in given.items() if path is not None})
 
 
 def _try_out(model: ExternalModel) -> Tensor:
-    """The outputs for three unlike images.
+    """The outputs (3, O) for three images of random noise.
 
     Raises:
-        DataError: as `compute_outputs` and `check_outputs`; or an image's answer depends on the images beside it.
+        DataError: as `compute_outputs`, `check_outputs` and `check_softmax_is_left`; or the output of an image depends on the
+            other images of the batch, as that of a model in training mode does.
     """
     config = model.config
     generator = np.random.default_rng(0)
@@ -206,6 +223,7 @@ def _try_out(model: ExternalModel) -> Tensor:
 
 
 def _load_names(path: Path, num_outputs: int) -> tuple[str, ...]:
+    """The names of the outputs, one per line. Raises: ConfigError if the file cannot be read, or has another number of lines."""
     try:
         names = tuple(path.read_text(encoding="utf-8").splitlines())
     except (OSError, UnicodeDecodeError) as error:

@@ -1,4 +1,4 @@
-"""A classifier of the timm library, with its pretrained weights or those of a file.
+"""A classifier of the timm library as an external model, with timm's pretrained weights or those of a file.
 
 Shapes: B batch, O outputs of the model.
 """
@@ -13,16 +13,16 @@ import safetensors
 import safetensors.torch
 from torch import Tensor, nn
 
-from concentration.errors import ConfigError, DataError
+from concentration.errors import ConfigError, DataError, one_line
 from concentration.files import write_atomically
 from concentration.networks.bases.base_network import PerChannel, PerChannelPositive
 from concentration.networks.external.class_map import OutputKind
-from concentration.networks.external.model import Crop, ExternalModel, ExternalModelConfig, check_is_file, one_line
+from concentration.networks.external.model import Crop, ExternalModel, ExternalModelConfig, check_is_file
 from concentration.schema import suggest
 
 
 class TimmModelConfig(ExternalModelConfig):
-    """A classifier of timm; what is None is as timm says of the network."""
+    """A classifier of timm. Options that are None take what timm records for the network."""
 
     kind: Literal["timm"] = "timm"
     output: OutputKind = "softmax_logits"
@@ -31,13 +31,13 @@ class TimmModelConfig(ExternalModelConfig):
     std: PerChannelPositive | None = None
 
     name: str
-    """As timm lists it: `resnet50`, or with one of its sets of weights, `resnet50.a1_in1k`."""
+    """The name of the network in timm, `resnet50` say, or with a set of its weights, `resnet50.a1_in1k`."""
 
     pretrained: bool = False
-    """With timm's own weights, which are downloaded unless they are in the cache of the Hugging Face hub."""
+    """Whether to take timm's own weights, which are downloaded unless they are in the cache of the Hugging Face hub."""
 
     checkpoint: Path | None = None
-    """A file with the weights of the whole classifier: safetensors, or a state dict as timm's training writes it."""
+    """A file with the weights of the whole classifier: safetensors, or a state dict as timm's training script writes it."""
 
     @pydantic.model_validator(mode="after")
     def _check_one_source_of_weights(self) -> Self:
@@ -56,7 +56,7 @@ class TimmModel(ExternalModel):
     """The timm network `name` with its classifier."""
 
     def __init__(self, config: TimmModelConfig):
-        import timm  # takes seconds to import
+        import timm  # here, since importing it takes seconds
 
         self.module = _create_timm(config).eval()
         cfg = timm.data.resolve_model_data_config(self.module)
@@ -77,13 +77,19 @@ class TimmModel(ExternalModel):
         return self.module(images)
 
     def save(self, directory: Path) -> ExternalModelConfig:
-        """Writes the weights alone, wherever they came from: what is loaded later was never a pickle."""
+        """Writes the weights as safetensors, wherever they came from, so that nothing has to be unpickled later."""
         tensors = {name: tensor.detach().cpu().clone() for name, tensor in self.module.state_dict().items()}
         write_atomically(directory / "weights.safetensors", safetensors.torch.save(tensors))
         return self.config.model_copy(update={"pretrained": False, "checkpoint": Path("weights.safetensors")})
 
 
 def _create_timm(config: TimmModelConfig) -> nn.Module:
+    """The network with its weights.
+
+    Raises:
+        ConfigError: timm does not have this network or these weights, or the file's weights do not fit it.
+        DataError: the file is damaged.
+    """
     import timm
 
     if not timm.is_model(config.name):
@@ -97,7 +103,7 @@ def _create_timm(config: TimmModelConfig) -> nn.Module:
         raise ConfigError(
             f"external.name={config.name}: timm has no such weights{suggest(config.name, known)}"
         ) from None
-    # NOTE: a vision transformer is built for one image size; other networks refuse the argument.
+    # NOTE: a vision transformer has to be told its image size when it is built; other networks refuse the argument.
     options: dict[str, Any] = {}
     if cfg.fixed_input_size and config.image_size is not None:
         options["img_size"] = config.image_size
@@ -108,7 +114,7 @@ def _create_timm(config: TimmModelConfig) -> nn.Module:
         network = timm.create_model(config.name, pretrained=config.pretrained, **options)
         if config.checkpoint is not None:
             network.load_state_dict(state)
-    # A download that fails is an OSError of the hub's or urllib's; the others are of sizes and weights that do not fit.
+    # A failed download raises OSError; the other errors say that an image size or weights do not fit.
     except (OSError, AssertionError, RuntimeError, ValueError) as error:
         origin = "pretrained=true" if config.checkpoint is None else f"checkpoint={config.checkpoint}"
         raise ConfigError(
@@ -118,6 +124,7 @@ def _create_timm(config: TimmModelConfig) -> nn.Module:
 
 
 def _load_timm_state(config: TimmModelConfig) -> dict[str, Tensor]:
+    """The weights in `config.checkpoint`. Raises: DataError if it is not a file of weights."""
     import timm.models
 
     (path,) = TimmModel.find_files(config)
@@ -131,7 +138,7 @@ def _load_timm_state(config: TimmModelConfig) -> dict[str, Tensor]:
 
 
 def _count_timm_outputs(state: Mapping[str, Tensor], classifier: str | tuple[str, ...], config: TimmModelConfig) -> int:
-    """O, from the weights of the last layer."""
+    """O: the number of rows of the last layer's weight. Raises: DataError if `state` lacks that weight."""
     last = classifier if isinstance(classifier, str) else classifier[0]
     weight = state.get(f"{last}.weight") if isinstance(state, Mapping) else None
     if not isinstance(weight, Tensor) or not weight.ndim:

@@ -1,4 +1,4 @@
-"""A program that torch.export.save has written.
+"""A program that `torch.export.save` wrote as an external model.
 
 Shapes: B batch, O outputs of the model.
 """
@@ -14,25 +14,27 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.export.passes import move_to_device_pass
 
-from concentration.errors import DataError
+from concentration.errors import DataError, one_line
 from concentration.networks.external.model import (
     ExternalModel,
     ExternalModelConfig,
     check_is_file,
-    one_line,
     read_shape,
 )
 
 
 class TorchModelConfig(ExternalModelConfig):
-    """A program that torch.export.save has written."""
+    """A program of `torch.export`.
+
+    path: the file that `torch.export.save` wrote.
+    """
 
     kind: Literal["torch"] = "torch"
     path: Path
 
 
 class TorchModel(ExternalModel):
-    """An exported program. It has no training mode: it does what it did when it was exported."""
+    """An exported program. It cannot be put into eval mode: it runs in the mode in which it was exported."""
 
     def __init__(self, config: TorchModelConfig):
         self._program = _load_program(*self.find_files(config))
@@ -52,17 +54,21 @@ class TorchModel(ExternalModel):
         return self.module(images)
 
     def to(self, device: torch.device) -> None:
-        if device != self.device:  # tensors that the program makes itself have their device written into it
+        # `Module.to` would not change the devices of the tensors that the program creates; this pass does.
+        if device != self.device:
             self._program = move_to_device_pass(self._program, str(device))
             self.module = self._program.module()
         self.device = device
 
 
 def _load_program(path: Path) -> ExportedProgram:
-    """NOTE: its weights are read without unpickling, but the program itself is code."""
+    """Loads a program. Raises: DataError if that fails.
+
+    NOTE: its weights are read without unpickling, but the program itself is code.
+    """
     log = logging.getLogger("torch.export")
     level = log.level
-    log.setLevel(logging.CRITICAL)  # it prints a traceback before it raises
+    log.setLevel(logging.CRITICAL)  # torch would log a traceback before it raises
     try:
         return torch.export.load(path)
     except (OSError, EOFError, LookupError, RuntimeError, TypeError, ValueError, AttributeError, AssertionError,
