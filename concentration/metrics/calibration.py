@@ -1,17 +1,17 @@
-"""Calibration: one slope and shift a vertical that make the probabilities of answers true, and the verticals comparable.
+"""Calibration: a slope and shift of the logits of each vertical that make probabilities true, and verticals comparable.
 
     answers = vertical_answers.compute()  # of VerticalAnswers, from scores
     scaling = fit_scaling(answers, "vertical", "platt")
     found = winners(answers, scaling)
     print(found.is_right_N.mean(), expected_calibration_error(found.probability_N, found.is_right_N))
 
-A rising line of each vertical's own leaves the order of its classes as it is, so that the best answer over all classes is always
-one of the verticals' best leaves. These alone are kept: 10 bytes for each sample and vertical, however many classes there are.
+Since slopes are positive, a vertical's classes keep their order, so the best answer over all classes is always the best leaf of
+one of the verticals. Only these best leaves are kept: 10 bytes per sample and vertical, for any number of classes.
 
-Shapes: B samples of a batch, N samples seen, C all classes, M verticals.
+Shapes: B samples of a batch, N samples with a leaf label, C all classes, M verticals.
 
-Source: temperature scaling of Guo et al. 2017; Platt 1999 with his smoothed targets; that an answer's own probability is what is
-calibrated, not all classes', is the "top-label" calibration of Gupta and Ramdas 2022.
+Source: temperature scaling of Guo et al. 2017; Platt 1999, with his smoothed targets. Only the probability of the answer is
+calibrated, not those of all classes: "top-label" calibration of Gupta and Ramdas 2022.
 """
 
 from collections.abc import Mapping
@@ -23,25 +23,27 @@ import numpy as np
 from concentration.errors import DataError
 from concentration.taxonomy import Taxonomy
 
+#: Whether all verticals share a slope and shift, or each has its own.
 Scope = Literal["global", "vertical"]
+#: Whether there is only a slope (the inverse of a temperature), or a slope and a shift.
 Form = Literal["temperature", "platt"]
 
-#: A vertical whose scores say nothing, or the opposite, gets this slope: its order stays, and its shift alone is fitted.
+#: The smallest slope. A vertical whose scores say nothing of what is right, or the opposite, gets it and only a shift is fitted.
 SMALLEST_SLOPE = 1e-3
 
-#: Newton's steps; ten are enough for what is not separable, and the smoothed targets leave nothing separable.
+#: The most steps of Newton's method. Ten are enough for data that is not separable, and smoothed targets never are.
 MAX_STEPS = 100
 
 
 @dataclass(frozen=True)
 class Answers:
-    """The best leaf of each vertical, of all samples with a leaf label.
+    """The best leaf of each vertical for every sample that has a leaf label.
 
     Attributes:
-        ordinal_N: int64, which samples.
-        score_NM: float32 logits; -inf where a vertical was not computed for a sample.
-        output_NM: int32, which leaf.
-        is_right_NM: bool, whether it is a label of the sample; a wrong leaf of the same score makes it wrong.
+        ordinal_N: int64, the sample's ordinal in its split.
+        score_NM: float32, the logit of the best leaf; -inf if the vertical was not computed for this sample.
+        output_NM: int32, the best leaf.
+        is_right_NM: bool, whether the best leaf is a label of the sample, and no leaf with the same score is none.
         is_labelled_NM: bool, whether the sample has a label in the vertical.
     """
 
@@ -55,11 +57,11 @@ class Answers:
         return len(self.ordinal_N)
 
     def take(self, samples: np.ndarray) -> "Answers":
-        """These samples only: a mask (N,) or numbers."""
+        """The answers of some samples, given by a mask (N,) or by their places."""
         return Answers(*(getattr(self, name)[samples] for name in self.__dataclass_fields__))
 
     def without(self, vertical: int) -> "Answers":
-        """As if there were no such vertical: none of its leaves is ever an answer."""
+        """The answers if the vertical with this number did not exist: none of its leaves is ever the best."""
         score_NM = self.score_NM.copy()
         score_NM[:, vertical] = -np.inf
         return Answers(self.ordinal_N, score_NM, self.output_NM, self.is_right_NM, self.is_labelled_NM)
@@ -67,33 +69,48 @@ class Answers:
 
 @dataclass(frozen=True)
 class Scaling:
-    """Calibrated logit = slope * logit + shift, by vertical; the slopes are positive."""
+    """The calibration of each vertical: calibrated logit = slope * logit + shift.
+
+    Attributes:
+        slope_M: float64, positive.
+        shift_M: float64.
+    """
 
     slope_M: np.ndarray
     shift_M: np.ndarray
 
     @classmethod
     def identity(cls, num_verticals: int) -> "Scaling":
+        """The scaling that changes nothing."""
         return cls(np.ones(num_verticals), np.zeros(num_verticals))
 
     def then(self, slope: float, shift: float) -> "Scaling":
-        """Followed by one line that is the same for all verticals."""
+        """This scaling, and then a slope and shift that are the same for all verticals."""
         return Scaling(slope * self.slope_M, slope * self.shift_M + shift)
 
     def scale_best(self, score_NM: np.ndarray) -> np.ndarray:
-        """Calibrated logits (N, M) float64 of the verticals' best leaves."""
+        """The calibrated logits of the verticals' best leaves, (N, M) float64."""
         return self.slope_M * score_NM.astype(np.float64) + self.shift_M
 
     def scale(self, scores_BC: np.ndarray, vertical_of_output: np.ndarray) -> np.ndarray:
-        """Calibrated logits (B, C) of all classes; their sigmoids are the probabilities that are shown."""
+        """The calibrated logits of all classes, (B, C); their sigmoids are the probabilities of the classes.
+
+        Args:
+            scores_BC: logits.
+            vertical_of_output: (C,) integers, the vertical of each class.
+        """
         return self.slope_M[vertical_of_output] * scores_BC + self.shift_M[vertical_of_output]
 
 
 def load_scaling(content: Mapping[str, Any], taxonomy: Taxonomy) -> Scaling:
-    """The scaling of a calibration file, for logits by the output index of this taxonomy.
+    """The scaling of a calibration file.
+
+    Args:
+        content: the content of calibrations/NAME.json.
+        taxonomy: the taxonomy of the logits.
 
     Raises:
-        DataError: it was made for other verticals.
+        DataError: the calibration was made for other verticals than those of `taxonomy`.
     """
     by_vertical = content["scaling"]
     if tuple(by_vertical) != taxonomy.verticals:
@@ -107,12 +124,14 @@ def load_scaling(content: Mapping[str, Any], taxonomy: Taxonomy) -> Scaling:
 
 @dataclass(frozen=True)
 class Winners:
-    """The one answer over all classes of each sample.
+    """The best answer over all classes for each sample.
 
     Attributes:
-        probability_N: float64.
-        vertical_N, output_N: which vertical's, and which leaf.
-        is_right_N: bool; a wrong answer of the same score makes it wrong, as `metrics.ranking` has it.
+        probability_N: float64, its calibrated probability.
+        vertical_N: int64, the vertical that it is of.
+        output_N: int32, the leaf.
+        is_right_N: bool, whether it is a label of the sample; as in `metrics.ranking`, a wrong leaf with the same score makes
+            it wrong.
     """
 
     probability_N: np.ndarray
@@ -122,7 +141,7 @@ class Winners:
 
 
 def winners(answers: Answers, scaling: Scaling) -> Winners:
-    """The verticals' best leaves compared with each other."""
+    """The best answer of each sample: the best among the best leaves of the verticals, after scaling."""
     logit_NM = scaling.scale_best(answers.score_NM)
     vertical_N, rows = logit_NM.argmax(axis=1), np.arange(len(answers))
     best_N = logit_NM[rows, vertical_N]
@@ -131,13 +150,20 @@ def winners(answers: Answers, scaling: Scaling) -> Winners:
 
 
 def fit_scaling(answers: Answers, scope: Scope, form: Form) -> Scaling:
-    """The scaling under which answers are as often right as their probabilities say.
+    """Fits the scaling under which answers are right as often as their probabilities say.
 
-    `vertical` first fits each vertical's line to (score of its best leaf, whether that is right) over ALL samples, most of which
-    are of other verticals: so a vertical that shouts at foreign images is lowered, and the verticals' best leaves can be
-    compared. Then, as `global` does at once, one line for all is fitted to the winners, of whom the best of M estimates is
-    otherwise too confident. `temperature` has no shift. A vertical without a sample of its own would be found never to be right;
-    it takes the line of all others together.
+    With scope `vertical`, a slope and shift of each vertical are first fitted to the score of its best leaf and whether that is
+    right, over ALL samples, most of which are of other verticals. This lowers a vertical that gives high scores to images of
+    other verticals, and makes the best leaves of the verticals comparable. A vertical without samples of its own would never be
+    right; it gets the slope and shift of all others together.
+
+    Then, with either scope, one slope and shift for all verticals are fitted to the best answers: the largest of M estimates
+    would otherwise be too confident.
+
+    Args:
+        answers: the answers to samples that the network was not trained on.
+        scope: `vertical` fits each vertical, and then all; `global` only all.
+        form: `temperature` fits no shift.
     """
     scaling = Scaling.identity(answers.score_NM.shape[1])
     if scope == "vertical":
@@ -153,10 +179,10 @@ def fit_scaling(answers: Answers, scope: Scope, form: Form) -> Scaling:
 
 
 def fit_line(score_N: np.ndarray, is_right_N: np.ndarray, form: Form) -> tuple[float, float]:
-    """Slope and shift of the logistic regression of `is_right_N` on finite scores; no shift for a temperature.
+    """The slope and shift of a logistic regression of `is_right_N` on the scores. Scores that are not finite are left out.
 
-    The targets are Platt's: (n + 1) / (n + 2) of n right ones, 1 / (m + 2) of m wrong ones, so that what is separable has a
-    finite line.
+    The targets are Platt's: (n + 1) / (n + 2) for each of n right answers and 1 / (m + 2) for each of m wrong ones, so that
+    the slope stays finite even if the scores separate right from wrong. A temperature has the shift 0.
     """
     is_finite_N = np.isfinite(score_N)
     score_N, is_right_N = score_N[is_finite_N].astype(np.float64), is_right_N[is_finite_N]
@@ -175,7 +201,12 @@ def fit_line(score_N: np.ndarray, is_right_N: np.ndarray, form: Form) -> tuple[f
 
 
 def expected_calibration_error(probability_N: np.ndarray, is_right_N: np.ndarray, num_bins: int = 15) -> float:
-    """The mean distance of probability and share of right answers over bins of equal width, weighted by their samples.
+    """The expected calibration error: the mean of |mean probability - share of right answers| over bins, weighted by answers.
+
+    Args:
+        probability_N: the probability of each answer.
+        is_right_N: bool.
+        num_bins: how many bins of equal width [0, 1] is divided into.
 
     Source: `torchmetrics.functional.classification.binary_calibration_error` with norm "l1".
     """
@@ -185,7 +216,14 @@ def expected_calibration_error(probability_N: np.ndarray, is_right_N: np.ndarray
 
 @dataclass(frozen=True)
 class ReliabilityBin:
-    """Answers with probabilities from `low` to `high`: how many, their mean probability, and the share that is right."""
+    """The answers whose probability lies between `low` and `high`.
+
+    Attributes:
+        low, high: the edges of the bin.
+        num_answers: how many answers it has.
+        probability: their mean probability.
+        share_right: the share of them that is right.
+    """
 
     low: float
     high: float
@@ -195,9 +233,9 @@ class ReliabilityBin:
 
 
 def compute_reliability(probability_N: np.ndarray, is_right_N: np.ndarray, num_bins: int = 15) -> list[ReliabilityBin]:
-    """The bins of equal width that have an answer."""
+    """The bins of a reliability diagram: [0, 1] is divided into bins of equal width, and those with answers are returned."""
     edges = np.linspace(0, 1, num_bins + 1)
-    # As torchmetrics' bucketize: a probability on an edge belongs to the bin above it, and 1 to the last.
+    # As in torchmetrics, a probability on an edge belongs to the bin above it, and 1 to the last bin.
     bin_N = np.clip(np.searchsorted(edges, probability_N, side="right") - 1, 0, num_bins - 1)
     count, right = np.bincount(bin_N, minlength=num_bins), np.bincount(bin_N, is_right_N, minlength=num_bins)
     total = np.bincount(bin_N, probability_N, minlength=num_bins)
@@ -212,9 +250,15 @@ def compute_reliability(probability_N: np.ndarray, is_right_N: np.ndarray, num_b
 def find_threshold(
     probability_N: np.ndarray, is_right_N: np.ndarray, precision: float, min_answers: int
 ) -> float | None:
-    """The lowest probability from which on at least this share of the answers is right; None where none is known to be.
+    """The lowest threshold for which answers with at least that probability have the wanted precision; None if there is none.
 
-    Fewer than `min_answers` answers are no evidence. Source: `sklearn.metrics.precision_recall_curve`.
+    Args:
+        probability_N: the probability of each answer.
+        is_right_N: bool.
+        precision: the share of answers that must be right.
+        min_answers: a threshold that leaves fewer answers is not considered, since they prove nothing.
+
+    Source: `sklearn.metrics.precision_recall_curve`.
     """
     order = np.argsort(-probability_N, kind="stable")
     sorted_N = probability_N[order]
@@ -226,12 +270,16 @@ def find_threshold(
 
 
 def find_rejection_threshold(probability_N: np.ndarray, false_rejection_rate: float) -> float:
-    """The largest threshold below which lies at most this share of the answers to images of the taxonomy."""
+    """The largest threshold below which at most the share `false_rejection_rate` of these probabilities lies.
+
+    Args:
+        probability_N: the probabilities of the answers to images that do show a class of the taxonomy.
+    """
     return float(np.sort(probability_N)[int(false_rejection_rate * len(probability_N))])
 
 
 def area_under_roc(inside_N: np.ndarray, outside_N: np.ndarray) -> float:
-    """The chance that an inside sample's number is above an outside sample's, equal ones counting half.
+    """The area under the ROC curve: how probably a random value of `inside_N` is above one of `outside_N`; ties count half.
 
     Source: `sklearn.metrics.roc_auc_score`.
     """
@@ -242,20 +290,26 @@ def area_under_roc(inside_N: np.ndarray, outside_N: np.ndarray) -> float:
 
 
 def log_loss(probability_N: np.ndarray, is_right_N: np.ndarray) -> float:
-    """The mean negative logarithm of the probability of what came true."""
+    """The mean negative log-likelihood of whether answers are right, given their probabilities."""
     clipped_N = np.clip(probability_N, 1e-12, 1 - 1e-12)
     return float(-np.log(np.where(is_right_N, clipped_N, 1 - clipped_N)).mean())
 
 
 def sigmoid(logit: np.ndarray) -> np.ndarray:
-    """1 / (1 + exp(-x)) without overflow."""
+    """1 / (1 + exp(-logit)), without overflow for large negative logits."""
     return 0.5 * (1 + np.tanh(0.5 * logit))
 
 
 def _minimise(column_ND: np.ndarray, target_N: np.ndarray, offset_N: np.ndarray) -> np.ndarray:
-    """The weights of a logistic regression with soft targets and an offset, by Newton's method with halved steps."""
+    """The weights (D,) of a logistic regression with soft targets, by Newton's method; a step is halved until it lowers the loss.
+
+    Args:
+        column_ND: the D inputs of each sample.
+        target_N: the targets, in [0, 1].
+        offset_N: added to each logit.
+    """
     weight_D = np.zeros(column_ND.shape[1])
-    scale_D = np.maximum(np.abs(column_ND).max(axis=0), 1e-12)  # the columns' own sizes: the problem is then a mild one
+    scale_D = np.maximum(np.abs(column_ND).max(axis=0), 1e-12)  # columns scaled to 1 make the Hessian well-conditioned
     column_ND = column_ND / scale_D
 
     def loss(weight_D: np.ndarray) -> float:

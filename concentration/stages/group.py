@@ -1,4 +1,4 @@
-"""`concentrate group method=...`: finds groups of classes or of samples by what a trained network says of them."""
+"""`concentrate group method=...`: finds groups of classes or samples from the outputs or features of a trained network."""
 
 from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal
@@ -27,7 +27,7 @@ from concentration.stages.student import STUDENTS
 from concentration.stages.train_network import load_network
 from concentration.taxonomy import Taxonomy
 
-#: In `groupings/NAME/`: the groups of classes, to be read and to be looked at.
+#: The files in `groupings/NAME/` that describe the groups of classes, as a text and as a picture.
 SUMMARY_TEXT, SUMMARY_PICTURE = "summary.txt", "summary.png"
 
 Method = Annotated[
@@ -36,9 +36,9 @@ Method = Annotated[
 
 
 class GroupConfig(StageConfig):
-    """Writes `groupings/NAME.json`, a taxonomy with the groups as verticals, and everything else in `groupings/NAME/`.
+    """Writes `groupings/NAME.json`, a taxonomy whose verticals are the groups, and other files to `groupings/NAME/`.
 
-    name: the grouping's name; the method's where none is given.
+    name: the name of the grouping; None takes that of the method.
     method: how the groups are found; `features` also assigns every sample to a group.
     """
 
@@ -63,8 +63,8 @@ def group(config: GroupConfig) -> None:
     """Runs the stage.
 
     Raises:
-        ConfigError: the network is not there, or not one of ours; more groups are asked for than can be.
-        DataError: the network was made for another taxonomy.
+        ConfigError: the network does not exist or has not finished, or there are too few classes or samples for the groups.
+        DataError: the network was made for another taxonomy, or too few classes have any similarity.
     """
     distributed.start(config.accelerator, config.timeout_seconds)
     _, taxonomy, fingerprint = load_prepared(config.workdir, DataOverrides())
@@ -77,7 +77,7 @@ def group(config: GroupConfig) -> None:
 
 
 def _identify(config: GroupConfig) -> dict[str, str]:
-    """A hash of the file of the network that is asked, or of the grouping whose sizes are taken."""
+    """What the groups are made from, by which a finished grouping is recognised as out of date: the hash of a file."""
     if config.method == RandomGroupsConfig(of=None):
         return {}  # the data's fingerprint says which verticals it has
     if isinstance(config.method, RandomGroupsConfig):
@@ -88,6 +88,7 @@ def _identify(config: GroupConfig) -> dict[str, str]:
 
 
 def _find_groups(config: GroupConfig, taxonomy: Taxonomy, made_from: Mapping[str, str]) -> FoundGroups:
+    """Runs the configured method."""
     method, path, shards = config.method, config.directory.path, config.workdir / SHARDS
     if isinstance(method, RandomGroupsConfig):
         if method.of is None:
@@ -111,6 +112,7 @@ def _open_stream(config: GroupConfig, taxonomy: Taxonomy) -> SampleStream:
 
 
 def _save(directory: RunDirectory, found: FoundGroups) -> None:
+    """Writes the taxonomy, the summary and the picture, and marks the grouping as finished."""
     groups, path = found.groups, directory.path.with_name(f"{directory.path.name}.json")
     summary = groups.describe()
     write_atomically(path, groups.build_taxonomy().to_json())

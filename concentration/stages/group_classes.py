@@ -1,4 +1,4 @@
-"""`group method=confusion|co_detection|random`: groups of classes by a network's detections on held-out images, and the control.
+"""`group method=confusion|co_detection|random`: groups of classes from a network's detections, or at random as a control.
 
 Shapes: B batch, C all classes.
 """
@@ -31,6 +31,7 @@ class DetectionGroupsConfig(Config):
     split: the split of the held-out images.
     top_k: how many classes, those with the highest scores, are detected in an image.
     num_groups: `eigengap` takes the number, up to `max_groups`, after which the eigenvalues fall most.
+    max_groups: the most groups that `eigengap` may take; None is 20, or half the number of classes if that is less.
     smear: annotate images with the ancestors of their labels too, as in training.
 
     Source: Warde-Farley et al. 2014, section 4.
@@ -61,14 +62,14 @@ class DetectionGroupsConfig(Config):
         return self
 
 
-#: The groups that `eigengap` looks for at most, or half as many as there are classes.
+#: The largest number of groups that `eigengap` considers by default; with fewer than twice as many classes, half of those.
 MAX_GROUPS = 20
 
 
 class RandomGroupsConfig(Config):
-    """The sizes of another grouping, with the classes drawn at random (Warde-Farley et al., section 5.2: the control).
+    """Random groups with the sizes of another grouping: the control experiment of Warde-Farley et al., section 5.2.
 
-    of: the name of that grouping; None takes the sizes of the data's own verticals.
+    of: the name of the grouping whose sizes are taken; None takes the sizes of the data's own verticals.
     """
 
     kind: Literal["random"] = "random"
@@ -76,7 +77,12 @@ class RandomGroupsConfig(Config):
 
 
 class FoundGroups(NamedTuple):
-    """Groups of classes, what they were found from (None for a control), and facts for the record."""
+    """The result of a method.
+
+    groups: the groups of classes.
+    similarity: the similarity of the classes that the groups were found from; None if another method found them.
+    facts: what `DONE.json` records of the method.
+    """
 
     groups: ClassGroups
     similarity: Similarity | None
@@ -84,7 +90,7 @@ class FoundGroups(NamedTuple):
 
 
 def check_top_k(method: DetectionGroupsConfig, num_classes: int, key: str = "method") -> None:
-    """Raises: ConfigError where every class would be detected in every image; `key` is where the method stands."""
+    """Raises: ConfigError if every class would be detected in every image; `key` is the option that holds the method."""
     if method.top_k >= num_classes:
         raise ConfigError(
             f"{key}.top_k={method.top_k} of {num_classes} classes: every class would be detected in every image; give "
@@ -95,11 +101,18 @@ def check_top_k(method: DetectionGroupsConfig, num_classes: int, key: str = "met
 def group_by_detections(
     method: DetectionGroupsConfig, stream: SampleStream, split: Split, path: Path, seed: int
 ) -> FoundGroups:
-    """Looks at the split once, its batches shared by the ranks.
+    """Groups the classes by a network's detections in one pass over a split, whose batches the ranks share.
+
+    Args:
+        method: how detections are counted and clustered.
+        stream: the network, and how images are read for it.
+        split: the held-out images.
+        path: the folder of the grouping, where progress is recorded.
+        seed: the seed of the clustering.
 
     Raises:
         ConfigError: as `check_top_k`.
-        DataError: too few classes have anything in common.
+        DataError: too few classes have any similarity to another.
     """
     check_top_k(method, split.taxonomy.num_classes)
     counts = DetectionCounts(split.taxonomy.num_classes)

@@ -1,6 +1,6 @@
-"""`group method=features`: k-means of a network's features; every sample of every split is given its group.
+"""`group method=features`: k-means of a network's features, by which every sample of every split gets a group.
 
-The network looks at the samples twice: once for the centroids, at `num_fitted` of them at most, and once to assign all.
+Features are computed twice: of up to `num_fitted` training samples to fit the centroids, then of all samples to assign them.
 
 Shapes: B batch, D features, K groups, N samples of a split.
 """
@@ -34,7 +34,7 @@ from concentration.schema import Config
 from concentration.stages.run_directory import hash_file
 from concentration.stages.sample_stream import SampleStream, ShownBatch
 
-#: Shards whose samples are mixed while the centroids are fitted.
+#: From how many shards at a time samples are drawn in random order while the centroids are fitted.
 _WINDOW_SHARDS = 16
 
 
@@ -42,11 +42,12 @@ class FeatureGroupsConfig(Config):
     """k-means of features.
 
     network: the name of a student or generalist.
-    layer: which of its features to take: the base network's, or the outputs of top-1.
-    normalise: scale features to length 1 first.
-    balanced: make groups of about equal size, by prices (see `grouping/kmeans.py`).
-    num_start: samples that are held in memory; a whole k-means of them is the start.
-    num_fitted: samples that the centroids are fitted to, including those of the start.
+    num_groups: how many groups are made.
+    layer: which of the network's features are grouped: the base network's, or the outputs of top-1.
+    normalise: whether features are first scaled to length 1.
+    balanced: whether groups are made about equally large, by prices (see `grouping/kmeans.py`).
+    num_start: how many samples are held in memory, where a complete k-means of them gives the first centroids.
+    num_fitted: how many samples the centroids are fitted to, including those of the start.
     """
 
     kind: Literal["features"] = "features"
@@ -62,13 +63,22 @@ class FeatureGroupsConfig(Config):
 def group_by_features(
     method: FeatureGroupsConfig, stream: SampleStream, splits: Mapping[str, Split], path: Path, seed: int, network: str
 ) -> tuple[ClassGroups, dict]:
-    """Writes centroids and the groups of all samples under `path`; what an earlier run has written is kept.
+    """Writes the centroids and the groups of all samples below `path`. Files that an interrupted run has written are kept.
 
     Args:
+        method: how features are computed and grouped.
+        stream: the network, and how images are read for it.
+        splits: all splits, by name.
+        path: the folder of the grouping.
+        seed: the seed of the order of samples and of k-means.
         network: a hash of the file of the stream's network.
 
     Returns:
-        Groups of classes, each class being where most of its training samples are, and facts for the record.
+        The groups of the classes, where a class is in the group of most of its training samples; and what `DONE.json` records.
+
+    Raises:
+        ConfigError: there are fewer samples to start from than groups.
+        DataError: there are fewer different features than groups.
     """
     train = splits["train"]
     num_fitted = min(method.num_fitted, len(train))
@@ -103,7 +113,7 @@ def group_by_features(
 def _fit_centroids(
     method: FeatureGroupsConfig, stream: SampleStream, split: Split, num_fitted: int, seed: int, progress: Progress
 ) -> Centroids:
-    """A whole k-means of the first features, which those after them refine; equal on all ranks."""
+    """The centroids: a complete k-means of the first features, updated by all that follow. They are equal on all ranks."""
     order = WindowOrder(split.by_shard(range(len(split))), seed, _WINDOW_SHARDS)
     streamed: StreamedKMeans | None = None
     held: list[Tensor] = []
@@ -114,7 +124,7 @@ def _fit_centroids(
         if streamed is not None:
             streamed.step(feature_BD)
         else:
-            # Gathered batch by batch, so that they stand in the same order for any number of ranks.
+            # Features are gathered batch by batch, so that their order is the same for any number of ranks.
             held += [feature.to(feature_BD.device) for feature in distributed.gather_objects(feature_BD.cpu())]
             if num_seen >= min(method.num_start, num_fitted):
                 point_ND = torch.cat(held)
@@ -126,7 +136,7 @@ def _fit_centroids(
 
 
 def _assign(stream: SampleStream, router: CentroidRouter, split: Split, path: Path, progress: Progress) -> None:
-    """Writes the groups of this rank's shards, one after the other."""
+    """Assigns the samples of this rank's shards, and writes a file of groups for each shard as soon as it is complete."""
     start, stop = split.shard_start[:-1], split.shard_start[1:]
     files = [path / f"{name}.safetensors" for name in split.index_names]
     mine = range(distributed.rank(), len(files), distributed.world_size())

@@ -1,6 +1,6 @@
-"""The picture of a grouping: of which given verticals the groups' classes are, and how alike the classes of each are.
+"""Draws a grouping: from which verticals the classes of each group come, and how similar classes are.
 
-Shapes: C all classes, P points of a side of the picture.
+Shapes: C all classes, G groups, M verticals, P points along a side of the matrix of similarities.
 """
 
 import io
@@ -13,15 +13,15 @@ from concentration.grouping.spectral import Similarity
 
 _PAPER, _INK, _SOFT = "#fcfcfa", "#1c1f26", "#5c636e"
 _COLORS = ("#3553c9", "#d98716", "#16806c", "#b53f76", "#7554bd", "#86683a", "#2f8dbf", "#9aa53a")
-#: Points of a side: classes are put together where there are more.
+#: The most points along a side of the matrix. If there are more classes, neighbours share a point.
 _MAX_POINTS = 480
-#: Given verticals with a colour of their own in the bars; the others share one.
+#: How many verticals have a colour of their own in the bars; the smaller ones share one.
 _MAX_SHOWN = len(_COLORS)
 
 
 def draw_groups(groups: ClassGroups, similarity: Similarity | None) -> bytes:
-    """A PNG: a bar for each group, and the similarity of all classes in the order of the groups where it is known."""
-    import matplotlib.figure  # here, because it takes long and is needed once
+    """A PNG with a bar for each group and, if `similarity` is given, the similarities of all classes, sorted by group."""
+    import matplotlib.figure  # here, since importing it takes long
     import matplotlib.text
 
     width = 6.5 if similarity is None else 13
@@ -36,7 +36,7 @@ def draw_groups(groups: ClassGroups, similarity: Similarity | None) -> bytes:
         each.spines[:].set_visible(False)
         each.tick_params(colors=_SOFT, labelsize=9, length=0)
     for text in figure.findobj(matplotlib.text.Text):
-        text.set_parse_math(False)  # a dollar in a name is a dollar
+        text.set_parse_math(False)  # names may contain dollars, which would start a formula
     buffer = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")
@@ -45,6 +45,7 @@ def draw_groups(groups: ClassGroups, similarity: Similarity | None) -> bytes:
 
 
 def _draw_bars(axes, groups: ClassGroups) -> None:
+    """A bar for each group, divided by the verticals of its classes."""
     count_GM = groups.count_verticals()
     largest = np.argsort(-count_GM.sum(0), kind="stable")
     shown, others = largest[:_MAX_SHOWN], largest[_MAX_SHOWN:]
@@ -65,6 +66,7 @@ def _draw_bars(axes, groups: ClassGroups) -> None:
 
 
 def _draw_similarity(axes, groups: ClassGroups, similarity: Similarity) -> None:
+    """The normalised similarities D^-1/2 B D^-1/2, averaged over the classes of each point, without forming the matrix B."""
     order_C = np.argsort(groups.group_C, kind="stable")
     block_C = np.empty(len(order_C), dtype=np.int64)
     num_points = min(len(order_C), _MAX_POINTS)

@@ -1,4 +1,4 @@
-"""Finished groupings of a working directory, as the verbs find them that build on one.
+"""Loads the finished groupings of a working directory, for the verbs that build on one.
 
 Shapes: N samples of a split.
 """
@@ -19,7 +19,7 @@ GROUPINGS = "groupings"
 
 
 def find_grouping(workdir: Path, name: str) -> RunDirectory:
-    """The finished grouping of this name. Raises: ConfigError, naming those that are there."""
+    """The run directory of a finished grouping. Raises: ConfigError if there is no such grouping, or it has not finished."""
     directory = RunDirectory(workdir / GROUPINGS / name)
     if not directory.path.is_dir():
         have = sorted(path.name for path in (workdir / GROUPINGS).glob("*") if path.is_dir()) or ["none"]
@@ -31,21 +31,21 @@ def find_grouping(workdir: Path, name: str) -> RunDirectory:
 
 
 def load_grouping(workdir: Path, name: str, taxonomy: Taxonomy) -> tuple[ClassGroups, str]:
-    """The groups of classes, and a hash of their file.
+    """The groups of classes of a grouping, and a hash of their file.
 
     Raises:
-        ConfigError: there is none, or it has not finished.
-        DataError: it is of other classes.
+        ConfigError: there is no such grouping, or it has not finished.
+        DataError: the grouping is of other classes than `taxonomy`.
     """
     path = find_grouping(workdir, name).path.with_name(f"{name}.json")
     return load_class_groups(taxonomy, Taxonomy.load(path), str(path)), hash_file(path)
 
 
 def load_router(workdir: Path, name: str) -> CentroidRouter:
-    """The rule that says of features which group of samples they belong to.
+    """The router that assigns features to the groups of a grouping of samples.
 
     Raises:
-        ConfigError: there is no such grouping, or it is one of classes alone.
+        ConfigError: there is no such grouping, or it has only groups of classes.
     """
     path = find_grouping(workdir, name).path / CENTROIDS_FILE
     if not path.exists():
@@ -56,11 +56,11 @@ def load_router(workdir: Path, name: str) -> CentroidRouter:
 
 
 def load_sample_groups(workdir: Path, name: str, split: Split) -> np.ndarray:
-    """(N,) int32: the group of every sample of the split, -1 where its image cannot be decoded.
+    """(N,) int32: the group of every sample of the split; -1 if its image cannot be decoded.
 
     Raises:
         ConfigError: as `load_router`.
-        DataError: it is of other samples.
+        DataError: the grouping is of other samples.
     """
     router, directory = load_router(workdir, name), workdir / GROUPINGS / name
     num_samples = np.diff(split.shard_start).tolist()
@@ -68,6 +68,6 @@ def load_sample_groups(workdir: Path, name: str, split: Split) -> np.ndarray:
 
 
 def identify_sample_groups(workdir: Path, name: str) -> str:
-    """A hash of the rule and of what it was applied to, for those who train on its groups."""
+    """A hash of the groups of classes and of the centroids, by which a network records which groups it was trained on."""
     done = find_grouping(workdir, name).load_done(f"concentrate group name={name}")
     return hash_values({key: done.get(key) for key in ("grouping", "centroids")})
