@@ -1,7 +1,10 @@
 """Writes docs/config.md, every key of every verb, from the config classes. `make config`, or: python docs/config_keys.py"""
 
+import ast
 import inspect
+import itertools
 import re
+import textwrap
 import types
 import typing
 from collections.abc import Iterator
@@ -66,9 +69,13 @@ def write_section(title: str, config: type[Config], summary: str | None) -> str:
 
 
 def read_docstring(config: type[Config]) -> tuple[str, dict[str, str]]:
-    """Its text, and what its lines `name: ...` say of fields; those of the classes above it included."""
+    """A class's text, and the meaning of each field: of its own and of those that it inherits.
+
+    A field is described by a line `name: ...` of the class's docstring, or by a docstring below it.
+    """
     text, meanings = "", {}
     for parent in reversed([c for c in config.__mro__ if issubclass(c, Config) and c is not Config]):
+        meanings |= _read_below_fields(parent)
         document = inspect.cleandoc(parent.__dict__.get("__doc__") or "")
         entries = re.split(r"\n(?=[a-z_0-9]+(?:, [a-z_0-9]+)*: )", "\n" + document)
         text = " ".join(entries[0].split())
@@ -78,6 +85,16 @@ def read_docstring(config: type[Config]) -> tuple[str, dict[str, str]]:
             text = " ".join([text, *rest.split()]).strip()
             meanings |= {name.strip(): " ".join(own.split()) for name in names.split(",")}
     return text, meanings
+
+
+def _read_below_fields(config: type[Config]) -> dict[str, str]:
+    """The meaning of each field of a class that has a docstring below it."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(config))).body[0].body
+    return {
+        field.target.id: " ".join(below.value.value.split())
+        for field, below in itertools.pairwise(body)
+        if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
+    }
 
 
 def describe_values(field: FieldInfo) -> str:

@@ -44,4 +44,5 @@ def test_a_key_is_described_with_its_values_default_and_meaning(page):
         "\n| `top_k` | int > 0 | `100` | K, the classes that each record keeps (all of a smaller vertical). |\n" in page
     )
     assert "\n| `overwrite` | bool or `changed` | `false` | `true` makes a finished stage anew" in page
+    assert "\n| `classes` | str | given by `conf/` | Which class each output is" in page, "a docstring below a field"
     assert "\n| `tail` | `zero` or `spread` | `zero` | the targets of those classes of a sample's own verticals" in page

@@ -30,11 +30,13 @@ Layer = Literal["base", "top1"]
 
 
 class TopConfig(Config):
-    """Sizes and structure of the top layers.
+    """Sizes and structure of the top layers. Source: Gao et al., Figure 3.
 
-    `generic` is x of Figure 3 (d), from 0 (equal to fc_sc) to `top2` (equal to fc_fc). `norm` acts on top-1 and top-2
-    before their ReLU: `layer` normalises each vertical's block on its own; `batch` uses batch statistics, so results
-    depend on how a batch is split over processes.
+    kind: the structure of Figure 3 (a to d); `linear` has classifiers on the features alone.
+    top1, top2: the sizes of the two layers; that of an SC layer is the size for each vertical.
+    generic: x of Figure 3 (d), from 0 (equal to fc_sc) to `top2` (equal to fc_fc).
+    norm: the normalisation of top-1 and top-2 before their ReLU. `layer` normalises each vertical's block on its own; `batch`
+        uses batch statistics, so that results depend on how a batch is split over processes.
     """
 
     kind: TopKind

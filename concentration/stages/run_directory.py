@@ -45,6 +45,7 @@ _LOOK_SECONDS = 0.5
 class StageConfig(Config):
     """What every verb takes: the working directory, and permission to replace what is there.
 
+    workdir: the working directory, below which all verbs read and write.
     overwrite: `true` makes a finished stage anew, even with the same config, as its images may have changed. `changed` replaces
         only what another config or other upstream results have made; a whole run passes this on to its stages. Neither throws
         away what the same config has begun, so a stopped command may be repeated as it was. What is replaced comes back if the

@@ -19,14 +19,18 @@ CHECKPOINTS = "checkpoints"
 class TrainerConfig(Config):
     """How long, how fast and on what to train.
 
+    accelerator: the kind of device that trains.
+    precision: the type of the matrix products: float32 (`32-true`), or bfloat16 or float16 with float32 weights.
     batch_size: samples of a step's global batch, over all processes and micro-batches.
     accumulate: micro-batches of a step in each process.
     max_epochs, max_steps: the run ends with the one that is reached first.
     min_steps: training goes on beyond `max_epochs` until so many steps are taken: for small verticals, whose epochs are short.
+    num_workers: processes beside each process that decode its images; 0 decodes in the process itself.
     window_shards: how many shards are shuffled together.
     sampling: `natural` sees every sample once per epoch; `class_balanced` draws all classes equally often.
     class_weight: `inverse_sqrt` weights a class by 1/sqrt(its images), with mean 1 over classes.
     devices, num_nodes: processes on each machine, and machines; `auto` takes as many as torchrun or srun has started.
+    clip_norm: the largest norm of the gradient of all weights together; a longer one is shortened to it. None for no limit.
     ema_decay: validate and keep the exponential moving average of the weights, with this decay.
     polyak_start: validate and keep the mean of the weights over all steps from this share of the run on; before that, the
         newest weights.
@@ -38,6 +42,9 @@ class TrainerConfig(Config):
         once; costs a quarter more arithmetic in the classifiers.
     shard_head: every process holds the classifiers, pace and optimizer state of some verticals instead of all; with one process
         it changes nothing.
+    compile: compile the network by `torch.compile`, which needs a C++ compiler on a CPU.
+    checkpoint_every_seconds: seconds between two checkpoints; there is one whenever training stops, too.
+    keep_checkpoints: how many of the latest checkpoints are kept.
     log_every_steps: steps between lines of the curves; the first and the last step have a line too.
     max_skipped_share: the share of images that may be undecodable; a single one is always allowed.
     timeout_seconds: how long processes wait for one that is dead or hangs, before all end with an error.

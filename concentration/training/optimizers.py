@@ -19,8 +19,12 @@ class RunLength(NamedTuple):
 
 
 class ScheduleConfig(Config):
-    """`schedule` after a linear rise over the first `warmup_steps`; `cosine` falls towards 0 over the rest.
+    """The learning rate over the steps of a run, and the weight decay.
 
+    lr: the highest learning rate.
+    warmup_steps: for how many steps the learning rate first rises linearly to `lr`.
+    schedule: what follows: `constant` keeps `lr`, `cosine` falls towards 0 at the end of the run, `steps` falls as `decay` says.
+    weight_decay: the weight decay of weight matrices; biases, norms, gamma and offsets have none.
     decay, decay_epochs: for schedule=steps: every `decay_epochs` epochs the learning rate is multiplied by `decay`.
     """
 
@@ -56,7 +60,11 @@ class ScheduleConfig(Config):
 
 
 class AdagradConfig(ScheduleConfig):
-    """Adagrad. Its accumulator starts at 0.1 as TensorFlow's does, with which Gao et al. trained; torch's starts at 0."""
+    """Adagrad (Duchi et al. 2011).
+
+    initial_accumulator: where the sum of squared gradients starts. TensorFlow's starts at 0.1, with which Gao et al. trained;
+        torch's starts at 0.
+    """
 
     fuses_on_gpu: ClassVar[bool] = False
 
@@ -73,7 +81,10 @@ class AdagradConfig(ScheduleConfig):
 
 
 class AdamWConfig(ScheduleConfig):
-    """Adam with decoupled weight decay (Loshchilov and Hutter 2019)."""
+    """Adam with decoupled weight decay (Loshchilov and Hutter 2019).
+
+    beta1, beta2: the decay rates of the running means of the gradient and of its square.
+    """
 
     kind: Literal["adamw"] = "adamw"
     beta1: float = pydantic.Field(default=0.9, ge=0, lt=1)
@@ -86,7 +97,11 @@ class AdamWConfig(ScheduleConfig):
 
 
 class SGDConfig(ScheduleConfig):
-    """Stochastic gradient descent with momentum."""
+    """Stochastic gradient descent with momentum.
+
+    momentum: the share of the last step that is added to the next one.
+    nesterov: whether the momentum is Nesterov's.
+    """
 
     kind: Literal["sgd"] = "sgd"
     momentum: float = pydantic.Field(default=0.9, ge=0, lt=1)

@@ -32,28 +32,34 @@ _POPULARITY, _HOME, _TOPIC, _COUNT, _CHARACTER, _CELL, _FACE, _SHIFT = range(20,
 
 
 class GlyphScenesConfig(Config):
-    """Which characters are drawn, how many on an image, and how they come together."""
+    """Which characters are drawn, how many on an image, and how they come together.
+
+    verticals, num_classes: which characters, as in `glyphs`.
+    num_images, num_val_images, num_test_images: how many images each split has.
+    min_characters, max_characters: the number of characters of an image is drawn uniformly from this range.
+    num_topics: how many topics there are; every image has one.
+    affinity: how many times as likely a topic makes its own characters as they would be without topics; 1 is without topics.
+    tail: the n-th most popular character is n ** -tail times as likely as the first; 0 makes all equally likely.
+    image_size: the side of the square image, in pixels.
+    cells: the image is divided into cells x cells squares, and each character is drawn into one of them.
+    seed: the seed of everything random in the images.
+    view: augmentation in training on top of the drawings' own.
+    """
 
     kind: Literal["glyph_scenes"] = "glyph_scenes"
-    #: As in `glyphs`.
     verticals: tuple[str, ...] | None = None
     num_classes: int | None = Field(None, ge=2)
     num_images: pydantic.PositiveInt = 40_000
     num_val_images: pydantic.PositiveInt = 2_000
     num_test_images: pydantic.PositiveInt = 6_000
-    #: Of an image, drawn evenly.
     min_characters: pydantic.PositiveInt = 1
     max_characters: pydantic.PositiveInt = 4
     num_topics: pydantic.PositiveInt = 24
-    #: A topic's own characters are so many times likelier than they would be without topics; 1 is without.
     affinity: float = Field(30.0, ge=1)
-    #: The n-th most popular character is n ** -tail times as likely as the first; 0 is no tail.
     tail: float = Field(1.0, ge=0, le=3)
-    #: Side of the square image, in pixels, and of the square of cells that characters are drawn into.
     image_size: int = Field(48, ge=16, le=512)
     cells: int = Field(2, ge=1, le=8)
     seed: int = Field(0, ge=0)
-    #: Augmentation on top of the drawings' own, in training.
     view: ViewConfig = ViewConfig()
 
     @pydantic.model_validator(mode="after")

@@ -63,26 +63,29 @@ _STRENGTH = {"train": 1.0, "val": 0.3, "test": 0.3}
 
 
 class GlyphsConfig(Config):
-    """Which characters are drawn, how often and how large."""
+    """Which characters are drawn, how often and how large.
+
+    verticals: the verticals that are kept, in the order of the taxonomy whatever the order here; null keeps all.
+    num_classes: the most leaves that are kept, spread over the verticals in proportion; null keeps all.
+    num_drawings: training drawings of each leaf, spread over its training faces.
+    num_coarse_drawings: further training drawings of each leaf, which are labelled only with its parents.
+    num_val_drawings, num_test_drawings: drawings of each leaf by each held-out face.
+    image_size: the side of the square image, in pixels.
+    seed: the seed of everything random in the drawings.
+    view: augmentation in training on top of the drawings' own.
+    """
 
     later_fields: ClassVar[frozenset[str]] = frozenset({"num_coarse_drawings"})
 
     kind: Literal["glyphs"] = "glyphs"
-    #: The verticals that are kept, in the order of the taxonomy whatever the order here; null keeps all.
     verticals: tuple[str, ...] | None = None
-    #: At most this many leaves, spread over the verticals in proportion; null keeps all.
     num_classes: int | None = Field(None, ge=2)
-    #: Training drawings per leaf, spread over its training faces.
     num_drawings: int = Field(100, ge=1)
-    #: Further training drawings per leaf that are labelled with its parents alone.
     num_coarse_drawings: int = Field(0, ge=0)
-    #: Drawings per leaf and held-out face.
     num_val_drawings: int = Field(2, ge=1)
     num_test_drawings: int = Field(3, ge=1)
-    #: Side of the square image, in pixels.
     image_size: int = Field(32, ge=8, le=512)
     seed: int = Field(0, ge=0)
-    #: Augmentation on top of the drawings' own, in training.
     view: ViewConfig = ViewConfig()
 
 
