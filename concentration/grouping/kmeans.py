@@ -114,8 +114,7 @@ class StreamedKMeans:
         """The final centroids; for balanced groups, with the prices that balance the points of the start.
 
         NOTE: the prices of `step` are not good enough: if groups lie far apart, a moving centroid shifts the border between two
-            of
-        them faster than the prices follow.
+        of them faster than the prices follow.
         """
         if self._balanced:
             self.centroids = _balance(self._start_ND, self.centroids)

@@ -1,6 +1,6 @@
-"""The report's part on calibration: are probabilities true, what is confused across verticals, what thresholds do.
+"""The report's part on calibration: reliability diagrams, accuracy and error before and after, thresholds, and rejection.
 
-The page shows whatever a calibration file holds, and dashes for what it lacks.
+It shows whatever a calibration file holds, and a dash for each number that it lacks.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,21 +18,21 @@ from concentration.stages.report_values import (
     format_percent,
 )
 
-#: Of a reliability plot's square, in its own coordinates.
+#: The side of a reliability diagram in its own coordinates.
 SIDE = 200
-#: Radii of its dots, for the least and the most answers of a bin.
+#: The radii of the dots of the bins with the fewest and with the most answers.
 SMALLEST_DOT, LARGEST_DOT = 2.0, 7.0
 
 
 def build_calibration_part(
     calibrations: Mapping[str, Mapping[str, Any]], subject: str, evaluation: Mapping[str, Any]
 ) -> dict[str, Any] | None:
-    """Tables and plots; None where nothing is calibrated.
+    """What the template shows on calibration; None if nothing is calibrated.
 
     Args:
-        calibrations: calibrations/NAME.json by NAME.
-        subject: whose plots, thresholds and rejections are shown; where it has none, the first that is there.
-        evaluation: the subject's; calibrations that were measured on other test images stand apart.
+        calibrations: the content of each calibrations/NAME.json, by NAME.
+        subject: the network whose diagrams, thresholds and rejections are shown; if it has no calibration, the first one is.
+        evaluation: the subject's evaluation; calibrations that were measured on other test images get tables of their own.
     """
     if not calibrations:
         return None
@@ -57,7 +57,12 @@ def build_calibration_part(
 
 
 def draw_reliability(title: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> Markup:
-    """Share of right answers over probability, before (hollow) and after (filled); the diagonal is what is promised."""
+    """A reliability diagram: the share of right answers over their probability. The diagonal is perfect calibration.
+
+    Args:
+        title: what the answers are of.
+        before, after: `reliability` and `ece` without and with the calibration.
+    """
     quarters = [SIDE * q / 4 for q in range(1, 4)]
     grid = Markup("").join(Markup('<path d="M0 {0}H{1}M{0} 0V{1}"/>').format(at, SIDE) for at in quarters)
     lines = Markup("").join(
@@ -73,6 +78,7 @@ def draw_reliability(title: str, before: Mapping[str, Any], after: Mapping[str, 
 
 
 def _draw_bins(bins: Sequence[Mapping[str, Any]], kind: str) -> Markup:
+    """A line with a dot for each bin; the area of a dot grows with the number of answers."""
     known = [
         (p, share, count)
         for each in bins
@@ -101,12 +107,14 @@ def _draw_by_vertical(before: Mapping[str, Any], after: Mapping[str, Any]) -> li
 
 
 def _describe_model(name: str, content: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of the table of networks: top-1 and calibration error, each before and after."""
     before, after = as_mapping(content.get("before")), as_mapping(content.get("after"))
     cells = [format_percent(as_number(each.get(key))) for key in ("top1", "ece") for each in (before, after)]
     return {"name": name, "cells": cells}
 
 
 def _list_methods(methods: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rows of the table of methods (scope and form): top-1 and calibration error on val and on test."""
     rows = []
     for name, splits in methods.items():
         values = [as_mapping(as_mapping(splits).get(split)) for split in ("val", "test")]
@@ -116,6 +124,7 @@ def _list_methods(methods: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _list_thresholds(content: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rows of the table of verticals: slope, shift, threshold, precision and share of answers that are kept."""
     scaling, thresholds = as_mapping(content.get("scaling")), as_mapping(content.get("thresholds"))
     by_vertical = as_mapping(thresholds.get("by_vertical"))
     rows = []
@@ -133,6 +142,7 @@ def _list_thresholds(content: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _describe_wanted(content: Mapping[str, Any]) -> dict[str, str]:
+    """The precision and the rate of false rejections that were asked for, and what came of them."""
     wanted = as_mapping(as_mapping(content.get("thresholds")).get("wanted"))
     none = as_mapping(content.get("none_of_these"))
     rates = as_mapping(none.get("false_rejection_rate"))
@@ -145,6 +155,7 @@ def _describe_wanted(content: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _list_rejections(none: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rows of the table of images that show no class: how many, the share rejected, and the area under the ROC curve."""
     left_out = {f"{vertical} left out": each for vertical, each in as_mapping(none.get("left_out")).items()}
     outside = {"images of elsewhere": none["outside"]} if as_mapping(none.get("outside")) else {}
     rows = []

@@ -1,8 +1,8 @@
-"""Charts of the report as HTML with inline SVG: lines over steps, groups of bars, and the scale of the headline.
+"""Draws the charts of the report as HTML with inline SVG: lines over steps, groups of bars, and the scale of the headline.
 
-A chart has a fixed height and takes the width it is given: the SVG of its lines is stretched, strokes and texts are
-not, so that the same chart can be read on a phone and on a wide screen. Texts reach the page only through
-`Markup.format`, which escapes them.
+A chart has a fixed height and takes any width. The SVG of its lines is stretched, but strokes and texts are not, so that the same
+chart can be read on a phone and on a wide screen. Texts reach the page only through `Markup.format`, which escapes them.
+
 Shapes: N points of one curve.
 """
 
@@ -17,16 +17,23 @@ from markupsafe import Markup
 from concentration.stages.report_looks import plain
 from concentration.stages.report_values import format_percent, format_short, format_tick, thin_curve
 
-#: The stretched coordinates inside a plot run from 0 to this number on both axes.
+#: The coordinates of the stretched SVG run from 0 to this number on both axes.
 EXTENT = 1000
+#: The height of a name at the end of a line.
 LABEL_HEIGHT_PX = 15
-#: Bars leave the rest of their row to the number behind them.
+#: The share of the width that a bar of 100% takes; the rest is for its number.
 BAR_SHARE = 0.84
 
 
 @dataclass(frozen=True)
 class Series:
-    """One line: (N, 2) step and value, N >= 1, and how it is drawn (`report_looks`)."""
+    """One line of a chart.
+
+    Attributes:
+        name: what it is called.
+        points: (N, 2) step and value, N >= 1.
+        look: how it is drawn (`report_looks`).
+    """
 
     name: str
     points: np.ndarray
@@ -35,7 +42,19 @@ class Series:
 
 @dataclass(frozen=True)
 class LineChart:
-    """What a line chart shows. `names` says where its series are named; `y_range` overrides the range of the values."""
+    """A chart of values over steps.
+
+    Attributes:
+        title, note: the texts above the chart.
+        series: its lines.
+        height_px: its height.
+        max_points: how many points of a line are drawn; of more, neighbours are averaged.
+        num_ticks: about how many ticks an axis has.
+        names: where the names of the lines stand.
+        y_scale: the scale of the values.
+        y_range: the range of the values; None takes that of the lines.
+        y_format: how a value is written.
+    """
 
     title: str
     series: Sequence[Series]
@@ -51,13 +70,15 @@ class LineChart:
 
 @dataclass(frozen=True)
 class Bar:
+    """A named fraction (None if unknown), and how it is drawn (`report_looks`)."""
+
     name: str
     fraction: float | None
     look: str
 
 
 def draw_line_chart(chart: LineChart) -> Markup:
-    """A figure with title, axes and one line per series; an empty text where there is no series."""
+    """A figure with title, axes and lines; empty if the chart has no series."""
     if not chart.series:
         return Markup("")
     x_axis = _step_axis(max(float(s.points[-1, 0]) for s in chart.series), chart.num_ticks)
@@ -85,12 +106,12 @@ def draw_line_chart(chart: LineChart) -> Markup:
 
 
 def is_crowded(chart: LineChart) -> bool:
-    """Whether there are more lines than room for their names at the ends; marks of so many would cover each other."""
+    """Whether a chart with names at the ends of lines has more lines than names fit. Then marks would cover each other, too."""
     return chart.names == "line_end" and len(chart.series) > chart.height_px // LABEL_HEIGHT_PX
 
 
 def choose_named(chart: LineChart) -> Sequence[Series]:
-    """The series whose names have room at the ends of their lines: all, or some of every height, the outermost among them."""
+    """The series that are named at the ends of their lines. If not all fit, evenly spaced ones of the order by last value."""
     if not is_crowded(chart):
         return chart.series
     most = chart.height_px // LABEL_HEIGHT_PX
@@ -99,7 +120,7 @@ def choose_named(chart: LineChart) -> Sequence[Series]:
 
 
 def draw_legend(entries: Sequence[tuple[str, str]]) -> Markup:
-    """Names with a swatch of their look."""
+    """A legend: each name with a swatch of its look."""
     items = Markup("").join(
         Markup('<li><i style="{}"></i><bdi>{}</bdi></li>').format(look, name) for name, look in entries
     )
@@ -107,7 +128,11 @@ def draw_legend(entries: Sequence[tuple[str, str]]) -> Markup:
 
 
 def draw_bars(bars: Sequence[Bar], label: str) -> Markup:
-    """Horizontal bars of fractions under each other, each with its number; grid lines at every quarter."""
+    """Horizontal bars with their numbers, and grid lines at every quarter.
+
+    Args:
+        label: what the bars are of, for screen readers.
+    """
     pitch_px, bar_px = 17, 13
     height = pitch_px * len(bars)
     grid = Markup("").join(
@@ -140,14 +165,14 @@ def draw_bars(bars: Sequence[Bar], label: str) -> Markup:
 
 
 def draw_scale(low: Bar, high: Bar, subject: Bar) -> Markup:
-    """The subject's place between (or outside of) two references on one line; every fraction must be given."""
+    """A line with marks of a subject and of two references; no fraction may be None."""
     assert low.fraction is not None
     assert high.fraction is not None
     assert subject.fraction is not None
     bars = (low, high, subject)
     fractions = [bar.fraction for bar in bars]
     span = max(fractions) - min(fractions) or 0.01
-    # NOTE: the margins leave room for the names, which stand to the left and right of the outer marks.
+    # The margins leave room for names to the left and right of the outer marks.
     start, width = min(fractions) - 0.4 * span, 1.8 * span
     x_of = {bar.name: 100 * (bar.fraction - start) / width for bar in bars}
     left, right = (low, high) if low.fraction <= high.fraction else (high, low)
@@ -159,7 +184,7 @@ def draw_scale(low: Bar, high: Bar, subject: Bar) -> Markup:
         for bar, place in marks
     )
     begin, end = sorted((x_of[low.name], x_of[subject.name]))
-    # Ground that was lost is not drawn like progress.
+    # A subject below the lower reference has made no progress, so its line is not drawn in its colour.
     reach_look = subject.look if subject.fraction >= low.fraction else plain("var(--soft)")
     summary = ", ".join(f"{bar.name} {format_percent(bar.fraction)}" for bar in bars)
     return Markup(
@@ -170,20 +195,21 @@ def draw_scale(low: Bar, high: Bar, subject: Bar) -> Markup:
 
 @dataclass(frozen=True)
 class Axis:
-    """Maps values between `low` and `high` to 0...1."""
+    """An axis from `low` to `high`."""
 
     low: float
     high: float
     scale: Literal["linear", "log"] = "linear"
 
     def position(self, value: float | np.ndarray) -> np.ndarray:
+        """Where a value lies on the axis, from 0 (`low`) to 1 (`high`); values outside are moved to the ends."""
         if self.scale == "log":
             start, end = math.log(self.low), math.log(self.high)
             return np.clip((np.log(np.maximum(value, self.low)) - start) / (end - start), 0.0, 1.0)
         return np.clip((np.asarray(value) - self.low) / (self.high - self.low), 0.0, 1.0)
 
     def ticks(self, num_ticks: int) -> list[float]:
-        """About `num_ticks` round values on the axis, in order."""
+        """About `num_ticks` round values on the axis, ascending."""
         if self.scale == "log":
             exponents = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
             for digits in ((1, 2, 5), (1, 3), (1,)):
@@ -192,20 +218,21 @@ class Axis:
                     break
             if len(found) >= 2:
                 return found[:: math.ceil(len(found) / (num_ticks + 1))]
-            # Less than a factor of five: round values of a linear axis fit better than one power of ten.
+            # The axis spans less than a factor of five, where the round values of a linear axis fit better.
         step = _round_step((self.high - self.low) / num_ticks)
         first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
         return [float(f"{n * step:.12g}") for n in range(first, last + 1)]
 
 
 def spread_labels(wanted_px: Sequence[float], gap_px: float, height_px: float) -> list[float]:
-    """Positions as near to the wanted ones as can be, in their order, `gap_px` apart, between 0 and the height.
+    """Moves labels apart: positions close to the wanted ones, in the same order, at least `gap_px` apart, from 0 to `height_px`.
 
-    Where not all fit, the gap shrinks. Least squares under an order is isotonic regression: pool adjacent violators.
+    If not all fit, the gap shrinks. The positions with the least squared error are an isotonic regression, which is computed by
+    pooling adjacent violators.
     """
     gap_px = min(gap_px, height_px / max(len(wanted_px) - 1, 1))
     order = sorted(range(len(wanted_px)), key=lambda n: wanted_px[n])
-    crowds: list[list[float]] = []  # of wanted positions less the gaps in front of them
+    crowds: list[list[float]] = []  # pools of labels that touch: each label's wanted position minus all gaps before it
     for rank, number in enumerate(order):
         crowds.append([wanted_px[number] - rank * gap_px])
         while len(crowds) > 1 and _mean(crowds[-2]) > _mean(crowds[-1]):
@@ -229,14 +256,14 @@ def _round_step(step: float) -> float:
 
 def _step_axis(last: float, num_ticks: int) -> Axis:
     axis = _axis([0.0, last], "linear")
-    # A run of 6,000 steps logs its last line at 5,999 or 5,990: reach the round number that lies just behind it.
+    # A run of 6,000 steps logs its last values at 5,999 or 5,990. The axis reaches the round number just beyond.
     behind = Axis(axis.low, axis.high * 1.03).ticks(num_ticks - 1)
     return Axis(axis.low, max(axis.high, *behind[-1:]))
 
 
 def _axis(values: Sequence[float], scale: Literal["linear", "log"]) -> Axis:
     low, high = float(min(values)), float(max(values))
-    if high - low <= max(1e-9 * abs(high), 1e-30):  # a constant, but for rounding
+    if high - low <= max(1e-9 * abs(high), 1e-30):  # constant up to rounding
         pad = max(0.1 * abs(high), 1e-9)
         return Axis(low - pad, high + pad)
     if scale == "log" and low > 0:
@@ -245,7 +272,7 @@ def _axis(values: Sequence[float], scale: Literal["linear", "log"]) -> Axis:
 
 
 def _value_range(chart: LineChart) -> tuple[float, float]:
-    # The band of the drawn buckets, not of all points: one spike among 100,000 must not flatten the line.
+    # The range of the averaged points and not of all: one spike among 100,000 points must not flatten the line.
     curves = [thin_curve(series.points, chart.max_points) for series in chart.series]
     low, high = min(float(c.y.min()) for c in curves), max(float(c.y.max()) for c in curves)
     if chart.y_scale == "log":
@@ -286,8 +313,8 @@ def _draw_series(series: Series, chart: LineChart, x_axis: Axis, y_axis: Axis) -
 
 
 def draw_mark(kind: Literal["dot", "touch"], place: tuple[float, float], title: str) -> Markup:
-    """A dot in the look of what it is in, or a place that can be pointed at."""
-    # NOTE: a mark is a line without length: its caps stay a circle or square however the plot is stretched.
+    """A visible dot in the look of its group, or an invisible place that shows its title when pointed at."""
+    # A mark is a line of length 0, since its caps stay round or square however the SVG is stretched.
     path = f"M{place[0]:.0f} {place[1]:.0f}h0"
     hole = Markup('<path class="hole" d="{}"/>').format(path) if kind == "dot" else ""
     return Markup('<path class="{}" d="{}"><title>{}</title></path>{}').format(kind, path, title, hole)
@@ -336,7 +363,7 @@ def _draw_end_labels(chart: LineChart, y_axis: Axis) -> Markup:
 
 
 def _summarise(chart: LineChart) -> str:
-    """What a screen reader says instead of the picture."""
+    """The text that a screen reader reads instead of the chart."""
     parts = [
         f"{s.name} from {chart.y_format(float(s.points[0, 1]))} to {chart.y_format(float(s.points[-1, 1]))}"
         for s in chart.series

@@ -1,4 +1,4 @@
-"""The report's parts that put two networks beside each other: student and teachers, a new student and the one in service."""
+"""The report's parts that compare two networks by class: student and teachers, or a new student and the one in service."""
 
 from collections.abc import Mapping, Sequence
 from statistics import fmean
@@ -16,15 +16,15 @@ from concentration.stages.report_values import (
     format_points,
 )
 
-#: Classes whose AP differs by no more are level.
+#: Classes whose AP differs by at most this are called level.
 LEVEL = 0.005
 NUM_CLASSES_SHOWN = 12
 
 
 def compare_classes(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The classes that either evaluation knows, with the AP of both and what the second gained; the largest loss first.
+    """A row for every class of either evaluation: the AP in both, and what the second gained; the largest loss comes first.
 
-    `gain` is None where one has no AP: a class that is new, gone, or without a test image.
+    `gain` is None if a class has no AP in one of them, because it is new, gone, or without a test image.
     """
     known = [{str(c.get("id")): c for c in as_mappings(e.get("classes"))} for e in (first, second)]
     rows = []
@@ -47,7 +47,7 @@ def compare_classes(first: Mapping[str, Any], second: Mapping[str, Any]) -> list
 
 
 def count_by_vertical(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, int]]:
-    """By vertical, the classes that gained, lost or are level, of those with both APs."""
+    """For each vertical, how many of the classes with both APs gained, lost or are level."""
     counts: dict[str, dict[str, int]] = {}
     for row in rows:
         if row["gain"] is not None:
@@ -59,12 +59,12 @@ def count_by_vertical(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, 
 def build_comparison_part(
     names: Sequence[str], evaluations: Mapping[str, Mapping[str, Any]], agreement: Mapping[str, Any] | None
 ) -> dict[str, Any] | None:
-    """What the second network gained and lost against the first; None where no two names are given.
+    """What the template shows on what a second network gained and lost against a first; None without two names.
 
     Args:
-        names: two evaluations, the one in service first.
-        evaluations: by name.
-        agreement: `overall` and `by_vertical`, counts of `metrics.agreement.Agreement`; None where answers are not kept.
+        names: the names of two evaluations, the network in service first.
+        evaluations: the evaluations by name.
+        agreement: the counts of `metrics.agreement.Agreement`, `overall` and `by_vertical`; None if the answers were not kept.
     """
     if len(names) != 2:
         return None
@@ -97,13 +97,15 @@ def build_teachers_part(
     evaluations: Mapping[str, Mapping[str, Any]],
     agreement: Mapping[str, Any] | None,
 ) -> dict[str, Any] | None:
-    """What the gates found, and how far the student agrees with each teacher; None where nothing is known of either.
+    """What the template shows on the teachers: what their gates found, and how the student agrees with each.
+
+    None if there are no gates and no comparable evaluations.
 
     Args:
-        gates: gates/VERTICAL.json by vertical.
-        names: of the specialists' evaluation and of the student's.
-        evaluations: by name.
-        agreement: as in `build_comparison_part`, of the specialists and the student.
+        gates: the content of each gates/VERTICAL.json, by vertical.
+        names: the names of the specialists' evaluation and of the student's.
+        evaluations: the evaluations by name.
+        agreement: as in `build_comparison_part`, for the specialists and the student.
     """
     are_evaluated = all(name in evaluations for name in names)
     rows = compare_classes(*(as_mapping(evaluations[name]) for name in names)) if are_evaluated else []
@@ -130,6 +132,7 @@ def build_teachers_part(
 
 
 def _describe(names: Sequence[str], first: Mapping, second: Mapping, counts: Mapping, overall: Mapping) -> str:
+    """The sentences above the comparison of two networks."""
     total = {kind: sum(of_vertical[kind] for of_vertical in counts.values()) for kind in ("gained", "lost", "level")}
     if is_comparable(first, second):
         pairs = {label: (first.get(key), second.get(key)) for key, label in (("mpvap", "mpvap"), ("top1", "top-1"))}
@@ -156,7 +159,7 @@ def _describe(names: Sequence[str], first: Mapping, second: Mapping, counts: Map
 
 
 def _average_over_both(first: Mapping, second: Mapping) -> dict[str, tuple[float, float]]:
-    """The mean pvap of the verticals that both have; nothing else of them can be had from a part of the images."""
+    """The mean pvap over the verticals that both have: the only number that two sets of test images have in common."""
     before, after = (as_mapping(e.get("pvap")) for e in (first, second))
     both = [v for v in before if as_number(before[v]) is not None and as_number(after.get(v)) is not None]
     if not both:
@@ -166,6 +169,7 @@ def _average_over_both(first: Mapping, second: Mapping) -> dict[str, tuple[float
 
 
 def _describe_vertical(vertical: str, first: Mapping, second: Mapping, counts: Mapping, flips: Mapping) -> dict:
+    """A row of the table of verticals: both APs, their difference, classes that gained and lost, images newly right and wrong."""
     before, after = (as_number(as_mapping(e.get("pvap")).get(vertical)) for e in (first, second))
     change = None if before is None or after is None else after - before
     cells = [format_percent(before), format_percent(after), format_points(change)]
@@ -175,6 +179,7 @@ def _describe_vertical(vertical: str, first: Mapping, second: Mapping, counts: M
 
 
 def _describe_teacher(vertical: str, gate: Mapping, flips: Mapping, counts: Mapping) -> dict:
+    """A row of the table of teachers: what the gate measured, how often the student agrees, and what it gained and lost."""
     number, same = (as_number(flips.get(key)) for key in ("num_samples", "same"))
     cells = [format_count(as_number(gate.get("images_per_class")))]
     cells += [format_percent(as_number(gate.get(key))) for key in ("ap", "generalist_ap", "constant_ap")]
@@ -185,7 +190,7 @@ def _describe_teacher(vertical: str, gate: Mapping, flips: Mapping, counts: Mapp
 
 
 def _build_tables(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[tuple[str, list[dict[str, Any]]]]:
-    """By title the first classes, where there are some."""
+    """A title and the first rows for each list of classes that is not empty."""
     return [(title, [_show_class(row) for row in own[:NUM_CLASSES_SHOWN]]) for title, own in rows.items() if own]
 
 

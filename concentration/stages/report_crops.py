@@ -1,6 +1,8 @@
-"""The report's part on several networks and crops: what they gain and cost, as Table 3 of "Going deeper with convolutions".
+"""The report's part on ensembles and several crops: what they gain and cost.
 
-The page shows whatever an evaluation holds, and dashes for what it lacks.
+It shows whatever an evaluation holds, and a dash for each number that it lacks.
+
+Source: Szegedy et al., "Going deeper with convolutions", Table 3.
 """
 
 from collections.abc import Mapping
@@ -17,10 +19,10 @@ from concentration.stages.report_values import (
 
 
 def build_crops_part(evaluations: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
-    """Rows by models and crops, and the base that they are compared with; None where no evaluation has several of either.
+    """The rows of the table, and the base that they are compared with; None if no evaluation has several models or crops.
 
-    Beside those that have, there are the evaluations of their models alone on one crop. The base is the one of these with the
-    lowest top-1 error, as in the paper.
+    The rows are the evaluations with several models or crops, and those of the same models alone on one crop. Of the latter, the
+    one with the lowest top-1 error is the base, as in the paper.
     """
     read = {name: _read(name, evaluation) for name, evaluation in evaluations.items()}
     several = [row for row in read.values() if row["cost"] > 1]
@@ -47,7 +49,7 @@ def _show(row: Mapping[str, Any], base: Mapping[str, Any] | None) -> dict[str, A
     is_base = base is not None and row["name"] == base["name"]
     gain = None
     if base is not None and not (is_base or row["top5"] is None or base["top5"] is None):
-        gain = base["top5"] - row["top5"]  # of the errors: less is better
+        gain = base["top5"] - row["top5"]  # the difference of the errors, so a negative one is an improvement
     errors = [format_percent(None if row[key] is None else 1 - row[key]) for key in ("top5", "top1")]
     return {
         "name": row["name"],

@@ -1,4 +1,4 @@
-"""The parts of the report that show training: losses, validation, gamma and each vertical over steps."""
+"""The report's parts on training: losses, validation and gamma over steps, and the same for each vertical."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,10 +11,11 @@ from concentration.stages.report_charts import LineChart, Series, choose_named, 
 from concentration.stages.report_looks import plain
 from concentration.stages.report_values import DASH, format_count, format_percent, format_short
 
-#: Curves of one run by key, each (N, 2) of step and value, N >= 1.
+#: The curves of one run by key, each (N, 2) step and value, N >= 1.
 Curves = Mapping[str, np.ndarray]
+#: The options of small charts, many of which stand side by side.
 SMALL = {"height_px": 96, "max_points": 90, "num_ticks": 3, "names": "hidden"}
-#: Of a chart with a name at the end of each line: a screen's height.
+#: The greatest height of a chart with names at the ends of its lines, about that of a screen.
 _MOST_HIGH_PX = 640
 
 
@@ -28,7 +29,7 @@ class PacePart:
 
 
 def draw_student_charts(runs: Mapping[str, Curves], looks: Mapping[str, str]) -> Markup:
-    """Training loss and validation mpvap of the students, one line per run."""
+    """Charts of the students' training loss and of their mpvap on val, with a line for each run."""
     students = _runs_below("students/", runs)
     loss = _series_of(students, "train/loss", looks)
     mpvap = _series_of(students, "val/mpvap", looks)
@@ -41,7 +42,7 @@ def draw_student_charts(runs: Mapping[str, Curves], looks: Mapping[str, str]) ->
 
 
 def draw_teacher_charts(runs: Mapping[str, Curves], looks: Mapping[str, str]) -> Markup:
-    """The training loss of every teacher, small; each on its own axis, since a loss grows with its vertical's size."""
+    """A small chart of the training loss of each teacher. Each has its own axis, since a loss grows with its vertical's size."""
     charts = []
     for vertical, curves in _runs_below("teachers/", runs).items():
         loss = curves.get("train/loss")
@@ -53,9 +54,10 @@ def draw_teacher_charts(runs: Mapping[str, Curves], looks: Mapping[str, str]) ->
 
 
 def summarise_runs(runs: Mapping[str, Curves]) -> list[list[str]]:
-    """One table row per run, students first.
+    """A row for each run, students first.
 
-    Name, steps, final loss, best AP on val with its step, samples/s, share of time waiting for data, gradient norm.
+    The columns are: name, steps, final loss, best AP on val and its step, and the medians of the samples per second, of the share
+    of time spent waiting for data, and of the norm of the gradient.
     """
     rows = []
     for run, curves in sorted(runs.items(), key=lambda item: not item[0].startswith("students/")):
@@ -76,7 +78,7 @@ def summarise_runs(runs: Mapping[str, Curves]) -> list[list[str]]:
 
 
 def build_pace_part(runs: Mapping[str, Curves], order: Sequence[str], subject: str) -> PacePart | None:
-    """gamma of the subject (else of the first run below students/ that has one); None where no run paces."""
+    """The gamma of the subject, or if it has none, of the first student that has; None if no student has a gamma."""
     students = _runs_below("students/", runs)
     for run in sorted(students, key=lambda name: name != subject):
         gammas = _by_vertical(students[run], "train/", "/gamma", order)
@@ -114,7 +116,7 @@ def build_pace_part(runs: Mapping[str, Curves], order: Sequence[str], subject: s
 def draw_vertical_charts(
     runs: Mapping[str, Curves], looks: Mapping[str, str], order: Sequence[str], prefix: str, suffix: str
 ) -> Markup:
-    """One small chart per vertical of the keys `prefix + VERTICAL + suffix`, with one line per student run."""
+    """A small chart for each vertical, of the curves with the key `prefix + VERTICAL + suffix`, with a line for each student."""
     found = {run: _by_vertical(c, prefix, suffix, order) for run, c in _runs_below("students/", runs).items()}
     found = {run: curves for run, curves in found.items() if curves}
     if not found:
@@ -134,7 +136,7 @@ def draw_vertical_charts(
 
 
 def verticals_in_curves(runs: Mapping[str, Curves]) -> list[str]:
-    """Every VERTICAL that some run logged as train/VERTICAL/gamma, train/VERTICAL/loss or val/VERTICAL/ap."""
+    """The verticals of all runs: each VERTICAL of a key train/VERTICAL/gamma, train/VERTICAL/loss or val/VERTICAL/ap."""
     forms = (("train/", "/gamma"), ("train/", "/loss"), ("val/", "/ap"))
     found = [
         key[len(prefix) : -len(suffix)]
@@ -147,10 +149,12 @@ def verticals_in_curves(runs: Mapping[str, Curves]) -> list[str]:
 
 
 def _runs_below(folder: str, runs: Mapping[str, Curves]) -> dict[str, Curves]:
+    """The runs whose name begins with `folder`, by the rest of the name."""
     return {run.removeprefix(folder): curves for run, curves in runs.items() if run.startswith(folder)}
 
 
 def _by_vertical(curves: Curves, prefix: str, suffix: str, order: Sequence[str]) -> dict[str, np.ndarray]:
+    """The curves with the keys `prefix + VERTICAL + suffix`, by vertical."""
     return {v: curves[f"{prefix}{v}{suffix}"] for v in order if f"{prefix}{v}{suffix}" in curves}
 
 
@@ -164,14 +168,14 @@ def _series_of(runs: Mapping[str, Curves], key: str, looks: Mapping[str, str]) -
 
 
 def _scale_for(series: Sequence[Series]) -> str:
-    """A logarithmic axis where the values are positive and span more than a factor of eight."""
+    """`log` if all values are positive and span more than a factor of eight, otherwise `linear`."""
     low = min((float(s.points[:, 1].min()) for s in series), default=0.0)
     high = max((float(s.points[:, 1].max()) for s in series), default=0.0)
     return "log" if low > 0 and high > 8 * low else "linear"
 
 
 def _hue(number: int) -> str:
-    # Neighbours in the order are far apart on the colour wheel: the golden angle never comes near an earlier hue soon.
+    # Steps of the golden angle around the colour wheel keep each hue far from the few before it.
     return plain(f"hsl({math.fmod(222 + 137.508 * number, 360):.0f} var(--line-saturation) var(--line-lightness))")
 
 

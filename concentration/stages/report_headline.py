@@ -1,4 +1,7 @@
-"""The first part of the report: which model is how good, at what cost, and how much of the gap the student closes."""
+"""The first part of the report: how good each network is, what it costs, and how much of the gap the student closes.
+
+The gap is the one between the generalist and the specialists.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,9 +22,9 @@ from concentration.stages.report_values import (
     format_short,
 )
 
-#: What the page's network is measured against, and a gap that it closes a part of.
+#: The two references that the page's subject is compared with, at the lower and the upper end of the gap.
 LOW, HIGH = "generalist", "specialists"
-#: A gap that one decimal of a percentage cannot show has no share worth stating.
+#: Differences below this are called level, since percentages with one decimal do not show them.
 SMALLEST_GAP = 0.0005
 METRICS = {
     "mpvap": "mpvap",
@@ -35,7 +38,10 @@ METRICS = {
 
 
 def describe_gap(evaluations: Mapping[str, Mapping[str, Any]], subject: str, metric: str = "mpvap") -> str:
-    """One sentence on how much of the gap from the generalist to the specialists the subject closes, in any order."""
+    """A sentence on how much of the gap from the generalist to the specialists the subject closes.
+
+    It fits any order of the three, and any of them may be missing.
+    """
     roles = (LOW, subject, HIGH)
     values = {name: as_number(as_mapping(evaluations.get(name)).get(metric)) for name in roles}
     missing = [name for name in dict.fromkeys(roles) if values[name] is None]
@@ -67,7 +73,8 @@ def describe_gap(evaluations: Mapping[str, Mapping[str, Any]], subject: str, met
 
 
 def describe_gap_log_softmax(evaluations: Mapping[str, Mapping[str, Any]], subject: str) -> str:
-    """The same sentence once scores are comparable across samples; empty unless all three are known."""
+    """The same sentence for mpvap after log-softmax, which makes scores comparable across samples; empty if one of the three is
+    missing."""
     values = [as_number(as_mapping(evaluations.get(name)).get("mpvap_log_softmax")) for name in (LOW, subject, HIGH)]
     if subject in (LOW, HIGH) or any(value is None for value in values):
         return ""
@@ -75,20 +82,20 @@ def describe_gap_log_softmax(evaluations: Mapping[str, Mapping[str, Any]], subje
 
 
 def subject_of(evaluations: Mapping[str, Mapping]) -> str:
-    """Whom the page is about where nobody said it: the student, else the first that is no reference."""
+    """The network that the page is about if none was named: the student, or else the first that is no reference."""
     others = [name for name in evaluations if name not in (LOW, HIGH)]
     return "student" if "student" in evaluations else next(iter([*others, *evaluations]), "")
 
 
 def find_unmeasured(evaluation: Mapping[str, Any]) -> list[str]:
-    """The verticals that no sample has a label of, and that are in no mean."""
+    """The verticals without a labelled test sample; they have no AP, and are in no mean."""
     measured = as_mapping(evaluation.get("pvap"))
     verticals = dict.fromkeys(as_texts([c.get("vertical") for c in as_mappings(evaluation.get("classes"))]))
     return [vertical for vertical in verticals if vertical not in measured]
 
 
 def draw_headline_scale(evaluations: Mapping[str, Mapping], subject: str, looks: Mapping[str, str]) -> Markup:
-    """Where the subject stands between the two references; nothing unless all three are known."""
+    """The subject between the two references on a line; empty unless the mpvap of three networks is known."""
     bars = [
         Bar(name, value, looks[name])
         for name in (LOW, HIGH, subject)
@@ -98,7 +105,11 @@ def draw_headline_scale(evaluations: Mapping[str, Mapping], subject: str, looks:
 
 
 def build_tiles(evaluations: Mapping[str, Mapping], subject: str, sizes: Mapping[str, int]) -> list[dict[str, str]]:
-    """Four numbers that say what the subject is: accuracy, its cost, and on how much it was measured."""
+    """Up to four numbers about the subject: its mpvap, top-1, parameters and classes, each with a note.
+
+    Args:
+        sizes: the number of classes of each vertical.
+    """
     evaluation, generalist = evaluations.get(subject, {}), evaluations.get("generalist", {})
     tiles = []
     for metric, label in (("mpvap", "mpvap"), ("top1", "top-1 over all classes")):
@@ -123,9 +134,11 @@ def build_tiles(evaluations: Mapping[str, Mapping], subject: str, sizes: Mapping
 
 
 def build_headline_table(evaluations: Mapping[str, Mapping], elsewhere: Mapping[str, Mapping]) -> dict[str, Any]:
-    """Column titles and rows of the first table; a metric that no evaluation has is no column.
+    """The columns and rows of the first table. A metric that no evaluation has gets no column.
 
-    Of `elsewhere`, rows by the test images that they were measured on, none of them best at anything.
+    Args:
+        evaluations: the evaluations on the same test images; the best value of each column is marked.
+        elsewhere: the evaluations on other test images; their rows are grouped by images, and none is marked.
     """
     everything = {**evaluations, **elsewhere}
     values = {m: {n: as_number(e.get(m)) for n, e in everything.items()} for m in METRICS}
@@ -159,7 +172,7 @@ def _cell(text: str, is_best: bool = False, title: str = "") -> dict[str, Any]:
 
 
 def _format_share(share: float) -> str:
-    """Whole percents; what falls short of all of it is never rounded up to 100%."""
+    """A share as whole percents; only a complete one is 100%."""
     text = f"{share:.0%}".replace("-", "−")
     return "over 99%" if text == "100%" and share < 0.9999 else text
 

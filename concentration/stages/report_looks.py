@@ -1,28 +1,29 @@
-"""How the report draws each network, the same in all charts: by its colour, and where networks outnumber colours, also by dashes
-and the shape of marks.
+"""Gives each network its look, which is the same in all charts of the report.
 
-A look is a text of CSS custom properties: `--c` the colour; `--d` the dashes of a line; `--cap` and `--hole` the shape of a
-mark, and what fills its middle; `--s`, `--w`, `--h` and `--r` the background, width, height and corners of its swatch. What is
-not given is plain.
+Networks differ by their colours and, if there are more networks than colours, by dashes and the shape of marks, too. A look is a
+text of CSS custom properties: `--c` is the colour; `--d` the dashes of a line; `--cap` the shape of a mark and `--hole` what
+fills its middle; `--s`, `--w`, `--h` and `--r` are the background, width, height and corners of the swatch in a legend. A
+property that is not given has its plain value.
 """
 
 from collections.abc import Sequence
 from itertools import accumulate
 
-#: The numbers of these networks' colours in the page's palette, which no other network has.
+#: The networks with a colour of their own, and its number in the page's palette.
 RESERVED = {"generalist": 0, "student": 1, "specialists": 2}
-#: Of the others' colours, and for each time that all of them are used again, pixels of strokes and gaps.
+#: The numbers of the other networks' colours; and the dashes (pixels of strokes and gaps) for the first time that all these
+#: colours are used, the second time, and so on.
 COLORS = range(3, 10)
 DASHES = ((), (7, 4), (2, 4), (11, 3, 3, 3))
 
 
 def plain(color: str) -> str:
-    """The look of what has a CSS colour and nothing else."""
+    """The look with this CSS colour, and all else plain."""
     return f"--c:{color}"
 
 
 def assign_looks(names: Sequence[str]) -> dict[str, str]:
-    """The looks of these networks and of those with a reserved colour; 28 others differ, and then they repeat."""
+    """The looks of these networks, and of those with a colour of their own. After 28 others, looks repeat."""
     looks = {name: plain(f"var(--m{number})") for name, number in RESERVED.items()}
     others = [name for name in dict.fromkeys(names) if name not in RESERVED]
     for number, name in enumerate(others):
@@ -32,6 +33,7 @@ def assign_looks(names: Sequence[str]) -> dict[str, str]:
 
 
 def _describe_dashes(again: int) -> str:
+    """The properties of dashes, swatch and marks when the colours are used for the (`again` + 1)-th time."""
     dashes = DASHES[again]
     if not dashes:
         return ""

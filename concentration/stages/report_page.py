@@ -1,6 +1,6 @@
-"""The report as one self-contained HTML page: evaluations, curves and configurations in, text out. No file is written.
+"""Builds the report as the text of one self-contained HTML page, from evaluations, curves and configurations.
 
-The page shows whatever is there and leaves out what is not: an evaluation made by hand may hold nothing but `mpvap`.
+The page shows what there is and leaves out the rest: an evaluation made by hand may hold nothing but `mpvap`.
 """
 
 import base64
@@ -54,44 +54,44 @@ UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufdd
 
 @dataclass(frozen=True)
 class ReportInputs:
-    """What the page is made of, as parsed from the run directory; names map to entries in display order."""
+    """What the page is made of: the parsed files of a working directory. Mappings are in the order in which they are shown."""
 
     title: str
     workdir: str
-    #: evaluations/NAME.json by NAME, all on the same test images.
+    #: The content of each evaluations/NAME.json by NAME; all are on the same test images.
     evaluations: Mapping[str, Mapping[str, Any]]
-    #: Of `evaluations`, whom the page is about; "" takes the student, or the first that is no reference.
+    #: The evaluation that the page is about; "" takes the student, or the first that is no reference.
     subject: str = ""
-    #: Those on other test images, which are compared with none of the former.
+    #: The evaluations on other test images, which cannot be compared with those above.
     elsewhere: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    #: Which trainings took few steps; empty where none did.
+    #: A sentence on the trainings that took few steps; empty if none did.
     short_trainings: str = ""
-    #: The lines of metrics.jsonl by run, as in "students/generalist" or "teachers/latin".
+    #: The parsed lines of metrics.jsonl by run, such as "students/generalist" or "teachers/latin".
     curves: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
-    #: The resolved configuration by run.
+    #: The resolved configuration of each run.
     configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    #: What stored targets are and took, by set, one entry a vertical; and the students' speeds (`report_targets`).
+    #: The stored sets of targets with an entry for each vertical, and the speeds of the students (`report_targets`).
     target_sets: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
     students: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    #: gates/VERTICAL.json by vertical, and the student and its teachers compared (`report_comparison`).
+    #: The content of each gates/VERTICAL.json, and how the student agrees with its teachers (`report_comparison`).
     gates: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     agreement: Mapping[str, Any] | None = None
-    #: Two evaluations, the one in service first, and how their answers agree.
+    #: The names of two evaluations to compare, that of the network in service first, and how their answers agree.
     compare: Sequence[str] = ()
     compare_agreement: Mapping[str, Any] | None = None
-    #: calibrations/NAME.json by NAME.
+    #: The content of each calibrations/NAME.json by NAME.
     calibrations: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    #: A PNG and a table of the classes and images that were prepared.
+    #: A PNG that shows the prepared data, and a text that describes it.
     data_picture: bytes = b""
     data_text: str = ""
-    #: How to reproduce, one command line each.
+    #: The command lines that reproduce the results.
     commands: Sequence[str] = ()
-    #: Machine, commit, date, versions, durations.
+    #: Facts on the machine, the commit, the date, versions and durations.
     facts: Mapping[str, str] = field(default_factory=dict)
 
 
 def build_report_page(inputs: ReportInputs) -> str:
-    """The report as HTML text that loads nothing from elsewhere. Names are escaped; missing values are dashes."""
+    """The report as the text of an HTML page that loads nothing. Names are escaped, and missing values are dashes."""
     evaluations = {name: as_mapping(evaluation) for name, evaluation in inputs.evaluations.items()}
     elsewhere = {name: as_mapping(evaluation) for name, evaluation in inputs.elsewhere.items()}
     everything = {**evaluations, **elsewhere}
@@ -156,7 +156,7 @@ def _load_template() -> jinja2.Template:
 
 
 def _vertical_sizes(evaluations: Mapping[str, Mapping]) -> dict[str, int]:
-    """Number of classes by vertical, from the first evaluation that lists its classes."""
+    """The number of classes of each vertical, from the first evaluation that lists its classes."""
     for evaluation in evaluations.values():
         names = [str(c["vertical"]) for c in as_mappings(evaluation.get("classes")) if "vertical" in c]
         if names:
@@ -165,7 +165,7 @@ def _vertical_sizes(evaluations: Mapping[str, Mapping]) -> dict[str, int]:
 
 
 def _verticals_of(evaluations: Mapping[str, Mapping], subject: str, sizes: Mapping[str, int]) -> list[str]:
-    """All verticals that an evaluation has an AP for, the subject's best first."""
+    """All verticals, those in which the subject has the highest AP first."""
     found = dict.fromkeys(v for e in evaluations.values() for v in as_mapping(e.get("pvap")))
     found |= dict.fromkeys(sizes)
     own = as_mapping(evaluations.get(subject, {}).get("pvap"))
@@ -173,7 +173,7 @@ def _verticals_of(evaluations: Mapping[str, Mapping], subject: str, sizes: Mappi
 
 
 def _models_in_charts(evaluations: Mapping[str, Mapping], subject: str) -> list[str]:
-    """The subject and its references, or where none of these was evaluated the first three evaluations, itself among them."""
+    """The networks that charts show: the subject and its references, or if it stands alone, the first two others with it."""
     found = [name for name in dict.fromkeys((LOW, subject, HIGH)) if name in evaluations]
     return found if len(found) > 1 else list(dict.fromkeys([*found, *evaluations]))[:3]
 
@@ -195,7 +195,7 @@ def _build_bars(
 def _build_pvap_table(
     evaluations: Mapping[str, Mapping], verticals: Sequence[str], sizes: Mapping[str, int]
 ) -> list[dict[str, Any]]:
-    """By vertical and evaluation: AP, and AP with log-softmax."""
+    """A row for each vertical: of each evaluation, the AP and the AP after log-softmax."""
     return [
         {
             "name": vertical,
@@ -213,7 +213,7 @@ def _build_pvap_table(
 
 
 def _build_gallery(evaluations: Mapping[str, Mapping], subject: str) -> dict[str, Any]:
-    """Test images with what the subject says of them; of another model where the subject has no gallery."""
+    """Test images with the subject's answers, or if it has no gallery, with those of the first network that has."""
     named = {name: as_mappings(evaluation.get("gallery")) for name, evaluation in evaluations.items()}
     model = next((name for name in [subject, *named] if named.get(name)), "")
     return {"model": model, "cards": [_build_card(entry) for entry in named.get(model, [])[:NUM_IMAGES_SHOWN]]}
@@ -234,7 +234,7 @@ def _build_card(entry: Mapping) -> dict[str, Any]:
             }
         )
     return {
-        # NOTE: only a data URI of a bitmap is an image here: an address would be a request, an SVG may hold scripts.
+        # NOTE: only a data URI of a bitmap is shown: the page would request an address, and an SVG may contain scripts.
         "image": image if IMAGE_URI.fullmatch(image) else "",
         "is_small": _is_small(image),
         "key": str(entry.get("key", "")),
@@ -245,7 +245,7 @@ def _build_card(entry: Mapping) -> dict[str, Any]:
 
 
 def _lineage(prediction: Mapping) -> list[str]:
-    """From the vertical to the class itself."""
+    """The names from the vertical down to the class itself."""
     path = as_texts(prediction.get("lineage"))
     name, vertical = str(prediction.get("name", "?")), str(prediction.get("vertical", ""))
     if not path or path[-1] != name:
@@ -254,13 +254,13 @@ def _lineage(prediction: Mapping) -> list[str]:
 
 
 def _is_small(image: str) -> bool:
-    """Whether a PNG is so small that enlarging it should show its pixels rather than blur them."""
+    """Whether an image is a PNG so small that it should be enlarged without blurring its pixels."""
     header = base64.b64decode(image.partition("base64,")[2][:32]) if IMAGE_URI.fullmatch(image) else b""
     return header[:4] == b"\x89PNG" and 0 < int.from_bytes(header[16:20], "big") <= SMALL_IMAGE_PIXELS
 
 
 def _build_class_tables(evaluations: Mapping[str, Mapping], subject: str, charted: Sequence[str]) -> dict[str, Any]:
-    """The leaf classes that the subject finds hardest and easiest, with the AP of the other models in the charts."""
+    """The leaves with the lowest and with the highest AP of the subject, with the AP of the other networks in charts."""
     models = [subject, *(m for m in charted if m != subject)] if subject else []
     ap_of = {
         m: {str(c.get("id")): as_number(c.get("ap")) for c in as_mappings(evaluations[m].get("classes"))}
@@ -271,7 +271,7 @@ def _build_class_tables(evaluations: Mapping[str, Mapping], subject: str, charte
         ap = as_number(c.get("ap"))
         if ap is not None and c.get("is_leaf", True):
             leaves.append((ap, as_number(c.get("num_test")) or 0.0, c))
-    # Among equals the class with more test images says more, so it comes first in both tables.
+    # Of classes with the same AP, the one with more test images comes first in both tables, since its AP is more certain.
     hardest = sorted(leaves, key=lambda leaf: (leaf[0], -leaf[1]))[:NUM_CLASSES_SHOWN]
     easiest = sorted(leaves, key=lambda leaf: (-leaf[0], -leaf[1]))[:NUM_CLASSES_SHOWN]
     return {
@@ -297,7 +297,7 @@ def _class_row(c: Mapping, models: Sequence[str], ap_of: Mapping[str, Mapping[st
 def _build_frequency(
     evaluations: Mapping[str, Mapping], charted: Sequence[str], looks: Mapping[str, str]
 ) -> dict[str, Any]:
-    """AP of the classes with few, some and many training samples, by model."""
+    """Bars of the AP of classes with few, some and many training samples, for each network in charts."""
     models = [m for m in charted if as_mapping(evaluations[m].get("ap_by_frequency"))]
     bands = dict.fromkeys(band for m in models for band in as_mapping(evaluations[m]["ap_by_frequency"]))
     groups = []
@@ -310,7 +310,7 @@ def _build_frequency(
 
 
 def _compare_configs(configs: Mapping[str, Mapping], subject: str) -> list[tuple[str, str, str]]:
-    """Key, the generalist's and the subject's value, where the two differ; empty where one of them is not there."""
+    """(key, the generalist's value, the subject's value) of each key in which they differ; empty if one has no configuration."""
     generalist, own = (flatten_config(configs.get(f"students/{name}")) for name in (LOW, subject))
     if not generalist or not own:
         return []

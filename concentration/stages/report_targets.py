@@ -1,4 +1,4 @@
-"""The report's part on targets: what storing them took, and which was faster, stored targets or teachers in the loop."""
+"""The report's part on targets: what storing them took, and whether stored targets or teachers in the loop were faster."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,11 +9,12 @@ from concentration.stages.report_values import DASH, as_mapping, as_number, form
 def build_targets_part(
     target_sets: Mapping[str, Sequence[Mapping[str, Any]]], students: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Any] | None:
-    """Tables and a sentence; None where no student has soft targets.
+    """What the template shows on targets; None if no student has soft targets.
 
     Args:
-        target_sets: by name, one entry a vertical: codec, top_k, views, num_records, bytes_per_record, images_per_second.
-        students: by name: `targets` (the config), num_images (seen in training), images_per_second.
+        target_sets: for each stored set an entry for each vertical, with its codec, top_k, views, num_records, bytes_per_record
+            and images_per_second.
+        students: for each student its `targets` (the configuration), num_images (seen in training) and images_per_second.
     """
     sets = {name: _summarise_set([as_mapping(entry) for entry in entries]) for name, entries in target_sets.items()}
     rows = [_describe_student(name, as_mapping(student), sets) for name, student in students.items()]
@@ -28,6 +29,7 @@ def build_targets_part(
 
 
 def _summarise_set(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The records, bytes and seconds of all verticals of a stored set."""
     first = entries[0] if entries else {}
     records = [as_number(entry.get("num_records")) for entry in entries]
     sizes = [as_number(entry.get("bytes_per_record")) for entry in entries]
@@ -43,6 +45,7 @@ def _summarise_set(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def _describe_student(
     name: str, student: Mapping[str, Any], sets: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Any] | None:
+    """The rate of a student, and the seconds before and in training; None if it has no soft targets."""
     targets = as_mapping(student.get("targets"))
     kind = targets.get("kind")
     if kind not in ("soft", "online"):
@@ -61,7 +64,10 @@ def _describe_student(
 
 
 def _compare(rows: Sequence[Mapping[str, Any]]) -> str | None:
-    """The quickest student of each kind beside each other; None where one of the kinds is missing."""
+    """A sentence that compares the fastest student with stored targets and the fastest one with teachers in the loop.
+
+    None if there is no student of one of the kinds.
+    """
     best = {}
     for row in rows:
         if row["total"] is not None and row["total"] < best.get(row["kind"], {"total": float("inf")})["total"]:
@@ -78,6 +84,7 @@ def _compare(rows: Sequence[Mapping[str, Any]]) -> str | None:
 
 
 def _sum(values: Sequence[float | None]) -> float | None:
+    """The sum; None if there is no value, or one of them is unknown."""
     return sum(values) if values and all(value is not None for value in values) else None
 
 

@@ -1,4 +1,4 @@
-"""The report's comparison of quality with cost: which systems are worth their multiply-adds or parameters, and which are not."""
+"""The report's part on quality over cost: which systems are worth their multiply-adds or parameters (the Pareto front)."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,10 +11,10 @@ from concentration.stages.report_charts import Axis, draw_mark, spread_labels
 from concentration.stages.report_headline import METRICS
 from concentration.stages.report_values import as_mapping, as_number, format_percent, format_short, format_tick
 
-#: What is compared, each with a plot of its own.
+#: The metrics and the costs that are compared; each pair of them has a plot.
 QUALITIES = ("mpvap", "top1", "map_at_50")
 COSTS = {"multiply_adds": "multiply-adds an image", "active": "parameters that an image uses"}
-#: With fewer systems there is nothing to choose from.
+#: With fewer systems this part is left out.
 MIN_SYSTEMS = 4
 
 _LEAST_HEIGHT_PX, _LABEL_PX = 250, 14
@@ -22,7 +22,14 @@ _LEAST_HEIGHT_PX, _LABEL_PX = 250, 14
 
 @dataclass(frozen=True)
 class System:
-    """What is known of one evaluated system; `num_parameters` are all that it holds, `costs` those of one image."""
+    """One evaluated system.
+
+    Attributes:
+        name, look: what it is called, and how it is drawn (`report_looks`).
+        qualities: the value of each metric; None if unknown.
+        costs: the multiply-adds for an image, and the parameters that an image uses; None if unknown.
+        num_parameters: all parameters that the system has.
+    """
 
     name: str
     look: str
@@ -32,7 +39,7 @@ class System:
 
 
 def build_tradeoff_part(evaluations: Mapping[str, Mapping], looks: Mapping[str, str]) -> dict[str, Any]:
-    """Plots and rows of the comparison; empty where too few systems are known with their cost."""
+    """The plots and rows of the comparison; empty if there are fewer than `MIN_SYSTEMS` systems with known mpvap and cost."""
     systems = [_read_system(name, evaluation, looks[name]) for name, evaluation in evaluations.items()]
     systems = [system for system in systems if system.costs["multiply_adds"] and system.qualities["mpvap"] is not None]
     if len(systems) < MIN_SYSTEMS:
@@ -56,7 +63,7 @@ def build_tradeoff_part(evaluations: Mapping[str, Mapping], looks: Mapping[str, 
 
 
 def find_front(systems: Sequence[System], quality: str, cost: str) -> list[str]:
-    """The names of the systems that none is better than at the same cost or less, by rising cost (the Pareto front)."""
+    """The Pareto front: the names of the systems that are better than all with the same cost or less, by ascending cost."""
     known = [s for s in systems if s.qualities[quality] is not None and s.costs[cost] is not None]
     front: list[str] = []
     best = -math.inf
@@ -75,7 +82,7 @@ def _read_system(name: str, evaluation: Mapping, look: str) -> System:
 
 
 def _draw_plot(systems: Sequence[System], quality: str, cost: str) -> Markup:
-    """Points with their names at the right, and the front as a line of steps."""
+    """A plot with a named point for each system, and the Pareto front as a line of steps."""
     known = [s for s in systems if s.qualities[quality] is not None and s.costs[cost]]
     if not known:
         return Markup("")
@@ -109,7 +116,7 @@ def _say(system: System, quality: str, cost: str) -> str:
 
 
 def _widen(values: Sequence[float], scale: str) -> Axis:
-    """An axis on which no point lies at the edge."""
+    """An axis a little wider than the values, so that no point lies on the edge."""
     low, high = min(values), max(values)
     if scale == "log":
         factor = max((high / low) ** 0.06, 1.05)
@@ -119,13 +126,13 @@ def _widen(values: Sequence[float], scale: str) -> Axis:
 
 
 def _place(system: System, quality: str, cost: str, x_axis: Axis, y_axis: Axis) -> tuple[float, float]:
-    """Across and down, from 0 to 1000."""
+    """The place of a system in the plot: across and down, each from 0 to 1000."""
     across, up = x_axis.position(system.costs[cost]), y_axis.position(system.qualities[quality])
     return 1000 * float(across), 1000 * (1 - float(up))
 
 
 def _draw_steps(front: Sequence[tuple[float, float]]) -> str:
-    """What can be had at a cost: level from each point of the front to the next, and on to the edge."""
+    """The path of the front: level from each point to the cost of the next, and from the last one to the edge."""
     path = f"M{front[0][0]:.0f} {front[0][1]:.0f}"
     for across, down in front[1:]:
         path += f"H{across:.0f}V{down:.0f}"
@@ -147,12 +154,12 @@ def _draw_grid(x_axis: Axis, y_axis: Axis) -> Markup:
 
 
 def _height_px(systems: Sequence[System]) -> int:
-    """With a line for the name of each."""
+    """The height of a plot, which has room for the names of all systems."""
     return max(_LEAST_HEIGHT_PX, _LABEL_PX * len(systems))
 
 
 def _draw_names(systems: Sequence[System], places: Mapping[str, tuple[float, float]]) -> Markup:
-    """At the right edge, each at the height of its point where there is room."""
+    """The names of the systems at the right edge, each as near to the height of its point as there is room."""
     height = _height_px(systems)
     wanted = [height * places[s.name][1] / 1000 for s in systems]
     placed = spread_labels(wanted, _LABEL_PX, height)

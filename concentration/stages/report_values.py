@@ -1,7 +1,8 @@
-"""Numbers of the report: read from JSON that may lack them, thinned to what a screen can show, written as text.
+"""Values of the report: reads numbers from JSON that may lack them, thins curves to what a screen can show, and formats numbers.
 
-Everything here is pure and forgiving, because the report is often opened to find out what went wrong: a value that is
-missing or not finite becomes None and is shown as a dash.
+Nothing here raises for wrong input, since a report is often opened to find out what went wrong: a value that is missing or not
+finite becomes None, and is shown as a dash.
+
 Shapes: N logged points of one curve.
 """
 
@@ -12,40 +13,43 @@ from dataclasses import dataclass
 import numpy as np
 
 DASH = "–"
-#: Beyond this no metric is real, and the arithmetic of axes would overflow.
+#: Larger numbers are not read: no metric has such a value, and the arithmetic of axes would overflow.
 LARGEST = 1e100
 
 
 def as_number(value: object) -> float | None:
-    """The value as a finite float; None for everything that is no such number (text, null, NaN, true, 1e200)."""
+    """The value as a finite float; None if it is no number, or not finite, or beyond `LARGEST`. A bool is no number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     try:
         number = float(value)
     except OverflowError:
         return None
-    return number if abs(number) < LARGEST else None  # NaN compares as false
+    return number if abs(number) < LARGEST else None  # the comparison is false for NaN
 
 
 def as_mapping(value: object) -> Mapping:
+    """The value, or an empty mapping if it is none."""
     return value if isinstance(value, Mapping) else {}
 
 
 def as_mappings(value: object) -> list[Mapping]:
-    """The mappings in a list; what is no list, or no mapping in it, is left out."""
+    """The mappings in a list; other elements are left out, and what is no list counts as an empty one."""
     return [entry for entry in value if isinstance(entry, Mapping)] if isinstance(value, (list, tuple)) else []
 
 
 def as_texts(value: object) -> list[str]:
+    """The elements of a list as texts; what is no list counts as an empty one."""
     return [str(entry) for entry in value] if isinstance(value, (list, tuple)) else []
 
 
 def format_percent(fraction: float | None) -> str:
+    """A fraction as a percentage with one decimal: 12.3%."""
     return DASH if fraction is None else f"{100 * fraction:.1f}%"
 
 
 def format_points(difference: float | None) -> str:
-    """A difference of two fractions in signed percentage points, with a true minus sign."""
+    """A difference of two fractions in percentage points, with its sign and one decimal: +1.2."""
     if difference is None:
         return DASH
     text = f"{100 * difference:+.1f}"
@@ -53,15 +57,16 @@ def format_points(difference: float | None) -> str:
 
 
 def format_count(value: float | None) -> str:
+    """A whole number with commas: 12,345."""
     return DASH if value is None else f"{value:,.0f}"
 
 
 def format_short(value: float | None) -> str:
-    """Three significant digits with a unit: 4.93M, 131k, 0.0125."""
+    """A number with three significant digits and a unit: 4.93M, 131k, 0.0125."""
     if value is None:
         return DASH
     size = abs(value)
-    # NOTE: 999.7 rounds to 1,000, so each unit starts a little early; `k` starts late, "4,000" reads better than "4k".
+    # Each unit starts a little early, since 999.7 rounds to 1,000; `k` starts late, since "4,000" reads better than "4k".
     for unit, start, one in (("T", 999.5e9, 1e12), ("G", 999.5e6, 1e9), ("M", 999.5e3, 1e6), ("k", 9999.5, 1e3)):
         if size >= start:
             return f"{value / one:.3g}{unit}".replace("-", "−")
@@ -69,7 +74,7 @@ def format_short(value: float | None) -> str:
 
 
 def format_tick(value: float) -> str:
-    """As short as the value allows, for an axis: 0, 0.25, 5k, 2M."""
+    """A round number as briefly as possible, for an axis: 0, 0.25, 5k, 2M."""
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if abs(value) >= size:
             return f"{value / size:g}{unit}".replace("-", "−")
@@ -77,9 +82,9 @@ def format_tick(value: float) -> str:
 
 
 def read_curves(lines: Iterable[object]) -> dict[str, np.ndarray]:
-    """The curves of one metrics.jsonl by key, each (N, 2) of step and value, sorted by step.
+    """The curves of one metrics.jsonl by key, each (N, 2) float64: step and value, sorted by step.
 
-    A resumed run writes some steps a second time: the later value stands. Values that are not finite are left out.
+    A resumed run logs some steps again; the later value counts. Values that are not finite are left out.
     """
     recorded: dict[str, dict[float, float]] = {}
     for line in lines:
@@ -95,7 +100,12 @@ def read_curves(lines: Iterable[object]) -> dict[str, np.ndarray]:
 
 @dataclass(frozen=True)
 class ThinCurve:
-    """A curve with few points: the mean of each bucket, and the least and the largest value in it. All are (N,)."""
+    """A curve with few points, each the mean of a bucket of neighbouring points.
+
+    Attributes:
+        x, y: (N,) the mean step and value of each bucket.
+        low, high: (N,) the smallest and the largest value in it.
+    """
 
     x: np.ndarray
     y: np.ndarray
@@ -104,7 +114,7 @@ class ThinCurve:
 
 
 def thin_curve(points: np.ndarray, max_points: int) -> ThinCurve:
-    """At most `max_points` buckets of (almost) equally many neighbouring points of an (N, 2) curve."""
+    """Thins a curve, (N, 2), to at most `max_points` buckets with about equally many points."""
     if len(points) <= max_points:
         return ThinCurve(points[:, 0], points[:, 1], points[:, 1], points[:, 1])
     buckets = np.array_split(points, max_points)
@@ -117,7 +127,7 @@ def thin_curve(points: np.ndarray, max_points: int) -> ThinCurve:
 
 
 def flatten_config(config: object, prefix: str = "") -> dict[str, str]:
-    """Dotted keys and their values as JSON text, in the order of the config; texts are shown without quotes."""
+    """The values of a nested configuration as JSON by dotted key, in its order; texts have no quotes."""
     flat: dict[str, str] = {}
     for key, value in as_mapping(config).items():
         if isinstance(value, Mapping) and value:
