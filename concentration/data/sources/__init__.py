@@ -1,4 +1,4 @@
-"""Where images come from: one config class a source, told apart by `kind`."""
+"""The sources of images for `prepare`: each has a configuration class, and their `kind` tells them apart."""
 
 from typing import Annotated
 
@@ -43,7 +43,7 @@ def build_source(config: ImagesConfig) -> Source:
 
 
 def list_places(config: ImagesConfig | ShardsConfig) -> dict[str, str]:
-    """By key: where images lie that are one's own. What is drawn is the same wherever its fonts are."""
+    """The folders and files of the user's own images, by key. Sources that draw their images have none."""
     if not isinstance(config, ImageFilesConfig | ShardsConfig):
         return {}
     given = {name: getattr(config, name, None) for name in ("path", "root", "annotations")}

@@ -1,4 +1,4 @@
-"""`data=csv`: a table with a row for every image: its path and its labels, perhaps its split and its group."""
+"""`data=csv`: a table with a row for every image: its path and its labels, and if known its split and its group."""
 
 import functools
 import os
@@ -26,16 +26,16 @@ from concentration.taxonomy import Taxonomy
 
 
 class CsvConfig(ImageFilesConfig):
-    """Which columns of which table say what.
+    """The table, and what its columns mean.
 
-    path: the table, with a header; columns are parted by tabs in .tsv, by commas otherwise.
-    root: the folder that the images' paths start from; None is the table's.
+    path: the table, with a header; columns are separated by tabs in a .tsv, and by commas otherwise.
+    root: the folder that the images' paths are relative to; None is the folder of the table.
     taxonomy: a taxonomy.json; without it every label is a class: CLASS, or VERTICAL/CLASS and deeper, as with image_folder.
-    path_column, labels_column: names in the header.
-    label_separator: stands between the labels of one image.
-    split_column: holds train, val or test, or another of a split's names as with image_folder, or nothing, which is train; None
-        is `split`, where there is such a column.
-    split: `split.group` is a column; images with the same text in it stay together, those with none are by themselves.
+    path_column, labels_column: the names of the columns with the image's path and labels.
+    label_separator: the text between two labels of an image.
+    split_column: the name of the column with the split: train, val, test, another of their names as with image_folder, or
+        nothing, which is train; None takes the column `split`, if there is one.
+    split: `split.group` is the name of a column; images with the same text in it stay in one split. An empty text is no group.
     """
 
     runtime_fields: ClassVar[frozenset[str]] = ImageFilesConfig.runtime_fields | {"path", "root"}
@@ -51,11 +51,11 @@ class CsvConfig(ImageFilesConfig):
 
 
 class CsvSource(LocalSource):
-    """Implements `Source` over the rows of a table; images are not looked at before they are read.
+    """The `Source` of the rows of a table. Listing does not look at the images.
 
     Raises:
-        DataError: the table or a column is missing, a row is not as it should be, two rows are of one image, or a label is
-            not in the taxonomy.
+        DataError: the table or a column is missing, a row has another form, two rows are of the same image, or a label is not in
+            the taxonomy.
     """
 
     def __init__(self, config: CsvConfig):
@@ -64,7 +64,8 @@ class CsvSource(LocalSource):
         self.split = config.split
 
     def __getstate__(self) -> dict[str, object]:
-        return {"_config": self._config, "_root": self._root, "split": self.split}  # workers need no listing
+        # Without the listing, which workers do not need.
+        return {"_config": self._config, "_root": self._root, "split": self.split}
 
     def build_taxonomy(self) -> Taxonomy:
         if self._config.taxonomy is not None:
@@ -95,7 +96,7 @@ class CsvSource(LocalSource):
         _, header = next(rows, (1, []))
         columns = _find_columns(config, header)
         root = os.path.abspath(self._root)
-        seen: dict[str, tuple[int, str]] = {}  # by the file, however its path is written
+        seen: dict[str, tuple[int, str]] = {}  # by absolute path: one file may be written in several ways
         items = []
         for line, row in rows:
             where = f"{config.path}, line {line}"
@@ -151,7 +152,7 @@ def _check_path(text: str, where: str) -> str:
 
 
 def _check_label(label: str, classes: Mapping[str, int] | None, where: str, config: CsvConfig) -> None:
-    """Without a taxonomy a label is a path, none of whose parts is empty."""
+    """Raises: DataError if the label is not in the taxonomy (`classes`), or if without one it has an empty part."""
     if not label or (classes is None and not all(label.split("/"))):
         raise DataError(f"{where}: a label is '{label}'; expected LABEL or {_several(config)}")
     if classes is not None and label not in classes:

@@ -1,7 +1,7 @@
-"""`data=glyph_scenes`: several characters on one image, labelled with all of them, as photographs are with hashtags.
+"""`data=glyph_scenes`: images of several characters, each labelled with all of them, as photographs are with hashtags.
 
-Every image has a *topic*. A topic prefers some characters, of any vertical, so that these come together; characters are
-popular by Zipf's law, so that a few are everywhere and most are rare. Splits are by typeface, as in `glyphs`.
+Every image has a *topic*, which makes some characters of any verticals more likely, so that these occur together. The popularity
+of characters follows Zipf's law: a few are frequent and most are rare. Splits are by typeface, as in `glyphs`.
 
 Shapes: N images of a split, T topics, L leaves (characters), K places (or candidates for the characters) of an image.
 """
@@ -21,13 +21,13 @@ from concentration.data.views import ViewConfig
 from concentration.schema import Config
 from concentration.taxonomy import Taxonomy
 
-#: A character belongs to so many topics.
+#: How many topics prefer a character.
 _HOMES = 2
-#: Characters are drawn for each place of an image, since some come twice and are dropped.
+#: How many candidates are drawn for each character of an image, since those that come twice are dropped.
 _CANDIDATES_PER_PLACE = 4
-#: A character lies off the middle of its cell by up to this share of the cell's side.
+#: How far a character may lie from the middle of its cell, as a share of the cell's side.
 _JITTER = 0.2
-#: One stream of random numbers per purpose.
+#: The number of the random stream of each purpose.
 _POPULARITY, _HOME, _TOPIC, _COUNT, _CHARACTER, _CELL, _FACE, _SHIFT = range(20, 28)
 
 
@@ -78,13 +78,13 @@ class GlyphScenesConfig(Config):
 
 
 class GlyphScenesSource(LocalSource):
-    """Draws images of several characters. An image depends on the config and its number, and on nothing else.
+    """Draws images of several characters. An image depends on nothing but the configuration and its number.
 
     Raises:
         ConfigError: as `GlyphSource`.
     """
 
-    #: Typefaces decide: nothing is cut off.
+    #: Unused, since typefaces decide which split a drawing is in.
     split = SplitConfig()
 
     def __init__(self, config: GlyphScenesConfig):
@@ -100,7 +100,7 @@ class GlyphScenesSource(LocalSource):
         )
 
     def build_taxonomy(self) -> Taxonomy:
-        """That of `glyphs`."""
+        """The taxonomy of `glyphs`."""
         return self._glyphs.build_taxonomy()
 
     def list_items(self) -> list[Item]:
@@ -120,7 +120,7 @@ class GlyphScenesSource(LocalSource):
         return "png", encode_png(scene)
 
     def topic_probabilities(self) -> np.ndarray:
-        """(T, L) how likely each topic makes each of `GlyphSource.characters`."""
+        """(T, L) float64: the probability of each of `GlyphSource.characters` in each topic."""
         config, num_leaves = self._config, len(self._glyphs.characters)
         rank_L = permutation(num_leaves, config.seed, _POPULARITY)
         popularity_L = (1.0 + rank_L) ** -config.tail
@@ -131,7 +131,7 @@ class GlyphScenesSource(LocalSource):
         return weight_TL / weight_TL.sum(axis=1, keepdims=True)
 
     def draw_topics(self, split: SplitName) -> np.ndarray:
-        """(N,) the topic of every image of a split: nothing of it is written, but experiments want to know."""
+        """(N,) int64: the topic of every image of a split. It is not written to the shards, but experiments need it."""
         config, number = self._config, SPLITS.index(split)
         drawn_N = uniforms(config.seed, _TOPIC, number, np.arange(self._count_images(split)))
         return (drawn_N * config.num_topics).astype(int)
@@ -158,13 +158,18 @@ class GlyphScenesSource(LocalSource):
         return items
 
     def _find_corners(self, cells_NK: np.ndarray, shift_NK2: np.ndarray) -> np.ndarray:
-        """(N, K, 2) left and top of each character: its cell's, shifted by up to a share of its side, inside the image."""
+        """(N, K, 2) int64: left and top of each character: its cell's corner, randomly shifted, but inside the image.
+
+        Args:
+            cells_NK: the number of each character's cell.
+            shift_NK2: random numbers in [-1, 1].
+        """
         cell_NK2 = np.stack([cells_NK % self._config.cells, cells_NK // self._config.cells], axis=-1)
         corner_NK2 = np.rint((cell_NK2 + _JITTER * shift_NK2) * self._cell_size).astype(int)
         return corner_NK2.clip(0, self._config.image_size - self._cell_size)
 
     def _draw_candidates(self, split: SplitName) -> np.ndarray:
-        """(N, K) characters of each image's topic, the likely ones often twice."""
+        """(N, K) int64: candidates for the characters of each image, drawn by its topic; likely ones come several times."""
         config, topic_N = self._config, self.draw_topics(split)
         places = np.arange(_CANDIDATES_PER_PLACE * config.max_characters)
         drawn_NK = uniforms(config.seed, _CHARACTER, SPLITS.index(split), np.arange(len(topic_N))[:, None], places)
@@ -172,7 +177,7 @@ class GlyphScenesSource(LocalSource):
         for topic, probability_L in enumerate(self.topic_probabilities()):
             mine = topic_N == topic
             found = np.searchsorted(probability_L.cumsum(), drawn_NK[mine], side="right")
-            candidate_NK[mine] = np.minimum(found, len(probability_L) - 1)  # sums of floats may end below 1
+            candidate_NK[mine] = np.minimum(found, len(probability_L) - 1)  # rounding may leave the last sum below 1
         return candidate_NK
 
     def _count_images(self, split: SplitName) -> int:

@@ -91,7 +91,7 @@ class GlyphsConfig(Config):
 
 @dataclass(frozen=True, slots=True)
 class Character:
-    """A leaf: a line of `glyphs.tsv`."""
+    """A leaf class: one line of `glyphs.tsv`."""
 
     codepoint: int
     vertical: str
@@ -105,13 +105,13 @@ class Character:
 
 
 class GlyphSource(LocalSource):
-    """Draws characters. A drawing depends on the seed, the character, the face and its number, and on nothing else.
+    """Draws characters. A drawing depends on nothing but the seed, the character, the face and its number.
 
     Raises:
         ConfigError: an unknown or repeated vertical, or fewer than two classes for each.
     """
 
-    #: Typefaces decide: nothing is cut off.
+    #: Unused, since typefaces decide which split a drawing is in.
     split = SplitConfig()
 
     def __init__(self, config: GlyphsConfig):
@@ -192,7 +192,7 @@ class GlyphSource(LocalSource):
 
 
 def encode_png(image: Image.Image) -> bytes:
-    """Quickly rather than small: drawings are many and short-lived."""
+    """The image as PNG, encoded fast rather than small, since there are many drawings."""
     buffer = io.BytesIO()
     image.save(buffer, "png", compress_level=1)
     return buffer.getvalue()

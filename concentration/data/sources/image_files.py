@@ -1,4 +1,4 @@
-"""Image files on a disk, as all sources that list files read them; classes that are named by paths; verticals of one class."""
+"""What the sources of image files share: their configuration, reading a file, classes from paths, and verticals of one class."""
 
 import collections
 import hashlib
@@ -20,17 +20,18 @@ from concentration.errors import DataError
 from concentration.schema import Config
 from concentration.taxonomy import TaxonomyClass
 
-#: The vertical of classes that belong to no other.
+#: The vertical of classes that belong to no other vertical.
 OTHER = "other"
 
 
 class ImageFilesConfig(Config):
-    """What all sources of image files can be told; each adds `kind`, `path`, and what it reads.
+    """The options of all sources of image files; each source adds `kind`, `path` and options of its own.
 
-    split: how images are shared out; each source says what `split.group` names.
-    image_size: of the networks' input; shards keep images as they are.
-    near_duplicates: bits of 64 in which the perceptual hashes of images in different splits may differ and be reported as
-        near copies; None looks for none. It may be changed by preparing again, which then only looks anew.
+    split: how images are divided into train, val and test; each source says what `split.group` names.
+    image_size: the side of the networks' input in pixels; shards keep images in their own size.
+    view: the augmentation of training images.
+    near_duplicates: images of different splits are reported as near-duplicates if their perceptual hashes differ in at most this
+        many of 64 bits; None does not look for any. If it is changed, preparing again only repeats the search.
     """
 
     runtime_fields: ClassVar[frozenset[str]] = frozenset({"near_duplicates"})
@@ -42,15 +43,16 @@ class ImageFilesConfig(Config):
 
 
 def read_image_file(path: Path) -> tuple[str, bytes]:
-    """The extension and the bytes of the file as it is, after it was decoded as training will decode it.
+    """The extension and the content of an image file. It is decoded, as in training, to find out whether it is sound.
 
-    Raises: DataError where it is missing, is no file, or cannot be read or decoded.
+    Raises:
+        DataError: the file is missing, is not a regular file, or cannot be read or decoded.
     """
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # what a pipe holds would be waited for, for ever
+        if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe would wait for ever
             raise ValueError("no file, but a folder, a pipe or a device")
         content = path.read_bytes()
-        decode_shrunk(content, shorter_side=1)  # all of a file is read, however small its image becomes
+        decode_shrunk(content, shorter_side=1)  # the size does not matter: the whole file is decoded
     except UNDECODABLE as error:
         if isinstance(error, FileNotFoundError) and path.is_symlink():
             raise DataError(f"{path}: is a link to '{os.readlink(path)}', which is missing") from None
@@ -59,15 +61,18 @@ def read_image_file(path: Path) -> tuple[str, bytes]:
 
 
 def key_of_path(path: str) -> str:
-    """A key that WebDataset reads back whole: no dots, and unique through a hash of the path."""
+    """A sample's key from the path of its image. It has no dots, at which WebDataset would cut it, and a hash makes it unique."""
     readable = re.sub("[^A-Za-z0-9]", "-", os.path.splitext(path)[0][-60:])
     return f"{readable}-{hashlib.sha256(path.encode()).hexdigest()[:12]}"
 
 
 def classes_of_paths(ids: Iterable[str]) -> list[TaxonomyClass]:
-    """Classes that are called CLASS, all in the vertical "all", or VERTICAL/CLASS, or deeper: each path is its parent's child.
+    """The classes with these ids: either all of the form CLASS, in one vertical "all", or of the form VERTICAL/CLASS or deeper.
 
-    Raises: ValueError with the id that names no vertical where others do.
+    In the second form, the path above a class (if it is not the vertical) is its parent, and a class, too.
+
+    Raises:
+        ValueError: an id names no vertical, but others do; the text is that id.
     """
     ids = sorted(set(ids))
     if all("/" not in class_id for class_id in ids):
@@ -85,9 +90,9 @@ def classes_of_paths(ids: Iterable[str]) -> list[TaxonomyClass]:
 
 
 def merge_small_verticals(classes: Sequence[TaxonomyClass]) -> tuple[list[TaxonomyClass], list[str]]:
-    """Classes of which every vertical has two at least, and notes on how.
+    """The classes with verticals of at least two classes each, and notes on what was changed.
 
-    The only class of a vertical goes to the vertical "other"; if it is alone there, too, it is left out.
+    The only class of a vertical is moved to the vertical "other"; if it is alone there, too, it is left out.
     """
     sizes = collections.Counter(c.vertical for c in classes)
     small = [vertical for vertical, size in sizes.items() if size < 2 and vertical != OTHER]

@@ -1,4 +1,4 @@
-"""`data=image_folder`: a folder per class, or a folder per vertical with folders of classes in it, as deep as the tree is."""
+"""`data=image_folder`: a folder for each class, or a folder for each vertical with folders of classes in it, to any depth."""
 
 import functools
 import os
@@ -21,12 +21,13 @@ from concentration.taxonomy import Taxonomy
 class ImageFolderConfig(ImageFilesConfig):
     """Where the images lie and how they are split.
 
-    path: holds CLASS/IMAGE, or VERTICAL/CLASS/IMAGE; deeper folders are subclasses of the ones above them. Or it holds splits
-        with such folders inside: `train` (or `training`), and perhaps `val` (`valid`, `validation`, `dev`) and `test`
-        (`testing`), in capitals or not; `train` is one where it is the only folder or another of them stands beside it, and a
-        class or vertical where not. Links are followed; files and folders whose names begin with a dot are left out.
-    taxonomy: a taxonomy.json whose class ids are the folders' paths (CLASS or VERTICAL/CLASS); None takes the tree itself.
-    split: `split.group` is a regular expression, searched in each path below `path`; its first parenthesis is the group.
+    path: a folder with CLASS/IMAGE or VERTICAL/CLASS/IMAGE; a deeper folder is a subclass of the one above it. Or a folder of
+        splits with such folders inside: `train` (or `training`), and perhaps `val` (`valid`, `validation`, `dev`) and `test`
+        (`testing`), in upper or lower case. A folder `train` is a split if it is the only folder or stands beside another split;
+        otherwise it is a class or vertical. Links are followed. Files and folders whose names begin with a dot are left out.
+    taxonomy: a taxonomy.json whose class ids are the folders' paths (CLASS or VERTICAL/CLASS); None takes the folders themselves.
+    split: `split.group` is a regular expression that is searched in each path below `path`; its first group (in parentheses)
+        names the group of the image.
     """
 
     runtime_fields: ClassVar[frozenset[str]] = ImageFilesConfig.runtime_fields | {"path"}
@@ -48,7 +49,7 @@ class ImageFolderConfig(ImageFilesConfig):
 
 
 class ImageFolderSource(LocalSource):
-    """Implements `Source` over a tree of folders.
+    """The `Source` of a tree of folders.
 
     Raises:
         ConfigError: `split.group` does not match an image's path.
@@ -60,7 +61,7 @@ class ImageFolderSource(LocalSource):
         self.split = config.split
 
     def __getstate__(self) -> dict[str, object]:
-        return {"_config": self._config, "split": self.split}  # workers need no listing
+        return {"_config": self._config, "split": self.split}  # without the listing, which workers do not need
 
     def build_taxonomy(self) -> Taxonomy:
         ids = {item.labels[0] for item in self.list_items()}
@@ -124,9 +125,9 @@ class ImageFolderSource(LocalSource):
 
 
 def _find_splits(root: Path) -> dict[str, SplitName]:
-    """The folders of splits, or the root itself for training where there are none.
+    """The split of each folder of a split; if there are none, the root itself ("") is for training.
 
-    A class may be called `train`: its folder is a split where it is the only one, or stands beside another split.
+    A folder `train` may be a class. It is a split if it is the only folder, or stands beside another split.
     """
     folders = _list_folders(root)
     found = {name: split for name in folders if (split := find_split(name)) is not None}
@@ -140,6 +141,7 @@ def _find_splits(root: Path) -> dict[str, SplitName]:
 
 
 def _note_other_folders(root: Path, tops: dict[str, SplitName]) -> list[str]:
+    """Notes on folders that are called like a split but taken for a class, or that are not read since others are splits."""
     folders = _list_folders(root)
     if "" in tops:
         classes = [f"{name}/" for name in folders if find_split(name) == "train"]
@@ -153,7 +155,7 @@ def _note_other_folders(root: Path, tops: dict[str, SplitName]) -> list[str]:
 
 
 def _list_folders(root: Path) -> list[str]:
-    """The names of the folders in the root, also behind links, but of hidden ones."""
+    """The sorted names of the folders in the root and of links to folders, without hidden ones."""
     return sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and entry.name[0] != ".")
 
 
@@ -173,9 +175,9 @@ def _note_hidden(root: Path, hidden: list[str]) -> list[str]:
 
 
 def _list_images(top: Path, ignored: dict[str, int], hidden: list[str]) -> Iterator[Path]:
-    """All images below a folder, also behind links; hidden files and folders, which macOS and editors leave, hold none.
+    """Yields all images below a folder, also behind links, but not hidden ones, which macOS and editors leave.
 
-    Other files are counted in `ignored`, by their extension; hidden folders are added to `hidden`.
+    Other files are counted in `ignored` by extension, and hidden folders are appended to `hidden`.
     """
     for folder, files in walk_folders(str(top), hidden):
         for name in files:
@@ -191,6 +193,7 @@ def _list_images(top: Path, ignored: dict[str, int], hidden: list[str]) -> Itera
 
 
 def _check_names(path: Path, top: Path) -> None:
+    """Raises: DataError if a name below `top` is not UTF-8, in which keys and classes are stored."""
     relative = path.relative_to(top)
     try:
         relative.as_posix().encode()

@@ -1,7 +1,9 @@
-"""`data=inaturalist`: the competitions' data sets of 2017 to 2021: COCO's JSON with the ranks of every species.
+"""`data=inaturalist`: the data sets of the iNaturalist competitions of 2017 to 2021, JSON files in the form of COCO.
 
-Source: https://github.com/visipedia/inat_comp. Known flaw: an observation has several photographs, and nothing says which
-belong together; `split.group=rights_holder` at least keeps an observer's together.
+Known flaw: an observation may have several photographs, and the files do not say which belong together.
+`split.group=rights_holder` at least keeps all photographs of one person in one split.
+
+Source: https://github.com/visipedia/inat_comp.
 """
 
 import functools
@@ -27,20 +29,20 @@ from concentration.taxonomy import Taxonomy, TaxonomyClass
 RANKS = ("kingdom", "phylum", "class", "order", "family", "genus")
 Rank = Literal["kingdom", "phylum", "class", "order", "family", "genus"]
 
-#: The ranks below every supercategory: "Birds" is a class, "Plants" a kingdom.
+#: The ranks that lie below every supercategory: the supercategory "Birds" is a class, but "Plants" a kingdom.
 _BELOW_SUPERCATEGORY = ("order", "family", "genus")
 
 
 class INaturalistConfig(ImageFilesConfig):
-    """Which files are which split, and which ranks are verticals and inner classes.
+    """Which files belong to which split, and which ranks become verticals and inner classes.
 
-    path: what the images' `file_name` starts from.
+    path: the folder that the images' `file_name` is relative to.
     annotations: the folder of the JSON files; None is `path`.
-    train, val: patterns of one file each; without a `val` file, validation is cut off training as the test is.
-    vertical_rank: what parts the species into verticals.
-    ranks: those between vertical and species that become inner classes (`family:Rosaceae`); None takes all that the files
-        have below `vertical_rank`, of a supercategory: order, family and genus.
-    split: `split.group` is a field of the images, like rights_holder; images with nothing in it are by themselves.
+    train, val: patterns that match one JSON file each; without a file for `val`, that split is taken from training, as test is.
+    vertical_rank: the rank whose taxa are the verticals.
+    ranks: the ranks between vertical and species whose taxa become inner classes (`family:Rosaceae`); None takes all that the
+        files have below `vertical_rank`, or below a supercategory order, family and genus.
+    split: `split.group` is a field of the images, such as rights_holder; images without a value are no group.
     """
 
     runtime_fields: ClassVar[frozenset[str]] = ImageFilesConfig.runtime_fields | {"path", "annotations"}
@@ -62,16 +64,16 @@ class INaturalistConfig(ImageFilesConfig):
 
 
 class INaturalistSource(LocalSource):
-    """Implements `Source` over the annotated images.
+    """The `Source` of the annotated images.
 
-    The classes are the species, called by their names, and the inner classes of `ranks`; they do not depend on the images.
+    The classes are the species, called by their names, and the taxa of `ranks`; they do not depend on the images.
 
-    Listing holds the whole file: a synthetic one of 540,000 images (0.2 GB) took 0.6 GB of memory and 14 s, so that the 2.7
-    million of 2021 (1.2 GB) should take 3 GB, in this process alone.
+    Listing holds a whole file in memory: a synthetic one of 540,000 images (0.2 GB) took 0.6 GB and 14 s, so the 2.7 million
+    images of 2021 (1.2 GB) should take 3 GB, in one process only.
 
     Raises:
         ConfigError: the files lack a rank.
-        DataError: a file is missing, or not of this form.
+        DataError: a file is missing, or has another form.
     """
 
     def __init__(self, config: INaturalistConfig):
@@ -80,7 +82,7 @@ class INaturalistSource(LocalSource):
         self.split = config.split
 
     def __getstate__(self) -> dict[str, object]:
-        return {"_config": self._config, "split": self.split}  # workers need no listing
+        return {"_config": self._config, "split": self.split}  # without the listing, which workers do not need
 
     def build_taxonomy(self) -> Taxonomy:
         return self._listing[0]
@@ -129,7 +131,7 @@ class INaturalistSource(LocalSource):
     def _build_classes(
         self, categories: dict[int | str, dict[str, Any]], class_of: dict[int | str, str]
     ) -> list[TaxonomyClass]:
-        """Each species after the inner classes above it."""
+        """All classes; a species comes after the inner classes above it."""
         id_of_node: dict[tuple[str, ...], str] = {}
         classes: dict[str, TaxonomyClass] = {}
         ranks = self._choose_ranks(categories)
@@ -142,7 +144,7 @@ class INaturalistSource(LocalSource):
                 called = _text(category, rank, f"{self._annotations}: category {number}")
                 node = (*node, f"{rank}:{called}")
                 if node not in id_of_node:
-                    # NOTE: a name may occur twice: Ficus is a genus of figs, and one of snails.
+                    # NOTE: two taxa may have the same name: Ficus is a genus of figs, and one of snails.
                     is_taken = node[-1] in classes
                     id_of_node[node] = f"{node[-1]} ({', '.join(node[:-1])})" if is_taken else node[-1]
                 class_id = id_of_node[node]
@@ -175,9 +177,10 @@ class INaturalistSource(LocalSource):
 
 
 def load_coco(path: Path, group_field: str | None) -> dict[str, list[dict[str, Any]]]:
-    """`images`, `annotations` and `categories` of a file, without the fields that we do not need.
+    """The `images`, `annotations` and `categories` of a file, with only those fields that are needed here.
 
-    Raises: DataError where the file is not of this form.
+    Raises:
+        DataError: the file has another form.
     """
     kept = {"images", "annotations", "categories", "id", "file_name", "image_id", "category_id", group_field}
     kept |= {"name", "common_name", "supercategory", *RANKS}
@@ -186,12 +189,12 @@ def load_coco(path: Path, group_field: str | None) -> dict[str, list[dict[str, A
         entry = {key: value for key, value in values.items() if key in kept}
         for value in entry.values():
             if isinstance(value, str):
-                value.encode()  # "\ud83d" alone is half of an emoji, and no file can be written with it
+                value.encode()  # half of a surrogate pair, such as "\ud83d", could not be written to a file later
         return entry
 
     try:
         with open(path, encoding="utf-8-sig") as file:
-            # NOTE: NaN is how pandas, and the sets themselves, write that there is nothing.
+            # NOTE: pandas, and the data sets themselves, write NaN for a missing value.
             content = json.load(file, object_hook=keep, parse_constant=lambda _: None)
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: cannot be read as JSON ({error}); fetch it again, or write it anew") from None
@@ -210,7 +213,10 @@ def _add_categories(
     class_of: dict[int | str, str],
     path: Path,
 ) -> None:
-    """Adds the categories of a file, and names their classes: by their names, with their numbers where a name occurs twice."""
+    """Adds the categories of a file to `categories`, and the ids of their classes to `class_of`.
+
+    The id of a class is the category's name, followed by its number if another category has the same name.
+    """
     taken = set(class_of.values())
     for place, category in enumerate(entries):
         number = _id(category, "id", f"{path}: categories[{place}]")
@@ -236,24 +242,14 @@ def _list_images(
     path: Path,
 ) -> list[Item]:
     """The images with an annotation, in the order of the file."""
-    labels_of: dict[int | str, tuple[str, ...]] = {}
-    for place, annotation in enumerate(content["annotations"]):
-        image, category = (
-            _id(annotation, name, f"{path}: annotations[{place}]") for name in ("image_id", "category_id")
-        )
-        if category not in class_of:
-            raise DataError(
-                f"{path}: annotations[{place}] has the category {category}, which is none; fetch the file again"
-            )
-        label = (class_of[category],)
-        labels_of[image] = tuple(dict.fromkeys(labels_of.get(image, ()) + label))
+    labels_of = _read_labels(content["annotations"], class_of, path)
     if group_field is not None and not any(group_field in image for image in content["images"]):
         raise ConfigError(f"data.split.group={group_field}: no such field in the images of {path}")
     items = []
     numbers: set[int | str] = set()
     for place, image in enumerate(content["images"]):
         number = _id(image, "id", f"{path}: images[{place}]")
-        if number in numbers:  # the labels of both would go to the first
+        if number in numbers:  # which of the two images the annotations mean could not be told
             raise DataError(
                 f"{path}: images[{place}] has the id {number}, as one before it; give each image its own, in the annotations, too"
             )
@@ -271,6 +267,23 @@ def _list_images(
             f"{path}: an annotation has the image_id {next(iter(labels_of))}, which is no image; fetch the file again"
         )
     return items
+
+
+def _read_labels(
+    annotations: list[dict[str, Any]], class_of: dict[int | str, str], path: Path
+) -> dict[int | str, tuple[str, ...]]:
+    """The class ids of each image, by the image's number."""
+    labels_of: dict[int | str, tuple[str, ...]] = {}
+    for place, annotation in enumerate(annotations):
+        image, category = (
+            _id(annotation, name, f"{path}: annotations[{place}]") for name in ("image_id", "category_id")
+        )
+        if category not in class_of:
+            raise DataError(
+                f"{path}: annotations[{place}] has the category {category}, which is none; fetch the file again"
+            )
+        labels_of[image] = tuple(dict.fromkeys((*labels_of.get(image, ()), class_of[category])))
+    return labels_of
 
 
 def _text(entry: dict[str, Any], name: str, where: str) -> str:

@@ -1,4 +1,4 @@
-"""`data=open_images`: Open Images V4 to V7, as it is downloaded: CSVs of image labels, class names, the tree of classes.
+"""`data=open_images`: Open Images V4 to V7 as downloaded: CSVs of the images' labels and the classes' names, and their tree.
 
 Source: https://storage.googleapis.com/openimages/web/download_v7.html; Gao et al., section 4.2, train on 5 verticals of it.
 """
@@ -26,17 +26,20 @@ _FOLDERS = ("train", "validation", "test")
 class OpenImagesConfig(ImageFilesConfig):
     """Which files of Open Images are used, and what the verticals are.
 
-    path: holds `train`, `validation`, `test` with IMAGEID.jpg in them; each may be missing or hold only some images.
-    annotations: the folder of the CSVs and the tree; None is `path`.
-    labels: patterns of names in it, of CSVs with the columns ImageID, LabelName, Confidence.
-    min_confidence: of labels that are taken. People's verdicts are 1 and 0; machine-generated labels lie in between.
-    descriptions: pattern of the CSV of class names.
-    hierarchy: the file with the tree of classes.
-    verticals: names or MIDs of the nodes whose subtrees are verticals; a class below several of them belongs to the first, so
-        name `Bird` before `Animal`. None takes the root's children.
-    outside: what is done with labels below none of these: "other" makes them a vertical of this name, "drop" leaves them out.
-    images: the CSV on the images, needed for `split.group`.
-    split: `split.group` is a column of `images`: AuthorProfileURL keeps a photographer's images together.
+    path: the folder of the folders `train`, `validation` and `test` with IMAGEID.jpg; each may be missing, or have only some
+        images.
+    annotations: the folder of the CSVs and of the tree; None is `path`.
+    labels: patterns of the names of the CSVs with the columns ImageID, LabelName and Confidence.
+    min_confidence: the smallest confidence of a label that is used. Verdicts of people have 1 or 0, labels of machines values in
+        between.
+    descriptions: a pattern of the name of the CSV with the names of classes.
+    hierarchy: the name of the file with the tree of classes.
+    verticals: names or MIDs of the nodes whose subtrees are the verticals. A class below several of them belongs to the first, so
+        give `Bird` before `Animal`. None takes the children of the root.
+    outside: what becomes of labels that are below none of these: "other" makes them a vertical of that name, "drop" leaves them
+        out.
+    images: the name of the CSV on the images, which `split.group` needs.
+    split: `split.group` is a column of `images`; AuthorProfileURL keeps the images of a photographer in one split.
     """
 
     runtime_fields: ClassVar[frozenset[str]] = ImageFilesConfig.runtime_fields | {"path", "annotations"}
@@ -54,13 +57,14 @@ class OpenImagesConfig(ImageFilesConfig):
 
 
 class OpenImagesSource(LocalSource):
-    """Implements `Source` over the images that are there and have a label.
+    """The `Source` of the images that exist in `path` and have a label.
 
-    A label whose descendant the image has, too, is left out: smearing restores it. Parents come from the tree's subcategories
-    and may be several; a part (an eye) belongs to the vertical of its whole, and is not its child. The classes are all of the
-    tree below the verticals that an image has a label in, and those outside that an image has.
+    If an image has a label and a descendant of it, the label is left out, since smearing restores it. The parents of a class,
+    which may be several, are those of which the tree lists it as a subcategory. A part (an eye) belongs to the vertical of its
+    whole, but is not its child. The classes are the whole tree below each vertical in which an image has a label, and the
+    classes outside the verticals that an image has.
 
-    Listing all 9 million images takes some GB of memory, in this process alone.
+    Listing all 9 million images takes some GB of memory, in one process only.
 
     Raises:
         ConfigError: a vertical is no class, or the name of several.
@@ -73,7 +77,7 @@ class OpenImagesSource(LocalSource):
         self.split = config.split
 
     def __getstate__(self) -> dict[str, object]:
-        return {"_config": self._config, "split": self.split}  # workers need no listing
+        return {"_config": self._config, "split": self.split}  # without the listing, which workers do not need
 
     def build_taxonomy(self) -> Taxonomy:
         return self._taxonomy_and_notes[0]
@@ -99,10 +103,10 @@ class OpenImagesSource(LocalSource):
 
     @functools.cached_property
     def _vertical_of(self) -> dict[str, str]:
-        """The vertical of every class of the tree that is below one, in the tree's order."""
+        """The vertical of every class that is below one, in the order of the tree."""
         nodes = self._hierarchy.roots if self._config.verticals is None else self._find_nodes(self._config.verticals)
         name_of = {node: self._names.get(node, node.strip("/")).replace("/", "-") for node in nodes}
-        times = Counter(name_of.values())  # two classes may have one name, and are two verticals
+        times = Counter(name_of.values())  # two classes with the same name are two verticals
         name_of = {
             node: name if times[name] == 1 else f"{name} {node.strip('/').replace('/', '-')}"
             for node, name in name_of.items()
@@ -128,7 +132,7 @@ class OpenImagesSource(LocalSource):
 
     @functools.cached_property
     def _labels_of_image(self) -> dict[str, list[str]]:
-        """By image that is there: the labels that are sure enough."""
+        """The labels with at least `min_confidence`, for each image that exists."""
         wanted = self._folder_of_image
         labels: dict[str, list[str]] = {}
         paths, described = list(_find_all(self._annotations, self._config.labels)), set()
@@ -152,7 +156,7 @@ class OpenImagesSource(LocalSource):
                     known = labels.setdefault(image, [])
                     if label not in known:
                         known.append(label)
-        # The labels come in a file for each folder: one that was not fetched, or is still packed, would empty a split.
+        # Each folder has a file of labels of its own. Without that file, the folder's split would silently be empty.
         for folder in sorted(set(wanted.values()) - described):
             raise DataError(
                 f"{self._config.path}/{folder}: none of its images is in {', '.join(path.name for path in paths)}; "
@@ -233,7 +237,7 @@ class OpenImagesSource(LocalSource):
 
 
 def _most_specific(labels: list[str], taxonomy: Taxonomy) -> tuple[str, ...]:
-    """The labels that are no ancestors of others inside their verticals: what label smearing does not restore."""
+    """The labels that are not ancestors of other labels inside their vertical; label smearing restores the others."""
     outputs = {taxonomy.output(label) for label in labels}
     restored = {ancestor for output in outputs for ancestor in taxonomy.ancestors[output]}
     return tuple(label for label in labels if taxonomy.output(label) not in restored)

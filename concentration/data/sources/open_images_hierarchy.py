@@ -1,4 +1,4 @@
-"""Open Images' tree of classes: nested nodes with `LabelName`, `Subcategory`, `Part`; a class may stand at several places."""
+"""Reads Open Images' tree of classes: nested nodes with `LabelName`, `Subcategory` and `Part`, in which a class may recur."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,13 +10,13 @@ from concentration.schema import parse_json
 
 @dataclass(frozen=True)
 class Hierarchy:
-    """The tree without its root ("Entity"), which is no class.
+    """The tree without its root ("Entity"), which is not a class.
 
     Attributes:
-        roots: the root's children, in order.
-        parents: by class, the classes that it is a kind of; every class is here, in the order of the tree.
-        kinds: by class, its subcategories.
-        parts: by class, its parts: no kinds of it.
+        roots: the children of the root, in order.
+        parents: for every class, in the order of the tree, the classes that it is a kind of.
+        kinds: for each class with subcategories, these.
+        parts: for each class with parts, these; a part is not a kind of its whole.
     """
 
     roots: tuple[str, ...]
@@ -25,7 +25,10 @@ class Hierarchy:
     parts: dict[str, list[str]]
 
     def choose_subtree(self, nodes: Sequence[str]) -> dict[str, str]:
-        """By class below one of `nodes`, the first of them that it is a kind of, or else a part of; in the tree's order."""
+        """For every class below one of `nodes`: the first node that it is a kind of, or if there is none, a part of.
+
+        The classes are in the order of the tree.
+        """
         chosen: dict[str, str] = {}
         for with_parts in (False, True):
             for node in nodes:
@@ -46,7 +49,7 @@ class Hierarchy:
 
 
 def load_hierarchy(path: Path) -> Hierarchy:
-    """Raises: DataError where the file is no such tree."""
+    """Reads the file of the tree. Raises: DataError if it has another form."""
     try:
         root = parse_json(path.read_bytes(), str(path))
     except OSError as error:

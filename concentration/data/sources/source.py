@@ -1,4 +1,4 @@
-"""What a source of images must offer so that `prepare` can write shards from it in parallel."""
+"""The interface of a source of images, from which `prepare` writes shards in parallel."""
 
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -9,14 +9,15 @@ from concentration.taxonomy import Taxonomy
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One sample to be written.
+    """One sample of a source.
 
     Attributes:
-        key: unique in the source, and the same whenever the source is listed.
-        labels: ids of its classes.
-        locator: what `read` needs to find it.
-        split: the source's own; "train" where it has none, or none of this name: those are cut off the training samples.
-        group: what it has in common with samples that must not lie in another split; None where nothing is known.
+        key: its key, which is unique in the source and the same each time the source is listed.
+        labels: the ids of its classes.
+        locator: what `Source.read` needs to find its image.
+        split: the split that the source puts it into; "train" if the source has no splits. From these samples `prepare` takes the
+            splits that the source lacks.
+        group: the name of the group of samples that must stay in one split; None if it is not known.
     """
 
     key: str
@@ -27,11 +28,11 @@ class Item:
 
 
 class Source(Protocol):
-    """Lists samples cheaply in one process, and reads each of them in any process (a source is pickled to the workers).
+    """Lists all samples in one process, and reads the image of any sample in any process: a source is pickled for workers.
 
     Attributes:
-        split: how the splits that the source has not are cut off its training samples.
-        is_compact: whether its images are so small, some hundred bytes, that they are written in packs instead of tars.
+        split: how the splits that the source lacks are taken from its training samples.
+        is_compact: whether images have only some hundred bytes, so that they should be written to packs instead of tars.
     """
 
     split: SplitConfig
@@ -41,26 +42,28 @@ class Source(Protocol):
         """The classes of this source."""
 
     def list_items(self) -> list[Item]:
-        """All samples, in an order that does not change from one call to the next."""
+        """All samples, in an order that is the same for each call."""
 
     def list_notes(self) -> list[str]:
-        """A sentence on each thing that the listing left out or decided for the user."""
+        """A sentence for the user on everything that listing left out or had to decide."""
 
     def fetch(self) -> None:
-        """Brings what `read` needs and is not on this machine; called once, before anything is read.
+        """Fetches what `read` needs and this machine lacks. It is called once, before any image is read.
 
-        Raises: DataError where it cannot be had.
+        Raises:
+            DataError: something cannot be fetched.
         """
 
     def read(self, item: Item) -> tuple[str, bytes]:
         """The file extension ("png", "jpg", "webp") and the encoded image of one sample.
 
-        Raises: DataError where the image cannot be had.
+        Raises:
+            DataError: the image cannot be read.
         """
 
 
 class LocalSource:
-    """The two answers of sources whose images lie on this machine, or are drawn from what is installed."""
+    """What sources have in common whose images are on this machine, or are drawn with installed software."""
 
     is_compact = False
 

@@ -1,4 +1,4 @@
-"""Tables in .csv and .tsv files: their rows with line numbers, and their columns by name."""
+"""Reads tables in .csv and .tsv files: rows with their line numbers, and columns by name."""
 
 import csv
 from collections.abc import Iterator, Sequence
@@ -7,18 +7,19 @@ from pathlib import Path
 from concentration.errors import DataError
 from concentration.schema import suggest
 
-#: What may part the columns, and how it is called.
+#: What may separate columns, and how messages call it.
 _DELIMITERS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "vertical bars"}
 
 
 def read_table(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """(line, cells) of the rows of a .csv or .tsv file, the header among them; empty lines are left out.
+    """Yields (line number, cells) of each row of a .csv or .tsv file, the header included; empty lines are left out.
 
-    Raises: DataError where the file is missing, not UTF-8, or a text in quotes has no end.
+    Raises:
+        DataError: the file is missing or not UTF-8, or a quoted text has no end.
     """
     delimiter = _choose_delimiter(path)
     try:
-        # NOTE: a spreadsheet's UTF-8 begins with a mark, which would be part of the first column's name.
+        # NOTE: spreadsheets write a byte order mark, which would become a part of the first column's name.
         with open(path, encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file, delimiter=delimiter, strict=True)
             for row in reader:
@@ -36,15 +37,16 @@ def read_table(path: Path) -> Iterator[tuple[int, list[str]]]:
 
 
 def find_column(path: Path, header: Sequence[str], name: str, key: str) -> int:
-    """The place of a column.
+    """The place of the column with this name.
 
     Args:
-        path: of the table.
-        header: its names.
-        name: the one that is looked for.
-        key: of the config, which gives the name.
+        path: the table.
+        header: the names of its columns.
+        name: the name that is looked for.
+        key: the option that gives this name.
 
-    Raises: DataError where it is not there, with the nearest name or what seems to part the columns, or there are several.
+    Raises:
+        DataError: there is no such column, or several. The message suggests the nearest name, or another separator of columns.
     """
     places = [place for place, column in enumerate(header) if column == name]
     if len(places) > 1:

@@ -1,4 +1,4 @@
-"""`data=shards`: existing WebDataset shards with a taxonomy.json, used where they lie, on this machine or behind a URL."""
+"""`data=shards`: existing WebDataset shards with a taxonomy.json. They stay where they are: on this machine, or behind a URL."""
 
 import functools
 import glob
@@ -22,18 +22,22 @@ from concentration.taxonomy import Taxonomy
 
 
 class ShardsConfig(Config):
-    """Which tars are which split.
+    """Where the shards are, and to which split each belongs.
 
-    path: the folder of the shards, or its URL: `s3://bucket/prefix`, `https://host/folder`, any that fsspec opens.
-    taxonomy: a file or its URL; None is `taxonomy.json` in that folder.
-    train, val, test: patterns of file names. Wildcards are looked up in the folder (on http, in the page that lists it);
-        names in braces, `train-{000000..000099}.tar`, are all expected and no folder is listed. `val` and `test` may
-        match nothing, or be null, and are then not there.
-    labels: the member with a sample's labels; `auto` takes `.json` or `.cls`, whichever is there, and refuses both.
-    near_duplicates: bits of 64 in which the perceptual hashes of images in different splits may differ and be reported as
-        near copies; None looks for none, and decodes no image. It may be changed by preparing again, which then only looks anew.
-    storage_options: for fsspec; written to disk, so without secrets: those are taken from the environment.
-    cache: of remote shards. Both may be changed by preparing again, which then only notes them.
+    path: the folder of the shards, or its URL: `s3://bucket/prefix`, `https://host/folder`, or any other that fsspec opens.
+    taxonomy: the taxonomy's file or its URL; None is `taxonomy.json` in that folder.
+    train, val, test: patterns of file names. Wildcards are looked up in the folder (over http, in the page that lists it). Names
+        in braces, `train-{000000..000099}.tar`, must all exist, and the folder is not listed. `val` and `test` may match nothing,
+        or be null; then there is no such split.
+    labels: which member holds a sample's labels; `auto` takes whichever of `.json` and `.cls` there is, and refuses both.
+    image_size: the side of the networks' input in pixels; shards keep images in their own size.
+    view: the augmentation of training images.
+    near_duplicates: images of different splits are reported as near-duplicates if their perceptual hashes differ in at most this
+        many of 64 bits; None does not look for any, and decodes no image. If it is changed, preparing again only repeats the
+        search.
+    storage_options: arguments of fsspec's file system. They are written to disk and must hold no secrets, which are taken from
+        the environment.
+    cache: the cache of remote shards. If only this or `storage_options` changes, preparing again only records it.
     """
 
     runtime_fields: ClassVar[frozenset[str]] = frozenset({"path", "storage_options", "cache", "near_duplicates"})
@@ -68,7 +72,7 @@ class ShardsConfig(Config):
 
 
 def load_shards_taxonomy(config: ShardsConfig) -> Taxonomy:
-    """Raises: DataError where it cannot be had, or is no taxonomy."""
+    """The taxonomy of the shards. Raises: DataError if it cannot be read, or is no taxonomy."""
     location = config.taxonomy or join(config.path, "taxonomy.json")
     if isinstance(location, Path):
         return Taxonomy.load(location)
@@ -79,8 +83,8 @@ def list_shards(config: ShardsConfig, split: SplitName) -> list[Location]:
     """The tars of a split, sorted.
 
     Raises:
-        ConfigError: the pattern is none.
-        DataError: there are none for training, or one is no file.
+        ConfigError: the pattern is not one of file names.
+        DataError: there is no tar for training, or a match is not a file.
     """
     pattern = getattr(config, split)
     if pattern is None and split != "train":
@@ -107,7 +111,7 @@ def list_shards(config: ShardsConfig, split: SplitName) -> list[Location]:
 
 
 def check_owners(config: ShardsConfig, shards_of: Mapping[SplitName, Sequence[Location]]) -> None:
-    """Raises: DataError where a tar belongs to two splits: a network would be tested on what it was trained on."""
+    """Raises: DataError if a tar belongs to two splits, since a network would be tested on what it was trained on."""
     owner: dict[Location, SplitName] = {}
     for split, shards in shards_of.items():
         for shard in shards:
@@ -122,7 +126,7 @@ def check_owners(config: ShardsConfig, shards_of: Mapping[SplitName, Sequence[Lo
 def index_given_shard(
     shard: Location, index_path: Path, taxonomy: Taxonomy, labels: LabelMember, cache: ShardCache | None
 ) -> None:
-    """Writes the index of one shard; a remote one is fetched into the cache, where training will find it."""
+    """Writes the index of one shard, unless it exists. A remote shard is fetched into the cache, where training finds it."""
     if index_path.exists():
         return
     if isinstance(shard, Path):
@@ -133,7 +137,7 @@ def index_given_shard(
 
 
 def _expand_braces(config: ShardsConfig, split: SplitName, pattern: str) -> list[str]:
-    """Raises: ConfigError where the pattern is none of names in the folder."""
+    """The patterns that a pattern with braces stands for. Raises: ConfigError if it is not one of names in the folder."""
     try:
         names = list(braceexpand(pattern))
     except ValueError:

@@ -23,18 +23,20 @@ from concentration.errors import DataError
 from concentration.schema import Config
 from concentration.taxonomy import Taxonomy
 
-#: A vertical keeps so many characters at least, however small the tier.
+#: The least number of characters of a vertical, even in the smallest tier.
 _MIN_LEAVES = 2
 
 
 class Glyphs100kConfig(Config):
     """Which characters, and how many drawings of each.
 
-    path: the folder of the unpacked font packages; what is missing there is fetched from Debian.
-    num_classes: at most this many characters, in proportion to the verticals; None keeps all.
-    prefer: of each vertical, characters evenly spread, common and rare ones, or those that most training typefaces draw.
-    max_drawings: of a character in training, from as many typefaces as there are.
-    image_size: of the networks' input; shards hold bitmaps of 48 pixels.
+    path: the folder of the unpacked font packages; those that are missing are fetched from Debian.
+    num_classes: the most characters that are kept, in proportion to the verticals; None keeps all.
+    prefer: which characters of a vertical are kept: evenly `spread` ones, common and rare, or those that most training
+        `typefaces` draw.
+    max_drawings: the most training drawings of a character, each of another face, of as many typefaces as there are.
+    image_size: the side of the networks' input in pixels; shards hold bitmaps of 48 pixels.
+    view: the augmentation of training images.
     """
 
     runtime_fields: ClassVar[frozenset[str]] = frozenset({"path"})
@@ -49,9 +51,9 @@ class Glyphs100kConfig(Config):
 
 
 class Glyphs100kSource:
-    """Draws characters; what is drawn depends on the character and the face alone."""
+    """Draws characters. A drawing depends on nothing but the character and the face."""
 
-    #: Typefaces decide: nothing is cut off.
+    #: Unused, since typefaces decide which split a drawing is in.
     split = SplitConfig()
     is_compact = True
 
@@ -82,7 +84,7 @@ class Glyphs100kSource:
         return []
 
     def fetch(self) -> None:
-        """Brings the font packages. Raises: DataError where one cannot be had."""
+        """Fetches the font packages. Raises: DataError if one cannot be fetched."""
         packages = load_packages()
         names = dict.fromkeys(face.package for face in load_faces())
         fetch_packages([packages[name] for name in names], self._config.path)
@@ -113,7 +115,7 @@ class Glyphs100kSource:
         return open_font(path, face.index)
 
     def _select(self) -> list[Character]:
-        """The tier's characters: of every vertical as many as its share, in the order of the taxonomy."""
+        """The characters of the tier: of each vertical its share, in the order of the taxonomy."""
         characters, config = load_characters(), self._config
         if config.num_classes is None or config.num_classes >= len(characters):
             return list(characters)
