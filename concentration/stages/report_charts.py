@@ -98,8 +98,8 @@ def draw_line_chart(chart: LineChart) -> Markup:
         summary=_summarise(chart),
         height=chart.height_px,
         extent=EXTENT,
-        ticks=_draw_ticks(x_axis, y_axis, chart),
-        grid=_draw_grid(x_axis, y_axis, chart.num_ticks),
+        ticks=draw_ticks(x_axis, y_axis, chart.num_ticks, has_percents=chart.y_format is format_percent),
+        grid=draw_grid(x_axis, y_axis, chart.num_ticks),
         lines=lines,
         ends=ends,
     )
@@ -245,6 +245,38 @@ def spread_labels(wanted_px: Sequence[float], gap_px: float, height_px: float) -
     return placed
 
 
+def draw_mark(kind: Literal["dot", "touch"], place: tuple[float, float], title: str) -> Markup:
+    """A visible dot in the look of its group, or an invisible place that shows its title when pointed at."""
+    # A mark is a line of length 0, since its caps stay round or square however the SVG is stretched.
+    path = f"M{place[0]:.0f} {place[1]:.0f}h0"
+    hole = Markup('<path class="hole" d="{}"/>').format(path) if kind == "dot" else ""
+    return Markup('<path class="{}" d="{}"><title>{}</title></path>{}').format(kind, path, title, hole)
+
+
+def draw_grid(x_axis: Axis, y_axis: Axis, num_ticks: int) -> Markup:
+    """A line at each tick of both axes, for the stretched SVG; across there is about one tick less than upwards."""
+    lines = [f"M0 {EXTENT - round(EXTENT * float(y_axis.position(v)))}H{EXTENT}" for v in y_axis.ticks(num_ticks)]
+    lines += [f"M{round(EXTENT * float(x_axis.position(v)))} 0V{EXTENT}" for v in x_axis.ticks(num_ticks - 1)]
+    return Markup('<path class="grid" d="{}"/>').format("".join(lines))
+
+
+def draw_ticks(x_axis: Axis, y_axis: Axis, num_ticks: int, has_percents: bool) -> Markup:
+    """The values at the ticks of both axes; `has_percents` says that those of the y axis are fractions."""
+    down = [(100 * (1 - float(y_axis.position(v))), v) for v in y_axis.ticks(num_ticks)]
+    across = [(100 * float(x_axis.position(v)), v) for v in x_axis.ticks(num_ticks - 1)]
+    labels = [
+        Markup('<span class="y" style="top:{:.1f}%">{}</span>').format(
+            place, f"{100 * value:g}%" if has_percents else format_tick(value)
+        )
+        for place, value in down
+    ]
+    labels += [
+        Markup('<span class="x" style="left:{:.1f}%">{}</span>').format(place, format_tick(value))
+        for place, value in across
+    ]
+    return Markup("").join(labels)
+
+
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
@@ -310,37 +342,6 @@ def _draw_series(series: Series, chart: LineChart, x_axis: Axis, y_axis: Axis) -
     return Markup(
         '<g class="series" style="{}">{}<path class="line" d="{}"><title>{}: {} at the end</title></path>{}</g>'
     ).format(series.look, band, _path(points), series.name, last, marks)
-
-
-def draw_mark(kind: Literal["dot", "touch"], place: tuple[float, float], title: str) -> Markup:
-    """A visible dot in the look of its group, or an invisible place that shows its title when pointed at."""
-    # A mark is a line of length 0, since its caps stay round or square however the SVG is stretched.
-    path = f"M{place[0]:.0f} {place[1]:.0f}h0"
-    hole = Markup('<path class="hole" d="{}"/>').format(path) if kind == "dot" else ""
-    return Markup('<path class="{}" d="{}"><title>{}</title></path>{}').format(kind, path, title, hole)
-
-
-def _draw_grid(x_axis: Axis, y_axis: Axis, num_ticks: int) -> Markup:
-    lines = [f"M0 {EXTENT - round(EXTENT * float(y_axis.position(v)))}H{EXTENT}" for v in y_axis.ticks(num_ticks)]
-    lines += [f"M{round(EXTENT * float(x_axis.position(v)))} 0V{EXTENT}" for v in x_axis.ticks(num_ticks - 1)]
-    return Markup('<path class="grid" d="{}"/>').format("".join(lines))
-
-
-def _draw_ticks(x_axis: Axis, y_axis: Axis, chart: LineChart) -> Markup:
-    down = [(100 * (1 - float(y_axis.position(v))), v) for v in y_axis.ticks(chart.num_ticks)]
-    across = [(100 * float(x_axis.position(v)), v) for v in x_axis.ticks(chart.num_ticks - 1)]
-    as_percent = chart.y_format is format_percent
-    labels = [
-        Markup('<span class="y" style="top:{:.1f}%">{}</span>').format(
-            place, f"{100 * value:g}%" if as_percent else format_tick(value)
-        )
-        for place, value in down
-    ]
-    labels += [
-        Markup('<span class="x" style="left:{:.1f}%">{}</span>').format(place, format_tick(value))
-        for place, value in across
-    ]
-    return Markup("").join(labels)
 
 
 def _draw_end_labels(chart: LineChart, y_axis: Axis) -> Markup:

@@ -7,9 +7,9 @@ from typing import Any
 
 from markupsafe import Markup
 
-from concentration.stages.report_charts import Axis, draw_mark, spread_labels
+from concentration.stages.report_charts import EXTENT, Axis, draw_grid, draw_mark, draw_ticks, spread_labels
 from concentration.stages.report_headline import METRICS
-from concentration.stages.report_values import as_mapping, as_number, format_percent, format_short, format_tick
+from concentration.stages.report_values import as_mapping, as_number, format_percent, format_short
 
 #: The metrics and the costs that are compared; each pair of them has a plot.
 QUALITIES = ("mpvap", "top1", "map_at_50")
@@ -17,7 +17,7 @@ COSTS = {"multiply_adds": "multiply-adds an image", "active": "parameters that a
 #: With fewer systems this part is left out.
 MIN_SYSTEMS = 4
 
-_LEAST_HEIGHT_PX, _LABEL_PX = 250, 14
+_LEAST_HEIGHT_PX, _LABEL_PX, _NUM_TICKS = 250, 14, 5
 
 
 @dataclass(frozen=True)
@@ -93,15 +93,16 @@ def _draw_plot(systems: Sequence[System], quality: str, cost: str) -> Markup:
     return Markup(
         '<figure class="chart chart-line_end"><figcaption><b>{title}</b> <span class="note">over {cost}</span></figcaption>'
         '<div class="plot" role="img" aria-label="{summary}" style="height:{height}px">{ticks}'
-        '<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" aria-hidden="true">{grid}'
+        '<svg viewBox="0 0 {extent} {extent}" preserveAspectRatio="none" aria-hidden="true">{grid}'
         '<path class="front" d="{steps}"/>{points}</svg>{names}</div></figure>'
     ).format(
         title=METRICS[quality],
         cost=COSTS[cost],
         summary=f"{METRICS[quality]} over {COSTS[cost]}: " + "; ".join(_say(s, quality, cost) for s in known),
         height=_height_px(known),
-        ticks=_draw_ticks(x_axis, y_axis),
-        grid=_draw_grid(x_axis, y_axis),
+        extent=EXTENT,
+        ticks=draw_ticks(x_axis, y_axis, _NUM_TICKS, has_percents=True),
+        grid=draw_grid(x_axis, y_axis, _NUM_TICKS),
         steps=_draw_steps(front),
         points=Markup("").join(
             Markup('<g style="{}">{}</g>').format(s.look, draw_mark("dot", places[s.name], _say(s, quality, cost)))
@@ -126,9 +127,9 @@ def _widen(values: Sequence[float], scale: str) -> Axis:
 
 
 def _place(system: System, quality: str, cost: str, x_axis: Axis, y_axis: Axis) -> tuple[float, float]:
-    """The place of a system in the plot: across and down, each from 0 to 1000."""
+    """The place of a system in the plot: across and down, each from 0 to `EXTENT`."""
     across, up = x_axis.position(system.costs[cost]), y_axis.position(system.qualities[quality])
-    return 1000 * float(across), 1000 * (1 - float(up))
+    return EXTENT * float(across), EXTENT * (1 - float(up))
 
 
 def _draw_steps(front: Sequence[tuple[float, float]]) -> str:
@@ -136,21 +137,7 @@ def _draw_steps(front: Sequence[tuple[float, float]]) -> str:
     path = f"M{front[0][0]:.0f} {front[0][1]:.0f}"
     for across, down in front[1:]:
         path += f"H{across:.0f}V{down:.0f}"
-    return path + "H1000"
-
-
-def _draw_ticks(x_axis: Axis, y_axis: Axis) -> Markup:
-    down = [(100 * (1 - float(y_axis.position(v))), f"{100 * v:g}%") for v in y_axis.ticks(5)]
-    across = [(100 * float(x_axis.position(v)), format_tick(v)) for v in x_axis.ticks(4)]
-    labels = [Markup('<span class="y" style="top:{:.1f}%">{}</span>').format(*label) for label in down]
-    labels += [Markup('<span class="x" style="left:{:.1f}%">{}</span>').format(*label) for label in across]
-    return Markup("").join(labels)
-
-
-def _draw_grid(x_axis: Axis, y_axis: Axis) -> Markup:
-    lines = [f"M0 {1000 * (1 - float(y_axis.position(v))):.0f}H1000" for v in y_axis.ticks(5)]
-    lines += [f"M{1000 * float(x_axis.position(v)):.0f} 0V1000" for v in x_axis.ticks(4)]
-    return Markup('<path class="grid" d="{}"/>').format("".join(lines))
+    return f"{path}H{EXTENT}"
 
 
 def _height_px(systems: Sequence[System]) -> int:
@@ -161,7 +148,7 @@ def _height_px(systems: Sequence[System]) -> int:
 def _draw_names(systems: Sequence[System], places: Mapping[str, tuple[float, float]]) -> Markup:
     """The names of the systems at the right edge, each as near to the height of its point as there is room."""
     height = _height_px(systems)
-    wanted = [height * places[s.name][1] / 1000 for s in systems]
+    wanted = [height * places[s.name][1] / EXTENT for s in systems]
     placed = spread_labels(wanted, _LABEL_PX, height)
     return Markup("").join(
         Markup(
