@@ -1,9 +1,9 @@
-"""The census: which characters are classes, which faces draw them. Writes `faces.tsv` and `classes.tsv.xz`.
+"""Decides which characters are classes of Glyph-100K and which faces draw them, and writes `faces.tsv` and `classes.tsv.xz`.
 
     python -m concentration.data.sources.glyphs_100k.census FOLDER
 
-fetches the packages of `packages.tsv` into FOLDER, draws every character of every face (minutes), and decides. Stopped and begun
-again, it goes on. Nothing imports this at run time: its answers are shipped.
+fetches the packages of `packages.tsv` into FOLDER, draws every character with every face (which takes minutes), and decides. If
+it is stopped, the same command goes on. Nothing imports this module at run time, since the two files are shipped.
 """
 
 import hashlib
@@ -38,19 +38,20 @@ from concentration.data.split_assignment import SPLITS, SplitName
 from concentration.files import write_atomically
 from concentration.progress import Progress
 
-#: Typefaces that are held out: no network trains on them.
+#: The typefaces of the test split.
 TEST_TYPEFACES = ("TW-Kai", "Noto Sans", "Noto Sans CJK", "BabelStone Han", "Noto Music")
-#: Those without which almost no class is lost.
+#: The typefaces of the val split, chosen so that almost no class is lost without them in training.
 VAL_TYPEFACES = ("Noto Serif CJK", "DejaVu Sans", "DejaVu Serif", "Aboriginal Serif")
 
-#: Of these only the Chinese characters are taken: they share their symbols and foreign letters, and one is held out.
+#: Only the Chinese characters of these typefaces are used. Their symbols and foreign letters are the same, and one typeface is
+#: held out while the other is not.
 CHINESE_ONLY = ("TW-Kai", "TW-Sung")
 
-#: A class needs so many training typefaces, and a test one.
+#: How many training typefaces a class needs; it also needs one of the test split.
 MIN_TYPEFACES = 2
-#: Drawings of a class that are listed, of each split.
+#: The most faces of each split that are listed for a class.
 MAX_FACES: Mapping[SplitName, int] = {"train": 24, "val": 4, "test": 4}
-#: Faces of one typeface that draw a class: plain, bold, italic.
+#: The most faces of one typeface that are listed for a class: plain, bold, italic.
 MAX_FACES_OF_TYPEFACE = 3
 
 NUM_HAN_VERTICALS = 9
@@ -58,7 +59,13 @@ NUM_HAN_VERTICALS = 9
 
 @dataclass(frozen=True)
 class Found:
-    """A class: the character, the faces that draw it in the order in which they are taken, and its look-alikes."""
+    """A class.
+
+    Attributes:
+        character: the character.
+        faces: the numbers of the faces that draw it, in the order in which they are used.
+        others: the code points of characters that look the same and belong to the class, too.
+    """
 
     character: UnicodeCharacter
     faces: tuple[int, ...]
@@ -66,7 +73,7 @@ class Found:
 
 
 def take_census(folder: Path) -> None:
-    """Writes what was found."""
+    """Fetches the packages, draws all characters, decides, and writes both files."""
     packages = load_packages()
     fetch_packages(list(packages.values()), folder)
     characters = {c.codepoint: c for c in UnicodeTables(packages["unicode-data"].folder(folder)).list_characters()}
@@ -84,7 +91,7 @@ def take_census(folder: Path) -> None:
 
 
 def assign_typefaces(name_of: Mapping[str, str]) -> dict[str, SplitName]:
-    """The split of every merged typeface: one that is nearly a held-out one is held out, too."""
+    """The split of every typeface; one that was merged with a held-out typeface is held out, too."""
     split_of: dict[str, SplitName] = dict.fromkeys(name_of.values(), "train")
     for split, names in (("val", VAL_TYPEFACES), ("test", TEST_TYPEFACES)):
         for name in names:
@@ -98,15 +105,15 @@ def find_classes(
     typefaces: Sequence[str],
     split_of: Mapping[str, SplitName],
 ) -> list[Found]:
-    """The characters that enough typefaces draw, look-alikes merged, by code point.
+    """The classes, by code point: characters that enough typefaces draw, with look-alikes merged.
 
     Args:
-        characters: all that may be classes, by code point.
-        drawings: of each face, without placeholders.
-        typefaces: of each face, merged.
-        split_of: by typeface.
+        characters: all characters that may be classes, by code point.
+        drawings: the drawings of each face, without placeholders.
+        typefaces: the typeface of each face, after merging.
+        split_of: the split of each typeface.
     """
-    # Radicals as symbols look like the characters that they are; the characters stand for both.
+    # The symbol of a radical looks like the character that it is made from, and is merged into that.
     rank = {codepoint: (0x2E80 <= codepoint < 0x2FE0, codepoint) for codepoint in characters}
     stands_for = merge_characters(drawings, rank)
     others: dict[int, list[int]] = {}
@@ -127,11 +134,14 @@ def _faces_by_character(
     split_of: Mapping[str, SplitName],
     stands_for: Mapping[int, int],
 ) -> Iterator[tuple[int, tuple[int, ...]]]:
-    """By character that stands for itself: the faces whose drawing is its own, no other character's and no earlier face's."""
+    """Yields each character that is not merged into another, with the faces whose drawing of it is used.
+
+    A drawing is not used if the face draws another character the same, or an earlier face draws this one the same.
+    """
     drawn: dict[int, dict[int, int]] = {codepoint: {} for codepoint, kept in stands_for.items() if kept == codepoint}
     held_out_first = sorted(range(len(drawings)), key=lambda n: (SPLITS[::-1].index(split_of[typefaces[n]]), n))
     for face in held_out_first:
-        # Of two classes that a face draws alike, though others do not, the first keeps the drawing.
+        # If one face draws two classes alike (but not most faces do), the first class keeps the drawing.
         shared = {
             codepoint
             for group in groups_of_equal(drawings[face])
@@ -139,14 +149,14 @@ def _faces_by_character(
         }
         for codepoint, digest in zip(drawings[face].codepoint.tolist(), drawings[face].digest.tolist(), strict=True):
             if codepoint in drawn and codepoint not in shared:
-                # The same pixels by a later face, perhaps of another split, are left out.
+                # A later face with the same pixels, which may be of another split, is left out.
                 drawn[codepoint].setdefault(digest, face)
     for codepoint, face_of in drawn.items():
         yield codepoint, _choose(sorted(face_of.values()), typefaces, split_of)
 
 
 def _choose(faces: Sequence[int], typefaces: Sequence[str], split_of: Mapping[str, SplitName]) -> tuple[int, ...]:
-    """At most `MAX_FACES` of each split, typeface by typeface in turn."""
+    """Chooses at most `MAX_FACES` of each split: the first face of every typeface, then the second of each, and so on."""
     turns: list[tuple[int, int]] = []
     num_of_typeface: Counter[str] = Counter()
     for face in faces:
@@ -162,10 +172,14 @@ def _choose(faces: Sequence[int], typefaces: Sequence[str], split_of: Mapping[st
 
 
 def cut_radicals(sizes: Sequence[int], num_parts: int) -> list[int]:
-    """The first radical of each part and the one behind the last: neighbours together, the largest part as small as it can be.
+    """Divides the radicals into contiguous parts of which the largest is as small as possible.
 
     Args:
-        sizes: characters of each radical, from 1 on.
+        sizes: the number of characters of each radical, from radical 1 on.
+        num_parts: the number of parts.
+
+    Returns:
+        The first radical of each part, and the one after the last radical.
     """
     low, high = max(sizes), sum(sizes)
     while low < high:
@@ -175,6 +189,7 @@ def cut_radicals(sizes: Sequence[int], num_parts: int) -> list[int]:
 
 
 def _fill(sizes: Sequence[int], limit: int) -> list[int]:
+    """The first radical of each part, if parts are filled in order up to `limit` characters."""
     starts, total = [1], 0
     for radical, size in enumerate(sizes, 1):
         if total + size > limit:
@@ -185,7 +200,7 @@ def _fill(sizes: Sequence[int], limit: int) -> list[int]:
 
 
 def _draw_all(faces: Sequence[FontFace], characters: Mapping[int, object], folder: Path) -> Iterator[FaceDrawings]:
-    """What each face draws; drawn once, and kept in `FOLDER/drawings`."""
+    """Yields the drawings of each face. They are computed once, and kept in `FOLDER/drawings`."""
     packages, candidates = load_packages(), frozenset(characters)
     rules = hashlib.sha256(Path(sys.modules[draw_bitmap.__module__].__file__).read_bytes()).hexdigest()[:8]
     with Progress("draw", len(faces), "faces") as progress:

@@ -1,6 +1,6 @@
-"""The classes of Glyph-100K: `classes.tsv.xz`, which the census wrote, and the faces that draw them, `faces.tsv`.
+"""The classes of Glyph-100K, from `classes.tsv.xz`, and the faces that draw them, from `faces.tsv`.
 
-The files are shipped, so that the classes are the same with every version of Python, Pillow and FreeType.
+`census` wrote both files. They are shipped, so that the classes are the same with every version of Python, Pillow and FreeType.
 """
 
 import functools
@@ -18,7 +18,14 @@ CLASSES_PATH = Path(__file__).with_name("classes.tsv.xz")
 
 @dataclass(frozen=True, slots=True)
 class Face:
-    """A line of `faces.tsv`: a font of a package, `index` of the file's; all faces of a typeface are in one split."""
+    """A line of `faces.tsv`: a font.
+
+    Attributes:
+        package, file: the package, and the file in it.
+        index: which font of the file it is.
+        typeface: its typeface; all faces of a typeface are in one split.
+        split: the split that it draws.
+    """
 
     package: str
     file: str
@@ -29,12 +36,15 @@ class Face:
 
 @dataclass(frozen=True, slots=True)
 class Character:
-    """A line of `classes.tsv.xz`: a leaf.
+    """A line of `classes.tsv.xz`: a leaf class.
 
     Attributes:
+        codepoint: the Unicode code point.
+        vertical: its vertical.
         group: the class between the leaf and its vertical: a radical, or a block of Unicode.
-        faces: numbers of the faces that draw it, in the order in which they are taken: typeface by typeface in turn.
-        others: code points that look the same and are the same class.
+        name: the character's Unicode name.
+        faces: the numbers of the faces that draw it, in the order in which they are used.
+        others: the code points of characters that look the same and belong to this class, too.
     """
 
     codepoint: int
@@ -51,14 +61,14 @@ class Character:
 
 @functools.cache
 def load_faces() -> tuple[Face, ...]:
-    """All faces by number."""
+    """All faces; the number of a face is its place."""
     rows = [line.split("\t") for line in FACES_PATH.read_text(encoding="utf-8").splitlines()[1:]]
     return tuple(Face(package, file, int(index), typeface, split) for package, file, index, typeface, split in rows)
 
 
 @functools.cache
 def load_characters() -> tuple[Character, ...]:
-    """All characters, vertical by vertical, group by group."""
+    """All characters, in the order of the taxonomy: by vertical, then by group."""
     characters = []
     for line in lzma.decompress(CLASSES_PATH.read_bytes()).decode().splitlines()[1:]:
         codepoint, vertical, group, name, faces, others = line.split("\t")
@@ -76,13 +86,13 @@ def load_characters() -> tuple[Character, ...]:
 
 
 def count_typefaces(character: Character, split: SplitName) -> int:
-    """How many typefaces of a split draw it."""
+    """How many typefaces of a split draw the character."""
     faces = load_faces()
     return len({faces[face].typeface for face in character.faces if faces[face].split == split})
 
 
 def build_taxonomy(characters: Sequence[Character]) -> Taxonomy:
-    """Verticals as roots, their groups below them, the characters below those."""
+    """The taxonomy of these characters: each vertical is a root, groups are its children, and characters are theirs."""
     inner: dict[str, TaxonomyClass] = {}
     leaves = []
     for c in characters:

@@ -1,6 +1,6 @@
-"""The faces in a folder of unpacked font packages: which files, which typeface each belongs to, what each draws.
+"""Lists the faces in a folder of unpacked font packages, with the typeface of each, and draws their characters.
 
-Nothing imports this at run time: `faces.tsv` keeps the answers.
+Nothing imports this module at run time, since `faces.tsv` has its results.
 
 Shapes: N characters that a face draws, P those of them whose bitmaps are kept, S the side of a bitmap.
 """
@@ -19,12 +19,12 @@ from PIL import ImageFont
 from concentration.data.sources.glyphs_100k.drawing import BITMAP_SIZE, draw_bitmap, open_font
 from concentration.data.sources.glyphs_100k.packages import Package, load_packages
 
-#: Proportional variants of Japanese fonts, and regional ones in a collection: sisters that draw what another face draws.
+#: Faces that draw the same as another one: proportional variants of Japanese fonts, and regional variants in a collection.
 _SISTERS = re.compile(
     r"^ipa[gm]p|^vl-pgothic|^bizudp|^kiloji_|^lxgwwenkaimono|^unifont_(jp|sample)| cjk (kr|sc|tc|hk)| mono cjk",
     re.IGNORECASE,
 )
-#: Widths and weights beside the plain and the bold one: the views of training do the rest.
+#: Weights beside plain and bold, and widths beside the normal one. They are left out, since training distorts drawings anyway.
 _LEFT_OUT = re.compile(
     r"light|thin|hairline|black|heavy|demi|narrow|condensed|(semi|extra|ultra)[- ]?bold|ui-|caption|display|slanted|outline|"
     r"^noto.*medium",
@@ -36,13 +36,13 @@ _STYLE_WORDS = re.compile(
     re.IGNORECASE,
 )
 
-#: The plain style's names, first choice first.
+#: The names of the plain style, the preferred one first.
 _STYLES = ("Regular", "Book", "Roman", "Medium", "Normal")
-#: A file of this size holds Chinese characters or Korean syllables: of such families only the plain face is drawn, and of a
-#: collection of regional variants the first.
+#: A file of at least this size has Chinese characters or Korean syllables. Of such a family only the plain face is drawn, and of
+#: a collection of regional variants only the first.
 _LARGE_BYTES = 2_000_000
 
-#: Families that are one typeface though they have several names, by the start of the name; the first that fits counts.
+#: The typefaces of families with several names, by the start of the name; the first that fits counts.
 _TYPEFACES = (
     "Noto Sans CJK", "Noto Sans Mono CJK", "Noto Serif CJK", "Noto Music", "Noto Sans", "Noto Mono", "Noto Serif", "TW-Kai",
     "TW-Sung", "HanaMin", "BabelStone Han", "AR PL UMing", "AR PL UKai", "Unifont", "DejaVu Sans", "DejaVu Serif",
@@ -59,14 +59,14 @@ _ALIASES = {
     "BM EULJIRO": "BM Euljiro", "Ume P Mincho": "Ume Mincho", "Ume": "Ume Gothic",
 }  # fmt: skip
 
-#: Of Chinese and Korean characters one in this many is kept as a bitmap to compare typefaces, of others one in four.
+#: One in so many characters is kept as a bitmap, to compare typefaces: of the Chinese and Korean ones, and of the others.
 _KEPT_OF_MANY, _KEPT_OF_FEW = 40, 4
 _MANY = (range(0x3400, 0xA000), range(0xAC00, 0xD7A4), range(0x20000, 0x40000))
 
 
 @dataclass(frozen=True, slots=True)
 class FontFace:
-    """A font: a file of a package, or one of several in it (`index`)."""
+    """A font: a file of a package, or one of several in a file (`index`)."""
 
     package: str
     file: str
@@ -76,7 +76,7 @@ class FontFace:
 
     @property
     def typeface(self) -> str:
-        """The family without words of weight and width, and without script where several names are one design."""
+        """The name of the family without words for weight and width. Families of one design for several scripts share a name."""
         name = next((start for start in _TYPEFACES if self.family.startswith(start)), None)
         if name is None:
             name = " ".join(_STYLE_WORDS.sub(" ", self.family).split()) or self.family
@@ -85,13 +85,13 @@ class FontFace:
 
 @dataclass(frozen=True)
 class FaceDrawings:
-    """What a face draws.
+    """The characters that a face draws.
 
     Attributes:
-        codepoint: (N,) int64, rising.
-        digest: (N,) int64, equal where bitmaps are.
-        kept_codepoint: (P,) int64, rising.
-        kept: (P, S, S) uint8 bitmaps.
+        codepoint: (N,) int64, ascending.
+        digest: (N,) int64, a hash of each bitmap: two bitmaps are equal if their digests are.
+        kept_codepoint: (P,) int64, ascending: the characters whose bitmaps are kept.
+        kept: (P, S, S) uint8, these bitmaps.
     """
 
     codepoint: np.ndarray
@@ -100,7 +100,7 @@ class FaceDrawings:
     kept: np.ndarray
 
     def restrict(self, codepoints: Collection[int]) -> "FaceDrawings":
-        """The drawings of these characters alone."""
+        """The drawings of these characters only."""
         wanted = np.fromiter(codepoints, np.int64, len(codepoints))
         is_drawn, is_kept = np.isin(self.codepoint, wanted), np.isin(self.kept_codepoint, wanted)
         return FaceDrawings(
@@ -109,7 +109,7 @@ class FaceDrawings:
 
 
 def list_faces(packages: Collection[Package], path: Path) -> list[FontFace]:
-    """Of every family in every package: the faces that are drawn, plain, bold and italic, in a fixed order."""
+    """The faces that are used, plain, bold and italic ones of every family in every package, in a fixed order."""
     found = []
     for package in packages:
         for file in sorted(package.folder(path).iterdir()):
@@ -129,7 +129,7 @@ def list_faces(packages: Collection[Package], path: Path) -> list[FontFace]:
 
 
 def draw_face(face: FontFace, file: Path, candidates: Collection[int]) -> FaceDrawings:
-    """Draws all characters of `candidates` that the face has."""
+    """Draws those characters of `candidates` that the face has."""
     font = open_font(file, face.index)
     codepoints, digests, kept_codepoints, kept = [], [], [], []
     for codepoint in sorted(_read_cmap(file, face.index) & set(candidates)):

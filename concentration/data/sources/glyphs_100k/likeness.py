@@ -1,6 +1,6 @@
-"""What looks alike: typefaces that are one design under two names, and characters that typefaces do not tell apart.
+"""Finds what looks alike: typefaces that are one design under two names, and characters that most typefaces draw the same.
 
-Nothing imports this at run time.
+Nothing imports this module at run time.
 
 Shapes: F faces, D drawings of all faces, P bitmaps of a face that are kept to be compared, S the side of a bitmap.
 """
@@ -13,32 +13,32 @@ import numpy as np
 
 from concentration.data.sources.glyphs_100k.font_files import FaceDrawings
 
-#: A bitmap that a face has for so many characters is a placeholder.
+#: A bitmap that a face draws for so many characters is a placeholder for characters that it lacks.
 PLACEHOLDER_COUNT = 12
 
-#: Two bitmaps are nearly one where their squared distance is under this share of the smaller one's squared length.
+#: Two bitmaps are nearly equal if their squared distance is below this share of the smaller one's squared length.
 NEAR_DISTANCE = 0.05
-#: Two faces are one design where this share of the characters that both draw, of at least so many, is nearly one.
-NEAR_SHARE, MIN_COMPARED = 0.5, 8
+#: Two faces are one design if they have at least so many characters in common, and this share of them is nearly equal.
+MIN_COMPARED, NEAR_SHARE = 8, 0.5
 
-#: Two characters are one where this share of the faces that draw both draws the same bitmap.
+#: Two characters look alike if this share of the faces that draw both draws them with the same bitmap.
 SAME_SHARE = 0.5
 
 
 def drop_placeholders(drawings: FaceDrawings) -> FaceDrawings:
-    """Without the bitmaps that stand for many characters."""
+    """The drawings without bitmaps that stand for `PLACEHOLDER_COUNT` characters or more."""
     _, inverse, count = np.unique(drawings.digest, return_inverse=True, return_counts=True)
     return drawings.restrict(drawings.codepoint[count[inverse] < PLACEHOLDER_COUNT].tolist())
 
 
 def merge_typefaces(typefaces: Sequence[str], drawings: Sequence[FaceDrawings]) -> dict[str, str]:
-    """By the name of every typeface, the name that it shares with those that are nearly the same.
+    """Merges typefaces that are nearly the same: the common name of each, by its own name.
 
-    Of two typefaces the two faces are compared that have the most characters in common.
+    Two typefaces are compared by the pair of their faces that has most characters in common.
 
     Args:
-        typefaces: (F,) of each face.
-        drawings: (F,) of each face.
+        typefaces: (F,) the typeface of each face.
+        drawings: (F,) the drawings of each face.
     """
     all_kept = np.unique(np.concatenate([d.kept_codepoint for d in drawings])).tolist()
     place = {codepoint: n for n, codepoint in enumerate(all_kept)}
@@ -56,7 +56,7 @@ def merge_typefaces(typefaces: Sequence[str], drawings: Sequence[FaceDrawings]) 
 
 
 def _are_nearly_the_same(left: FaceDrawings, right: FaceDrawings) -> bool:
-    """Whether most characters that both draw, of 64 at most, are nearly one."""
+    """Whether the bitmaps of most characters that both faces draw are nearly equal; about 64 of them are compared."""
     _, at_left, at_right = np.intersect1d(
         left.kept_codepoint, right.kept_codepoint, assume_unique=True, return_indices=True
     )
@@ -68,7 +68,12 @@ def _are_nearly_the_same(left: FaceDrawings, right: FaceDrawings) -> bool:
 
 
 def merge_characters(drawings: Iterable[FaceDrawings], rank: Mapping[int, int]) -> dict[int, int]:
-    """By code point, the one that stands for it: itself, or the one of lowest rank that faces do not tell from it."""
+    """Merges characters that look alike: the code point that stands for each, which has the lowest rank of those that are merged.
+
+    Args:
+        drawings: the drawings of each face.
+        rank: the rank of each code point.
+    """
     num_same: Counter[tuple[int, int]] = Counter()
     faces_of: dict[int, int] = dict.fromkeys(rank, 0)  # a bit for each face
     for number, d in enumerate(drawings):
@@ -84,7 +89,7 @@ def merge_characters(drawings: Iterable[FaceDrawings], rank: Mapping[int, int]) 
 
 
 def groups_of_equal(drawings: FaceDrawings) -> Iterable[list[int]]:
-    """Lists of code points, rising, that a face draws with one bitmap; of two at least."""
+    """Yields each list of two or more code points, ascending, that a face draws with the same bitmap."""
     order = np.lexsort((drawings.codepoint, drawings.digest))
     digest, codepoint = drawings.digest[order], drawings.codepoint[order]
     for group in np.split(codepoint, np.flatnonzero(np.diff(digest)) + 1):
@@ -93,7 +98,7 @@ def groups_of_equal(drawings: FaceDrawings) -> Iterable[list[int]]:
 
 
 class _Union:
-    """Disjoint sets; each is named after its first member in the given order."""
+    """Disjoint sets (union-find). A set is named after the first of its members in the order given."""
 
     def __init__(self, members: Sequence):
         self._rank = {member: number for number, member in enumerate(members)}

@@ -1,7 +1,7 @@
-"""Debian's font packages: which ones (`packages.tsv`: name, version, checksum, size, licence), fetched and taken apart.
+"""Fetches and unpacks Debian's font packages, which `packages.tsv` lists with version, checksum, size and licence.
 
-A package is an `ar` archive with a tar in it; both are read here, so nothing is installed and no Debian is needed where the
-.deb files are at hand.
+A package is an `ar` archive with a tar in it. Both are read here, so that nothing has to be installed, and a machine that has the
+.deb files need not run Debian.
 """
 
 import functools
@@ -23,11 +23,11 @@ from concentration.temporaries import clear_temporaries, name_temporary
 
 PACKAGES_PATH = Path(__file__).with_name("packages.tsv")
 
-#: What is kept of a package: fonts, the tables of `unicode-data`, and the licence.
+#: The files of a package that are kept: fonts, the tables of `unicode-data`, and the copyright file with the licence.
 _KEPT_SUFFIXES = (".ttf", ".otf", ".ttc", ".txt", ".bz2")
 _COPYRIGHT = "copyright"
 
-#: apt-get takes a second to begin.
+#: How many packages one call of apt-get fetches, since each call takes a second to begin.
 _FETCHED_TOGETHER = 10
 
 _AR_MAGIC, _AR_HEADER_BYTES = b"!<arch>\n", 60
@@ -38,9 +38,10 @@ class Package:
     """A line of `packages.tsv`.
 
     Attributes:
-        sha256: of the .deb file.
-        size_bytes: of the .deb file.
-        licence: of its fonts, as its copyright file has it.
+        name, version: of the package in Debian.
+        sha256: the checksum of the .deb file.
+        size_bytes: the size of the .deb file.
+        licence: the licence of its fonts, as its copyright file names it.
     """
 
     name: str
@@ -50,7 +51,7 @@ class Package:
     licence: str
 
     def folder(self, path: Path) -> Path:
-        """Where its files lie below `path`; there is no such folder unless all of them are there."""
+        """The folder of its files below `path`, which exists only if it is complete."""
         return path / f"{self.name}_{self.version.replace(':', '%3a')}"
 
 
@@ -63,17 +64,17 @@ def load_packages() -> dict[str, Package]:
 
 
 def fetch_packages(packages: Sequence[Package], path: Path) -> None:
-    """Brings the packages that are not there, some at a time; stopped and begun again, it goes on.
+    """Fetches and unpacks the packages that are missing. If it is stopped, the next call goes on.
 
-    A .deb file that lies in `path` is taken instead of being fetched, and kept.
+    A .deb file in `path` is used instead of fetching that package, and is kept.
 
     Args:
-        packages: to bring.
-        path: the folder of all packages; made where it is not there.
+        packages: the packages that are needed.
+        path: the folder of all packages; it is created if need be.
 
     Raises:
-        DataError: a package cannot be fetched, or is not the one whose checksum is known.
-        Preempted: a signal has asked to stop.
+        DataError: a package cannot be fetched, or has another checksum than `packages.tsv` says.
+        Preempted: a signal asked to stop.
     """
     clear_temporaries(path)
     missing = [package for package in packages if not package.folder(path).is_dir()]
@@ -103,7 +104,7 @@ def _find_deb(package: Package, folder: Path) -> Path | None:
 
 
 def _download(packages: Sequence[Package], temporary: Path, path: Path) -> None:
-    """The .deb files, fetched by apt-get into `temporary`."""
+    """Fetches .deb files into `temporary` with apt-get. `path` is only for the advice in errors."""
     if not packages:
         return
     advice = (
@@ -128,7 +129,7 @@ def _download(packages: Sequence[Package], temporary: Path, path: Path) -> None:
 
 
 def _unpack(package: Package, deb: Path, temporary: Path, path: Path) -> None:
-    """Makes the package's folder, whole or not at all."""
+    """Unpacks a .deb file into the folder of its package, which becomes complete or does not appear at all."""
     content = deb.read_bytes()
     _check(package, deb.name, content)
     temporary.mkdir()
@@ -146,10 +147,10 @@ def _check(package: Package, name: str, content: bytes) -> None:
 
 
 def unpack_deb(deb: bytes, folder: Path, name: str) -> None:
-    """Writes the fonts, tables and the copyright file of a .deb file into `folder`, without their paths.
+    """Writes the fonts, tables and the copyright file of a .deb file into `folder`, without the folders that they are in.
 
     Raises:
-        DataError: it is no .deb file, or packed in a way that is not read here.
+        DataError: it is no .deb file, or is compressed in a way that `tarfile` does not read.
     """
     try:
         with tarfile.open(fileobj=_decompress(deb)) as tar:
@@ -162,7 +163,7 @@ def unpack_deb(deb: bytes, folder: Path, name: str) -> None:
 
 
 def _decompress(deb: bytes) -> io.BytesIO:
-    """The member `data.tar.*`; `tarfile` sees how it is compressed."""
+    """The content of the member `data.tar.*`, which `tarfile` will decompress. Raises: ValueError if there is none."""
     if not deb.startswith(_AR_MAGIC):
         raise ValueError("no ar archive")
     place = len(_AR_MAGIC)

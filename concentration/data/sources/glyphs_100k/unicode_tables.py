@@ -1,6 +1,7 @@
-"""What Unicode says of a character: its vertical, the class above it, its name. From Debian's `unicode-data`.
+"""Reads the name, script and block of each character from the tables in Debian's `unicode-data`, and derives its classes.
 
-Nothing imports this at run time: `classes.tsv.xz` holds the answers, and Python's own tables change with every version.
+Python's own tables are not used, since they change with its version. Nothing imports this module at run time, since
+`classes.tsv.xz` has its results.
 """
 
 import bisect
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-#: Verticals of whole scripts, in the order of the taxonomy; scripts that are not named here are `brahmic`.
+#: The scripts of each vertical that consists of scripts; those that are not named here are `brahmic`.
 SCRIPTS = {
     "alphabets": "Latin Greek Cyrillic Armenian Georgian",
     "arabic_hebrew": "Arabic Hebrew Syriac Samaritan Mandaic Thaana Nko Adlam Hanifi_Rohingya Yezidi",
@@ -27,7 +28,7 @@ SCRIPTS = {
     "hangul": "Hangul",
 }
 
-#: Verticals of characters that no one script owns, by the first code point of runs of blocks; the last before it counts.
+#: The vertical of characters that are common to several scripts, from each of these code points up to the next.
 _COMMON = (
     (0x0000, "punctuation"), (0x2070, "mathematics"), (0x20A0, "punctuation"), (0x2100, "mathematics"), (0x2190, "arrows"),
     (0x2200, "mathematics"), (0x2300, "arrows"), (0x2460, "punctuation"), (0x2500, "arrows"), (0x2600, "pictographs"),
@@ -36,7 +37,7 @@ _COMMON = (
     (0x1F100, "punctuation"), (0x1F300, "pictographs"), (0x1F780, "arrows"), (0x1F900, "pictographs"), (0x1FB00, "arrows"),
 )  # fmt: skip
 
-#: The order of the verticals, behind those of Chinese characters, which `census` cuts by radical.
+#: The order of the verticals. Before them come those of Chinese characters, which `census` divides by radical.
 VERTICALS = ("hangul", "alphabets", "east_asian", "ancient", "mathematics", "brahmic", "syllabaries", "punctuation",
              "pictographs", "arabic_hebrew", "arrows")  # fmt: skip
 
@@ -48,7 +49,12 @@ NUM_RADICALS = 214
 
 @dataclass(frozen=True, slots=True)
 class UnicodeCharacter:
-    """A character: `radical` is 1 to 214 for Chinese ones (Kangxi's), else 0; `block` is Unicode's name of it."""
+    """A character of Unicode.
+
+    Attributes:
+        script, block: their names in Unicode.
+        radical: the Kangxi radical of a Chinese character, 1 to 214; 0 for any other.
+    """
 
     codepoint: int
     name: str
@@ -58,7 +64,7 @@ class UnicodeCharacter:
 
     @property
     def vertical(self) -> str:
-        """One of `VERTICALS`; "han" where there is a radical."""
+        """One of `VERTICALS`, or "han" for a character with a radical."""
         if self.radical:
             return "han"
         if self.script in ("Common", "Inherited", "Han", "Braille"):
@@ -76,13 +82,13 @@ class UnicodeCharacter:
 
 
 class UnicodeTables:
-    """The tables of a folder into which `unicode-data` was unpacked."""
+    """The tables in the folder of the unpacked package `unicode-data`."""
 
     def __init__(self, folder: Path):
         self._folder = folder
 
     def list_characters(self) -> Iterator[UnicodeCharacter]:
-        """All that are more than a control, space, mark, or another way to write others (Unicode's NFC), by code point."""
+        """Yields all characters by code point, without controls, spaces, marks, and those that normalisation (NFC) replaces."""
         for codepoint, name, category in self._list_assigned():
             if category[0] in "CZM" or self._normalisation.find(codepoint, "Y") == "N":
                 continue
@@ -91,7 +97,7 @@ class UnicodeTables:
             yield UnicodeCharacter(codepoint, name, script, block, radical)
 
     def _list_assigned(self) -> Iterator[tuple[int, str, str]]:
-        """Code point, name, category; Chinese characters and Korean syllables stand as ranges in the file."""
+        """Yields (code point, name, category) of each character; the file lists Chinese and Korean characters as ranges."""
         first = None
         for line in self._read("UnicodeData.txt"):
             code, name, category, *_ = line.split(";")
@@ -107,7 +113,7 @@ class UnicodeTables:
 
     @cached_property
     def _normalisation(self) -> "_Ranges":
-        """ "N": NFC writes the code point as others."""
+        """Has "N" for code points that NFC replaces by others."""
         lines = self._read("DerivedNormalizationProps.txt")
         return _Ranges([line.replace("; NFC_QC;", ";") for line in lines if "; NFC_QC;" in line])
 
@@ -121,7 +127,7 @@ class UnicodeTables:
 
     @cached_property
     def _radicals(self) -> dict[int, int]:
-        """Kangxi radicals: of the characters by Unihan's kRSUnicode (the first), of the radicals themselves by their place."""
+        """The Kangxi radical of each code point: the first in Unihan's kRSUnicode; for radicals themselves their number."""
         found = {0x2F00 + number: number + 1 for number in range(NUM_RADICALS)}
         for line in self._read("Unihan_IRGSources.txt"):
             row = line.split("\t")
@@ -136,7 +142,7 @@ class UnicodeTables:
 
 
 class _Ranges:
-    """A file of `0041..005A ; Latin # ...` lines."""
+    """The values of ranges of code points, from lines such as `0041..005A ; Latin # ...`."""
 
     def __init__(self, lines: list[str]):
         rows = []
