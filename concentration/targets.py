@@ -3,6 +3,7 @@
 Shapes: B batch, K kept classes, V classes of one vertical, C all classes, M verticals, R rows of a shard, N records.
 """
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,12 +40,17 @@ class SoftTargets:
 
     @classmethod
     def from_labels(cls, labels: Sequence[Sequence[int]]) -> "SoftTargets":
-        """Hard labels, as output indices, with probability 1; samples may have different numbers of labels, or none."""
-        width = max((len(outputs) for outputs in labels), default=0) or 1
-        index_BK = torch.zeros(len(labels), width, dtype=torch.int64)
-        probability_BK = torch.zeros(len(labels), width)
-        for row, outputs in enumerate(labels):
-            index_BK[row, : len(outputs)] = torch.as_tensor(outputs, dtype=torch.int64)
+        """Hard labels, as output indices, with probability 1; samples may have different numbers of labels, or none.
+
+        Raises:
+            DataError: a sample's labels are not a list of whole numbers from 0 on, or have one of them twice.
+        """
+        rows = [_list_outputs(outputs, f"labels[{row}]") for row, outputs in enumerate(labels)]
+        width = max(map(len, rows), default=0) or 1
+        index_BK = torch.zeros(len(rows), width, dtype=torch.int64)
+        probability_BK = torch.zeros(len(rows), width)
+        for row, outputs in enumerate(rows):
+            index_BK[row, : len(outputs)] = torch.tensor(outputs, dtype=torch.int64)
             probability_BK[row, : len(outputs)] = 1.0
         return cls(index_BK, probability_BK)
 
@@ -70,6 +76,24 @@ class SoftTargets:
     def _map(self, change: Callable[[Tensor], Tensor]) -> "SoftTargets":
         parts = (self.index_BK, self.probability_BK, self.background_BM, self.weight_BM)
         return SoftTargets(*(None if part is None else change(part) for part in parts))
+
+
+def _list_outputs(outputs: object, where: str) -> list[int]:
+    """A sample's labels. Raises: DataError, as `SoftTargets.from_labels` says."""
+    try:
+        values = outputs.tolist() if isinstance(outputs, Tensor | np.ndarray) else list(outputs)
+        numbers = [-1 if isinstance(value, bool | np.bool_) else operator.index(value) for value in values]
+    except TypeError:  # one number, a text, fractions
+        numbers = [-1]
+    if min(numbers, default=0) < 0:
+        raise DataError(
+            f"{where} is {outputs!r}; expected a list of output indices from 0 on for each sample, as in [[3], [310, 7], []]"
+        )
+    if len(set(numbers)) < len(numbers):
+        raise DataError(
+            f"{where} is {outputs!r}, with an index twice; expected each once (of a row of zeros and ones the places of the ones)"
+        )
+    return numbers
 
 
 def keep_top_k(probability_BV: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:

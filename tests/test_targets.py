@@ -80,6 +80,29 @@ def test_hard_labels_become_ones_whatever_their_number():
     assert SoftTargets.from_labels([]).dense(3).shape == (0, 3)
 
 
+def test_hard_labels_are_taken_from_any_lists_of_whole_numbers():
+    expected = SoftTargets.from_labels([[4], [1]])
+    several = ([(4,), {1}], torch.tensor([[4], [1]]), np.array([[4], [1]]), [torch.tensor([4]), [np.int64(1)]])
+    for labels in several:
+        assert torch.equal(SoftTargets.from_labels(labels).index_BK, expected.index_BK)
+
+
+@pytest.mark.parametrize(
+    "outputs",
+    [3, torch.tensor(3), np.int64(3), [1.5], torch.tensor([1.0]), [True, False], np.array([True]), "ab", ["a"], None, [-1]],
+)  # fmt: skip
+def test_what_is_no_list_of_labels_is_refused_by_its_place(outputs):
+    with pytest.raises(DataError, match=r"labels\[1\] is .*; expected a list of output indices from 0 on"):
+        SoftTargets.from_labels([[0], outputs])
+
+
+@pytest.mark.parametrize("outputs", [[3, 3], torch.tensor([0, 1, 0, 0])])
+def test_a_label_that_comes_twice_is_refused(outputs):
+    """It would have the target 2; and a row of zeros and ones would be taken for the classes 0 and 1."""
+    with pytest.raises(DataError, match=r"labels\[0\] is .*, with an index twice; expected each once"):
+        SoftTargets.from_labels([outputs])
+
+
 def test_a_background_is_added_to_every_class_of_its_vertical():
     background_BM = torch.tensor([[0.125, 0.25]])
     targets = SoftTargets(torch.tensor([[1, 3]]), torch.tensor([[0.5, -0.25]]), background_BM)
