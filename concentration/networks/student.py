@@ -6,7 +6,7 @@ T all top-2 outputs, P parts of the head that this rank holds.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal, Self, get_args
 
 import pydantic
 import torch
@@ -172,8 +172,10 @@ class Student(nn.Module):
         """The features (B, D) of the base network, or the outputs of top-1.
 
         Raises:
-            ConfigError: top-1 is asked for, and there is none.
+            ConfigError: there is no such layer.
         """
+        if layer not in get_args(Layer):
+            raise ConfigError(f"layer={layer}: expected {' or '.join(get_args(Layer))}")
         if layer == "top1" and not self.top.has_hidden:
             raise ConfigError("layer=top1: a network with top=linear has no top-1; give layer=base")
         features_BD = self.base(self.normalise_images(images))
@@ -259,12 +261,12 @@ class Student(nn.Module):
         else:
             self.pace.set_prior(logit_C)
 
-    def save(self, path: Path, metadata: Mapping[str, str]) -> None:
+    def save(self, path: str | Path, metadata: Mapping[str, str]) -> None:
         """Writes weights and architecture, without auxiliary classifiers, as one safetensors file, whole or not at all."""
         assert self.sharding is None, "a part of a network is no network"
         header = {"network": self.config.without_auxiliaries().model_dump_json(), **metadata}
         served = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("auxiliaries.")}
-        save_tensors(path, served, header)
+        save_tensors(Path(path), served, header)
 
     def load_base(self, path: Path) -> None:
         """Takes the base network's weights from another network's file.
@@ -335,7 +337,7 @@ class Student(nn.Module):
         return self.pace(self.top.classify(top2))
 
 
-def load_student(path: Path) -> Student:
+def load_student(path: str | Path) -> Student:
     """A network from its file, in eval mode.
 
     Raises:
