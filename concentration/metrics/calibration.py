@@ -177,6 +177,9 @@ def fit_line(score_N: np.ndarray, is_right_N: np.ndarray, form: Form) -> tuple[f
 def expected_calibration_error(probability_N: np.ndarray, is_right_N: np.ndarray, num_bins: int = 15) -> float:
     """The mean distance of probability and share of right answers over bins of equal width, weighted by their samples.
 
+    Raises:
+        DataError: a probability lies outside [0, 1].
+
     Source: `torchmetrics.functional.classification.binary_calibration_error` with norm "l1".
     """
     bins = compute_reliability(probability_N, is_right_N, num_bins)
@@ -195,7 +198,8 @@ class ReliabilityBin:
 
 
 def compute_reliability(probability_N: np.ndarray, is_right_N: np.ndarray, num_bins: int = 15) -> list[ReliabilityBin]:
-    """The bins of equal width that have an answer."""
+    """The bins of equal width that have an answer. Raises: DataError where a probability lies outside [0, 1]."""
+    _check_probabilities(probability_N)
     edges = np.linspace(0, 1, num_bins + 1)
     # As torchmetrics' bucketize: a probability on an edge belongs to the bin above it, and 1 to the last.
     bin_N = np.clip(np.searchsorted(edges, probability_N, side="right") - 1, 0, num_bins - 1)
@@ -233,8 +237,13 @@ def find_rejection_threshold(probability_N: np.ndarray, false_rejection_rate: fl
 def area_under_roc(inside_N: np.ndarray, outside_N: np.ndarray) -> float:
     """The chance that an inside sample's number is above an outside sample's, equal ones counting half.
 
+    Raises:
+        DataError: a number is NaN.
+
     Source: `sklearn.metrics.roc_auc_score`.
     """
+    if np.isnan(inside_N).any() or np.isnan(outside_N).any():  # sorted, it would count as the largest
+        raise DataError("area under the ROC: a number is NaN; leave these samples out")
     inside_N = np.sort(inside_N)
     num_above = len(inside_N) - np.searchsorted(inside_N, outside_N, side="right")
     num_equal = np.searchsorted(inside_N, outside_N, side="right") - np.searchsorted(inside_N, outside_N, side="left")
@@ -242,7 +251,8 @@ def area_under_roc(inside_N: np.ndarray, outside_N: np.ndarray) -> float:
 
 
 def log_loss(probability_N: np.ndarray, is_right_N: np.ndarray) -> float:
-    """The mean negative logarithm of the probability of what came true."""
+    """The mean negative logarithm of the probability of what came true. Raises: DataError as `compute_reliability`."""
+    _check_probabilities(probability_N)
     clipped_N = np.clip(probability_N, 1e-12, 1 - 1e-12)
     return float(-np.log(np.where(is_right_N, clipped_N, 1 - clipped_N)).mean())
 
@@ -250,6 +260,14 @@ def log_loss(probability_N: np.ndarray, is_right_N: np.ndarray) -> float:
 def sigmoid(logit: np.ndarray) -> np.ndarray:
     """1 / (1 + exp(-x)) without overflow."""
     return 0.5 * (1 + np.tanh(0.5 * logit))
+
+
+def _check_probabilities(probability_N: np.ndarray) -> None:
+    """Logits and percents would fall into the first and the last bin without a word."""
+    probability_N = np.asarray(probability_N)
+    is_one_N = (probability_N >= 0) & (probability_N <= 1)
+    if not is_one_N.all():
+        raise DataError(f"calibration: {probability_N[~is_one_N][0]!s} is no probability; expected numbers in [0, 1]")
 
 
 def _minimise(column_ND: np.ndarray, target_N: np.ndarray, offset_N: np.ndarray) -> np.ndarray:

@@ -70,6 +70,19 @@ def test_the_calibration_error_is_that_of_torchmetrics(seed, num_bins):
     assert all(b.low <= b.probability <= b.high for b in bins)
 
 
+@pytest.mark.parametrize("measure", [expected_calibration_error, compute_reliability, log_loss])
+@pytest.mark.parametrize("wrong", [50.0, -0.5, float("nan")])
+def test_what_is_no_probability_is_refused(measure, wrong):
+    """Percents and logits would have a place in the last or the first bin."""
+    with pytest.raises(DataError, match=rf"{wrong} is no probability; expected numbers in \[0, 1\]"):
+        measure(np.array([0.5, wrong]), np.array([True, False]))
+
+
+def test_the_area_under_the_roc_of_nan_is_refused():
+    with pytest.raises(DataError, match="a number is NaN"):
+        area_under_roc(np.array([0.5, np.nan]), np.array([0.1]))
+
+
 def test_probabilities_of_0_and_1_have_a_bin():
     bins = compute_reliability(np.array([0.0, 1.0, 1.0]), np.array([False, True, False]), 10)
     assert [(b.low, b.num_answers, b.share_right) for b in bins] == [(0.0, 1, 0.0), (0.9, 2, 0.5)]
