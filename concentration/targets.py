@@ -15,7 +15,7 @@ from torch import Tensor
 
 from concentration.array_files import compute_checksum, map_arrays, save_arrays
 from concentration.errors import DataError
-from concentration.packed_targets import SHORT_VIEW_BYTES, VIEW_BYTES, PackedLayout, pack, unpack
+from concentration.packed_targets import SHORT_VIEW_BYTES, VIEW_BYTES, PackedLayout, check_records, pack, unpack
 
 #: How stored targets are written.
 Codec = Literal["plain", "packed"]
@@ -131,15 +131,28 @@ class TargetRecords:
     tail: np.ndarray
     view: np.ndarray | None = None
 
-    def save(self, path: Path, codec: Codec, vertical_size: int) -> None:
+    def save(self, path: str | Path, codec: Codec, vertical_size: int) -> None:
         """Writes the file whole or not at all.
 
         With `plain`, numpy reads it; indices are exact, probabilities and tails keep 11 bits, and larger tails become 65,504.
         With `packed` it takes less than half as much, see `packed_targets`. The header holds a checksum of all arrays, because
         a probability with a changed bit still looks like one.
+
+        Raises:
+            DataError: the arrays are not as described, or the file cannot be written.
         """
-        narrow = np.uint16 if self.row.max(initial=0) < 2**16 else np.uint32
-        arrays = {"row": self.row.astype(narrow)}
+        try:
+            self._check(vertical_size)
+            arrays = self._encode(codec, vertical_size)
+        except ValueError as error:
+            raise DataError(f"{path}: not written: {error}; correct the records") from None
+        metadata = {"codec": codec, "vertical_size": str(vertical_size), "num_kept": str(self.index.shape[1])}
+        metadata["crc32"] = compute_checksum(arrays)
+        save_arrays(Path(path), arrays, metadata)
+
+    def _encode(self, codec: Codec, vertical_size: int) -> dict[str, np.ndarray]:
+        """The arrays of the file. Raises: ValueError where the packed codec cannot hold them."""
+        arrays = {"row": self.row.astype(np.uint16 if self.row.max(initial=0) < 2**16 else np.uint32)}
         if codec == "packed":
             layout = PackedLayout(vertical_size, self.index.shape[1])
             arrays["record"] = pack(layout, self.index, self.probability, self.tail)
@@ -149,10 +162,16 @@ class TargetRecords:
             arrays["tail"] = np.minimum(self.tail, np.finfo(np.float16).max).astype(np.float16)
         if self.view is not None:  # the last bytes, saturation, light and interpolation, are mostly zero
             arrays["view"] = self.view if self.view[:, SHORT_VIEW_BYTES:].any() else self.view[:, :SHORT_VIEW_BYTES]
-        arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-        metadata = {"codec": codec, "vertical_size": str(vertical_size), "num_kept": str(self.index.shape[1])}
-        metadata["crc32"] = compute_checksum(arrays)
-        save_arrays(path, arrays, metadata)
+        return {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+
+    def _check(self, vertical_size: int) -> None:
+        """Raises: ValueError where no such vertical has these records: narrow integers would make others of them."""
+        if (self.row[1:] <= self.row[:-1]).any() or (self.row < 0).any():
+            raise ValueError("rows do not rise from 0 on")
+        num_rows, num_records = len(self.row), len(self.index)
+        if num_records % max(1, num_rows) or (num_rows == 0) != (num_records == 0):
+            raise ValueError(f"{num_rows} rows, but {num_records} records")
+        check_records(vertical_size, self.index.shape[1], self.index, self.probability, self.tail)
 
 
 def count_target_bytes(codec: Codec, vertical_size: int, top_k: int, num_rows: int, num_views: int) -> int:
@@ -184,10 +203,10 @@ class TargetFile:
             `num_kept` classes.
     """
 
-    def __init__(self, path: Path, vertical_size: int, num_kept: int):
-        self._path = path
+    def __init__(self, path: str | Path, vertical_size: int, num_kept: int):
+        self._path = Path(path)
         self._vertical_size = vertical_size
-        metadata, arrays = map_arrays(path)
+        metadata, arrays = map_arrays(self._path)
         found = {name: metadata.get(name) for name in ("codec", "vertical_size", "num_kept")}
         wanted = {"vertical_size": str(vertical_size), "num_kept": str(num_kept)}
         if found["codec"] not in get_args(Codec) or found != {"codec": found["codec"], **wanted}:

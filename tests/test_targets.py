@@ -265,6 +265,29 @@ def test_files_that_cannot_be_right_are_refused_by_name(tmp_path, changes, messa
     assert str(path) in str(caught.value)
 
 
+@pytest.mark.parametrize("codec", ["plain", "packed"])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"index": np.array([[70_001, 2], [3, 4]])}, "an index lies outside the vertical of 5000 classes"),
+        ({"index": np.array([[-65_530, 2], [3, 4]])}, "an index lies outside the vertical of 5000 classes"),
+        ({"index": np.array([[1.7, 2], [3, 4]])}, "indices are float64, expected integers"),
+        ({"probability": np.array([[1.5, 0.2], [0.1, 0.1]])}, r"a probability lies outside \[0, 1\]"),
+        ({"tail": np.array([np.nan, 0])}, "a tail mass is negative or not a number"),
+        ({"row": np.array([5, 2])}, "rows do not rise from 0 on"),
+        ({"row": np.array([-1, 2])}, "rows do not rise from 0 on"),
+        ({"row": np.array([0, 1, 2])}, "3 rows, but 2 records"),
+    ],
+)
+def test_records_that_cannot_be_are_not_written(tmp_path, codec, changes, message):
+    """In 16 bits class 70,001, an output index instead of a place in the vertical, would be class 4,465."""
+    right = {"row": [0, 1], "index": [[1, 2], [3, 4]], "probability": [[0.5, 0.5], [0.5, 0.5]], "tail": [0.0, 0.0]}
+    records = TargetRecords(**{name: np.array(value) for name, value in right.items()} | changes)
+    with pytest.raises(DataError, match=f"not written: {message}; correct the records"):
+        records.save(tmp_path / "records.safetensors", codec, 5000)
+    assert not any(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("changes", [{"codec": "new"}, {"codec": ""}, {"vertical_size": "11"}, {"num_kept": "3"}])
 def test_files_of_another_codec_or_size_are_refused(tmp_path, changes):
     path = save(tmp_path, make_records())
