@@ -4,7 +4,7 @@ Shapes: B batch, K kept classes, V classes of one vertical, C all classes, M ver
 """
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
@@ -39,7 +39,7 @@ class SoftTargets:
     weight_BM: Tensor | None = None
 
     @classmethod
-    def from_labels(cls, labels: Sequence[Sequence[int]]) -> "SoftTargets":
+    def from_labels(cls, labels: Iterable[Iterable[int]] | Tensor | np.ndarray) -> "SoftTargets":
         """Hard labels, as output indices, with probability 1; samples may have different numbers of labels, or none.
 
         Raises:
@@ -78,7 +78,7 @@ class SoftTargets:
         return SoftTargets(*(None if part is None else change(part) for part in parts))
 
 
-def _list_outputs(outputs: object, where: str) -> list[int]:
+def _list_outputs(outputs: Iterable[int] | Tensor | np.ndarray, where: str) -> list[int]:
     """A sample's labels. Raises: DataError, as `SoftTargets.from_labels` says."""
     try:
         values = outputs.tolist() if isinstance(outputs, Tensor | np.ndarray) else list(outputs)

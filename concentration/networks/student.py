@@ -343,6 +343,7 @@ def load_student(path: str | Path) -> Student:
     Raises:
         DataError: the file is missing, damaged, or does not hold the network that its header describes.
     """
+    path = Path(path)
     header = load_metadata(path)
     if "network" not in header:
         raise DataError(f"{path}: no network description in its header; expected a file written by `concentrate`")
