@@ -6,6 +6,7 @@ from pathlib import Path
 
 import hydra
 import pytest
+from pages import list_examples
 
 from concentration.config import VERBS, check_config, find_config_directory
 from concentration.stages.verbs import split_words
@@ -24,7 +25,7 @@ def _commands() -> list[str]:
 
 
 def test_the_library_example_runs():
-    [example] = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    [example] = list_examples("README.md", "As a library")
     variables: dict = {}
     exec(compile(example, "README.md", "exec"), variables)
     assert variables["loss"].isfinite()
