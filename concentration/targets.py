@@ -16,6 +16,7 @@ from torch import Tensor
 from concentration.array_files import compute_checksum, map_arrays, save_arrays
 from concentration.errors import DataError
 from concentration.packed_targets import SHORT_VIEW_BYTES, VIEW_BYTES, PackedLayout, check_records, pack, unpack
+from concentration.schema import check_choice
 
 #: How stored targets are written.
 Codec = Literal["plain", "packed"]
@@ -140,7 +141,9 @@ class TargetRecords:
 
         Raises:
             DataError: the arrays are not as described, or the file cannot be written.
+            ConfigError: there is no such codec.
         """
+        check_choice("codec", codec, Codec)
         try:
             self._check(vertical_size)
             arrays = self._encode(codec, vertical_size)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from concentration.array_files import load_arrays, load_metadata
-from concentration.errors import DataError
+from concentration.errors import ConfigError, DataError
 from concentration.targets import SoftTargets, TargetFile, TargetRecords, count_target_bytes, keep_top_k
 
 
@@ -263,6 +263,12 @@ def test_files_that_cannot_be_right_are_refused_by_name(tmp_path, changes, messa
     with pytest.raises(DataError, match=message) as caught:
         read_all(path)
     assert str(path) in str(caught.value)
+
+
+def test_a_misspelt_codec_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="codec=packt: expected 'plain' or 'packed'; did you mean 'packed'"):
+        make_records().save(tmp_path / "records.safetensors", "packt", 10)
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("codec", ["plain", "packed"])

@@ -21,6 +21,7 @@ from typing import Any, Literal
 import numpy as np
 
 from concentration.errors import DataError
+from concentration.schema import check_choice
 from concentration.taxonomy import Taxonomy
 
 Scope = Literal["global", "vertical"]
@@ -138,7 +139,11 @@ def fit_scaling(answers: Answers, scope: Scope, form: Form) -> Scaling:
     compared. Then, as `global` does at once, one line for all is fitted to the winners, of whom the best of M estimates is
     otherwise too confident. `temperature` has no shift. A vertical without a sample of its own would be found never to be right;
     it takes the line of all others together.
+
+    Raises:
+        ConfigError: `scope` or `form` is another word.
     """
+    check_choice("scope", scope, Scope)
     scaling = Scaling.identity(answers.score_NM.shape[1])
     if scope == "vertical":
         is_seen_M = answers.is_labelled_NM.any(axis=0)
@@ -156,8 +161,9 @@ def fit_line(score_N: np.ndarray, is_right_N: np.ndarray, form: Form) -> tuple[f
     """Slope and shift of the logistic regression of `is_right_N` on finite scores; no shift for a temperature.
 
     The targets are Platt's: (n + 1) / (n + 2) of n right ones, 1 / (m + 2) of m wrong ones, so that what is separable has a
-    finite line.
+    finite line. Raises: ConfigError where `form` is another word.
     """
+    check_choice("form", form, Form)
     is_finite_N = np.isfinite(score_N)
     score_N, is_right_N = score_N[is_finite_N].astype(np.float64), is_right_N[is_finite_N]
     if not len(score_N):

@@ -6,7 +6,7 @@ T all top-2 outputs, P parts of the head that this rank holds.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal, Self, get_args
+from typing import Literal, Self
 
 import pydantic
 import torch
@@ -26,7 +26,7 @@ from concentration.objectives.fused_block import HeadParameters
 from concentration.objectives.fused_head import GradientTime, fused_loss_by_vertical
 from concentration.objectives.sigmoid_cross_entropy import sigmoid_cross_entropy_by_vertical
 from concentration.objectives.softmax_cross_entropy import compute_log_odds, softmax_cross_entropy_by_vertical
-from concentration.schema import Config, parse_config, parse_json
+from concentration.schema import Config, check_choice, parse_config, parse_json
 from concentration.targets import SoftTargets
 
 #: `sigmoid`: classes are independent (Gao et al., Equations 1 and 2). `softmax`: of all classes of all verticals one is true.
@@ -174,8 +174,7 @@ class Student(nn.Module):
         Raises:
             ConfigError: there is no such layer.
         """
-        if layer not in get_args(Layer):
-            raise ConfigError(f"layer={layer}: expected {' or '.join(get_args(Layer))}")
+        check_choice("layer", layer, Layer)
         if layer == "top1" and not self.top.has_hidden:
             raise ConfigError("layer=top1: a network with top=linear has no top-1; give layer=base")
         features_BD = self.base(self.normalise_images(images))

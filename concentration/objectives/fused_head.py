@@ -31,6 +31,7 @@ from concentration.objectives.fused_block import (
     refuse_second_derivatives,
 )
 from concentration.objectives.target_checks import check_targets, has_values_at_hand
+from concentration.schema import check_choice
 from concentration.targets import SoftTargets
 
 #: Logits of a block: few enough to stay in a cache (a GPU's second-level one) together with what is computed from them, many
@@ -63,8 +64,9 @@ def fused_loss_by_vertical(
     Raises:
         DataError: shapes, types or devices do not fit, or targets or class weights require a gradient, which the readable form
             alone gives. On a CPU also: targets name a class that does not exist, or are not finite.
+        ConfigError: `gradients` is another word.
     """
-    _check(hidden, parameters, targets, class_weight_C)
+    _check(hidden, parameters, targets, class_weight_C, gradients)
     if gradients == "forward" and grouped_head.can_group(hidden, parameters):
         return grouped_head.grouped_loss_by_vertical(hidden, parameters, targets, class_weight_C)
     ranges, start = [], 0
@@ -296,8 +298,13 @@ def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 @_disable_dynamo
 def _check(
-    hidden: Sequence[Tensor], parameters: Sequence[HeadParameters], targets: SoftTargets, class_weight_C: Tensor | None
+    hidden: Sequence[Tensor],
+    parameters: Sequence[HeadParameters],
+    targets: SoftTargets,
+    class_weight_C: Tensor | None,
+    gradients: GradientTime,
 ) -> None:
+    check_choice("gradients", gradients, GradientTime)
     if len(hidden) != len(parameters) or not hidden:
         raise DataError(f"fused loss: {len(hidden)} verticals of features for {len(parameters)} verticals of classes")
     num_samples, num_classes = len(hidden[0]), sum(len(vertical.weight) for vertical in parameters)

@@ -12,7 +12,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import precision_recall_curve, roc_auc_score
 from torchmetrics.functional.classification import binary_calibration_error
 
-from concentration.errors import DataError
+from concentration.errors import ConfigError, DataError
 from concentration.metrics.calibration import (
     Scaling,
     area_under_roc,
@@ -76,6 +76,12 @@ def test_what_is_no_probability_is_refused(measure, wrong):
     """Percents and logits would have a place in the last or the first bin."""
     with pytest.raises(DataError, match=rf"{wrong} is no probability; expected numbers in \[0, 1\]"):
         measure(np.array([0.5, wrong]), np.array([True, False]))
+
+
+def test_a_misspelt_form_is_refused():
+    """It would be a line through the scores without their shift."""
+    with pytest.raises(ConfigError, match="form=plat: expected 'temperature' or 'platt'; did you mean 'platt'"):
+        fit_line(*draw(0, 10), "plat")
 
 
 def test_the_area_under_the_roc_of_nan_is_refused():

@@ -142,7 +142,7 @@ def test_images_of_another_integer_type_are_refused(dtype):
 
 
 def test_features_of_a_layer_that_there_is_not_are_refused():
-    with pytest.raises(ConfigError, match="layer=top2: expected base or top1"):
+    with pytest.raises(ConfigError, match="layer=top2: expected 'base' or 'top1'"):
         build().compute_features(draw_images(), "top2")
 
 

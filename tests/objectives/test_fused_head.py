@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.nn.functional import linear
 
-from concentration.errors import DataError
+from concentration.errors import ConfigError, DataError
 from concentration.networks.pace import Pace, PaceConfig
 from concentration.objectives import fused_block, fused_head
 from concentration.objectives.fused_block import HeadParameters
@@ -368,6 +368,16 @@ def test_targets_that_cannot_be_are_named(change, message):
     targets = replaced(targets, index_BK=torch.arange(12).reshape(3, 4) % 9)
     with pytest.raises(DataError, match=message):
         head.fused(change(targets))
+
+
+def test_a_misspelt_time_of_the_gradients_is_refused():
+    """It would give a loss, and no gradient at all."""
+    head = Head(0, [4, 5], PaceConfig(kind="vertical"), num_samples=3)
+    targets = draw_targets(0, 3, [4, 5], 4, background=False, weight=False)
+    with pytest.raises(
+        ConfigError, match="gradients=backwards: expected 'forward' or 'backward'; did you mean 'backward'"
+    ):
+        head.fused(targets, gradients="backwards")
 
 
 def test_parts_that_do_not_fit_are_named():
