@@ -100,6 +100,26 @@ class PackedLayout:
         return np.minimum(byte_FK, self.record_bytes - 1), shift_K.astype(np.uint16 if num_bytes <= 2 else np.uint32)
 
 
+def check_records(
+    vertical_size: int, num_kept: int, index_RK: np.ndarray, probability_RK: np.ndarray, tail_R: np.ndarray
+) -> None:
+    """Whether these can be the records of a vertical, in either codec. Raises: ValueError where they are not."""
+    shape = (len(index_RK), num_kept)
+    if index_RK.shape != shape or probability_RK.shape != shape or tail_R.shape != shape[:1]:
+        raise ValueError(
+            f"indices, probabilities and tails have the shapes {index_RK.shape}, {probability_RK.shape} and "
+            f"{tail_R.shape}, expected {shape}, {shape} and {shape[:1]}"
+        )
+    if index_RK.dtype.kind not in "iu":
+        raise ValueError(f"indices are {index_RK.dtype}, expected integers")
+    if ((index_RK < 0) | (index_RK >= vertical_size)).any():
+        raise ValueError(f"an index lies outside the vertical of {vertical_size} classes")
+    if not ((probability_RK >= 0) & (probability_RK <= 1)).all():  # also refuses NaN
+        raise ValueError("a probability lies outside [0, 1]")
+    if not (tail_R >= 0).all():
+        raise ValueError("a tail mass is negative or not a number")
+
+
 def pack(layout: PackedLayout, index_RK: np.ndarray, probability_RK: np.ndarray, tail_R: np.ndarray) -> np.ndarray:
     """R records, (R, record_bytes) uint8.
 
@@ -120,7 +140,7 @@ def pack(layout: PackedLayout, index_RK: np.ndarray, probability_RK: np.ndarray,
         ValueError: an argument is not as described.
     """
     record_RB = np.zeros((len(index_RK), layout.record_bytes), dtype=np.uint8)
-    _check_targets(layout, index_RK, probability_RK, tail_R)
+    check_records(layout.vertical_size, layout.num_kept, index_RK, probability_RK, tail_R)
     is_seen_R = probability_RK.any(1) | (tail_R != 0)
     order_RK = np.argsort(index_RK[is_seen_R], axis=1)
     rising_RK = np.take_along_axis(index_RK[is_seen_R].astype(np.int64), order_RK, axis=1)
@@ -164,21 +184,6 @@ def unpack(layout: PackedLayout, record_RB: np.ndarray) -> tuple[np.ndarray, np.
     for whole, part in zip(unpacked, _unpack_seen(layout, record_RB[is_seen_R]), strict=True):
         whole[is_seen_R] = part
     return unpacked
-
-
-def _check_targets(layout: PackedLayout, index_RK: np.ndarray, probability_RK: np.ndarray, tail_R: np.ndarray) -> None:
-    shape = (len(index_RK), layout.num_kept)
-    if index_RK.shape != shape or probability_RK.shape != shape or tail_R.shape != shape[:1]:
-        raise ValueError(
-            f"indices, probabilities and tails have the shapes {index_RK.shape}, {probability_RK.shape} and "
-            f"{tail_R.shape}, expected {shape}, {shape} and {shape[:1]}"
-        )
-    if ((index_RK < 0) | (index_RK >= layout.vertical_size)).any():
-        raise ValueError(f"an index lies outside the vertical of {layout.vertical_size} classes")
-    if not ((probability_RK >= 0) & (probability_RK <= 1)).all():  # also refuses NaN
-        raise ValueError("a probability lies outside [0, 1]")
-    if not (tail_R >= 0).all():
-        raise ValueError("a tail mass is negative or not a number")
 
 
 def _quantise(probability_RK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -173,6 +173,12 @@ def suggest(word: str, valid: Iterable[str], prefix: str = "") -> str:
     return ""
 
 
+def check_choice(name: str, found: object, choices: Any) -> None:
+    """Raises: ConfigError where an argument is none of a Literal's words: a misspelt one would be taken for another of them."""
+    if found not in get_args(choices):
+        raise ConfigError(_describe_choice(name, found, " or ".join(map(repr, get_args(choices)))))
+
+
 def write_override(key: str, value: str | Sequence[str]) -> str:
     """`KEY=VALUE` as it is typed in a shell, so that Hydra takes it for this text, or for a list of these texts.
 

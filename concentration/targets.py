@@ -3,7 +3,8 @@
 Shapes: B batch, K kept classes, V classes of one vertical, C all classes, M verticals, R rows of a shard, N records.
 """
 
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
@@ -14,7 +15,8 @@ from torch import Tensor
 
 from concentration.array_files import compute_checksum, map_arrays, save_arrays
 from concentration.errors import DataError
-from concentration.packed_targets import SHORT_VIEW_BYTES, VIEW_BYTES, PackedLayout, pack, unpack
+from concentration.packed_targets import SHORT_VIEW_BYTES, VIEW_BYTES, PackedLayout, check_records, pack, unpack
+from concentration.schema import check_choice
 
 #: How stored targets are written.
 Codec = Literal["plain", "packed"]
@@ -38,13 +40,18 @@ class SoftTargets:
     weight_BM: Tensor | None = None
 
     @classmethod
-    def from_labels(cls, labels: Sequence[Sequence[int]]) -> "SoftTargets":
-        """Hard labels, as output indices, with probability 1; samples may have different numbers of labels, or none."""
-        width = max((len(outputs) for outputs in labels), default=0) or 1
-        index_BK = torch.zeros(len(labels), width, dtype=torch.int64)
-        probability_BK = torch.zeros(len(labels), width)
-        for row, outputs in enumerate(labels):
-            index_BK[row, : len(outputs)] = torch.as_tensor(outputs, dtype=torch.int64)
+    def from_labels(cls, labels: Iterable[Iterable[int]] | Tensor | np.ndarray) -> "SoftTargets":
+        """Hard labels, as output indices, with probability 1; samples may have different numbers of labels, or none.
+
+        Raises:
+            DataError: a sample's labels are not a list of whole numbers from 0 on, or have one of them twice.
+        """
+        rows = [_list_outputs(outputs, f"labels[{row}]") for row, outputs in enumerate(labels)]
+        width = max(map(len, rows), default=0) or 1
+        index_BK = torch.zeros(len(rows), width, dtype=torch.int64)
+        probability_BK = torch.zeros(len(rows), width)
+        for row, outputs in enumerate(rows):
+            index_BK[row, : len(outputs)] = torch.tensor(outputs, dtype=torch.int64)
             probability_BK[row, : len(outputs)] = 1.0
         return cls(index_BK, probability_BK)
 
@@ -70,6 +77,24 @@ class SoftTargets:
     def _map(self, change: Callable[[Tensor], Tensor]) -> "SoftTargets":
         parts = (self.index_BK, self.probability_BK, self.background_BM, self.weight_BM)
         return SoftTargets(*(None if part is None else change(part) for part in parts))
+
+
+def _list_outputs(outputs: Iterable[int] | Tensor | np.ndarray, where: str) -> list[int]:
+    """A sample's labels. Raises: DataError, as `SoftTargets.from_labels` says."""
+    try:
+        values = outputs.tolist() if isinstance(outputs, Tensor | np.ndarray) else list(outputs)
+        numbers = [-1 if isinstance(value, bool | np.bool_) else operator.index(value) for value in values]
+    except TypeError:  # one number, a text, fractions
+        numbers = [-1]
+    if min(numbers, default=0) < 0:
+        raise DataError(
+            f"{where} is {outputs!r}; expected a list of output indices from 0 on for each sample, as in [[3], [310, 7], []]"
+        )
+    if len(set(numbers)) < len(numbers):
+        raise DataError(
+            f"{where} is {outputs!r}, with an index twice; expected each once (of a row of zeros and ones the places of the ones)"
+        )
+    return numbers
 
 
 def keep_top_k(probability_BV: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -107,15 +132,30 @@ class TargetRecords:
     tail: np.ndarray
     view: np.ndarray | None = None
 
-    def save(self, path: Path, codec: Codec, vertical_size: int) -> None:
+    def save(self, path: str | Path, codec: Codec, vertical_size: int) -> None:
         """Writes the file whole or not at all.
 
         With `plain`, numpy reads it; indices are exact, probabilities and tails keep 11 bits, and larger tails become 65,504.
         With `packed` it takes less than half as much, see `packed_targets`. The header holds a checksum of all arrays, because
         a probability with a changed bit still looks like one.
+
+        Raises:
+            DataError: the arrays are not as described, or the file cannot be written.
+            ConfigError: there is no such codec.
         """
-        narrow = np.uint16 if self.row.max(initial=0) < 2**16 else np.uint32
-        arrays = {"row": self.row.astype(narrow)}
+        check_choice("codec", codec, Codec)
+        try:
+            self._check(vertical_size)
+            arrays = self._encode(codec, vertical_size)
+        except ValueError as error:
+            raise DataError(f"{path}: not written: {error}; correct the records") from None
+        metadata = {"codec": codec, "vertical_size": str(vertical_size), "num_kept": str(self.index.shape[1])}
+        metadata["crc32"] = compute_checksum(arrays)
+        save_arrays(Path(path), arrays, metadata)
+
+    def _encode(self, codec: Codec, vertical_size: int) -> dict[str, np.ndarray]:
+        """The arrays of the file. Raises: ValueError where the packed codec cannot hold them."""
+        arrays = {"row": self.row.astype(np.uint16 if self.row.max(initial=0) < 2**16 else np.uint32)}
         if codec == "packed":
             layout = PackedLayout(vertical_size, self.index.shape[1])
             arrays["record"] = pack(layout, self.index, self.probability, self.tail)
@@ -125,10 +165,16 @@ class TargetRecords:
             arrays["tail"] = np.minimum(self.tail, np.finfo(np.float16).max).astype(np.float16)
         if self.view is not None:  # the last bytes, saturation, light and interpolation, are mostly zero
             arrays["view"] = self.view if self.view[:, SHORT_VIEW_BYTES:].any() else self.view[:, :SHORT_VIEW_BYTES]
-        arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-        metadata = {"codec": codec, "vertical_size": str(vertical_size), "num_kept": str(self.index.shape[1])}
-        metadata["crc32"] = compute_checksum(arrays)
-        save_arrays(path, arrays, metadata)
+        return {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+
+    def _check(self, vertical_size: int) -> None:
+        """Raises: ValueError where no such vertical has these records: narrow integers would make others of them."""
+        if (self.row[1:] <= self.row[:-1]).any() or (self.row < 0).any():
+            raise ValueError("rows do not rise from 0 on")
+        num_rows, num_records = len(self.row), len(self.index)
+        if num_records % max(1, num_rows) or (num_rows == 0) != (num_records == 0):
+            raise ValueError(f"{num_rows} rows, but {num_records} records")
+        check_records(vertical_size, self.index.shape[1], self.index, self.probability, self.tail)
 
 
 def count_target_bytes(codec: Codec, vertical_size: int, top_k: int, num_rows: int, num_views: int) -> int:
@@ -160,10 +206,10 @@ class TargetFile:
             `num_kept` classes.
     """
 
-    def __init__(self, path: Path, vertical_size: int, num_kept: int):
-        self._path = path
+    def __init__(self, path: str | Path, vertical_size: int, num_kept: int):
+        self._path = Path(path)
         self._vertical_size = vertical_size
-        metadata, arrays = map_arrays(path)
+        metadata, arrays = map_arrays(self._path)
         found = {name: metadata.get(name) for name in ("codec", "vertical_size", "num_kept")}
         wanted = {"vertical_size": str(vertical_size), "num_kept": str(num_kept)}
         if found["codec"] not in get_args(Codec) or found != {"codec": found["codec"], **wanted}:

@@ -9,6 +9,7 @@ import functools
 import hashlib
 import itertools
 import json
+import operator
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -82,7 +83,8 @@ class Taxonomy:
         return len(self.verticals)
 
     def class_of_output(self, output: int) -> TaxonomyClass:
-        return self.classes[self.position_of_output[output]]
+        """The class of an output. Raises: DataError where there is no such output."""
+        return self.classes[self.position_of_output[self._check_output(output)]]
 
     def output(self, class_id: str) -> int:
         """The output index of a class.
@@ -129,8 +131,12 @@ class Taxonomy:
         return tuple(tuple(sorted(memo[self.class_of_output(output).id])) for output in range(self.num_classes))
 
     def smear(self, outputs: Iterable[int]) -> tuple[int, ...]:
-        """Label smearing: the outputs with their ancestors inside their verticals, sorted (Gao et al., section 3.1)."""
-        outputs = set(outputs)
+        """Label smearing: the outputs with their ancestors inside their verticals, sorted (Gao et al., section 3.1).
+
+        Raises:
+            DataError: one of them is no output.
+        """
+        outputs = {self._check_output(output) for output in outputs}
         return tuple(sorted(outputs.union(*(self.ancestors[output] for output in outputs))))
 
     @functools.cached_property
@@ -141,8 +147,13 @@ class Taxonomy:
         return start, np.fromiter(itertools.chain.from_iterable(smeared), dtype=np.int64, count=start[-1])
 
     def route(self, outputs: Iterable[int]) -> tuple[str, ...]:
-        """F_map: the verticals whose teachers see a sample with these labels, in order (Gao et al., section 3.1)."""
-        return tuple(self.verticals[number] for number in sorted({int(self.vertical_of_output[o]) for o in outputs}))
+        """F_map: the verticals whose teachers see a sample with these labels, in order (Gao et al., section 3.1).
+
+        Raises:
+            DataError: one of the labels is no output.
+        """
+        numbers = {int(self.vertical_of_output[self._check_output(output)]) for output in outputs}
+        return tuple(self.verticals[number] for number in sorted(numbers))
 
     def lineage(self, output: int) -> tuple[str, ...]:
         """Names from the furthest ancestor to the class itself, along the first parent inside the vertical."""
@@ -193,6 +204,13 @@ class Taxonomy:
             raise DataError(f"{self._where}: there is a vertical {into!r} already; merge it, too, or give another name")
         classes = [dataclasses.replace(c, vertical=into) if c.vertical in verticals else c for c in self.classes]
         return Taxonomy(classes, f"{self._where} with {into}")
+
+    def _check_output(self, output: int) -> int:
+        """The same as an int of Python; -1, which often stands for "no label", would be the last class."""
+        number = operator.index(output)
+        if not 0 <= number < self.num_classes:
+            raise DataError(f"{self._where}: no output {number}; expected 0 to {self.num_classes - 1}")
+        return number
 
     @functools.cached_property
     def fingerprint(self) -> str:

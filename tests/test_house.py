@@ -192,6 +192,16 @@ assert not found, found
     assert finished.returncode == 0, finished.stderr
 
 
+def test_type_checkers_and_editors_see_the_names_of_the_library():
+    assert (PACKAGE / "py.typed").exists()
+    stub = ast.parse((PACKAGE / "__init__.pyi").read_text())
+    imports = [node for node in stub.body if isinstance(node, ast.ImportFrom)]
+    # `import X as X` is what tells them that X is public.
+    declared = {alias.asname: f"{node.module}.{alias.name}" for node in imports for alias in node.names}
+    assert declared == {name: f"concentration.{part}.{name}" for name, part in concentration._PUBLIC.items()}
+    assert set(declared) <= set(dir(concentration))
+
+
 def test_verbs_that_train_nothing_do_not_wait_for_lightning():
     verbs = ["prepare", "targets", "evaluate", "calibrate", "report", "group", "export", "predict"]
     code = "; ".join(["import sys", *(f"import concentration.stages.{verb}" for verb in verbs)])
@@ -220,3 +230,4 @@ def test_the_wheel_holds_every_package_and_the_configs():
     found = {".".join(path.parent.relative_to(root).parts) for path in (root / "concentration").rglob("__init__.py")}
     assert set(setuptools["packages"]) == found | {"concentration.conf"}
     assert setuptools["package-dir"] == {"concentration.conf": "conf"}
+    assert {"py.typed", "*.pyi"} <= set(setuptools["package-data"]["concentration"])

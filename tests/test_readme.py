@@ -1,12 +1,17 @@
 """What the README and the pages in docs/ show works: the library example runs, commands make configs, links lead somewhere."""
 
+import functools
 import re
 import shlex
 from pathlib import Path
 
 import hydra
 import pytest
+import torch
+from pages import list_examples
+from torch.utils.checkpoint import checkpoint
 
+import concentration
 from concentration.config import VERBS, check_config, find_config_directory
 from concentration.stages.verbs import split_words
 
@@ -24,11 +29,52 @@ def _commands() -> list[str]:
 
 
 def test_the_library_example_runs():
-    [example] = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    [example] = list_examples("README.md", "As a library")
     variables: dict = {}
     exec(compile(example, "README.md", "exec"), variables)
     assert variables["loss"].isfinite()
     assert variables["top"].classifiers[0].weight.grad is not None
+
+
+def test_the_page_of_the_library_runs(tmp_path, monkeypatch):
+    """All but its section on shards, which tests/stages/test_targets.py runs on a working directory."""
+    monkeypatch.chdir(tmp_path)
+    variables: dict = {}
+    for section in ("Your own loop", "A whole network, and its file", "Metrics"):
+        [example] = list_examples("docs/library.md", section)
+        exec(compile(example, f"docs/library.md, {section}", "exec"), variables)
+    assert variables["network"].top.classifiers[0].weight.grad.isfinite().all()
+    student, photos = variables["student"], variables["photos"]
+    assert torch.equal(variables["logits_BC"], student(photos))
+    assert student(photos).sigmoid().median().item() == pytest.approx(1 / 500, rel=0.5)
+    assert variables["ap_V"][:2] == pytest.approx([1.0, 1.0])
+
+
+def test_what_the_page_of_the_library_says_of_the_two_losses_is_so():
+    def build(dtype=torch.float32) -> tuple:
+        torch.manual_seed(0)
+        hidden, classify = torch.randn(2, 3, dtype=dtype, requires_grad=True), torch.nn.Linear(3, 4, dtype=dtype)
+        return hidden, classify, concentration.SoftTargets.from_labels([[1], [0, 3]])
+
+    def readable(hidden, classify, targets):
+        return concentration.sigmoid_cross_entropy([classify(hidden)], targets)
+
+    def fused(hidden, classify, targets, gradients="forward"):
+        heads = [concentration.HeadParameters(classify.weight, classify.bias)]
+        return concentration.fused_loss_by_vertical([hidden], heads, targets, gradients=gradients).sum(1)
+
+    for compute_loss in (readable, functools.partial(fused, gradients="backward")):
+        loss_B = compute_loss(*build())
+        (loss_B * torch.tensor([1.0, 2.0])).sum().backward(retain_graph=True)
+        loss_B.sum().backward()
+    for compute_loss in (readable, fused):
+        checkpoint(compute_loss, *build(), use_reentrant=False).sum().backward()
+    hidden, *others = build()
+    torch.func.grad(lambda hidden: readable(hidden, *others).sum())(hidden)
+    with pytest.raises(RuntimeError, match="setup_context"):
+        torch.func.grad(lambda hidden: fused(hidden, *others).sum())(hidden)
+    torch.compile(readable, fullgraph=True, backend="aot_eager")(*build())
+    torch.compile(fused, backend="aot_eager")(*build()).sum().backward()
 
 
 def test_the_readme_names_the_two_commands_that_the_makefile_has():

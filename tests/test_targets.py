@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from concentration.array_files import load_arrays, load_metadata
-from concentration.errors import DataError
+from concentration.errors import ConfigError, DataError
 from concentration.targets import SoftTargets, TargetFile, TargetRecords, count_target_bytes, keep_top_k
 
 
@@ -78,6 +78,29 @@ def test_hard_labels_become_ones_whatever_their_number():
     assert targets.dense(5).tolist() == [[0, 1, 0, 0, 1], [0, 0, 0, 0, 0], [1, 0, 0, 0, 0]]
     assert SoftTargets.from_labels([(), ()]).dense(3).tolist() == [[0] * 3] * 2
     assert SoftTargets.from_labels([]).dense(3).shape == (0, 3)
+
+
+def test_hard_labels_are_taken_from_any_lists_of_whole_numbers():
+    expected = SoftTargets.from_labels([[4], [1]])
+    several = ([(4,), {1}], torch.tensor([[4], [1]]), np.array([[4], [1]]), [torch.tensor([4]), [np.int64(1)]])
+    for labels in several:
+        assert torch.equal(SoftTargets.from_labels(labels).index_BK, expected.index_BK)
+
+
+@pytest.mark.parametrize(
+    "outputs",
+    [3, torch.tensor(3), np.int64(3), [1.5], torch.tensor([1.0]), [True, False], np.array([True]), "ab", ["a"], None, [-1]],
+)  # fmt: skip
+def test_what_is_no_list_of_labels_is_refused_by_its_place(outputs):
+    with pytest.raises(DataError, match=r"labels\[1\] is .*; expected a list of output indices from 0 on"):
+        SoftTargets.from_labels([[0], outputs])
+
+
+@pytest.mark.parametrize("outputs", [[3, 3], torch.tensor([0, 1, 0, 0])])
+def test_a_label_that_comes_twice_is_refused(outputs):
+    """It would have the target 2; and a row of zeros and ones would be taken for the classes 0 and 1."""
+    with pytest.raises(DataError, match=r"labels\[0\] is .*, with an index twice; expected each once"):
+        SoftTargets.from_labels([outputs])
 
 
 def test_a_background_is_added_to_every_class_of_its_vertical():
@@ -240,6 +263,35 @@ def test_files_that_cannot_be_right_are_refused_by_name(tmp_path, changes, messa
     with pytest.raises(DataError, match=message) as caught:
         read_all(path)
     assert str(path) in str(caught.value)
+
+
+def test_a_misspelt_codec_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="codec=packt: expected 'plain' or 'packed'; did you mean 'packed'"):
+        make_records().save(tmp_path / "records.safetensors", "packt", 10)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("codec", ["plain", "packed"])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"index": np.array([[70_001, 2], [3, 4]])}, "an index lies outside the vertical of 5000 classes"),
+        ({"index": np.array([[-65_530, 2], [3, 4]])}, "an index lies outside the vertical of 5000 classes"),
+        ({"index": np.array([[1.7, 2], [3, 4]])}, "indices are float64, expected integers"),
+        ({"probability": np.array([[1.5, 0.2], [0.1, 0.1]])}, r"a probability lies outside \[0, 1\]"),
+        ({"tail": np.array([np.nan, 0])}, "a tail mass is negative or not a number"),
+        ({"row": np.array([5, 2])}, "rows do not rise from 0 on"),
+        ({"row": np.array([-1, 2])}, "rows do not rise from 0 on"),
+        ({"row": np.array([0, 1, 2])}, "3 rows, but 2 records"),
+    ],
+)
+def test_records_that_cannot_be_are_not_written(tmp_path, codec, changes, message):
+    """In 16 bits class 70,001, an output index instead of a place in the vertical, would be class 4,465."""
+    right = {"row": [0, 1], "index": [[1, 2], [3, 4]], "probability": [[0.5, 0.5], [0.5, 0.5]], "tail": [0.0, 0.0]}
+    records = TargetRecords(**{name: np.array(value) for name, value in right.items()} | changes)
+    with pytest.raises(DataError, match=f"not written: {message}; correct the records"):
+        records.save(tmp_path / "records.safetensors", codec, 5000)
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("changes", [{"codec": "new"}, {"codec": ""}, {"vertical_size": "11"}, {"num_kept": "3"}])

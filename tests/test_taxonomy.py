@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -149,6 +150,27 @@ def test_a_sample_is_routed_to_the_vertical_of_each_of_its_labels_once_and_in_or
     assert taxonomy.route(labels) == ("birds", "athletics")
     assert taxonomy.route(labels[:1]) == ("athletics",)
     assert taxonomy.route([]) == ()
+
+
+@pytest.mark.parametrize("wrong", [-1, 11])
+def test_what_is_no_output_is_refused(taxonomy, wrong):
+    """-1, with which others fill up rows of labels, would be the last class."""
+    calls = (
+        lambda: taxonomy.smear([0, wrong]),
+        lambda: taxonomy.route([0, wrong]),
+        lambda: taxonomy.class_of_output(wrong),
+        lambda: taxonomy.lineage(wrong),
+    )
+    for call in calls:
+        with pytest.raises(DataError, match=f"no output {wrong}; expected 0 to 10"):
+            call()
+
+
+def test_tensors_and_arrays_are_smeared_to_plain_numbers(taxonomy):
+    expected = taxonomy.smear([3, 5])
+    for outputs in (torch.tensor([3, 5, 3]), np.array([3, 5, 3])):
+        assert taxonomy.smear(outputs) == expected
+        assert {type(output) for output in taxonomy.smear(outputs)} == {int}
 
 
 def test_a_leaf_is_a_class_that_is_nobodys_parent():

@@ -19,8 +19,11 @@ from concentration.data.views import INTERPOLATION, StoredViews, describe_decode
 from concentration.errors import DataError
 from concentration.label_mix import LabelMix
 from concentration.packed_targets import VIEW_BYTES
-from concentration.schema import parse_json, write_override
+from concentration.schema import check_choice, parse_json, write_override
 from concentration.targets import SoftTargets, TargetFile
+
+#: What becomes of the tail mass; see `StoredTargets`.
+Tail = Literal["zero", "spread"]
 
 
 class SampleTargets(Protocol):
@@ -112,9 +115,11 @@ class StoredTargets:
 
     Raises:
         DataError: a vertical's targets are missing or damaged, or were made from another taxonomy or other data.
+        ConfigError: `tail` is another word.
     """
 
-    def __init__(self, directory: Path, split: Split, tail: Literal["zero", "spread"] = "zero"):
+    def __init__(self, directory: Path, split: Split, tail: Tail = "zero"):
+        check_choice("tail", tail, Tail)
         self._directory = directory
         self._split = split
         self._tail = tail

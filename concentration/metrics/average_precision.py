@@ -44,7 +44,7 @@ def average_precision(scores_BV: np.ndarray, positive_BV: np.ndarray) -> np.ndar
         (V,) float64 in (0, 1]; NaN for a class without a positive.
 
     Raises:
-        DataError: a score is NaN, or the shapes differ.
+        DataError: a score is NaN, the shapes differ, or a positive is something else than 0 and 1.
 
     Source: `sklearn.metrics.average_precision_score`, per column.
     """
@@ -53,6 +53,11 @@ def average_precision(scores_BV: np.ndarray, positive_BV: np.ndarray) -> np.ndar
         raise DataError(
             f"average precision: scores have the shape {scores_BV.shape} and positives {positive_BV.shape}; "
             "expected (samples, classes) for both"
+        )
+    is_other_BV = (positive_BV != 0) & (positive_BV != 1)
+    if is_other_BV.any():
+        raise DataError(
+            f"average precision: positives hold {positive_BV[is_other_BV][0]!s}; expected booleans, or 0 and 1"
         )
     row_P, column_P = np.nonzero(positive_BV)
     return average_precision_of_pairs(scores_BV, row_P, column_P)

@@ -21,6 +21,7 @@ from typing import Any, Literal
 import numpy as np
 
 from concentration.errors import DataError
+from concentration.schema import check_choice
 from concentration.taxonomy import Taxonomy
 
 #: Whether all verticals share a slope and shift, or each has its own.
@@ -164,7 +165,11 @@ def fit_scaling(answers: Answers, scope: Scope, form: Form) -> Scaling:
         answers: the answers to samples that the network was not trained on.
         scope: `vertical` fits each vertical, and then all; `global` only all.
         form: `temperature` fits no shift.
+
+    Raises:
+        ConfigError: `scope` or `form` is another word.
     """
+    check_choice("scope", scope, Scope)
     scaling = Scaling.identity(answers.score_NM.shape[1])
     if scope == "vertical":
         is_seen_M = answers.is_labelled_NM.any(axis=0)
@@ -183,7 +188,11 @@ def fit_line(score_N: np.ndarray, is_right_N: np.ndarray, form: Form) -> tuple[f
 
     The targets are Platt's: (n + 1) / (n + 2) for each of n right answers and 1 / (m + 2) for each of m wrong ones, so that
     the slope stays finite even if the scores separate right from wrong. A temperature has the shift 0.
+
+    Raises:
+        ConfigError: `scope` or `form` is another word.
     """
+    check_choice("form", form, Form)
     is_finite_N = np.isfinite(score_N)
     score_N, is_right_N = score_N[is_finite_N].astype(np.float64), is_right_N[is_finite_N]
     if not len(score_N):
@@ -207,6 +216,9 @@ def expected_calibration_error(probability_N: np.ndarray, is_right_N: np.ndarray
         probability_N: the probability of each answer.
         is_right_N: bool.
         num_bins: how many bins of equal width [0, 1] is divided into.
+
+    Raises:
+        DataError: a probability lies outside [0, 1].
 
     Source: `torchmetrics.functional.classification.binary_calibration_error` with norm "l1".
     """
@@ -233,7 +245,12 @@ class ReliabilityBin:
 
 
 def compute_reliability(probability_N: np.ndarray, is_right_N: np.ndarray, num_bins: int = 15) -> list[ReliabilityBin]:
-    """The bins of a reliability diagram: [0, 1] is divided into bins of equal width, and those with answers are returned."""
+    """The bins of a reliability diagram: [0, 1] is divided into bins of equal width, and those with answers are returned.
+
+    Raises:
+        DataError: a probability lies outside [0, 1].
+    """
+    _check_probabilities(probability_N)
     edges = np.linspace(0, 1, num_bins + 1)
     # As in torchmetrics, a probability on an edge belongs to the bin above it, and 1 to the last bin.
     bin_N = np.clip(np.searchsorted(edges, probability_N, side="right") - 1, 0, num_bins - 1)
@@ -281,8 +298,13 @@ def find_rejection_threshold(probability_N: np.ndarray, false_rejection_rate: fl
 def area_under_roc(inside_N: np.ndarray, outside_N: np.ndarray) -> float:
     """The area under the ROC curve: how probably a random value of `inside_N` is above one of `outside_N`; ties count half.
 
+    Raises:
+        DataError: a number is NaN.
+
     Source: `sklearn.metrics.roc_auc_score`.
     """
+    if np.isnan(inside_N).any() or np.isnan(outside_N).any():  # sorted, it would count as the largest
+        raise DataError("area under the ROC: a number is NaN; leave these samples out")
     inside_N = np.sort(inside_N)
     num_above = len(inside_N) - np.searchsorted(inside_N, outside_N, side="right")
     num_equal = np.searchsorted(inside_N, outside_N, side="right") - np.searchsorted(inside_N, outside_N, side="left")
@@ -290,7 +312,12 @@ def area_under_roc(inside_N: np.ndarray, outside_N: np.ndarray) -> float:
 
 
 def log_loss(probability_N: np.ndarray, is_right_N: np.ndarray) -> float:
-    """The mean negative log-likelihood of whether answers are right, given their probabilities."""
+    """The mean negative log-likelihood of whether answers are right, given their probabilities.
+
+    Raises:
+        DataError: a probability lies outside [0, 1].
+    """
+    _check_probabilities(probability_N)
     clipped_N = np.clip(probability_N, 1e-12, 1 - 1e-12)
     return float(-np.log(np.where(is_right_N, clipped_N, 1 - clipped_N)).mean())
 
@@ -298,6 +325,14 @@ def log_loss(probability_N: np.ndarray, is_right_N: np.ndarray) -> float:
 def sigmoid(logit: np.ndarray) -> np.ndarray:
     """1 / (1 + exp(-logit)), without overflow for large negative logits."""
     return 0.5 * (1 + np.tanh(0.5 * logit))
+
+
+def _check_probabilities(probability_N: np.ndarray) -> None:
+    """Logits and percents would fall into the first and the last bin without a word."""
+    probability_N = np.asarray(probability_N)
+    is_one_N = (probability_N >= 0) & (probability_N <= 1)
+    if not is_one_N.all():
+        raise DataError(f"calibration: {probability_N[~is_one_N][0]!s} is no probability; expected numbers in [0, 1]")
 
 
 def _minimise(column_ND: np.ndarray, target_N: np.ndarray, offset_N: np.ndarray) -> np.ndarray:

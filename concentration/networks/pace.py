@@ -13,6 +13,7 @@ import pydantic
 import torch
 from torch import Tensor, nn
 
+from concentration.errors import DataError
 from concentration.networks.head_plan import Part
 from concentration.objectives.fused_block import EPSILON, ClassRange
 from concentration.schema import Config
@@ -81,7 +82,14 @@ class Pace(nn.Module):
             )
 
     def forward(self, logits: Sequence[Tensor]) -> list[Tensor]:
-        """Paced logits in float32, (B, V) per vertical, from raw logits of the same shapes; as they are with `kind=none`."""
+        """Paced logits in float32, (B, V) per vertical, from raw logits of the same shapes; as they are with `kind=none`.
+
+        Raises:
+            DataError: these are not the logits of the verticals.
+        """
+        sizes = [logits_BV.shape[-1] for logits_BV in logits]
+        if sizes != self.vertical_sizes:
+            raise DataError(f"pace: logits of {sizes} classes by vertical, expected {self.vertical_sizes}")
         if self.config.kind == "none":
             return list(logits)
         paced = []

@@ -38,7 +38,8 @@ from concentration import distributed
 from concentration.networks.head_plan import Part, plan_shards
 from concentration.objectives import fused_head
 from concentration.objectives.fused_block import ClassRange, HeadParameters
-from concentration.objectives.fused_head import GradientTime, check_targets, fused_vertical_loss
+from concentration.objectives.fused_head import GradientTime, fused_vertical_loss
+from concentration.objectives.target_checks import check_targets
 from concentration.targets import SoftTargets
 
 #: Where a vertical is cut, a block has at least so many samples: with fewer, time goes into waiting for sums over ranks. (A step

@@ -26,7 +26,7 @@ from concentration.objectives.fused_block import HeadParameters
 from concentration.objectives.fused_head import GradientTime, fused_loss_by_vertical
 from concentration.objectives.sigmoid_cross_entropy import sigmoid_cross_entropy_by_vertical
 from concentration.objectives.softmax_cross_entropy import compute_log_odds, softmax_cross_entropy_by_vertical
-from concentration.schema import Config, parse_config, parse_json
+from concentration.schema import Config, check_choice, parse_config, parse_json
 from concentration.targets import SoftTargets
 
 #: `sigmoid`: classes are independent (Gao et al., Equations 1 and 2). `softmax`: of all classes of all verticals one is true.
@@ -172,8 +172,9 @@ class Student(nn.Module):
         """The features (B, D) of the base network, or the outputs of top-1.
 
         Raises:
-            ConfigError: top-1 is asked for, and there is none.
+            ConfigError: there is no such layer.
         """
+        check_choice("layer", layer, Layer)
         if layer == "top1" and not self.top.has_hidden:
             raise ConfigError("layer=top1: a network with top=linear has no top-1; give layer=base")
         features_BD = self.base(self.normalise_images(images))
@@ -259,12 +260,12 @@ class Student(nn.Module):
         else:
             self.pace.set_prior(logit_C)
 
-    def save(self, path: Path, metadata: Mapping[str, str]) -> None:
+    def save(self, path: str | Path, metadata: Mapping[str, str]) -> None:
         """Writes weights and architecture, without auxiliary classifiers, as one safetensors file, whole or not at all."""
         assert self.sharding is None, "a part of a network is no network"
         header = {"network": self.config.without_auxiliaries().model_dump_json(), **metadata}
         served = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("auxiliaries.")}
-        save_tensors(path, served, header)
+        save_tensors(Path(path), served, header)
 
     def load_base(self, path: Path) -> None:
         """Takes the base network's weights from another network's file.
@@ -335,12 +336,13 @@ class Student(nn.Module):
         return self.pace(self.top.classify(top2))
 
 
-def load_student(path: Path) -> Student:
+def load_student(path: str | Path) -> Student:
     """A network from its file, in eval mode.
 
     Raises:
         DataError: the file is missing, damaged, or does not hold the network that its header describes.
     """
+    path = Path(path)
     header = load_metadata(path)
     if "network" not in header:
         raise DataError(f"{path}: no network description in its header; expected a file written by `concentrate`")

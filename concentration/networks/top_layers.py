@@ -112,7 +112,9 @@ class TopLayers(nn.Module):
         if self.has_hidden:
             self._build_hidden(num_features, sum(num_blocks), config)
         # One parameter per vertical: under autograd, each slice of one flat weight costs a gradient of the full size.
-        self.classifiers = nn.ModuleList(map(nn.Linear, self.seen_sizes, vertical_sizes))
+        self.classifiers = nn.ModuleList(
+            nn.Linear(seen, size) for seen, size in zip(self.seen_sizes, vertical_sizes, strict=True)
+        )
         self._initialise()
 
     @property

@@ -16,6 +16,7 @@ classes of a sample.
 Source: Gao et al., Equations 1 to 4.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -23,6 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from concentration.objectives.target_checks import has_values_at_hand
 from concentration.targets import SoftTargets
 
 #: N_v times this is added under the root of the norm, whose slope so stays finite when all logits are 0.
@@ -197,9 +199,20 @@ def scale_in_place(tensor: Tensor, factor: Tensor) -> None:
         tensor.mul_(factor)
 
 
-def has_values_at_hand(tensor: Tensor) -> bool:
-    """Whether values can be read for nothing: on a GPU that waits for all work in its queue, and fake tensors have no values."""
-    return tensor.device.type == "cpu" and type(tensor) is Tensor
+def refuse_second_derivatives(backward: Callable[..., object]) -> Callable[..., object]:
+    """The backward function of a loss whose gradients are numbers, of which no derivative can be taken.
+
+    NOTE: torch's once_differentiable does not refuse where the gradient of the loss is a constant, as that of a sum or mean
+    is: the second derivative would be 0 without a word.
+    """
+
+    @functools.wraps(backward)
+    def compute(ctx, gradient: Tensor):
+        if torch.is_grad_enabled():  # in a backward pass: create_graph=True
+            raise RuntimeError("the fused loss has no second derivative; take it of `sigmoid_cross_entropy`")
+        return backward(ctx, gradient)
+
+    return compute
 
 
 def multiply_weights(*factors: Tensor | None, like: Tensor) -> Tensor:

@@ -20,11 +20,18 @@ from torch import Tensor
 
 # NOTE: torch.compiler.disable is this with an import of the compiler, which is seconds of every process's start.
 from torch._compile import _disable_dynamo
-from torch.autograd.function import once_differentiable
 
 from concentration.errors import DataError
 from concentration.objectives import fused_block, grouped_head
-from concentration.objectives.fused_block import Block, ClassRange, HeadParameters, VerticalTargets
+from concentration.objectives.fused_block import (
+    Block,
+    ClassRange,
+    HeadParameters,
+    VerticalTargets,
+    refuse_second_derivatives,
+)
+from concentration.objectives.target_checks import check_targets, has_values_at_hand
+from concentration.schema import check_choice
 from concentration.targets import SoftTargets
 
 #: Logits of a block: few enough to stay in a cache (a GPU's second-level one) together with what is computed from them, many
@@ -55,10 +62,11 @@ def fused_loss_by_vertical(
             on a classifier's weight sees its gradient before that of the next vertical exists.
 
     Raises:
-        DataError: shapes, types or devices do not fit. On a CPU also: targets name a class that does not exist, or are not
-            finite.
+        DataError: shapes, types or devices do not fit, or targets or class weights require a gradient, which the readable form
+            alone gives. On a CPU also: targets name a class that does not exist, or are not finite.
+        ConfigError: `gradients` is another word.
     """
-    _check(hidden, parameters, targets, class_weight_C)
+    _check(hidden, parameters, targets, class_weight_C, gradients)
     if gradients == "forward" and grouped_head.can_group(hidden, parameters):
         return grouped_head.grouped_loss_by_vertical(hidden, parameters, targets, class_weight_C)
     ranges, start = [], 0
@@ -128,7 +136,7 @@ class _VerticalLoss(torch.autograd.Function):
         return loss_B
 
     @staticmethod
-    @once_differentiable
+    @refuse_second_derivatives
     def backward(ctx, gradient_B: Tensor):
         if ctx.time == "backward":
             hidden_BS, *vertical = ctx.saved_tensors
@@ -208,10 +216,10 @@ def _allocate(hidden_BS: Tensor, vertical: HeadParameters, needed: _Needed) -> _
         like = torch.empty_like(tensor, dtype=dtype, memory_format=torch.contiguous_format)
         return like if value is None else like.fill_(value)
 
-    # hidden and weight need no zeros: the first block overwrites them.
+    # hidden and weight need no zeros where there are samples: the first block overwrites them.
     return _Gradients(
         allocate(hidden_BS, needed.hidden, None),
-        allocate(vertical.weight, needed.weight, None),
+        allocate(vertical.weight, needed.weight, None if len(hidden_BS) else 0.0),
         allocate(vertical.bias, needed.bias, 0.0),
         allocate(vertical.gamma, needed.gamma, 0.0),
         allocate(vertical.offset, needed.offset, 0.0),
@@ -259,9 +267,11 @@ def _scale(found: _Gradients, upstream_B: Tensor) -> None:
     Raises:
         DataError: samples were weighted after the loss. On a GPU that is an assertion of the device instead.
     """
+    if not len(upstream_B):
+        return  # without samples all gradients are 0
     upstream = upstream_B[0]
     is_one_number = (upstream_B == upstream).all() | upstream_B.isnan().any()
-    if not fused_block.has_values_at_hand(is_one_number):
+    if not has_values_at_hand(is_one_number):
         torch._assert_async(is_one_number)
     elif not is_one_number:
         raise DataError(
@@ -286,9 +296,15 @@ def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     return tensor if dtype is None else tensor.to(dtype)
 
 
+@_disable_dynamo
 def _check(
-    hidden: Sequence[Tensor], parameters: Sequence[HeadParameters], targets: SoftTargets, class_weight_C: Tensor | None
+    hidden: Sequence[Tensor],
+    parameters: Sequence[HeadParameters],
+    targets: SoftTargets,
+    class_weight_C: Tensor | None,
+    gradients: GradientTime,
 ) -> None:
+    check_choice("gradients", gradients, GradientTime)
     if len(hidden) != len(parameters) or not hidden:
         raise DataError(f"fused loss: {len(hidden)} verticals of features for {len(parameters)} verticals of classes")
     num_samples, num_classes = len(hidden[0]), sum(len(vertical.weight) for vertical in parameters)
@@ -311,27 +327,11 @@ def _check(
                 "expected one type, or autocast"
             )
     check_targets(targets, num_samples, num_classes, len(parameters))
+    constants = (targets.probability_BK, targets.background_BM, targets.weight_BM, class_weight_C)
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in constants):
+        raise DataError(
+            "fused loss: targets or class weights require a gradient, and would get none; detach them, or take "
+            "`sigmoid_cross_entropy`, which gives it"
+        )
     if class_weight_C is not None and class_weight_C.shape != (num_classes,):
         raise DataError(f"fused loss: class weights {tuple(class_weight_C.shape)}, expected {(num_classes,)}")
-
-
-def check_targets(targets: SoftTargets, num_samples: int, num_classes: int, num_verticals: int) -> None:
-    """Raises: DataError where targets do not fit, as `fused_loss_by_vertical` says."""
-    shape = tuple(targets.index_BK.shape)
-    if len(shape) != 2 or shape[0] != num_samples or targets.probability_BK.shape != shape:
-        raise DataError(
-            f"fused loss: targets of {shape} classes and {tuple(targets.probability_BK.shape)} probabilities for "
-            f"{num_samples} samples; expected (samples, K) for both"
-        )
-    for name, tensor in (("background", targets.background_BM), ("weight", targets.weight_BM)):
-        if tensor is not None and tensor.shape != (num_samples, num_verticals):
-            raise DataError(
-                f"fused loss: targets' {name} {tuple(tensor.shape)}, expected {(num_samples, num_verticals)}"
-            )
-    if not fused_block.has_values_at_hand(targets.index_BK) or not targets.index_BK.numel():
-        return
-    first, last = int(targets.index_BK.min()), int(targets.index_BK.max())
-    if first < 0 or last >= num_classes:
-        raise DataError(f"fused loss: targets name classes {first} to {last}; expected 0 to {num_classes - 1}")
-    if not (targets.probability_BK.abs() <= 1).all():  # also where it is NaN
-        raise DataError("fused loss: targets hold probabilities outside [0, 1], or NaN; make them again")

@@ -16,10 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo  # see fused_head
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import grouped_mm, pad
 
-from concentration.objectives.fused_block import HeadParameters, multiply_weights
+from concentration.objectives.fused_block import HeadParameters, multiply_weights, refuse_second_derivatives
 from concentration.objectives.vertical_groups import (
     ALIGNMENT,
     GROUP_ELEMENTS,
@@ -36,7 +35,10 @@ PRODUCT_TYPE = torch.bfloat16
 
 
 def can_group(hidden: Sequence[Tensor], parameters: Sequence[HeadParameters]) -> bool:
-    """Whether this is a GPU with grouped products, under bf16 autocast, and all verticals have features of one width."""
+    """Whether this is a GPU with grouped products, under bf16 autocast, and all verticals have features of one width.
+
+    For no samples a kernel cannot be launched.
+    """
     device = hidden[0].device
     if device.type != "cuda" or type(hidden[0]) is not Tensor or not torch.is_autocast_enabled("cuda"):
         return False
@@ -44,7 +46,7 @@ def can_group(hidden: Sequence[Tensor], parameters: Sequence[HeadParameters]) ->
         return False
     widths = {vertical.weight.shape[1] for vertical in parameters}
     largest = max(len(vertical.weight) for vertical in parameters)
-    return len(widths) == 1 and largest * len(hidden[0]) <= GROUP_ELEMENTS
+    return len(widths) == 1 and 0 < largest * len(hidden[0]) <= GROUP_ELEMENTS
 
 
 @_disable_dynamo
@@ -93,7 +95,7 @@ class _GroupedLoss(torch.autograd.Function):
         return torch.cat(losses, dim=1)
 
     @staticmethod
-    @once_differentiable
+    @refuse_second_derivatives
     def backward(ctx, gradient_BM: Tensor):
         if ctx.found is None:
             raise RuntimeError("the fused loss keeps its gradients for one backward pass; compute the loss again")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from concentration.objectives.target_checks import check_targets_of_logits
 from concentration.targets import SoftTargets
 
 
@@ -26,6 +27,9 @@ def sigmoid_cross_entropy(
         logits: (B, V) per vertical; their concatenation is in the order of the output index.
         targets: sparse; a class that is not listed has z = 0, or its vertical's background.
         class_weight_C: multiplies both terms of a class.
+
+    Raises:
+        DataError: the targets do not fit the logits. On a CPU also: they name a class that does not exist, or are not finite.
     """
     return sigmoid_cross_entropy_by_vertical(logits, targets, class_weight_C).sum(1)
 
@@ -34,6 +38,7 @@ def sigmoid_cross_entropy_by_vertical(
     logits: Sequence[Tensor], targets: SoftTargets, class_weight_C: Tensor | None = None
 ) -> Tensor:
     """The same by vertical, (B, M): what each vertical's classes add to the loss of each sample."""
+    check_targets_of_logits(targets, logits)
     # float32 at least: a sum over 100K softplus values loses everything below 1 in bfloat16.
     logits = [logits_BV.to(torch.promote_types(logits_BV.dtype, torch.float32)) for logits_BV in logits]
     logits_BC = torch.cat(logits, dim=1)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from concentration.objectives.target_checks import check_targets_of_logits
 from concentration.targets import SoftTargets
 
 #: Log-odds are cut off here, so that what is impossible or certain stays finite: the sigmoid of -100 is 4e-44.
@@ -26,6 +27,9 @@ def softmax_cross_entropy(
         logits: (B, V) per vertical; their concatenation is in the order of the output index.
         targets: sparse; a class that is not listed has z = 0, or its vertical's background.
         class_weight_C: multiplies the term of a class.
+
+    Raises:
+        DataError: as `sigmoid_cross_entropy`.
     """
     return softmax_cross_entropy_by_vertical(logits, targets, class_weight_C).sum(1)
 
@@ -34,6 +38,7 @@ def softmax_cross_entropy_by_vertical(
     logits: Sequence[Tensor], targets: SoftTargets, class_weight_C: Tensor | None = None
 ) -> Tensor:
     """The same by vertical, (B, M): what each vertical's targets add to the loss of each sample."""
+    check_targets_of_logits(targets, logits)
     logits_BC = torch.cat(
         [logits_BV.to(torch.promote_types(logits_BV.dtype, torch.float32)) for logits_BV in logits], 1
     )

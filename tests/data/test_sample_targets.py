@@ -15,7 +15,7 @@ from concentration.data.mapped_labels import map_labels
 from concentration.data.sample_targets import LabelTargets, MixedTargets, StoredTargets, WeightedOutside
 from concentration.data.split import load_split
 from concentration.data.views import View, describe_decoder
-from concentration.errors import DataError
+from concentration.errors import ConfigError, DataError
 from concentration.label_mix import LabelMix
 from concentration.targets import TargetFile, TargetRecords
 from concentration.taxonomy import Taxonomy
@@ -373,3 +373,9 @@ def test_a_class_outside_its_vertical_is_refused(stored, split):
     arrays = safetensors.numpy.load_file(path)
     rewrite(path, index=arrays["index"] + np.uint16(3))
     refuse(stored, split, str(path), "in a vertical of 3 classes")
+
+
+def test_a_misspelt_tail_is_refused(split, tmp_path):
+    """The tail mass would be left out."""
+    with pytest.raises(ConfigError, match="tail=spred: expected 'zero' or 'spread'; did you mean 'spread'"):
+        StoredTargets(tmp_path, split, tail="spred")

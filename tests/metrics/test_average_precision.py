@@ -111,6 +111,13 @@ def test_nan_scores_are_an_error_that_says_where():
         average_precision(scores_BV, np.eye(6, 70))
 
 
+@pytest.mark.parametrize("wrong", [-1, 0.5, np.nan])
+def test_positives_that_are_neither_zero_nor_one_are_an_error(wrong):
+    """All of them would be positives, and an AP of 1 what is left of labels 1 and -1."""
+    with pytest.raises(DataError, match=f"positives hold {wrong}; expected booleans, or 0 and 1"):
+        average_precision(np.zeros((2, 3)), np.array([[1, 0, wrong], [0, 1, 0]]))
+
+
 def test_shapes_that_differ_are_an_error():
     with pytest.raises(DataError, match=r"\(3, 2\).*\(3, 4\)"):
         average_precision(np.zeros((3, 2)), np.zeros((3, 4)))

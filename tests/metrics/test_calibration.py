@@ -12,7 +12,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import precision_recall_curve, roc_auc_score
 from torchmetrics.functional.classification import binary_calibration_error
 
-from concentration.errors import DataError
+from concentration.errors import ConfigError, DataError
 from concentration.metrics.calibration import (
     Scaling,
     area_under_roc,
@@ -68,6 +68,25 @@ def test_the_calibration_error_is_that_of_torchmetrics(seed, num_bins):
     bins = compute_reliability(probability_N, is_right_N, num_bins)
     assert sum(b.num_answers for b in bins) == 500
     assert all(b.low <= b.probability <= b.high for b in bins)
+
+
+@pytest.mark.parametrize("measure", [expected_calibration_error, compute_reliability, log_loss])
+@pytest.mark.parametrize("wrong", [50.0, -0.5, float("nan")])
+def test_what_is_no_probability_is_refused(measure, wrong):
+    """Percents and logits would have a place in the last or the first bin."""
+    with pytest.raises(DataError, match=rf"{wrong} is no probability; expected numbers in \[0, 1\]"):
+        measure(np.array([0.5, wrong]), np.array([True, False]))
+
+
+def test_a_misspelt_form_is_refused():
+    """It would be a line through the scores without their shift."""
+    with pytest.raises(ConfigError, match="form=plat: expected 'temperature' or 'platt'; did you mean 'platt'"):
+        fit_line(*draw(0, 10), "plat")
+
+
+def test_the_area_under_the_roc_of_nan_is_refused():
+    with pytest.raises(DataError, match="a number is NaN"):
+        area_under_roc(np.array([0.5, np.nan]), np.array([0.1]))
 
 
 def test_probabilities_of_0_and_1_have_a_bin():

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, softplus
 
-from concentration.errors import ConfigError
+from concentration.errors import ConfigError, DataError
 from concentration.networks.pace import Pace, PaceConfig, lowest_loss_without_offset, normalise
 from concentration.schema import parse_config
 
@@ -68,6 +68,15 @@ def test_without_pace_logits_stay_as_they_are():
     pace = build(kind="none")
     assert all(a is b for a, b in zip(pace(logits), logits, strict=True))
     assert list(pace.parameters()) == []
+
+
+@pytest.mark.parametrize("kind", ["none", "fixed", "vertical", "class"])
+def test_logits_of_other_verticals_are_refused(kind):
+    """gamma and the norm's epsilon are those of a vertical's size, so another's would be paced without a word."""
+    logits, pace = draw_logits(), build(kind=kind)
+    for wrong in (logits[::-1], logits[:-1], torch.cat(logits, dim=1)):
+        with pytest.raises(DataError, match=r"pace: logits of \[.*\] classes by vertical, expected \["):
+            pace(wrong)
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])

@@ -134,6 +134,24 @@ def test_bytes_and_fractions_are_the_same_images():
     torch.testing.assert_close(student(images), student(images.float() / 255))
 
 
+@pytest.mark.parametrize("dtype", [torch.int16, torch.int32, torch.int64, torch.bool])
+def test_images_of_another_integer_type_are_refused(dtype):
+    """They would be taken for fractions, 255 times too large."""
+    with pytest.raises(DataError, match=rf"images are {dtype}, expected torch\.uint8, or floats in \[0, 1\]"):
+        build()(draw_images().to(dtype))
+
+
+def test_features_of_a_layer_that_there_is_not_are_refused():
+    with pytest.raises(ConfigError, match="layer=top2: expected 'base' or 'top1'"):
+        build().compute_features(draw_images(), "top2")
+
+
+def test_a_path_may_be_a_text(tmp_path):
+    student = build().eval()
+    student.save(f"{tmp_path}/network.safetensors", {})
+    assert torch.equal(load_student(f"{tmp_path}/network.safetensors")(draw_images()), student(draw_images()))
+
+
 def test_images_are_normalised_by_the_bases_mean_and_deviation():
     student = build(base={"kind": "small", "channels": [4], "mean": [0.1, 0.2, 0.3], "std": [0.5, 0.25, 2]})
     white = torch.full((1, 3, 2, 2), 255, dtype=torch.uint8)

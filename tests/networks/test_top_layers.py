@@ -305,3 +305,9 @@ def test_options_that_do_not_fit_are_refused(options, message):
     with pytest.raises(ConfigError) as caught:
         parse_config(TopConfig, {"top1": S1, "top2": S2, **options})
     assert str(caught.value).startswith(message)
+
+
+def test_blocks_for_fewer_verticals_are_refused():
+    """The last verticals would be left out."""
+    with pytest.raises(ValueError, match="zip"):
+        TopLayers(8, [2, 3], TopConfig(kind="fc_sc", top1=S1, top2=S2), num_blocks=[2])

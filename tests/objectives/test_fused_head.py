@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.nn.functional import linear
 
-from concentration.errors import DataError
+from concentration.errors import ConfigError, DataError
 from concentration.networks.pace import Pace, PaceConfig
 from concentration.objectives import fused_block, fused_head
 from concentration.objectives.fused_block import HeadParameters
@@ -178,6 +178,40 @@ def test_a_second_backward_pass_is_refused_where_the_gradients_are_used_up():
         loss.backward()
 
 
+@pytest.mark.parametrize("gradients", ["forward", "backward"])
+def test_the_second_derivative_is_refused(gradients):
+    """torch would take it for 0 where the loss is summed."""
+    head = Head(0, [4], PaceConfig(kind="vertical"), num_samples=3)
+    loss = head.fused(draw_targets(0, 3, [4], 4, background=False, weight=False), gradients=gradients).sum()
+    with pytest.raises(RuntimeError, match="no second derivative; take it of `sigmoid_cross_entropy`"):
+        torch.autograd.grad(loss, head.hidden[0], create_graph=True)
+
+
+@pytest.mark.parametrize("gradients", ["forward", "backward"])
+def test_without_samples_all_gradients_are_zero(gradients):
+    """Also where the memory that they are given held something else."""
+    head = Head(0, [400, 500], PaceConfig(kind="class", log=True, offset="class"), num_samples=0, width=30)
+    freed = [torch.full_like(classify.weight, torch.nan) for classify in head.classifiers for _ in range(20)]
+    del freed
+    loss_BM = head.fused(SoftTargets.from_labels([]), gradients=gradients)
+    assert loss_BM.shape == (0, 2)
+    for gradient in head.gradients_of(loss_BM.sum()).values():
+        assert not gradient.any()
+
+
+@pytest.mark.parametrize("part", ["probability_BK", "weight_BM", "background_BM", "class_weight_C"])
+def test_targets_that_want_a_gradient_are_refused_as_they_would_get_none(part):
+    head = Head(0, [4, 5], PaceConfig(kind="vertical"), num_samples=3)
+    targets = draw_targets(0, 3, [4, 5], 4, background=True, weight=True)
+    class_weight_C = torch.ones(9, dtype=torch.float64, requires_grad=part == "class_weight_C")
+    if part != "class_weight_C":
+        targets = dataclasses.replace(targets, **{part: getattr(targets, part).requires_grad_()})
+    with pytest.raises(DataError, match="require a gradient, and would get none; detach them"):
+        head.fused(targets, class_weight_C)
+    with torch.no_grad():
+        assert head.fused(targets, class_weight_C).isfinite().all()
+
+
 def test_gradients_of_several_losses_add_up():
     head = Head(0, [4, 5], PaceConfig(kind="vertical", log=True, offset="class"), num_samples=3)
     several = [draw_targets(seed, 3, [4, 5], 4, background=False, weight=False) for seed in range(3)]
@@ -334,6 +368,16 @@ def test_targets_that_cannot_be_are_named(change, message):
     targets = replaced(targets, index_BK=torch.arange(12).reshape(3, 4) % 9)
     with pytest.raises(DataError, match=message):
         head.fused(change(targets))
+
+
+def test_a_misspelt_time_of_the_gradients_is_refused():
+    """It would give a loss, and no gradient at all."""
+    head = Head(0, [4, 5], PaceConfig(kind="vertical"), num_samples=3)
+    targets = draw_targets(0, 3, [4, 5], 4, background=False, weight=False)
+    with pytest.raises(
+        ConfigError, match="gradients=backwards: expected 'forward' or 'backward'; did you mean 'backward'"
+    ):
+        head.fused(targets, gradients="backwards")
 
 
 def test_parts_that_do_not_fit_are_named():

@@ -139,9 +139,11 @@ def test_the_loss_alone_needs_no_gradients(exact):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
 
 
-def test_a_second_backward_pass_is_refused(exact):
+def test_a_second_derivative_and_a_second_backward_pass_are_refused(exact):
     hidden, parameters, targets, class_weight_C, _ = draw(0, 0, options=False)
     loss = grouped_loss_by_vertical(hidden, parameters, targets, class_weight_C).sum()
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        loss.backward(create_graph=True)
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="keeps its gradients for one backward pass"):
         loss.backward()
@@ -157,6 +159,7 @@ def test_on_a_gpu_autocast_takes_this_form_and_a_graph_can_hold_it():
     def step() -> tuple[Tensor, ...]:
         with torch.autocast("cuda", torch.bfloat16):
             assert grouped_head.can_group(*arguments[:2])
+            assert not grouped_head.can_group([hidden_BS[:0] for hidden_BS in arguments[0]], arguments[1])
             loss_BM = fused_loss_by_vertical(*arguments)
         return loss_BM.detach(), *torch.autograd.grad(loss_BM.sum(), leaves)
 

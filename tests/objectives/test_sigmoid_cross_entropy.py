@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
+from concentration.errors import DataError
 from concentration.objectives.sigmoid_cross_entropy import sigmoid_cross_entropy, sigmoid_cross_entropy_by_vertical
+from concentration.objectives.softmax_cross_entropy import softmax_cross_entropy
 from concentration.targets import SoftTargets
 
 
@@ -146,6 +148,58 @@ def test_the_gradient_is_the_sigmoid_less_the_target():
     gradient_BC = torch.cat([logits_BV.grad for logits_BV in inputs], dim=1)
     expected_BC = torch.cat(logits, dim=1).sigmoid() - targets.dense(9)
     torch.testing.assert_close(gradient_BC, expected_BC.detach(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("compute_loss", [sigmoid_cross_entropy, softmax_cross_entropy])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda t: dataclasses.replace(t, index_BK=t.index_BK[:2], probability_BK=t.probability_BK[:2]),
+            "for 3 samples",
+        ),
+        (
+            lambda t: dataclasses.replace(t, probability_BK=t.probability_BK[:, :1]),
+            r"\(3, 4\) classes and \(3, 1\) prob",
+        ),
+        (lambda t: dataclasses.replace(t, index_BK=t.index_BK + 9), "name classes 9 to .*expected 0 to 8"),
+        (lambda t: dataclasses.replace(t, probability_BK=t.probability_BK * 5), r"outside \[0, 1\], or NaN"),
+        (lambda t: dataclasses.replace(t, weight_BM=torch.ones(2)), r"weight \(2,\), expected \(3, 2\)"),
+        (lambda t: dataclasses.replace(t, weight_BM=torch.ones(3, 1)), r"weight \(3, 1\), expected \(3, 2\)"),
+        (lambda t: [[1], [2], [3]], "targets are a list, expected SoftTargets"),
+    ],
+)
+def test_targets_that_do_not_fit_are_refused(compute_loss, change, message):
+    """Most of them would give a loss: of other samples' targets, or by broadcasting."""
+    logits, targets = draw(seed=0, num_samples=3, vertical_sizes=[4, 5], num_kept=4)
+    targets = dataclasses.replace(targets, probability_BK=targets.probability_BK.clamp_min(0.21))
+    with pytest.raises(DataError, match=message):
+        compute_loss(logits, change(targets))
+
+
+def test_logits_that_are_not_split_by_vertical_are_refused():
+    logits, targets = draw(seed=0, num_samples=3, vertical_sizes=[4, 5], num_kept=4)
+    with pytest.raises(
+        DataError, match=r"logits are a tensor \(3, 9\); expected a list with \(samples, classes\) for each"
+    ):
+        sigmoid_cross_entropy(torch.cat(logits, dim=1), targets)
+    with pytest.raises(DataError, match=r"logits are tensors \[\(3, 4\), \(2, 5\)\]; expected a list"):
+        sigmoid_cross_entropy([logits[0], logits[1][:2]], targets)
+
+
+def test_gradients_of_each_sample_are_to_be_had_by_vmap():
+    logits, targets = draw(seed=0, num_samples=3, vertical_sizes=[4, 5], num_kept=4)
+    weight = torch.ones(9, dtype=torch.float64)
+
+    def compute_loss(weight, logit_C, index_K, probability_K):
+        logits = (weight * logit_C)[None].split([4, 5], dim=1)
+        return sigmoid_cross_entropy(logits, SoftTargets(index_K[None], probability_K[None])).sum()
+
+    samples = torch.cat(logits, dim=1), targets.index_BK, targets.probability_BK
+    found = torch.func.vmap(torch.func.grad(compute_loss), (None, 0, 0, 0))(weight, *samples)
+    for row, gradient in enumerate(found):
+        expected = torch.func.grad(compute_loss)(weight, *(tensor[row] for tensor in samples))
+        torch.testing.assert_close(gradient, expected)
 
 
 def test_huge_logits_give_finite_losses_and_gradients():

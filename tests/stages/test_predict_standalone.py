@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from pages import list_examples
+from PIL import ExifTags, Image
 from real_runs import draw_image
 from serving_exports import write_export
 
@@ -49,6 +51,31 @@ def test_the_file_alone_takes_lists_as_the_command_does(given, exported, photos)
     answers = run_alone(exported, str(photos / "hammer.png"), f"verticals={given}", "format=csv", "best=9", code=0)
     found = {row["vertical"] for row in csv.DictReader(io.StringIO(answers))}
     assert found == {vertical for vertical in ("fruit", "tools") if vertical in given}
+
+
+@pytest.mark.parametrize("kind", ["rotated.jpg", "large.jpg", "transparent.png"])
+def test_a_program_of_ones_own_gets_what_predict_says(kind, exported, tmp_path):
+    """As docs/serving.md shows it, in a process that has no `concentration` but the one in the file."""
+    (tmp_path / "runs/mine/exports").mkdir(parents=True)
+    (tmp_path / "runs/mine/exports/student").symlink_to(exported)
+    image, photo = Image.open(io.BytesIO(draw_image("hammer", 1))).convert("RGB"), tmp_path / "photo.jpg"
+    if kind == "rotated.jpg":
+        orientation = Image.Exif()
+        orientation[ExifTags.Base.Orientation] = 6
+        image.resize((130, 131)).save(photo, exif=orientation)
+    elif kind == "large.jpg":
+        image.resize((777, 333)).save(photo)
+    else:
+        image.putalpha(image.convert("L"))
+        image.save(photo, format="PNG")
+    [example] = list_examples("docs/serving.md", "From your own program")
+    run_here = {"capture_output": True, "text": True, "timeout": 120, "cwd": tmp_path}
+    done = subprocess.run([sys.executable, "-I", "-c", example], **run_here, check=False)
+    assert done.returncode == 0, done.stderr
+    class_id, vertical, probability = done.stdout.split()
+    [answer] = json.loads(run_alone(exported, str(photo), "format=jsonl", "best=1", "classes=all", code=0))["classes"]
+    assert (answer["id"], answer["vertical"]) == (class_id, vertical)
+    assert answer["probability"] == pytest.approx(float(probability), abs=1e-5)
 
 
 def test_the_file_alone_takes_commas_and_quotes_inside_of_quotes(exported, photos):

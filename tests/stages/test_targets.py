@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import torch
+from pages import list_examples
 from real_runs import (
     TINY,
     Running,
@@ -97,6 +98,22 @@ def test_every_record_is_the_top_of_the_teachers_own_sigmoids(workdir, images, l
             assert tail == pytest.approx(probability_SV[row, order[TOP_K:]].sum(), rel=2**-9, abs=1e-6)
             num_records += 1
     assert num_records > 80
+
+
+def test_the_page_of_the_library_reads_shards_and_targets(workdir, tmp_path, monkeypatch):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/mine").symlink_to(workdir)
+    monkeypatch.chdir(tmp_path)
+    [example] = list_examples("docs/library.md", "Shards and stored targets")
+    variables = {"torch": torch, "DataLoader": torch.utils.data.DataLoader}
+    exec(compile(example, "docs/library.md", "exec"), variables)
+    train, reader, taxonomy = variables["train"], variables["reader"], variables["taxonomy"]
+    assert int(reader.read(np.arange(len(train)), epoch=0).skipped_B.sum()) == 1  # the damaged one
+    # Of the first shard's samples with a label in the first vertical, the file has what the reader gives.
+    index_NK = variables["index_NK"] + variables["first_output"]
+    read = reader.read(variables["sample_N"].astype(np.int64), epoch=0).targets.dense(taxonomy.num_classes)
+    found = torch.gather(read, 1, torch.from_numpy(index_NK))
+    torch.testing.assert_close(found, torch.from_numpy(variables["probability_NK"]))
 
 
 def test_a_sample_of_two_verticals_has_what_both_teachers_say_and_zero_elsewhere(workdir, labels):

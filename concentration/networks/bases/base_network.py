@@ -7,6 +7,7 @@ import pydantic
 import torch
 from torch import Tensor, nn
 
+from concentration.errors import DataError
 from concentration.schema import Config
 
 PerChannel = tuple[float, float, float]
@@ -70,8 +71,14 @@ class BaseNetwork(nn.Module):
 
 
 def normalise_images(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """(B, 3, H, W) float32 images, uint8 or float in [0, 1], less their mean (3, 1, 1), over their deviation (3, 1, 1)."""
+    """(B, 3, H, W) float32 images, uint8 or float in [0, 1], less their mean (3, 1, 1), over their deviation (3, 1, 1).
+
+    Raises:
+        DataError: they are of another type; a wider integer would be taken for a fraction.
+    """
     if images.dtype == torch.uint8:
         # Loaders give images whose channels lie innermost; a base network chooses for itself.
         images = images.to(torch.float32, memory_format=torch.contiguous_format) / 255
+    elif not images.is_floating_point():
+        raise DataError(f"images are {images.dtype}, expected torch.uint8, or floats in [0, 1]")
     return (images - mean) / std
