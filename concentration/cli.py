@@ -18,7 +18,7 @@ from concentration.errors import ConcentrationError, ConfigError, Preempted, nam
 from concentration.processes import check_surroundings, end, raise_file_limit
 from concentration.schema import suggest
 from concentration.stages.verbs import split_words
-from concentration.streams import open_streams, turn_away
+from concentration.streams import open_streams
 
 #: Nothing of Hydra's own is written: a run's directory is its workdir, and its config is kept there by the stage.
 HYDRA_OVERRIDES = (
@@ -57,9 +57,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("concentrate: stopped from the keyboard", file=sys.stderr)
         exit_code = 128 + signal.SIGINT
-    except BrokenPipeError:  # `concentrate run --help | head`
-        turn_away(sys.stdout)
-        exit_code = 0
     end(exit_code)
 
 
@@ -184,6 +181,7 @@ class _Job:
 
     def __call__(self, composed: Any) -> int:
         preemption.note_signals()  # in a process of joblib's, or of submitit's with its own handlers
+        open_streams()
         # joblib's way of starting is unknown to the processes that a run starts.
         if multiprocessing.get_start_method(allow_none=True) == "loky":
             multiprocessing.set_start_method("forkserver", force=True)

@@ -280,6 +280,34 @@ def test_a_shell_may_have_closed_the_standard_streams(workdir, tmp_path):
     assert (tmp_path / "work/teachers/tools/DONE.json").exists()
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param("workdir=out", id="one"),
+        pytest.param("-m workdir=out hydra/launcher=joblib", id="joblib", marks=pytest.mark.long),
+    ],
+)
+def test_a_stage_outlives_who_reads_of_it(options, workdir, tmp_path):
+    """`concentrate prepare ... | head -2`."""
+    given = f"data=shards data.path={workdir.parent / 'given'} data.image_size={IMAGE_SIZE} num_processes=1"
+    finished = run_in_shell(f"$CONCENTRATE prepare {given} {options} | true; exit ${{PIPESTATUS[0]}}", tmp_path)
+    assert "Traceback" not in finished.err
+    assert (tmp_path / "out/shards/DONE.json").exists()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "status workdir=work",
+        f"run workdir=work plan=true data=shards data.path=given data.image_size={IMAGE_SIZE} num_processes=1",
+        "run --help",
+        "completion zsh",
+    ],
+)
+def test_answers_that_nobody_reads_end_without_a_word(command, workdir):
+    assert run_in_shell(f"$CONCENTRATE {command} | true; exit ${{PIPESTATUS[0]}}", workdir.parent).err == ""
+
+
 def test_a_full_device_ends_no_training_and_takes_no_results_without_a_word(workdir, tmp_path):
     prepare_as(workdir, tmp_path)
     options = " ".join(TINY)
@@ -433,6 +461,7 @@ def test_our_handlers_win_over_those_of_submitit(monkeypatch):
         for number in numbers:
             signal.signal(number, lambda number, frame: pytest.fail("the handler of submitit"))
         seen = []
+        monkeypatch.setattr(cli, "open_streams", lambda: None)  # this process's stay as they are
         monkeypatch.setattr(cli, "run_verb", lambda *_: seen.extend(map(signal.getsignal, numbers)) or 0)
         cli._Job("teacher")(None)
         assert seen == [preemption._note] * 3

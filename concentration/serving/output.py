@@ -2,7 +2,6 @@
 
 import csv
 import json
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Literal, Protocol, TextIO
@@ -136,12 +135,6 @@ class TableWriter:
                 "", f"[dim]near[/dim] {escape(neighbour.name)}", "", f"[dim]{neighbour.similarity:.2f} alike[/dim]"
             )
         self._table.add_section()
-
-
-def standard_output() -> TextIO:
-    """stdout in UTF-8, whatever the terminal's language."""
-    sys.stdout.reconfigure(**TEXT_ENCODING)
-    return sys.stdout
 
 
 def count_errors(answers: Sequence[ImageAnswer]) -> int:
