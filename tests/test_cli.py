@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -432,6 +433,24 @@ def test_a_closed_terminal_stops_what_nohup_does_not_protect(is_ignored):
         assert (signal.getsignal(signal.SIGHUP) == signal.SIG_IGN) == is_ignored
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_ctrl_c_while_the_command_line_is_imported_is_one_line(tmp_path):
+    """Libraries make another exception of one that comes while they are imported."""
+    (tmp_path / "pydantic.py").write_text(
+        "import os, signal\n"
+        "try:\n    os.kill(os.getpid(), signal.SIGINT)\n"
+        "except KeyboardInterrupt:\n    raise ImportError('datetime')"
+    )
+    [name] = re.findall(r'^concentrate = "(.+):main"$', (CONF.parent / "pyproject.toml").read_text(), re.MULTILINE)
+    done = subprocess.run(
+        [sys.executable, "-c", f"from {name} import main; main()", "status"],
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}:{CONF.parent}"},
+        # A process that was started in the background, as these tests may be, ignores SIGINT.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "concentrate: stopped from the keyboard\n")
 
 
 def test_the_installed_command_works_outside_the_checkout(workdir, tmp_path):
