@@ -1,13 +1,15 @@
 """`concentrate VERB [overrides]`: the command line. Hydra composes, the config is checked, one stage runs."""
 
 import argparse
+import contextlib
 import multiprocessing
 import os
 import signal
 import sys
+import tempfile
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,9 +18,9 @@ from concentration.completion import OPTION, complete, get_script
 from concentration.config import VERBS, check_config, describe_composition_error, find_config_directory
 from concentration.errors import ConcentrationError, ConfigError, Preempted, naming_what_is_full
 from concentration.processes import check_surroundings, end, raise_file_limit
-from concentration.schema import suggest
+from concentration.schema import quote, suggest
 from concentration.stages.verbs import split_words
-from concentration.streams import open_streams, turn_away
+from concentration.streams import open_streams
 
 #: Nothing of Hydra's own is written: a run's directory is its workdir, and its config is kept there by the stage.
 HYDRA_OVERRIDES = (
@@ -57,9 +59,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("concentrate: stopped from the keyboard", file=sys.stderr)
         exit_code = 128 + signal.SIGINT
-    except BrokenPipeError:  # `concentrate run --help | head`
-        turn_away(sys.stdout)
-        exit_code = 0
     end(exit_code)
 
 
@@ -120,13 +119,23 @@ def _run_hydra(verb: str, rest: list[str]) -> int:
         if any(override.startswith("hydra/launcher=") for override in overrides):
             preemption.stop_at_once()  # this process only waits for the jobs
         if options.multirun or composed.hydra.mode == RunMode.MULTIRUN:
-            batches = hydra.multirun(
-                verb, job, [*overrides, "hydra.sweep.dir=${workdir}", "hydra.sweep.subdir=."], False
-            )
+            with _sweep_directory(composed.hydra.runtime.choices["hydra/launcher"]) as directory:
+                places = [f"hydra.sweep.dir={directory}", "hydra.sweep.subdir=."]
+                batches = hydra.multirun(verb, job, [*overrides, *places], False)
             return _worst([returned.return_value for batch in batches for returned in batch])
         return hydra.run(verb, job, overrides, with_log_configuration=False).return_value
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         raise ConfigError(describe_composition_error(error, verb, given)) from None
+
+
+@contextlib.contextmanager
+def _sweep_directory(launcher: str) -> Iterator[str]:
+    """Where Hydra writes of a multirun: submitit, by whose scripts and logs other machines find their jobs, into the workdir."""
+    if launcher.startswith("submitit"):
+        yield "${workdir}"
+        return
+    with tempfile.TemporaryDirectory(prefix="concentrate-") as directory:  # multirun.yaml, which nobody reads
+        yield quote(directory)
 
 
 def _parse_options(words: list[str]) -> argparse.Namespace:
@@ -184,6 +193,7 @@ class _Job:
 
     def __call__(self, composed: Any) -> int:
         preemption.note_signals()  # in a process of joblib's, or of submitit's with its own handlers
+        open_streams()
         # joblib's way of starting is unknown to the processes that a run starts.
         if multiprocessing.get_start_method(allow_none=True) == "loky":
             multiprocessing.set_start_method("forkserver", force=True)

@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -280,6 +281,34 @@ def test_a_shell_may_have_closed_the_standard_streams(workdir, tmp_path):
     assert (tmp_path / "work/teachers/tools/DONE.json").exists()
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param("workdir=out", id="one"),
+        pytest.param("-m workdir=out hydra/launcher=joblib", id="joblib", marks=pytest.mark.long),
+    ],
+)
+def test_a_stage_outlives_who_reads_of_it(options, workdir, tmp_path):
+    """`concentrate prepare ... | head -2`."""
+    given = f"data=shards data.path={workdir.parent / 'given'} data.image_size={IMAGE_SIZE} num_processes=1"
+    finished = run_in_shell(f"$CONCENTRATE prepare {given} {options} | true; exit ${{PIPESTATUS[0]}}", tmp_path)
+    assert "Traceback" not in finished.err
+    assert (tmp_path / "out/shards/DONE.json").exists()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "status workdir=work",
+        f"run workdir=work plan=true data=shards data.path=given data.image_size={IMAGE_SIZE} num_processes=1",
+        "run --help",
+        "completion zsh",
+    ],
+)
+def test_answers_that_nobody_reads_end_without_a_word(command, workdir):
+    assert run_in_shell(f"$CONCENTRATE {command} | true; exit ${{PIPESTATUS[0]}}", workdir.parent).err == ""
+
+
 def test_a_full_device_ends_no_training_and_takes_no_results_without_a_word(workdir, tmp_path):
     prepare_as(workdir, tmp_path)
     options = " ".join(TINY)
@@ -406,6 +435,24 @@ def test_a_closed_terminal_stops_what_nohup_does_not_protect(is_ignored):
         signal.signal(signal.SIGHUP, before)
 
 
+def test_ctrl_c_while_the_command_line_is_imported_is_one_line(tmp_path):
+    """Libraries make another exception of one that comes while they are imported."""
+    (tmp_path / "pydantic.py").write_text(
+        "import os, signal\n"
+        "try:\n    os.kill(os.getpid(), signal.SIGINT)\n"
+        "except KeyboardInterrupt:\n    raise ImportError('datetime')"
+    )
+    [name] = re.findall(r'^concentrate = "(.+):main"$', (CONF.parent / "pyproject.toml").read_text(), re.MULTILINE)
+    done = subprocess.run(
+        [sys.executable, "-c", f"from {name} import main; main()", "status"],
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}:{CONF.parent}"},
+        # A process that was started in the background, as these tests may be, ignores SIGINT.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "concentrate: stopped from the keyboard\n")
+
+
 def test_the_installed_command_works_outside_the_checkout(workdir, tmp_path):
     command = Path(sys.executable).with_name("concentrate")
     if not command.exists():
@@ -433,6 +480,7 @@ def test_our_handlers_win_over_those_of_submitit(monkeypatch):
         for number in numbers:
             signal.signal(number, lambda number, frame: pytest.fail("the handler of submitit"))
         seen = []
+        monkeypatch.setattr(cli, "open_streams", lambda: None)  # this process's stay as they are
         monkeypatch.setattr(cli, "run_verb", lambda *_: seen.extend(map(signal.getsignal, numbers)) or 0)
         cli._Job("teacher")(None)
         assert seen == [preemption._note] * 3

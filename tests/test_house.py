@@ -43,6 +43,7 @@ FLOORS = {
     "cli": 7,
     "completion": 7,
     "config": 7,
+    "entry": 7,
     "verb_help": 7,
 }
 

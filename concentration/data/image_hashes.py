@@ -6,6 +6,7 @@ Shapes: S samples of a shard, N samples of a split.
 """
 
 import os
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from concentration.array_files import load_arrays, load_metadata, save_arrays
 from concentration.data.decoding import UNDECODABLE
 from concentration.data.index import ShardIndex
 from concentration.data.near_duplicates import hash_image
+from concentration.data.reader import other_than_indexed
 from concentration.data.shard_cache import ShardCache
 from concentration.data.split import Split
 from concentration.errors import DataError
@@ -76,14 +78,28 @@ def read_images(shard: ShardIndex, rows: range, cache: ShardCache | None) -> Ite
         cache: the cache through which remote shards are read; None if the shard lies on this machine.
 
     Raises:
-        DataError: the shard cannot be read.
+        DataError: the shard cannot be read, or has changed since it was indexed.
     """
     try:
-        file = os.open(shard.path, os.O_RDONLY) if isinstance(shard.path, Path) else cache.open(shard)
+        file = _open(shard, cache)
         try:
             for row in rows:
-                yield os.pread(file, int(shard.image_size[row]), int(shard.image_offset[row]))
+                size, offset, crc32 = (int(a[row]) for a in (shard.image_size, shard.image_offset, shard.image_crc32))
+                content = os.pread(file, size, offset)
+                if cache is not None and zlib.crc32(content) != crc32:
+                    # The copy was checked when it was fetched, so it was damaged on this disk.
+                    cache.discard(shard)
+                    damaged, file = file, _open(shard, cache)
+                    os.close(damaged)
+                    content = os.pread(file, size, offset)
+                if zlib.crc32(content) != crc32:
+                    raise other_than_indexed(shard, row)
+                yield content
         finally:
             os.close(file)
     except OSError as error:
         raise DataError(f"{shard.path}: cannot be read ({error.strerror}); bring it back") from None
+
+
+def _open(shard: ShardIndex, cache: ShardCache | None) -> int:
+    return os.open(shard.path, os.O_RDONLY) if isinstance(shard.path, Path) else cache.open(shard)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from concentration.data.decoding import UNDECODABLE, decode_shrunk, describe_undecodable
+from concentration.data.index import ShardIndex
 from concentration.data.sample_targets import LabelTargets, SampleTargets
 from concentration.data.shard_cache import ShardCache, load_cache
 from concentration.data.split import Split
@@ -170,10 +171,7 @@ class SampleReader:
                 f"{shard.path}: ends inside the sample '{shard.keys[row]}'; the shard changed while it was read: "
                 "bring it back and run the same command again"
             )
-        raise DataError(
-            f"{shard.path}: the image of '{shard.keys[row]}' is not the one that was indexed; the shard was replaced or "
-            "damaged: bring it back and run the same command again, or prepare again"
-        )
+        raise other_than_indexed(shard, row)
 
     def _read_unchecked(self, number: int, offset: int, size: int) -> tuple[bytes, OSError | None]:
         """The bytes at this place and None, or no bytes and the error that prevented reading them."""
@@ -208,6 +206,14 @@ class SampleReader:
         for number, file in list(self._files.items()):
             if os.fstat(file).st_nlink == 0:
                 os.close(self._files.pop(number))
+
+
+def other_than_indexed(shard: ShardIndex, row: int) -> DataError:
+    """The error for an image that its checksum in the index is not of."""
+    return DataError(
+        f"{shard.path}: the image of '{shard.keys[row]}' is not the one that was indexed; the shard was replaced or damaged: "
+        "bring it back and run the same command again, or prepare again"
+    )
 
 
 def explain_skipped(split: Split, ordinal: int) -> str:

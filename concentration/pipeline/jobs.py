@@ -15,7 +15,7 @@ from concentration.errors import Busy, ConcentrationError, Preempted, naming_wha
 from concentration.files import write_atomically
 from concentration.processes import end_with_parent
 from concentration.schema import parse_config
-from concentration.stages.run_directory import StageConfig
+from concentration.stages.run_directory import RunDirectory, StageConfig
 from concentration.stages.verbs import STAGE_VERBS
 
 #: In the working directory: the frozen configs, logs and exit codes of a run's jobs. They are not in the stages' directories,
@@ -83,7 +83,9 @@ class Job:
     def finished_at(self) -> int | None:
         """When the job's result was written, in nanoseconds since 1970; None where there is none."""
         proof = self.directory / self.proof
-        return proof.stat().st_mtime_ns if proof.exists() else None
+        if not proof.exists():
+            return None
+        return RunDirectory(self.directory).finished_at() if self.proof == DONE_FILE else proof.stat().st_mtime_ns
 
     def exit_code(self) -> int | None:
         """The exit code of the job's last run; None while it runs, and where it was killed."""

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Literal, Protocol, TextIO
@@ -138,12 +137,6 @@ class TableWriter:
                 "", f"[dim]near[/dim] {escape(neighbour.name)}", "", f"[dim]{neighbour.similarity:.2f} alike[/dim]"
             )
         self._table.add_section()
-
-
-def standard_output() -> TextIO:
-    """Standard output, set to UTF-8 whatever the locale says."""
-    sys.stdout.reconfigure(**TEXT_ENCODING)
-    return sys.stdout
 
 
 def count_errors(answers: Sequence[ImageAnswer]) -> int:

@@ -28,7 +28,7 @@ from concentration.networks.student import Student
 from concentration.networks.top_layers import TopConfig
 from concentration.schema import Config, FolderName, hash_values
 from concentration.stages.carried_targets import carry_targets
-from concentration.stages.prepare import SHARDS, DataOverrides, load_prepared
+from concentration.stages.prepare import SHARDS, DataOverrides, load_prepared, load_training_split
 from concentration.stages.run_directory import NETWORK_FILE, RunDirectory
 from concentration.stages.served import Served, load_served
 from concentration.stages.student import STUDENTS, LearningConfig, build_targets, choose_ordinals, count_classes
@@ -117,7 +117,7 @@ def add(config: AddConfig) -> None:
     """
     distributed.start(config.trainer.accelerator, config.trainer.timeout_seconds)
     _, taxonomy, fingerprint = load_prepared(config.workdir, DataOverrides())
-    split = load_split(config.workdir / SHARDS, "train", taxonomy)
+    split = load_training_split(config.workdir, taxonomy)
     served = load_served(config.workdir, config.student, split)
     _check_verticals(config, served, taxonomy)
     learning = _choose_learning(config, served)

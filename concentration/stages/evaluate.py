@@ -29,7 +29,7 @@ from concentration.networks.cost import count_active_parameters, count_multiply_
 from concentration.progress import Progress
 from concentration.schema import FolderName, hash_values
 from concentration.stages.gallery import build_gallery
-from concentration.stages.prepare import SHARDS, DataOverrides, load_prepared
+from concentration.stages.prepare import SHARDS, DataOverrides, load_prepared, load_training_split
 from concentration.stages.run_directory import RunDirectory, StageConfig
 from concentration.stages.student import STUDENTS
 from concentration.stages.subject import Subject
@@ -151,7 +151,7 @@ def evaluate(config: EvaluateConfig) -> None:
         if config.head_threshold is not None:
             models = [[ConditionalHeads(network, config.head_threshold) for network in m] for m in subject.models]
             subject = replace(subject, models=tuple(map(tuple, models)))
-        train = load_split(config.workdir / SHARDS, "train", taxonomy)
+        train = load_training_split(config.workdir, taxonomy)
         outputs = slice(subject.first_output, subject.first_output + subject.taxonomy.num_classes)
         counts = {"num_train": train.count_smeared()[outputs], "num_test": split.count_smeared()[outputs]}
         evaluator = Evaluator(subject.taxonomy, counts["num_train"], _choose_num_passes(config, subject))

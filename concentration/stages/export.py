@@ -55,7 +55,7 @@ from concentration.stages.export_programs import (
     translate_to_onnx,
 )
 from concentration.stages.export_standalone import STANDALONE_FILE, write_standalone
-from concentration.stages.prepare import SHARDS, DataOverrides, load_prepared
+from concentration.stages.prepare import SHARDS, DataOverrides, load_prepared, load_training_split
 from concentration.stages.report_values import as_mapping
 from concentration.stages.run_directory import RunDirectory, StageConfig
 from concentration.stages.student import STUDENTS
@@ -180,7 +180,7 @@ def _write_neighbours(config: ExportConfig, taxonomy: Taxonomy, predictor: Predi
     """The number of images in the index."""
     if config.neighbours == 0:
         return 0
-    split = load_split(config.workdir / SHARDS, "train", taxonomy)
+    split = load_training_split(config.workdir, taxonomy)
     outputs, ordinals = _choose_examples(split, config.neighbours)
     reader = SampleReader(split, LabelTargets(split, smear=False), predictor.image_size, views=None, seed=0)
     features, labels = [], []

@@ -33,7 +33,7 @@ from concentration.progress import Progress
 from concentration.schema import Config, FolderName, hash_values
 from concentration.stages.expert import TEACHERS, name_expert
 from concentration.stages.groupings import find_grouping, identify_sample_groups, load_router, load_sample_groups
-from concentration.stages.prepare import SHARDS, DataOverrides, PreparedData, load_prepared
+from concentration.stages.prepare import SHARDS, DataOverrides, PreparedData, load_prepared, load_training_split
 from concentration.stages.run_directory import NETWORK_FILE, RunDirectory, StageConfig, hash_file
 from concentration.stages.sample_stream import SampleStream
 from concentration.stages.student import STUDENTS
@@ -218,7 +218,7 @@ def _train_router(
     prepared: PreparedData,
     directory: RunDirectory,
 ) -> None:
-    split = load_split(config.workdir / SHARDS, "train", taxonomy)
+    split = load_training_split(config.workdir, taxonomy)
     group_N = load_sample_groups(config.workdir, config.grouping, split)
     total = training.max_epochs * int((group_N >= 0).sum())
     with Progress(f"router of {config.name}", total, "images", directory.path) as progress:
@@ -266,7 +266,7 @@ def _train_decoder(
     if len(forms) > 1:
         raise ConfigError("decoder=shared: the experts' base networks differ; train them alike, or use decoder=own")
     [(base, image_size)] = forms
-    split = load_split(config.workdir / SHARDS, "train", taxonomy)
+    split = load_training_split(config.workdir, taxonomy)
     counts_C = split.count_smeared() if decoder.smear else split.count_labels()
     task = Task(
         title=f"decoder of {config.name}",

@@ -4,7 +4,6 @@ Everything that this imports is carried by every export (`predict.pyz`), so it n
 """
 
 import contextlib
-import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,9 +22,9 @@ from concentration.serving.calibration import load_calibration
 from concentration.serving.export_folder import EXPORTS, NEIGHBOURS_FOLDER, ExportFolder, Weights, load_export
 from concentration.serving.inputs import list_inputs
 from concentration.serving.neighbours import NeighbourIndex
-from concentration.serving.output import TEXT_ENCODING, Format, build_writer, count_errors, standard_output
+from concentration.serving.output import TEXT_ENCODING, Format, build_writer, count_errors
 from concentration.serving.predictor import Predictor
-from concentration.streams import turn_away
+from concentration.streams import ending_with_reader
 
 #: Answered before a bar could be read.
 _FEW_IMAGES = 100
@@ -149,20 +148,11 @@ def _embed_examples(folder: Path, predictor: Predictor) -> tuple[np.ndarray, lis
 
 
 @contextlib.contextmanager
-def _writing_to_stdout() -> Iterator[None]:
-    """Ends what is inside, without a word, where nobody reads it any more."""
-    try:
-        yield
-        sys.stdout.flush()
-    except BrokenPipeError:  # `| head`
-        turn_away(sys.stdout)
-
-
-@contextlib.contextmanager
 def _open_output(path: Path | None) -> Iterator[TextIO]:
     if path is None:
-        with _writing_to_stdout():
-            yield standard_output()
+        with ending_with_reader() as stdout:
+            stdout.reconfigure(**TEXT_ENCODING)
+            yield stdout
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -183,6 +183,15 @@ def load_prepared(workdir: Path, overrides: DataOverrides) -> tuple[PreparedData
     return parse_config(PreparedData, values), taxonomy, done["fingerprint"]
 
 
+def load_training_split(workdir: Path, taxonomy: Taxonomy) -> Split:
+    """The training images as `prepare` has left them. Raises: DataError where an index is another by now, though a whole one."""
+    split = load_split(workdir / SHARDS, "train", taxonomy)
+    if split.fingerprint != RunDirectory(workdir / SHARDS).load_done("concentrate prepare")["fingerprint"]:
+        advice = f"bring them back, or delete {split.directory} and prepare again"
+        raise DataError(f"{split.directory}/train-*.index: not those that `concentrate prepare` wrote; {advice}")
+    return split
+
+
 def _has_looked(config: PrepareConfig, directory: RunDirectory) -> bool:
     """Whether the finished set has been searched for near-duplicates as `config` asks."""
     looked = directory.load_done("concentrate prepare").get("near_duplicates")

@@ -28,7 +28,7 @@ from concentration.networks.student import Student
 from concentration.progress import Progress
 from concentration.schema import FolderName
 from concentration.stages.carried_directory import carry_shards, carry_stored_targets, carry_teacher
-from concentration.stages.prepare import SHARDS, DataOverrides, load_prepared
+from concentration.stages.prepare import SHARDS, DataOverrides, load_prepared, load_training_split
 from concentration.stages.run_directory import NETWORK_FILE, RunDirectory, StageConfig, hash_file
 from concentration.stages.served import Served, load_served
 from concentration.stages.student import STUDENTS
@@ -106,7 +106,7 @@ def regroup(config: RegroupConfig, regrouping: Regrouping) -> None:
             something else.
         DataError: a file is missing or damaged.
     """
-    split = load_split(config.workdir / SHARDS, "train", regrouping.before)
+    split = load_training_split(config.workdir, regrouping.before)
     served = load_served(config.workdir, config.name, split)
     if served.taxonomy.fingerprint != split.taxonomy.fingerprint or served.num_shards < len(split.shards):
         raise ConfigError(

@@ -143,6 +143,16 @@ class RunDirectory:
     def is_finished(self) -> bool:
         return self._load("DONE.json") is not None
 
+    def finished_at(self) -> int:
+        """When the finished stage was so, in nanoseconds since 1970; a copy of it does not change this.
+
+        Of stages of an earlier version, which did not record it, and of copied records: when DONE.json was written.
+        """
+        recorded = None
+        with contextlib.suppress(DataError):  # which the stage itself tells
+            recorded = self._load_begun().get("finished_at")
+        return recorded if isinstance(recorded, int) else (self.path / "DONE.json").stat().st_mtime_ns
+
     def is_finished_with(self, config: StageConfig) -> bool:
         """Whether the stage is finished with this config, whatever has since become of what it read.
 
@@ -180,9 +190,11 @@ class RunDirectory:
             write_atomically(self.path / SPEED_FILE, {"images_per_second": images_per_second})
 
     def finish(self, facts: Mapping[str, Any]) -> None:
-        """Marks the stage as finished."""
-        identity = self._load_begun()["identity"]
-        write_atomically(self.path / "DONE.json", {"config": hash_values(identity), **facts})
+        """Marks the stage as finished, now."""
+        begun, file = self._load_begun(), self.path / "config.json"
+        file.touch()  # by the clock of the file system, which all machines share
+        write_atomically(file, {**begun, "finished_at": file.stat().st_mtime_ns})
+        write_atomically(self.path / "DONE.json", {"config": hash_values(begun["identity"]), **facts})
         self._clear_checkpoints()
 
     def copy_record(self, source: "RunDirectory", upstream: Mapping[str, str], facts: Mapping[str, Any]) -> None:

@@ -14,13 +14,13 @@ import numpy as np
 import pydantic
 import torch
 
-from concentration.data.split import Split, load_split
+from concentration.data.split import Split
 from concentration.data.views import INTERPOLATION, ViewConfig, describe_decoder
 from concentration.distributed import choose_device
 from concentration.files import write_atomically
 from concentration.progress import Progress
 from concentration.schema import Config, FolderName
-from concentration.stages.prepare import SHARDS, DataOverrides, load_prepared
+from concentration.stages.prepare import DataOverrides, load_prepared, load_training_split
 from concentration.stages.run_directory import RunDirectory, StageConfig
 from concentration.stages.teacher import TEACHERS
 from concentration.stages.teacher_answers import TeacherAnswers
@@ -98,7 +98,7 @@ def targets(config: TargetsConfig) -> None:
         DataError: a teacher was made for another taxonomy, or `verify` finds targets that differ from the teacher's answers.
     """
     prepared, taxonomy, fingerprint = load_prepared(config.workdir, DataOverrides(view=config.view))
-    split = load_split(config.workdir / SHARDS, "train", taxonomy)
+    split = load_training_split(config.workdir, taxonomy)
     verticals = taxonomy.verticals if config.vertical is None else (config.vertical,)
     totals = split.count_routed()[[taxonomy.vertical_number(vertical) for vertical in verticals]].tolist()
     if config.verify:

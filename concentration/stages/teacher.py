@@ -11,7 +11,6 @@ import pydantic
 
 from concentration import distributed
 from concentration.data.sample_targets import LabelTargets
-from concentration.data.split import load_split
 from concentration.networks.classifier import Classifier
 from concentration.networks.external import ExternalConfig, find_external_files
 from concentration.networks.external.teacher import ExternalTeacher, take_over
@@ -19,7 +18,7 @@ from concentration.progress import Progress
 from concentration.schema import Config, hash_values, write_override
 from concentration.stages.expert import TEACHERS, ExpertConfig, train_expert
 from concentration.stages.plan import count_most_labels, print_training_plan
-from concentration.stages.prepare import SHARDS, DataOverrides, load_prepared
+from concentration.stages.prepare import DataOverrides, load_prepared, load_training_split
 from concentration.stages.run_directory import NETWORK_FILE, RunDirectory, StageConfig, hash_file
 from concentration.stages.train_network import (
     LabelsConfig,
@@ -138,7 +137,7 @@ def _train(config: TeacherConfig) -> None:
     with directory.begin(config, upstream) as is_due:
         if not is_due:
             return
-        split = load_split(config.workdir / SHARDS, "train", taxonomy)
+        split = load_training_split(config.workdir, taxonomy)
         if config.coarse_labels == "skip":
             ordinals = find_fine(split, config.vertical)
             counts_C = split.count_in(ordinals, config.smear)[outputs]

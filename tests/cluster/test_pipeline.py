@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import time
 
 import pytest
 from cluster.pipelines import (
@@ -41,6 +42,11 @@ def test_a_chain_on_slurm_makes_what_this_machine_makes(slurm, shards, undisturb
     assert set(pipeline.status().values()) == {"done"}
     assert "nothing is to do" in pipeline.run(*ON_SLURM).out
     assert_same_results(workdir, undisturbed)
+    copied = tmp_path / "copied"
+    for name in ("report", "evaluations", "students", "targets", "teachers", "jobs", "shards"):  # the newest first
+        shutil.copytree(workdir / name, copied / name, copy_function=shutil.copyfile)
+        time.sleep(0.05)
+    assert "nothing is to do" in Pipeline(copied, shards, slurm.environment).run(*ON_SLURM).out
 
 
 @pytest.mark.long

@@ -195,10 +195,10 @@ def workdir(tmp_path) -> Path:
     return tmp_path / "work"
 
 
-def dry_run(workdir: Path, *options: str, code: int = 0) -> Finished:
+def dry_run(workdir: Path, *options: str, code: int = 0, **environment: str) -> Finished:
     data = ("data=shards", f"data.path={workdir.parent}/given", f"data.image_size={IMAGE_SIZE}")
     command = ("run", *data, *TINY_NETWORK, "dry_run=true", f"workdir={workdir}", *options)
-    finished = concentrate(*command, directory=workdir.parent, code=code)
+    finished = concentrate(*command, directory=workdir.parent, code=code, **environment)
     assert not workdir.exists(), "a dry run writes nothing"
     return finished
 
@@ -213,6 +213,12 @@ def test_a_dry_run_prints_the_graph_and_the_commands_for_slurm(workdir):
     assert option(lines["concentrate-student-student"], "dependency") == "afterok:<targets>"
     assert option(lines["concentrate-teacher"], "array") == "0-1%4"
     assert all(f"#SBATCH --{line}" in shown for line in ("time=1-00:00:00", "exclude=n7", "kill-on-invalid-dep=yes"))
+
+
+def test_a_dry_run_of_several_leaves_nothing(workdir, tmp_path):
+    (tmp_path / "$tmp").mkdir()
+    dry_run(workdir, "-m", "seed=0,1", TMPDIR=str(tmp_path / "$tmp"))
+    assert not list(tmp_path.glob("$tmp/concentrate-*"))
 
 
 def test_a_dry_run_prints_the_commands_of_this_machine(workdir):

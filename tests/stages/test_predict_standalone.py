@@ -107,11 +107,19 @@ def test_answers_that_nobody_reads_to_their_end_end_without_a_word(exported, pho
     assert all(line.startswith("predict: ") and "/3000 images" in line for line in said.splitlines()), said
 
 
+@pytest.mark.parametrize("format", ["table", "jsonl", "csv"])
+def test_answers_that_nobody_reads_end_without_a_word(format, exported, photos):
+    line = f'"{sys.executable}" -I "{exported}/predict.pyz" "{photos}" format={format} | true; exit ${{PIPESTATUS[0]}}'
+    done = subprocess.run(["bash", "-c", line], stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
 @pytest.mark.parametrize("format", ["table", "jsonl", "csv"])
-def test_answers_that_cannot_be_written_are_one_line(format, exported, photos):
+@pytest.mark.parametrize("times", [1, 100], ids=["once", "often"])
+def test_answers_that_cannot_be_written_are_one_line(format, times, exported, photos):
     with open("/dev/full", "w") as full:
-        command = [sys.executable, "-I", exported / "predict.pyz", str(photos), f"format={format}"]
+        command = [sys.executable, "-I", exported / "predict.pyz", *[str(photos)] * times, f"format={format}"]
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120, check=False)
     assert done.returncode == 2
     assert (

@@ -215,6 +215,33 @@ def test_given_shards_are_looked_at_only_where_that_is_asked(where, given, tmp_p
     assert "leave one of each pair out of the shards" in capsys.readouterr().out
 
 
+def damage(tar: Path) -> None:
+    """Turns one bit of its first image."""
+    content = bytearray(tar.read_bytes())
+    content[content.index(b"PNG") + 60] ^= 1
+    tar.write_bytes(content)
+
+
+def test_a_copy_that_was_damaged_on_the_disk_is_fetched_again_before_it_is_hashed(given, tmp_path, workdir):
+    for name in ("work", "other"):
+        with serve(given) as server:
+            prepare(build_config(server.url, tmp_path / name, kind="shards"))
+            for copy in (tmp_path / name / "cache").glob("*.shard") if name == "work" else ():
+                damage(copy)
+            prepare(build_config(server.url, tmp_path / name, kind="shards", near_duplicates=2))
+    hashes = {path.name: path.read_bytes() for path in (tmp_path / "other/shards").glob("*.hashes")}
+    assert {path.name: path.read_bytes() for path in (workdir / "shards").glob("*.hashes")} == hashes
+
+
+def test_another_image_than_was_indexed_is_not_hashed(images, workdir):
+    prepare(build_config(images, workdir))
+    tar = workdir / "shards" / "train-000000.tar"
+    tar.with_suffix(".hashes").unlink()
+    damage(tar)
+    with pytest.raises(DataError, match=rf"^{tar}: the image of '.*' is not the one that was indexed"):
+        prepare(build_config(images, workdir, near_duplicates=1))
+
+
 def test_damaged_hashes_are_one_line(images, workdir):
     prepare(build_config(images, workdir))
     path = workdir / "shards" / "train-000001.hashes"
