@@ -9,6 +9,7 @@ python docs/tables.py                                           docs/results/*.j
 import io
 import itertools
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -99,6 +100,11 @@ def collect(table: str, workdir: Path, overrides: Sequence[str]) -> dict:
     if not rows:
         raise ConfigError(f"{workdir}: no finished row of {table}; run launch/tables/run.sh {table} first")
     return {"table": table, "overrides": list(overrides), "rows": rows}
+
+
+def _write_json(found: Mapping) -> str:
+    """As JSON with a line for each number that may change, but a point of a curve on one line."""
+    return re.sub(r"\[\s+([^\s,\[]+),\s+([^\s,\]]+)\s+\]", r"[\1, \2]", json.dumps(found, indent=1)) + "\n"
 
 
 def merge(earlier: Mapping, found: Mapping) -> dict:
@@ -304,7 +310,7 @@ def _collect_into_results(table: str, workdir: str, *overrides: str) -> None:
     path = RESULTS / f"{_name_result(found)}.json"
     if path.exists():
         found = merge(json.loads(path.read_text()), found)
-    path.write_text(json.dumps(found, indent=1) + "\n")
+    path.write_text(_write_json(found))
 
 
 if __name__ == "__main__":
