@@ -5,8 +5,6 @@ They are computed once, and again only if the index has changed.
 Shapes: S samples of a shard, N samples of a split.
 """
 
-import os
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,8 +14,8 @@ from concentration.array_files import load_arrays, load_metadata, save_arrays
 from concentration.data.decoding import UNDECODABLE
 from concentration.data.index import ShardIndex
 from concentration.data.near_duplicates import hash_image
-from concentration.data.reader import other_than_indexed
 from concentration.data.shard_cache import ShardCache
+from concentration.data.shard_images import ShardImages
 from concentration.data.split import Split
 from concentration.errors import DataError
 
@@ -80,26 +78,7 @@ def read_images(shard: ShardIndex, rows: range, cache: ShardCache | None) -> Ite
     Raises:
         DataError: the shard cannot be read, or has changed since it was indexed.
     """
-    try:
-        file = _open(shard, cache)
-        try:
-            for row in rows:
-                size, offset, crc32 = (int(a[row]) for a in (shard.image_size, shard.image_offset, shard.image_crc32))
-                content = os.pread(file, size, offset)
-                if cache is not None and zlib.crc32(content) != crc32:
-                    # The copy was checked when it was fetched, so it was damaged on this disk.
-                    cache.discard(shard)
-                    damaged, file = file, _open(shard, cache)
-                    os.close(damaged)
-                    content = os.pread(file, size, offset)
-                if zlib.crc32(content) != crc32:
-                    raise other_than_indexed(shard, row)
-                yield content
-        finally:
-            os.close(file)
-    except OSError as error:
-        raise DataError(f"{shard.path}: cannot be read ({error.strerror}); bring it back") from None
-
-
-def _open(shard: ShardIndex, cache: ShardCache | None) -> int:
-    return os.open(shard.path, os.O_RDONLY) if isinstance(shard.path, Path) else cache.open(shard)
+    images = ShardImages([shard], cache)
+    places = zip(shard.image_offset[rows], shard.image_size[rows], shard.image_crc32[rows], strict=True)
+    for row, place in zip(rows, places, strict=True):
+        yield images.read(0, row, *map(int, place))

@@ -1,12 +1,9 @@
-"""Reads samples by ordinal: reads and checks an image's bytes in its shard, decodes a view of it, and looks up its targets.
+"""Reads samples by ordinal: reads an image's bytes in its shard, decodes a view of it, and looks up its targets.
 
 Shapes: B samples that are read together.
 """
 
-import os
-import zlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -14,12 +11,11 @@ import torch
 from torch import Tensor
 
 from concentration.data.decoding import UNDECODABLE, decode_shrunk, describe_undecodable
-from concentration.data.index import ShardIndex
 from concentration.data.sample_targets import LabelTargets, SampleTargets
 from concentration.data.shard_cache import ShardCache, load_cache
+from concentration.data.shard_images import ShardImages
 from concentration.data.split import Split
 from concentration.data.views import CentreView, View, ViewConfig, Views, decode_view, draw_views
-from concentration.errors import DataError
 from concentration.packed_targets import VIEW_BYTES
 from concentration.targets import SoftTargets
 
@@ -56,8 +52,6 @@ class Reader(Protocol):
 class SampleReader:
     """Reads and decodes samples by ordinal.
 
-    It keeps shards open. Pickled for a worker process, it opens them there again.
-
     Args:
         split: the split of the samples.
         targets: gives the targets of the samples.
@@ -77,14 +71,7 @@ class SampleReader:
         self._seed = seed
         #: None if the shards lie on this machine.
         self.cache = load_cache(split)
-        self._files: dict[int, int] = {}
-
-    def __getstate__(self):
-        return {**self.__dict__, "_files": {}}
-
-    def __del__(self):
-        for file in self._files.values():
-            os.close(file)
+        self._images = ShardImages(split.shards, self.cache)
 
     def read(self, ordinals: np.ndarray, epoch: int) -> ReadSamples:
         """The samples' images and targets in this epoch."""
@@ -126,7 +113,7 @@ class SampleReader:
         """Yields the encoded images in turn. Several are read in a row, up to about `_READ_TOGETHER_BYTES`."""
         contents, num_bytes = [], 0
         for place in self._locate(ordinals):
-            contents.append(self._read_at(*place))
+            contents.append(self._images.read(*place))
             num_bytes += len(contents[-1])
             if num_bytes >= _READ_TOGETHER_BYTES:
                 yield from contents
@@ -144,76 +131,6 @@ class SampleReader:
             for column, values in enumerate((shard.image_offset, shard.image_size, shard.image_crc32), start=2):
                 places[of_shard, column] = values[rows[of_shard]]
         return places.tolist()
-
-    def _read_at(self, number: int, row: int, offset: int, size: int, crc32: int) -> bytes:
-        """The bytes of an image, whose size and checksum must be those that `_locate` gave.
-
-        Raises:
-            DataError: the shard cannot be read, or its content has changed.
-        """
-        content, error = self._read_unchecked(number, offset, size)
-        if self.cache is not None and zlib.crc32(content) != crc32:
-            # The copy was checked when it was fetched, so it was damaged on this disk since: it is fetched again.
-            self._discard_copy(number)
-            content, error = self._read_unchecked(number, offset, size)
-        if error is None and zlib.crc32(content) == crc32:
-            return content
-        shard = self.split.shards[number]
-        if self.cache is not None:
-            raise DataError(
-                f"{self.cache.directory}: its copy of {shard.path} is damaged again, just after it was fetched anew; look after "
-                "that disk, or run `concentrate prepare` again with another data.cache.directory"
-            )
-        if error is not None:
-            raise DataError(f"{shard.path}: cannot be read ({error.strerror}); bring it back")
-        if len(content) != size:
-            raise DataError(
-                f"{shard.path}: ends inside the sample '{shard.keys[row]}'; the shard changed while it was read: "
-                "bring it back and run the same command again"
-            )
-        raise other_than_indexed(shard, row)
-
-    def _read_unchecked(self, number: int, offset: int, size: int) -> tuple[bytes, OSError | None]:
-        """The bytes at this place and None, or no bytes and the error that prevented reading them."""
-        try:
-            return os.pread(self._open(number), size, offset), None
-        except OSError as error:
-            return b"", error
-
-    def _discard_copy(self, number: int) -> None:
-        """Removes a damaged copy from the cache, unless another process has done so, and may have fetched it again."""
-        if number in self._files:
-            file = self._files.pop(number)
-            if os.fstat(file).st_nlink > 0:
-                self.cache.discard(self.split.shards[number])
-            os.close(file)
-
-    def _open(self, number: int) -> int:
-        """A file descriptor of the shard. At most 256 stay open."""
-        if number not in self._files:
-            if self.cache is not None:
-                self._close_evicted()
-            if len(self._files) >= 256:
-                os.close(self._files.pop(next(iter(self._files))))
-            shard = self.split.shards[number]
-            self._files[number] = (
-                os.open(shard.path, os.O_RDONLY) if isinstance(shard.path, Path) else self.cache.open(shard)
-            )
-        return self._files[number]
-
-    def _close_evicted(self) -> None:
-        """Closes copies that the cache has removed, since an open file still takes disk space."""
-        for number, file in list(self._files.items()):
-            if os.fstat(file).st_nlink == 0:
-                os.close(self._files.pop(number))
-
-
-def other_than_indexed(shard: ShardIndex, row: int) -> DataError:
-    """The error for an image that its checksum in the index is not of."""
-    return DataError(
-        f"{shard.path}: the image of '{shard.keys[row]}' is not the one that was indexed; the shard was replaced or damaged: "
-        "bring it back and run the same command again, or prepare again"
-    )
 
 
 def explain_skipped(split: Split, ordinal: int) -> str:
