@@ -7,7 +7,8 @@ import re
 import textwrap
 import types
 import typing
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -33,14 +34,14 @@ others, and `concentrate VERB --help` shows what holds. Where a verb has several
 
 def write_page() -> str:
     """The whole page: a section for each verb, then one for each class that a key holds."""
-    sections, classes = [], {}
-    for verb, entry in VERBS.items():
-        _, config = entry.load()
-        sections.append(write_section(f"`concentrate {verb}`", config, entry.summary))
-        classes.update(dict.fromkeys(find_classes(config)))
-        classes.pop(config, None)
+    of_verbs = {verb: entry.load()[1] for verb, entry in VERBS.items()}
+    held = {inner for config in of_verbs.values() for inner in find_classes(config)} - set(of_verbs.values())
+    shared = find_shared_meanings({*of_verbs.values(), *held})
+    sections = [
+        write_section(f"`concentrate {verb}`", config, VERBS[verb].summary, shared) for verb, config in of_verbs.items()
+    ]
     sections.append("# What keys hold\n")
-    sections += [write_section(f"`{config.__name__}`", config, None) for config in sorted(classes, key=anchor_of)]
+    sections += [write_section(f"`{config.__name__}`", config, None, shared) for config in sorted(held, key=anchor_of)]
     return "\n".join([HEAD, *sections])
 
 
@@ -58,12 +59,30 @@ def list_classes(annotation: Any) -> list[type[Config]]:
     return [found for inner in get_args(annotation) for found in list_classes(inner)]
 
 
-def write_section(title: str, config: type[Config], summary: str | None) -> str:
+def find_shared_meanings(configs: Iterable[type[Config]]) -> dict[tuple[str, str], str]:
+    """By name and values: the meaning of the keys that all classes which describe them describe alike.
+
+    So `optimizer`, which ten classes have, is described in one.
+    """
+    meanings = defaultdict(set)
+    for config in configs:
+        own = read_docstring(config)[1]
+        for name, field in config.model_fields.items():
+            if name in own:
+                meanings[name, describe_values(field)].add(own[name])
+    return {key: found.pop() for key, found in meanings.items() if len(found) == 1}
+
+
+def write_section(title: str, config: type[Config], summary: str | None, shared: Mapping[tuple[str, str], str]) -> str:
     text, meanings = read_docstring(config)
     lines = [f"## {title}", "", summary[0].upper() + summary[1:] + "." if summary else text, ""]
     lines += ["| key | values | default | |", "|---|---|---|---|"]
     for name, field in config.model_fields.items():
-        cells = [f"`{name}`", describe_values(field), describe_default(field), meanings.get(name, "")]
+        values = describe_values(field)
+        meaning = meanings.get(name) or shared.get((name, values), "")
+        if not meaning and name == "kind":
+            meaning = "chooses this class."
+        cells = [f"`{name}`", values, describe_default(field), meaning]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join([*lines, ""])
 

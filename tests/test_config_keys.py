@@ -46,3 +46,10 @@ def test_a_key_is_described_with_its_values_default_and_meaning(page):
     assert "\n| `overwrite` | bool or `changed` | `false` | `true` makes a finished stage anew" in page
     assert "\n| `classes` | str | given by `conf/` | Which class each output is" in page, "a docstring below a field"
     assert "\n| `tail` | `zero` or `spread` | `zero` | the targets of those classes of a sample's own verticals" in page
+    assert "| `label_share` | float >= 0 < 1 | `0.0` | the share of" in page.split("## `concentrate run`")[1], (
+        "of another"
+    )
+
+
+def test_every_key_is_described(page):
+    assert re.findall(r"^\| `(\w+)` \|.* \|  \|$", page, re.MULTILINE) == []

@@ -32,7 +32,7 @@ from concentration.networks.external.teacher import load_external_teacher
 from concentration.networks.pace import PaceConfig
 from concentration.networks.student import NetworkConfig, Student, load_student
 from concentration.networks.top_layers import TopConfig
-from concentration.stages.prepare import DataOverrides, load_prepared
+from concentration.stages.prepared import DataOverrides, load_prepared
 from concentration.stages.run_directory import RunDirectory, StageConfig, hash_file
 from concentration.stages.train_network import load_network
 from concentration.targets import Codec, TargetRecords, keep_top_k

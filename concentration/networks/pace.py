@@ -25,6 +25,7 @@ class PaceConfig(Config):
     kind: `none` leaves logits as they are; `vertical` trains one gamma per vertical and `class` one per class; `fixed` has one
         per vertical, which is not trained.
     init: gamma at the start, `sqrt` for sqrt(N_v); to trained gammas normal noise with standard deviation `deviation` is added.
+    deviation: the standard deviation of the noise that is added to trained gammas at the start.
     log: gamma = init * exp(rho), and rho is trained: gamma stays positive, and a step changes it by a share of itself.
     lr: gamma's own learning rate; None takes the optimizer's.
     offset: trained numbers that are added after the scaling, one per vertical or one per class.

@@ -55,7 +55,10 @@ class ExpertParts(Config):
 
 
 class AugmentParts(Config):
-    """The heads of the augmented generalist and how they are trained."""
+    """The heads of the augmented generalist and how they are trained.
+
+    layer: where the heads begin: at the base network's features (the paper), or at the top-1 outputs.
+    """
 
     layer: Literal["base", "top1"] = "base"
     hidden: Annotated[tuple[pydantic.PositiveInt, ...], pydantic.Field(min_length=1)]
@@ -70,7 +73,9 @@ class CompareConfig(Config):
     long_trainer: of the generalists that are trained as long as any other system with all its parts.
     wide_top: of the one of them that is widened, the control for every system that adds parameters.
     features: how images are shared out among the experts.
+    expert: the experts of the mixtures, one for each group of images.
     groups: how classes are shared out among the auxiliary heads.
+    augment: the auxiliary heads, and how they are trained.
     """
 
     long_trainer: TrainerConfig

@@ -33,8 +33,9 @@ from concentration.schema import FolderName, suggest
 from concentration.serving.export_folder import EXPORTS
 from concentration.stages.evaluate import SPECIALISTS
 from concentration.stages.export import ExportConfig
-from concentration.stages.prepare import SHARDS, DataOverrides, PrepareConfig, load_prepared
+from concentration.stages.prepare import PrepareConfig
 from concentration.stages.prepare_needs import Need
+from concentration.stages.prepared import SHARDS, DataOverrides, load_prepared
 from concentration.stages.report import REPORT, ReportConfig
 from concentration.stages.run_directory import RunDirectory, StageConfig
 from concentration.stages.student import HardTargetsConfig, LabelShare, Outside, TargetsChoice
@@ -64,16 +65,20 @@ class TeacherParts(NetworkParts):
 class RunConfig(TrainedRun, LabelsConfig):
     """The whole pipeline. The keys at the top are the student's; `teacher` and `generalist` have their own.
 
-    name: the student's name; several students may share teachers and targets.
-    launcher: what runs the jobs.
-    export: also export the student.
-    num_processes: the processes of `prepare`, and the jobs at a time on this machine; None means one per core.
-    plan: print what every stage would read, write and take, and run none.
-    dry_run: print the graph and the commands, and run none.
-    compare: other systems to train on the same data and evaluate beside the student; `experiment=compare` has them.
     coarse_labels: `skip` trains the generalist, the teachers and a student of labels without the images that have no leaf among
         their labels, as those verbs do; a student of teachers sees all images.
+    name: the student's name; several students may share teachers and targets.
+    data: where images and taxonomy come from.
+    targets: what the student learns from: labels, stored answers of teachers, or answers in every step.
+    teacher: all teachers, and how they are trained.
+    generalist: the network that the student and the teachers are compared with, and how it is trained.
     gate: what teachers must be before targets are made; with `stop`, targets wait for the generalist to compare with.
+    compare: other systems to train on the same data and evaluate beside the student; `experiment=compare` has them.
+    launcher: what runs the jobs.
+    num_processes: the processes of `prepare`, and the jobs at a time on this machine; None means one per core.
+    export: also export the student.
+    plan: print what every stage would read, write and take, and run none.
+    dry_run: print the graph and the commands, and run none.
     """
 
     runtime_fields: ClassVar[frozenset[str]] = StageConfig.runtime_fields | {

@@ -25,7 +25,10 @@ class NetworkParts(Config):
 
 
 class TrainedRun(StageConfig):
-    """The part of a run's config that its trainings share."""
+    """The part of a run's config that its trainings share.
+
+    seed: of all networks' initial weights, of the order of the samples and the augmentation.
+    """
 
     seed: int = 0
     logger: LoggerConfig = LoggerConfig()

@@ -16,7 +16,7 @@ from concentration.data.split_assignment import SPLITS, assign_splits
 from concentration.data.views import ViewConfig, decode_view, draw_views
 from concentration.errors import ConfigError
 from concentration.pipeline.graph import RunConfig, build_prepare_job
-from concentration.stages.prepare import SHARDS, DataOverrides, load_prepared
+from concentration.stages.prepared import SHARDS, DataOverrides, load_prepared
 from concentration.stages.run_directory import RunDirectory
 from concentration.taxonomy import Taxonomy
 

@@ -29,8 +29,8 @@ from concentration.processes import count_cores
 from concentration.schema import parse_json, write_override
 from concentration.stages.evaluate import EVALUATIONS, SPECIALISTS
 from concentration.stages.group_classes import check_top_k
-from concentration.stages.prepare import SHARDS, DataOverrides, load_prepared
 from concentration.stages.prepare_needs import check_needs
+from concentration.stages.prepared import SHARDS, DataOverrides, load_prepared
 from concentration.stages.report import COMMAND_FILE, REPORT
 from concentration.stages.report_headline import find_unmeasured
 from concentration.stages.run_directory import describe_lost

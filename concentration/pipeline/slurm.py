@@ -41,6 +41,7 @@ TimeLimit = Annotated[str, pydantic.StringConstraints(pattern=r"^(\d+-)?\d+(:\d+
 class SlurmConfig(Config):
     """The command submits the jobs and returns; given again, it submits what is missing.
 
+    partition, account, qos: as sbatch takes them; None leaves them to the cluster.
     cpu_partition: the partition of jobs without a GPU; None takes `partition`.
     time: a job's time limit. A job that reaches it saves before, is queued again, and continues.
     cpus_per_task: CPUs of each process.

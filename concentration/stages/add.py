@@ -28,7 +28,7 @@ from concentration.networks.student import Student
 from concentration.networks.top_layers import TopConfig
 from concentration.schema import Config, FolderName, hash_values
 from concentration.stages.carried_targets import carry_targets
-from concentration.stages.prepare import SHARDS, DataOverrides, load_prepared, load_training_split
+from concentration.stages.prepared import SHARDS, DataOverrides, load_prepared, load_training_split
 from concentration.stages.run_directory import NETWORK_FILE, RunDirectory
 from concentration.stages.served import Served, load_served
 from concentration.stages.student import STUDENTS, LearningConfig, build_targets, choose_ordinals, count_classes
@@ -62,6 +62,8 @@ class AddConfig(TrainingStageConfig):
     replay: how many old images are seen for each new one.
     trainable: `all`, or `new` for only what the old student does not have, which leaves old verticals exactly as they were.
     tolerance: by how much an old vertical's AP on val may fall; a larger loss is an error, and the stage stays unfinished.
+    gate: what the new teacher must be before its targets are made.
+    teacher: the new vertical's teacher, where one is trained.
     """
 
     runtime_fields = TrainingStageConfig.runtime_fields | {"tolerance", "gate"}

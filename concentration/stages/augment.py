@@ -20,7 +20,7 @@ from concentration.networks.student import Student
 from concentration.networks.top_layers import Layer
 from concentration.schema import Config, FolderName
 from concentration.stages.groupings import load_grouping
-from concentration.stages.prepare import DataOverrides, load_prepared, load_training_split
+from concentration.stages.prepared import DataOverrides, load_prepared, load_training_split
 from concentration.stages.run_directory import RunDirectory
 from concentration.stages.student import STUDENTS
 from concentration.stages.train_network import Task, TrainingStageConfig, load_network, train_built_network
@@ -48,6 +48,7 @@ class AddedHeadsConfig(Config):
 class AugmentConfig(TrainingStageConfig):
     """Writes `students/NAME/`.
 
+    name: the name of the new network, by which it is evaluated and exported.
     network: the student or generalist to grow.
     heads: the heads that are added and trained with a new classifier, while all else is frozen; None adds none and fine-tunes
         the whole network.

@@ -33,7 +33,7 @@ from concentration.metrics.vertical_answers import VerticalAnswers
 from concentration.progress import Progress
 from concentration.schema import Config
 from concentration.stages.evaluate import SubjectConfig, find_checkpoint, is_model_of_all, load_subject
-from concentration.stages.prepare import SHARDS, DataOverrides, load_prepared
+from concentration.stages.prepared import SHARDS, DataOverrides, load_prepared
 from concentration.stages.run_directory import RunDirectory
 from concentration.stages.subject import Subject
 from concentration.taxonomy import Taxonomy
@@ -68,6 +68,7 @@ class CalibrateConfig(SubjectConfig):
 
     scope: `vertical` fits a line for each vertical, which repairs confusion between verticals; `global` one for all.
     form: `platt` is a line with slope and shift, `temperature` one with a slope only.
+    thresholds: how low a probability may be before an answer becomes "none of these".
     outside: another working directory; "none of these" is measured on its test images, except those with a class of this one.
     """
 

@@ -23,7 +23,7 @@ from concentration.errors import ConfigError, DataError
 from concentration.files import write_atomically
 from concentration.schema import hash_values
 from concentration.stages.carried_targets import link_file
-from concentration.stages.prepare import SHARDS, count_samples
+from concentration.stages.prepared import SHARDS, describe_splits
 from concentration.stages.run_directory import RunDirectory
 from concentration.stages.verbs import write_command
 from concentration.taxonomy import Taxonomy
@@ -53,13 +53,7 @@ def carry_shards(workdir: Path, destination: Path, before: Taxonomy, after: Taxo
             made = {
                 name: load_split(temporary, name, after) for name in splits if any(temporary.glob(f"{name}-*.index"))
             }
-            facts = {
-                "taxonomy": after.fingerprint,
-                "splits": {name: count_samples(split) for name, split in made.items()},
-                "fingerprint": made["train"].fingerprint,
-                "near_duplicates": None,
-                "carried": origin,
-            }
+            facts = {**describe_splits(made), "near_duplicates": None, "carried": origin}
             RunDirectory(temporary).copy_record(RunDirectory(source), {}, facts)
     return load_split(path, "train", after)
 

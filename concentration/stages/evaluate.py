@@ -29,7 +29,7 @@ from concentration.networks.cost import count_active_parameters, count_multiply_
 from concentration.progress import Progress
 from concentration.schema import FolderName, hash_values
 from concentration.stages.gallery import build_gallery
-from concentration.stages.prepare import SHARDS, DataOverrides, load_prepared, load_training_split
+from concentration.stages.prepared import SHARDS, DataOverrides, load_prepared, load_training_split
 from concentration.stages.run_directory import RunDirectory, StageConfig
 from concentration.stages.student import STUDENTS
 from concentration.stages.subject import Subject
@@ -47,6 +47,9 @@ class SubjectConfig(StageConfig):
     """Which network is asked, and on what device.
 
     name: the name of a student, or of a vertical for its teacher; `specialists` is all teachers as one ensemble.
+    accelerator: the kind of device that runs the network.
+    batch_size: how many images the network sees at a time.
+    num_workers: processes that decode images; 0 decodes in the process itself.
     """
 
     runtime_fields = StageConfig.runtime_fields | {"batch_size", "num_workers", "accelerator"}

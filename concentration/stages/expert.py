@@ -18,7 +18,7 @@ from concentration.data.split import Split, load_split
 from concentration.errors import ConfigError, DataError
 from concentration.stages.groupings import identify_sample_groups, load_router, load_sample_groups
 from concentration.stages.plan import count_most_labels, print_training_plan
-from concentration.stages.prepare import SHARDS, load_prepared, load_training_split
+from concentration.stages.prepared import SHARDS, load_prepared, load_training_split
 from concentration.stages.run_directory import RunDirectory
 from concentration.stages.train_network import (
     LabelsConfig,

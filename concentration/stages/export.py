@@ -55,7 +55,7 @@ from concentration.stages.export_programs import (
     translate_to_onnx,
 )
 from concentration.stages.export_standalone import STANDALONE_FILE, write_standalone
-from concentration.stages.prepare import SHARDS, DataOverrides, load_prepared, load_training_split
+from concentration.stages.prepared import SHARDS, DataOverrides, load_prepared, load_training_split
 from concentration.stages.report_values import as_mapping
 from concentration.stages.run_directory import RunDirectory, StageConfig
 from concentration.stages.student import STUDENTS

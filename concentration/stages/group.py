@@ -20,7 +20,7 @@ from concentration.stages.group_classes import (
 from concentration.stages.group_features import FeatureGroupsConfig, group_by_features
 from concentration.stages.group_picture import draw_groups
 from concentration.stages.groupings import GROUPINGS, find_grouping, load_grouping
-from concentration.stages.prepare import SHARDS, DataOverrides, load_prepared
+from concentration.stages.prepared import SHARDS, DataOverrides, load_prepared
 from concentration.stages.run_directory import RunDirectory, StageConfig, hash_file
 from concentration.stages.sample_stream import SampleStream
 from concentration.stages.student import STUDENTS
@@ -39,7 +39,12 @@ class GroupConfig(StageConfig):
     """Writes `groupings/NAME.json`, a taxonomy whose verticals are the groups, and other files to `groupings/NAME/`.
 
     name: the name of the grouping; None takes that of the method.
+    seed: of what is drawn: samples that are looked at, first centres, random groups.
     method: how the groups are found; `features` also assigns every sample to a group.
+    accelerator: the kind of device that runs the network.
+    batch_size: how many images the network sees at a time.
+    num_workers: processes that decode images; 0 decodes in the process itself.
+    timeout_seconds: how long processes wait for one that is dead or hangs, before all end with an error.
     """
 
     runtime_fields: ClassVar[frozenset[str]] = StageConfig.runtime_fields | {

@@ -33,7 +33,7 @@ from concentration.progress import Progress
 from concentration.schema import Config, FolderName, hash_values
 from concentration.stages.expert import TEACHERS, name_expert
 from concentration.stages.groupings import find_grouping, identify_sample_groups, load_router, load_sample_groups
-from concentration.stages.prepare import SHARDS, DataOverrides, PreparedData, load_prepared, load_training_split
+from concentration.stages.prepared import SHARDS, DataOverrides, PreparedData, load_prepared, load_training_split
 from concentration.stages.run_directory import NETWORK_FILE, RunDirectory, StageConfig, hash_file
 from concentration.stages.sample_stream import SampleStream
 from concentration.stages.student import STUDENTS
@@ -49,7 +49,10 @@ ASSEMBLED_FILE, GATER_FILE = f"{CHECKPOINTS}/assembled.safetensors", "gater.json
 
 
 class RouterConfig(RouterTrainingConfig):
-    """A router with one hidden layer of `hidden` units (None for no hidden layer), and its training."""
+    """A router with one hidden layer of `hidden` units (None for no hidden layer), and its training.
+
+    hidden: units of the hidden layer; None for no hidden layer.
+    """
 
     kind: Literal["router"] = "router"
     hidden: pydantic.PositiveInt | None = 64
@@ -62,7 +65,10 @@ class OwnDecoderConfig(Config):
 
 
 class SharedDecoderConfig(Config):
-    """One set of top layers over the frozen features of all experts, and its training on the labels."""
+    """One set of top layers over the frozen features of all experts, and its training on the labels.
+
+    smear: smear labels to their ancestors inside the vertical.
+    """
 
     kind: Literal["shared"] = "shared"
     top: TopConfig
@@ -75,8 +81,15 @@ class SharedDecoderConfig(Config):
 class MixtureConfig(StageConfig):
     """Writes `students/NAME/`.
 
+    seed: of the initial weights and of what is drawn in training.
+    name: the name of the mixture, by which it is evaluated and exported.
     grouping: the grouping whose experts (`teachers/GROUPING-NUMBER`) are mixed.
+    gater: what chooses an image's experts.
+    decoder: what turns an expert's features into logits.
     top_experts: how many experts see an image when the mixture is served.
+    accelerator: the kind of device that runs the network.
+    batch_size: how many images the network sees at a time.
+    num_workers: processes that decode images; 0 decodes in the process itself.
     """
 
     runtime_fields: ClassVar[frozenset[str]] = StageConfig.runtime_fields | {

@@ -41,6 +41,7 @@ class ServingConfig(Config):
     classes: `leaves` names leaves only, `all` also inner classes, which are never less probable than the classes below them.
     neighbours: also name the classes of the nearest known images, those of the export and of `examples`.
     examples: a folder with CLASS/IMAGE, for classes that the network was never trained on.
+    accelerator: the kind of device that runs the network.
     """
 
     workdir: Path = Path("runs/demo")
@@ -72,6 +73,7 @@ class PredictConfig(ServingConfig):
     by_vertical: name the `best` classes of every vertical, not those over all.
     format: a table to read, JSON lines, or CSV with a row per class.
     output: write to this file instead of the terminal.
+    batch_size: how many images the network sees at a time.
     num_threads: how many threads decode and answer images; null means one per core.
     """
 

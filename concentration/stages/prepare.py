@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
-import numpy as np
 import pydantic
 
 from concentration.data.appending import Before, Kept, append_classes, extend_classes, find_kept
@@ -25,11 +24,10 @@ from concentration.data.sources.source import Item, Source
 from concentration.data.sources.webdataset_shards import ShardsConfig, load_shards_taxonomy
 from concentration.data.split import Split, check_keys, load_split
 from concentration.data.split_assignment import SPLITS, Assignment, assign_splits
-from concentration.data.views import Share, ViewConfig
+from concentration.data.views import Share
 from concentration.errors import ConfigError, DataError
 from concentration.files import write_atomically
 from concentration.progress import Progress
-from concentration.schema import Config, parse_config
 from concentration.stages.prepare_given_shards import (
     check_kept_shards,
     describe_state,
@@ -48,12 +46,11 @@ from concentration.stages.prepare_listing import (
 from concentration.stages.prepare_near_duplicates import forget_near_duplicates, hash_splits, report_near_duplicates
 from concentration.stages.prepare_needs import Need, check_needs
 from concentration.stages.prepare_summary import draw_summary, summarise_splits
+from concentration.stages.prepared import SHARDS, DataOverrides, describe_splits, load_prepared
 from concentration.stages.report_values import as_mapping
 from concentration.stages.run_directory import RunDirectory, StageConfig
 from concentration.stages.task_pool import run_tasks
 from concentration.taxonomy import Taxonomy
-
-SHARDS = "shards"
 
 #: In `shards/`: how many classes and images there are, as a table and as a picture.
 SUMMARY_TEXT, SUMMARY_PICTURE = "summary.txt", "summary.png"
@@ -65,9 +62,11 @@ _MAX_VERTICALS_SHOWN = 20
 class PrepareConfig(StageConfig):
     """Reads `data`; writes `shards/` with shards of at most `samples_per_shard`, their index, and `taxonomy.json`.
 
+    data: where images and taxonomy come from.
     append: list the source again, and add new images and classes to a finished set; without it a finished set is left alone.
         Every sample, position and split that was there stays. For given shards, new tars are indexed after the others, and new
         classes must be at the end of their taxonomy.json.
+    samples_per_shard: how many images a shard holds at most.
     max_skipped_share: the share of images that may be undecodable; a single one is always allowed.
     needs: what later stages of a `run` need; the stage fails where it is missing.
     num_processes: None means one per core.
@@ -131,65 +130,6 @@ def prepare(config: PrepareConfig) -> None:
             _, taxonomy, _ = load_prepared(config.workdir, DataOverrides())
             directory.finish(_summarise(config, directory.path, taxonomy))
     check_needs(directory.path, config.needs)
-
-
-class PreparedData(Config):
-    """What `prepare` has decided and later stages need."""
-
-    image_size: int
-    view: ViewConfig
-
-
-class DataOverrides(Config):
-    """Changes of the prepared data's defaults for one stage: the size of the network's input, and augmentation."""
-
-    image_size: pydantic.PositiveInt | None = None
-    view: ViewConfig | None = None
-
-
-def load_prepared(workdir: Path, overrides: DataOverrides) -> tuple[PreparedData, Taxonomy, str]:
-    """Image size and augmentation, the taxonomy, and the fingerprint of the shards.
-
-    Raises:
-        ConfigError: `prepare` has not finished.
-        DataError: the taxonomy is another one than the shards were prepared with, or an index is missing.
-    """
-    directory = RunDirectory(workdir / SHARDS)
-    done = directory.load_done("concentrate prepare", taxonomy=str, splits=dict, fingerprint=str)
-    taxonomy = Taxonomy.load(directory.path / "taxonomy.json")
-    if taxonomy.fingerprint != done["taxonomy"]:
-        raise DataError(
-            f"{directory.path}/taxonomy.json: changed since `concentrate prepare`; restore it or prepare again"
-        )
-    for split in SPLITS:
-        facts = done["splits"].get(split, {"shards": 0})
-        num_written = facts.get("shards") if isinstance(facts, dict) else facts
-        num_found = len(list(directory.path.glob(f"{split}-*.index")))
-        if num_found != num_written:
-            raise DataError(
-                f"{directory.path}: {num_found} files {split}-*.index, but `concentrate prepare` wrote {num_written!r}; "
-                f"bring them back, or delete {directory.path} and prepare again"
-            )
-    data = directory.load_config().get("data")
-    known = data if isinstance(data, dict) else {}
-    recorded = {name: known[name] for name in PreparedData.model_fields if name in known}
-    try:
-        prepared = parse_config(PreparedData, recorded)
-    except ConfigError as error:
-        raise DataError(
-            f"{directory.path}/config.json: {error}; bring it back, or delete {directory.path} and prepare again"
-        ) from None
-    values = prepared.model_dump() | overrides.model_dump(exclude_none=True)
-    return parse_config(PreparedData, values), taxonomy, done["fingerprint"]
-
-
-def load_training_split(workdir: Path, taxonomy: Taxonomy) -> Split:
-    """The training images as `prepare` has left them. Raises: DataError where an index is another by now, though a whole one."""
-    split = load_split(workdir / SHARDS, "train", taxonomy)
-    if split.fingerprint != RunDirectory(workdir / SHARDS).load_done("concentrate prepare")["fingerprint"]:
-        advice = f"bring them back, or delete {split.directory} and prepare again"
-        raise DataError(f"{split.directory}/train-*.index: not those that `concentrate prepare` wrote; {advice}")
-    return split
 
 
 def _has_looked(config: PrepareConfig, directory: RunDirectory) -> bool:
@@ -359,8 +299,8 @@ def _summarise(config: PrepareConfig, path: Path, taxonomy: Taxonomy) -> dict:
     splits = {name: load_split(path, name, taxonomy) for name in names}
     for split in splits.values():
         check_keys(split)
-    facts = {name: count_samples(split) for name, split in splits.items()}
-    for vertical, count in facts["train"]["by_vertical"].items():
+    facts = describe_splits(splits)
+    for vertical, count in facts["splits"]["train"]["by_vertical"].items():
         if count == 0:
             raise DataError(
                 f"{path}: vertical '{vertical}' has no training image; add some, or remove it from the taxonomy"
@@ -369,12 +309,7 @@ def _summarise(config: PrepareConfig, path: Path, taxonomy: Taxonomy) -> dict:
     write_atomically(path / SUMMARY_TEXT, summary.to_text())
     write_atomically(path / SUMMARY_PICTURE, draw_summary(summary))
     print(f"\n{summary.to_text(_MAX_VERTICALS_SHOWN)}\nprepare: {path}: {SUMMARY_TEXT}, {SUMMARY_PICTURE}")
-    return {
-        "taxonomy": taxonomy.fingerprint,
-        "splits": facts,
-        "fingerprint": splits["train"].fingerprint,
-        "near_duplicates": _look_for_near_duplicates(config, splits),
-    }
+    return {**facts, "near_duplicates": _look_for_near_duplicates(config, splits)}
 
 
 def _look_for_near_duplicates(config: PrepareConfig, splits: Mapping[str, Split]) -> dict | None:
@@ -386,14 +321,3 @@ def _look_for_near_duplicates(config: PrepareConfig, splits: Mapping[str, Split]
     if isinstance(config.data, ShardsConfig):
         advice = "leave one of each pair out of the shards"
     return report_near_duplicates(splits, config.near_duplicates, advice)
-
-
-def count_samples(split: Split) -> dict:
-    """What DONE.json says of a split."""
-    counts = split.count_labels()
-    return {
-        "samples": len(split),
-        "shards": len(split.shards),
-        "classes_with_images": int(np.count_nonzero(counts)),
-        "by_vertical": dict(zip(split.taxonomy.verticals, split.count_routed().tolist(), strict=True)),
-    }

@@ -14,6 +14,7 @@ from concentration.stages.run_directory import RunDirectory
 class Need(Config):
     """That a split has images.
 
+    split: the split that must have images.
     why: a sentence for the reader; what is chosen or measured with them.
     of_each_vertical: that every vertical with training images has some there.
     """

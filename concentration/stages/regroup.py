@@ -28,7 +28,7 @@ from concentration.networks.student import Student
 from concentration.progress import Progress
 from concentration.schema import FolderName
 from concentration.stages.carried_directory import carry_shards, carry_stored_targets, carry_teacher
-from concentration.stages.prepare import SHARDS, DataOverrides, load_prepared, load_training_split
+from concentration.stages.prepared import SHARDS, DataOverrides, load_prepared, load_training_split
 from concentration.stages.run_directory import NETWORK_FILE, RunDirectory, StageConfig, hash_file
 from concentration.stages.served import Served, load_served
 from concentration.stages.student import STUDENTS
@@ -46,6 +46,8 @@ class RegroupConfig(StageConfig):
 
     destination: the new working directory; images stay where they are, in the tars of this one.
     name: the name of the student in service here, and of the new one there.
+    accelerator: the kind of device that runs the network.
+    batch_size: how many images the network sees at a time.
     """
 
     runtime_fields = StageConfig.runtime_fields | {"destination", "accelerator", "batch_size"}

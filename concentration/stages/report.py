@@ -18,7 +18,8 @@ from concentration.metrics.agreement import compare_in_verticals, compare_overal
 from concentration.schema import FolderName, parse_json
 from concentration.stages.calibrate import CALIBRATIONS
 from concentration.stages.evaluate import EVALUATIONS, load_answers
-from concentration.stages.prepare import SHARDS, SUMMARY_PICTURE, SUMMARY_TEXT, DataOverrides, load_prepared
+from concentration.stages.prepare import SUMMARY_PICTURE, SUMMARY_TEXT
+from concentration.stages.prepared import SHARDS, DataOverrides, load_prepared
 from concentration.stages.report_comparable import IMAGES, split_comparable
 from concentration.stages.report_headline import subject_of
 from concentration.stages.report_page import ReportInputs, build_report_page

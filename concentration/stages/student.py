@@ -20,7 +20,7 @@ from concentration.label_mix import LabelMix
 from concentration.networks.routed_teachers import RoutedTeachers
 from concentration.schema import Config, FolderName, hash_values
 from concentration.stages.plan import count_most_labels, print_training_plan
-from concentration.stages.prepare import PreparedData, load_prepared, load_training_split
+from concentration.stages.prepared import PreparedData, load_prepared, load_training_split
 from concentration.stages.run_directory import HOW_TO_GROW, RunDirectory
 from concentration.stages.targets import TARGETS, SoftTargetsConfig
 from concentration.stages.teacher import TEACHERS, identify_teachers, load_teachers, measure_teachers
@@ -46,7 +46,10 @@ class HardTargetsConfig(Config):
 
 
 class OnlineTargetsConfig(Config):
-    """The teachers' top K classes for the student's own view, asked for in every step and not stored."""
+    """The teachers' top K classes for the student's own view, asked for in every step and not stored.
+
+    top_k: K, the classes of each teacher's answer that are kept (all of a smaller vertical).
+    """
 
     kind: Literal["online"] = "online"
     top_k: pydantic.PositiveInt = 100
@@ -63,6 +66,7 @@ LabelShare = Annotated[float, pydantic.Field(ge=0, lt=1)]
 class LearningConfig(LabelsConfig):
     """What a student is taught.
 
+    targets: the labels, stored answers of teachers (`concentrate targets`), or answers that teachers give in every step.
     smear: whether labels are smeared to their ancestors; true where not given. Soft targets carry their teachers' smearing.
     label_share: the share of the labels in soft targets: 0 takes the teachers' word alone, as in the paper; 0.5 half of each.
     tail: the targets of those classes of a sample's own verticals that are not among the teachers' top K: `zero` as in the paper,
@@ -90,7 +94,10 @@ class LearningConfig(LabelsConfig):
 
 
 class StudentConfig(NetworkStageConfig, LearningConfig):
-    """Writes `students/NAME/`."""
+    """Writes `students/NAME/`.
+
+    name: the name of the student, by which it is evaluated, exported and served.
+    """
 
     name: FolderName = "student"
 

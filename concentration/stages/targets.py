@@ -20,7 +20,7 @@ from concentration.distributed import choose_device
 from concentration.files import write_atomically
 from concentration.progress import Progress
 from concentration.schema import Config, FolderName
-from concentration.stages.prepare import DataOverrides, load_prepared, load_training_split
+from concentration.stages.prepared import DataOverrides, load_prepared, load_training_split
 from concentration.stages.run_directory import RunDirectory, StageConfig
 from concentration.stages.teacher import TEACHERS
 from concentration.stages.teacher_answers import TeacherAnswers
@@ -53,10 +53,16 @@ class SoftTargetsConfig(Config):
 class TargetsConfig(StageConfig):
     """Writes `targets/NAME/VERTICAL/` for one vertical or, where none is given, for all.
 
+    vertical: the vertical whose teacher is asked; None asks all teachers.
+    targets: which targets are stored, and how.
     view: the augmentation of stored views; None takes that of the prepared data.
+    accelerator: the kind of device that runs the network.
+    batch_size: how many images the network sees at a time.
+    num_workers: processes that decode images; 0 decodes in the process itself.
     part, num_parts: this process makes every `num_parts`-th shard; the part that ends last finishes the stage.
     gate: what a teacher must be before its targets are made.
     verify: make no targets, but compare `num_verified` stored records of each vertical with what its teacher says now.
+    num_verified: how many records of each vertical `verify` compares.
     """
 
     runtime_fields = StageConfig.runtime_fields | {

@@ -18,7 +18,7 @@ from concentration.progress import Progress
 from concentration.schema import Config, hash_values, write_override
 from concentration.stages.expert import TEACHERS, ExpertConfig, train_expert
 from concentration.stages.plan import count_most_labels, print_training_plan
-from concentration.stages.prepare import DataOverrides, load_prepared, load_training_split
+from concentration.stages.prepared import DataOverrides, load_prepared, load_training_split
 from concentration.stages.run_directory import NETWORK_FILE, RunDirectory, StageConfig, hash_file
 from concentration.stages.train_network import (
     LabelsConfig,
@@ -35,7 +35,11 @@ from concentration.training.memory import StepShape
 
 
 class TeacherConfig(NetworkStageConfig, LabelsConfig):
-    """Trains on the samples with a label in `vertical`; writes `teachers/VERTICAL/`."""
+    """Trains on the samples with a label in `vertical`; writes `teachers/VERTICAL/`.
+
+    vertical: the vertical's name.
+    smear: smear labels to their ancestors inside the vertical.
+    """
 
     vertical: str
     smear: bool = True

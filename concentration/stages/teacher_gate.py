@@ -21,7 +21,7 @@ from concentration.metrics.evaluation import Evaluator
 from concentration.networks.classifier import Classifier
 from concentration.progress import Progress
 from concentration.schema import Config, FolderName
-from concentration.stages.prepare import SHARDS
+from concentration.stages.prepared import SHARDS
 from concentration.stages.run_directory import NETWORK_FILE, RunDirectory
 from concentration.stages.subject import Subject
 from concentration.stages.teacher import TEACHERS

@@ -31,7 +31,7 @@ from concentration.networks.routed_teachers import RoutedTeachers
 from concentration.networks.student import LossKind, NetworkConfig, Student, load_student
 from concentration.networks.top_layers import TopConfig
 from concentration.schema import Config
-from concentration.stages.prepare import SHARDS, DataOverrides, PreparedData
+from concentration.stages.prepared import SHARDS, DataOverrides, PreparedData
 from concentration.stages.run_directory import HOW_TO_GROW, NETWORK_FILE, RunDirectory, StageConfig, hash_file
 from concentration.taxonomy import Taxonomy
 from concentration.training.configs import LoggerConfig, TrainerConfig
@@ -43,7 +43,13 @@ BEST_FILE = "best.safetensors"
 
 
 class TrainingStageConfig(StageConfig):
-    """How a network is trained, whichever it is."""
+    """How a network is trained, whichever it is.
+
+    seed: of the initial weights, the order of the samples and the augmentation.
+    optimizer: how a step changes the weights.
+    trainer: how long, on what and with which schedule it is trained.
+    logger: where the training is recorded.
+    """
 
     runtime_fields = StageConfig.runtime_fields | {"logger"}
 
@@ -86,8 +92,12 @@ def find_fine(split: Split, vertical: str | None = None) -> np.ndarray:
 class NetworkStageConfig(TrainingStageConfig):
     """The parts of a network and of its training.
 
+    data: image size and augmentation where they differ from those of the prepared data.
     loss: `sigmoid` for independent classes; with `softmax` they exclude each other, and a sample's targets are divided by their
         sum.
+    base: the convolutional network, whose output the top layers share.
+    top: the top layers, Figure 3 of Gao et al.
+    pace: how a vertical's logits are scaled, section 3.3 of Gao et al.
     plan: print the network's parameters and what a training step needs, and train nothing.
     """
 

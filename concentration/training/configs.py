@@ -20,6 +20,7 @@ class TrainerConfig(Config):
     """How long, how fast and on what to train.
 
     accelerator: the kind of device that trains.
+    devices, num_nodes: processes on each machine, and machines; `auto` takes as many as torchrun or srun has started.
     precision: the type of the matrix products: float32 (`32-true`), or bfloat16 or float16 with float32 weights.
     batch_size: samples of a step's global batch, over all processes and micro-batches.
     accumulate: micro-batches of a step in each process.
@@ -29,22 +30,21 @@ class TrainerConfig(Config):
     window_shards: how many shards are shuffled together.
     sampling: `natural` sees every sample once per epoch; `class_balanced` draws all classes equally often.
     class_weight: `inverse_sqrt` weights a class by 1/sqrt(its images), with mean 1 over classes.
-    devices, num_nodes: processes on each machine, and machines; `auto` takes as many as torchrun or srun has started.
+    resident: decode training images once and keep them on the device, where their views are made; for small images, seen whole.
+    prior: start the outputs at the classes' frequencies.
     clip_norm: the largest norm of the gradient of all weights together; a longer one is shortened to it. None for no limit.
     ema_decay: validate and keep the exponential moving average of the weights, with this decay.
     polyak_start: validate and keep the mean of the weights over all steps from this share of the run on; before that, the
         newest weights.
-    resident: decode training images once and keep them on the device, where their views are made; for small images, seen whole.
-    prior: start the outputs at the classes' frequencies.
-    validate_every_epochs: epochs between validations; there is one after the last step too.
-    keep_best: keep the network of the best val/mpvap too; it becomes best.safetensors when training ends.
     update_in_backward: step each classifier as soon as its gradient is known, so that the gradients of all never exist at
         once; costs a quarter more arithmetic in the classifiers.
     shard_head: every process holds the classifiers, pace and optimizer state of some verticals instead of all; with one process
         it changes nothing.
     compile: compile the network by `torch.compile`, which needs a C++ compiler on a CPU.
+    validate_every_epochs: epochs between validations; there is one after the last step too.
     checkpoint_every_seconds: seconds between two checkpoints; there is one whenever training stops, too.
     keep_checkpoints: how many of the latest checkpoints are kept.
+    keep_best: keep the network of the best val/mpvap too; it becomes best.safetensors when training ends.
     log_every_steps: steps between lines of the curves; the first and the last step have a line too.
     max_skipped_share: the share of images that may be undecodable; a single one is always allowed.
     timeout_seconds: how long processes wait for one that is dead or hangs, before all end with an error.
@@ -158,7 +158,11 @@ class TrainerConfig(Config):
 
 
 class LoggerConfig(Config):
-    """`csv` writes only `metrics.jsonl`, which `wandb` and `tensorboard` write as well."""
+    """`csv` writes only `metrics.jsonl`, which `wandb` and `tensorboard` write as well.
+
+    kind: what records the training.
+    project: the project in wandb.
+    """
 
     kind: Literal["csv", "wandb", "tensorboard"] = "csv"
     project: str = "concentration"

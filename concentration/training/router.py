@@ -20,7 +20,12 @@ from concentration.schema import Config
 
 
 class RouterTrainingConfig(Config):
-    """AdamW on the cross-entropy of the groups. The trunk below the router is frozen."""
+    """AdamW on the cross-entropy of the groups. The trunk below the router is frozen.
+
+    lr: the highest learning rate.
+    max_epochs: passes over the training samples.
+    batch_size: samples of a step.
+    """
 
     lr: pydantic.PositiveFloat = 0.003
     max_epochs: pydantic.PositiveInt = 1

@@ -10,7 +10,8 @@ from concentration.data.sources.csv_table import CsvConfig, CsvSource
 from concentration.data.split import load_split
 from concentration.errors import DataError
 from concentration.schema import parse_config
-from concentration.stages.prepare import DataOverrides, PrepareConfig, load_prepared, prepare
+from concentration.stages.prepare import PrepareConfig, prepare
+from concentration.stages.prepared import DataOverrides, load_prepared
 
 
 @pytest.fixture

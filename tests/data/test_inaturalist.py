@@ -10,7 +10,8 @@ from concentration.data.sources.inaturalist import INaturalistConfig, INaturalis
 from concentration.data.split import load_split
 from concentration.errors import ConfigError, DataError
 from concentration.schema import parse_config
-from concentration.stages.prepare import DataOverrides, PrepareConfig, load_prepared, prepare
+from concentration.stages.prepare import PrepareConfig, prepare
+from concentration.stages.prepared import DataOverrides, load_prepared
 
 RANKS = ("kingdom", "phylum", "class", "order", "family", "genus")
 #: (name, common name, supercategory, ranks): Ficus is a genus of figs and one of snails.

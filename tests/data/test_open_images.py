@@ -10,7 +10,8 @@ from concentration.data.sources.open_images import OpenImagesConfig, OpenImagesS
 from concentration.data.split import load_split
 from concentration.errors import ConfigError, DataError
 from concentration.schema import parse_config
-from concentration.stages.prepare import DataOverrides, PrepareConfig, load_prepared, prepare
+from concentration.stages.prepare import PrepareConfig, prepare
+from concentration.stages.prepared import DataOverrides, load_prepared
 
 NAMES = {
     "/m/0jbk": "Animal",

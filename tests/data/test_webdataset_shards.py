@@ -13,7 +13,8 @@ from concentration.data.sources.webdataset_shards import ShardsConfig, list_shar
 from concentration.data.split import load_split
 from concentration.errors import ConfigError, DataError
 from concentration.schema import parse_config
-from concentration.stages.prepare import DataOverrides, PrepareConfig, load_prepared, prepare
+from concentration.stages.prepare import PrepareConfig, prepare
+from concentration.stages.prepared import DataOverrides, load_prepared
 from concentration.stages.run_directory import RunDirectory
 
 

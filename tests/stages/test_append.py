@@ -14,7 +14,8 @@ from real_runs import Plant, Running, concentrate, one_line
 from concentration.data.split import load_split
 from concentration.errors import ConfigError
 from concentration.schema import parse_config
-from concentration.stages.prepare import DataOverrides, PrepareConfig, load_prepared
+from concentration.stages.prepare import PrepareConfig
+from concentration.stages.prepared import DataOverrides, load_prepared
 from concentration.stages.run_directory import RunDirectory
 
 OLD = ("birds/gull", "birds/kite", "cars/taxi", "cars/tram")

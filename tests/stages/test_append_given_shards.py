@@ -11,7 +11,7 @@ from real_runs import IMAGE_SIZE, Plant, concentrate, draw_image, load_json, one
 from servers import serve
 
 from concentration.data.split import load_split
-from concentration.stages.prepare import DataOverrides, load_prepared
+from concentration.stages.prepared import DataOverrides, load_prepared
 
 
 @pytest.fixture

@@ -95,6 +95,7 @@ class GoogLeNetConfig(BaseNetworkConfig):
     """Of the losses of the auxiliary classifiers, which need images of 79 pixels; 0: there are none."""
 
     auxiliary_dropout: Dropout = 0.7
+    """Before the last layer of an auxiliary classifier, in training."""
 
     def without_taps(self) -> Self:
         return self.model_copy(update={"auxiliary_weight": 0.0})

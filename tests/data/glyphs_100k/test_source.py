@@ -17,7 +17,8 @@ from concentration.data.sources.glyphs_100k.source import Glyphs100kConfig, Glyp
 from concentration.data.split import load_split
 from concentration.data.views import ViewConfig
 from concentration.errors import DataError
-from concentration.stages.prepare import DataOverrides, PrepareConfig, load_prepared, prepare
+from concentration.stages.prepare import PrepareConfig, prepare
+from concentration.stages.prepared import DataOverrides, load_prepared
 
 FACES = [
     Face("p", "f", 0, name, split)
