@@ -11,12 +11,11 @@ from concentration.data.reader import SampleReader
 from concentration.data.sample_targets import LabelTargets
 from concentration.data.sources import build_source
 from concentration.data.sources.webdataset_shards import ShardsConfig
-from concentration.data.split import load_split
 from concentration.data.split_assignment import SPLITS, assign_splits
 from concentration.data.views import ViewConfig, decode_view, draw_views
 from concentration.errors import ConfigError
 from concentration.pipeline.graph import RunConfig, build_prepare_job
-from concentration.stages.prepared import SHARDS, DataOverrides, load_prepared
+from concentration.stages.prepared import SHARDS, DataOverrides, load_prepared, load_prepared_split
 from concentration.stages.run_directory import RunDirectory
 from concentration.taxonomy import Taxonomy
 
@@ -72,7 +71,7 @@ def _look_at_shards(config: RunConfig) -> PlannedData:
     prepared, taxonomy, _ = load_prepared(config.workdir, DataOverrides())
     done = RunDirectory(config.workdir / SHARDS).load_done("concentrate prepare", splits=dict)
     facts = done["splits"]
-    split = load_split(config.workdir / SHARDS, "train", taxonomy)
+    split = load_prepared_split(config.workdir, "train", taxonomy)
     seconds = None
     if not split.is_remote:  # a remote shard would be fetched into the cache
         reader = SampleReader(split, LabelTargets(split, smear=False), prepared.image_size, views=None, seed=0)

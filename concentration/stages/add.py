@@ -17,7 +17,7 @@ import torch
 from concentration import distributed
 from concentration.array_files import load_metadata
 from concentration.data.order import permutation
-from concentration.data.split import Split, load_split
+from concentration.data.split import Split
 from concentration.errors import ConfigError
 from concentration.metrics.average_precision import mean_average_precision
 from concentration.networks.bases import BaseConfig
@@ -28,7 +28,7 @@ from concentration.networks.student import Student
 from concentration.networks.top_layers import TopConfig
 from concentration.schema import Config, FolderName, hash_values
 from concentration.stages.carried_targets import carry_targets
-from concentration.stages.prepared import SHARDS, DataOverrides, load_prepared, load_training_split
+from concentration.stages.prepared import SHARDS, DataOverrides, has_split, load_prepared, load_prepared_split
 from concentration.stages.run_directory import NETWORK_FILE, RunDirectory
 from concentration.stages.served import Served, load_served
 from concentration.stages.student import STUDENTS, LearningConfig, build_targets, choose_ordinals, count_classes
@@ -119,7 +119,7 @@ def add(config: AddConfig) -> None:
     """
     distributed.start(config.trainer.accelerator, config.trainer.timeout_seconds)
     _, taxonomy, fingerprint = load_prepared(config.workdir, DataOverrides())
-    split = load_training_split(config.workdir, taxonomy)
+    split = load_prepared_split(config.workdir, "train", taxonomy)
     served = load_served(config.workdir, config.student, split)
     _check_verticals(config, served, taxonomy)
     learning = _choose_learning(config, served)
@@ -196,12 +196,11 @@ def measure_old_verticals(
     Raises:
         ConfigError: there is no validation image to measure with.
     """
-    shards = config.workdir / SHARDS
-    if not any(shards.glob("val-*.index")):
+    if not has_split(config.workdir, "val"):
         raise ConfigError(
-            f"{shards}: no validation images, so what old verticals lose cannot be measured; prepare some"
+            f"{config.workdir / SHARDS}: no validation images, so what old verticals lose cannot be measured; prepare some"
         )
-    val = load_split(shards, "val", taxonomy)
+    val = load_prepared_split(config.workdir, "val", taxonomy)
     before, after = {}, {}
     for vertical in earlier.verticals:
         own = earlier.restrict(vertical)

@@ -20,7 +20,7 @@ from concentration.networks.student import Student
 from concentration.networks.top_layers import Layer
 from concentration.schema import Config, FolderName
 from concentration.stages.groupings import load_grouping
-from concentration.stages.prepared import DataOverrides, load_prepared, load_training_split
+from concentration.stages.prepared import DataOverrides, load_prepared, load_prepared_split
 from concentration.stages.run_directory import RunDirectory
 from concentration.stages.student import STUDENTS
 from concentration.stages.train_network import Task, TrainingStageConfig, load_network, train_built_network
@@ -98,7 +98,7 @@ def augment(config: AugmentConfig) -> None:
         old = load_network(old_path, taxonomy)
         if not isinstance(old, Student):
             raise ConfigError(f"network={config.network}: no network with layers to grow beside; name a student")
-        split = load_training_split(config.workdir, taxonomy)
+        split = load_prepared_split(config.workdir, "train", taxonomy)
         torch.manual_seed(config.seed)
         network = old.train() if groups is None else grow_heads(old.train(), config.heads, groups, split)
         if distributed.rank() == 0:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pydantic
 
-from concentration.data.split import Split, load_split
+from concentration.data.split import Split
 from concentration.errors import ConfigError
 from concentration.files import write_atomically
 from concentration.metrics.calibration import (
@@ -33,7 +33,7 @@ from concentration.metrics.vertical_answers import VerticalAnswers
 from concentration.progress import Progress
 from concentration.schema import Config
 from concentration.stages.evaluate import SubjectConfig, find_checkpoint, is_model_of_all, load_subject
-from concentration.stages.prepared import SHARDS, DataOverrides, load_prepared
+from concentration.stages.prepared import DataOverrides, load_prepared, load_prepared_split
 from concentration.stages.run_directory import RunDirectory
 from concentration.stages.subject import Subject
 from concentration.taxonomy import Taxonomy
@@ -92,7 +92,7 @@ def calibrate(config: CalibrateConfig) -> None:
     """
     _, taxonomy, _ = load_prepared(config.workdir, DataOverrides())
     checkpoint = find_checkpoint(config.workdir, config.name, taxonomy)
-    splits = {name: load_split(config.workdir / SHARDS, name, taxonomy) for name in ("val", "test")}
+    splits = {name: load_prepared_split(config.workdir, name, taxonomy) for name in ("val", "test")}
     outside = _find_outside(config, taxonomy)
     directory = RunDirectory(config.output)
     upstream = {"checkpoint": checkpoint, **{name: split.fingerprint for name, split in splits.items()}}
@@ -129,7 +129,7 @@ def _find_outside(config: CalibrateConfig, taxonomy: Taxonomy) -> _Outside | Non
     is_of_all = is_model_of_all(config.workdir, config.name)
     known = (taxonomy if is_of_all else taxonomy.restrict(config.name)).position
     _, theirs, _ = load_prepared(config.outside, DataOverrides())
-    split = load_split(config.outside / SHARDS, "test", theirs)
+    split = load_prepared_split(config.outside, "test", theirs)
     is_known_C = np.array([theirs.class_of_output(output).id in known for output in range(theirs.num_classes)])
     ordinals = np.setdiff1d(np.arange(len(split)), split.sample_of_label[is_known_C[split.label_output]])
     if not len(ordinals):

@@ -23,7 +23,7 @@ from concentration.errors import ConfigError, DataError
 from concentration.files import write_atomically
 from concentration.schema import hash_values
 from concentration.stages.carried_targets import link_file
-from concentration.stages.prepared import SHARDS, describe_splits
+from concentration.stages.prepared import SHARDS, describe_splits, has_split, load_prepared_split
 from concentration.stages.run_directory import RunDirectory
 from concentration.stages.verbs import write_command
 from concentration.taxonomy import Taxonomy
@@ -40,7 +40,7 @@ def carry_shards(workdir: Path, destination: Path, before: Taxonomy, after: Taxo
         DataError: an index is damaged.
     """
     source, path = workdir / SHARDS, destination / SHARDS
-    splits = {name: load_split(source, name, before) for name in SPLITS if any(source.glob(f"{name}-*.index"))}
+    splits = {name: load_prepared_split(workdir, name, before) for name in SPLITS if has_split(workdir, name)}
     origin = hash_values({"taxonomy": after.fingerprint, **{name: split.fingerprint for name, split in splits.items()}})
     with _make_once(path, "carried", origin) as temporary:
         if temporary is not None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from concentration.array_files import load_arrays, load_metadata, save_arrays
 from concentration.data.crops import NumCrops
 from concentration.data.mapped_labels import load_class_map, map_labels
-from concentration.data.split import Split, describe_missing_split, load_split
+from concentration.data.split import Split, describe_missing_split
 from concentration.distributed import choose_device
 from concentration.errors import ConfigError, DataError
 from concentration.files import write_atomically
@@ -29,7 +29,7 @@ from concentration.networks.cost import count_active_parameters, count_multiply_
 from concentration.progress import Progress
 from concentration.schema import FolderName, hash_values
 from concentration.stages.gallery import build_gallery
-from concentration.stages.prepared import SHARDS, DataOverrides, load_prepared, load_training_split
+from concentration.stages.prepared import DataOverrides, load_prepared, load_prepared_split
 from concentration.stages.run_directory import RunDirectory, StageConfig
 from concentration.stages.student import STUDENTS
 from concentration.stages.subject import Subject
@@ -154,7 +154,7 @@ def evaluate(config: EvaluateConfig) -> None:
         if config.head_threshold is not None:
             models = [[ConditionalHeads(network, config.head_threshold) for network in m] for m in subject.models]
             subject = replace(subject, models=tuple(map(tuple, models)))
-        train = load_training_split(config.workdir, taxonomy)
+        train = load_prepared_split(config.workdir, "train", taxonomy)
         outputs = slice(subject.first_output, subject.first_output + subject.taxonomy.num_classes)
         counts = {"num_train": train.count_smeared()[outputs], "num_test": split.count_smeared()[outputs]}
         evaluator = Evaluator(subject.taxonomy, counts["num_train"], _choose_num_passes(config, subject))
@@ -177,12 +177,12 @@ def _load_images(config: EvaluateConfig, taxonomy: Taxonomy) -> tuple[Split, dic
     """The samples with labels of this taxonomy, and, where a class map gave those, its hash as an upstream result.
 
     Raises:
-        DataError: as `load_split` and `map_labels`.
+        DataError: as `load_prepared_split` and `map_labels`.
     """
     if config.images_of is None:
-        return load_split(config.workdir / SHARDS, config.split, taxonomy), {}
+        return load_prepared_split(config.workdir, config.split, taxonomy), {}
     _, theirs, _ = load_prepared(config.images_of, DataOverrides())
-    split = load_split(config.images_of / SHARDS, config.split, theirs)
+    split = load_prepared_split(config.images_of, config.split, theirs)
     class_map = None if config.class_map is None else load_class_map(config.class_map)
     mapped = map_labels(split, taxonomy, class_map, str(config.class_map or f"images_of={config.images_of}"))
     return mapped, {} if class_map is None else {"class_map": hash_values(class_map)}

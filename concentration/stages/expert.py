@@ -14,11 +14,11 @@ import pydantic
 
 from concentration import distributed
 from concentration.data.sample_targets import LabelTargets
-from concentration.data.split import Split, load_split
+from concentration.data.split import Split
 from concentration.errors import ConfigError, DataError
 from concentration.stages.groupings import identify_sample_groups, load_router, load_sample_groups
 from concentration.stages.plan import count_most_labels, print_training_plan
-from concentration.stages.prepared import SHARDS, load_prepared, load_training_split
+from concentration.stages.prepared import has_split, load_prepared, load_prepared_split
 from concentration.stages.run_directory import RunDirectory
 from concentration.stages.train_network import (
     LabelsConfig,
@@ -102,7 +102,7 @@ def train_expert(config: ExpertConfig) -> None:
     upstream = {"data": fingerprint, "grouping": groups, **identify_base_checkpoint(config)}
     with directory.begin(config, upstream) as is_due:
         if is_due:
-            split = load_training_split(config.workdir, taxonomy)
+            split = load_prepared_split(config.workdir, "train", taxonomy)
             train_network(config, directory, _describe_task(config, split), prepared)
 
 
@@ -121,8 +121,8 @@ def _describe_task(config: ExpertConfig, split: Split) -> Task:
             "method.balanced=true, or set coarse_labels=use"
         )
     val_ordinals = None
-    if any((config.workdir / SHARDS).glob("val-*.index")):
-        val_ordinals = _find_members(config, load_split(config.workdir / SHARDS, "val", split.taxonomy))
+    if has_split(config.workdir, "val"):
+        val_ordinals = _find_members(config, load_prepared_split(config.workdir, "val", split.taxonomy))
     counts_C = split.count_in(ordinals, config.smear)
     return Task(
         title=f"expert {name_expert(config.grouping, config.number)}",

@@ -11,7 +11,7 @@ import pydantic
 from concentration.data.order import permutation
 from concentration.data.reader import SampleReader
 from concentration.data.sample_targets import LabelTargets
-from concentration.data.split import Split, load_split
+from concentration.data.split import Split
 from concentration.errors import ConfigError
 from concentration.files import write_atomically
 from concentration.networks.classifier import Exportable
@@ -55,7 +55,7 @@ from concentration.stages.export_programs import (
     translate_to_onnx,
 )
 from concentration.stages.export_standalone import STANDALONE_FILE, write_standalone
-from concentration.stages.prepared import SHARDS, DataOverrides, load_prepared, load_training_split
+from concentration.stages.prepared import DataOverrides, load_prepared, load_prepared_split
 from concentration.stages.report_values import as_mapping
 from concentration.stages.run_directory import RunDirectory, StageConfig
 from concentration.stages.student import STUDENTS
@@ -180,7 +180,7 @@ def _write_neighbours(config: ExportConfig, taxonomy: Taxonomy, predictor: Predi
     """The number of images in the index."""
     if config.neighbours == 0:
         return 0
-    split = load_training_split(config.workdir, taxonomy)
+    split = load_prepared_split(config.workdir, "train", taxonomy)
     outputs, ordinals = _choose_examples(split, config.neighbours)
     reader = SampleReader(split, LabelTargets(split, smear=False), predictor.image_size, views=None, seed=0)
     features, labels = [], []
@@ -207,7 +207,7 @@ def _choose_examples(split: Split, most: int) -> tuple[np.ndarray, np.ndarray]:
 def _measure(
     config: ExportConfig, taxonomy: Taxonomy, network: Exportable, predictors: dict[Weights, Predictor], path: Path
 ) -> dict:
-    split = load_split(config.workdir / SHARDS, "test", taxonomy)
+    split = load_prepared_split(config.workdir, "test", taxonomy)
     images = SampledImages(split, network.image_size, config.num_images)
     first = images.read_first()
     agreement = check_agreement(network, predictors["float32"], first)

@@ -6,7 +6,6 @@ from typing import Annotated, ClassVar, Literal
 import pydantic
 
 from concentration import distributed
-from concentration.data.split import load_split
 from concentration.data.split_assignment import SPLITS
 from concentration.files import write_atomically
 from concentration.grouping.class_groups import ClassGroups
@@ -20,7 +19,7 @@ from concentration.stages.group_classes import (
 from concentration.stages.group_features import FeatureGroupsConfig, group_by_features
 from concentration.stages.group_picture import draw_groups
 from concentration.stages.groupings import GROUPINGS, find_grouping, load_grouping
-from concentration.stages.prepared import SHARDS, DataOverrides, load_prepared
+from concentration.stages.prepared import DataOverrides, has_split, load_prepared, load_prepared_split
 from concentration.stages.run_directory import RunDirectory, StageConfig, hash_file
 from concentration.stages.sample_stream import SampleStream
 from concentration.stages.student import STUDENTS
@@ -94,7 +93,7 @@ def _identify(config: GroupConfig) -> dict[str, str]:
 
 def _find_groups(config: GroupConfig, taxonomy: Taxonomy, made_from: Mapping[str, str]) -> FoundGroups:
     """Runs the configured method."""
-    method, path, shards = config.method, config.directory.path, config.workdir / SHARDS
+    method, path = config.method, config.directory.path
     if isinstance(method, RandomGroupsConfig):
         if method.of is None:
             groups = ClassGroups.build(taxonomy.vertical_of_output, taxonomy)
@@ -102,9 +101,11 @@ def _find_groups(config: GroupConfig, taxonomy: Taxonomy, made_from: Mapping[str
             groups, _ = load_grouping(config.workdir, method.of, taxonomy)
         return FoundGroups(groups.permute(config.seed), None, {})
     if isinstance(method, DetectionGroupsConfig):
-        split = load_split(shards, method.split, taxonomy)
+        split = load_prepared_split(config.workdir, method.split, taxonomy)
         return group_by_detections(method, _open_stream(config, taxonomy), split, path, config.seed)
-    splits = {name: load_split(shards, name, taxonomy) for name in SPLITS if any(shards.glob(f"{name}-*.index"))}
+    splits = {
+        name: load_prepared_split(config.workdir, name, taxonomy) for name in SPLITS if has_split(config.workdir, name)
+    }
     stream = _open_stream(config, taxonomy)
     groups, facts = group_by_features(method, stream, splits, path, config.seed, made_from["network"])
     return FoundGroups(groups, None, facts)

@@ -16,7 +16,6 @@ import torch
 from concentration import distributed
 from concentration.data.order import SequentialOrder
 from concentration.data.sample_targets import LabelTargets
-from concentration.data.split import load_split
 from concentration.errors import ConfigError, DataError
 from concentration.files import write_atomically
 from concentration.grouping.sample_groups import CentroidRouter
@@ -33,7 +32,13 @@ from concentration.progress import Progress
 from concentration.schema import Config, FolderName, hash_values
 from concentration.stages.expert import TEACHERS, name_expert
 from concentration.stages.groupings import find_grouping, identify_sample_groups, load_router, load_sample_groups
-from concentration.stages.prepared import SHARDS, DataOverrides, PreparedData, load_prepared, load_training_split
+from concentration.stages.prepared import (
+    DataOverrides,
+    PreparedData,
+    has_split,
+    load_prepared,
+    load_prepared_split,
+)
 from concentration.stages.run_directory import NETWORK_FILE, RunDirectory, StageConfig, hash_file
 from concentration.stages.sample_stream import SampleStream
 from concentration.stages.student import STUDENTS
@@ -178,7 +183,7 @@ def _assemble(
         _train_router(config, config.gater, built, taxonomy, prepared, directory)
     else:
         built.gater.take_centroids(router)
-    if any((config.workdir / SHARDS).glob("val-*.index")):
+    if has_split(config.workdir, "val"):
         quality = _measure_gater(config, built, taxonomy, directory)
         write_atomically(directory.path / GATER_FILE, asdict(quality))
         print(f"{directory.path}: {_describe_quality(quality)}")
@@ -231,7 +236,7 @@ def _train_router(
     prepared: PreparedData,
     directory: RunDirectory,
 ) -> None:
-    split = load_training_split(config.workdir, taxonomy)
+    split = load_prepared_split(config.workdir, "train", taxonomy)
     group_N = load_sample_groups(config.workdir, config.grouping, split)
     total = training.max_epochs * int((group_N >= 0).sum())
     with Progress(f"router of {config.name}", total, "images", directory.path) as progress:
@@ -241,7 +246,7 @@ def _train_router(
 @torch.inference_mode()
 def _measure_gater(config: MixtureConfig, built: Mixture, taxonomy: Taxonomy, directory: RunDirectory) -> GaterQuality:
     """On the validation samples, each of which all experts see."""
-    split = load_split(config.workdir / SHARDS, "val", taxonomy)
+    split = load_prepared_split(config.workdir, "val", taxonomy)
     group_N = load_sample_groups(config.workdir, config.grouping, split)
     targets = LabelTargets(split, smear=True)
     stream = SampleStream(built, config.batch_size, config.num_workers)
@@ -279,7 +284,7 @@ def _train_decoder(
     if len(forms) > 1:
         raise ConfigError("decoder=shared: the experts' base networks differ; train them alike, or use decoder=own")
     [(base, image_size)] = forms
-    split = load_training_split(config.workdir, taxonomy)
+    split = load_prepared_split(config.workdir, "train", taxonomy)
     counts_C = split.count_smeared() if decoder.smear else split.count_labels()
     task = Task(
         title=f"decoder of {config.name}",

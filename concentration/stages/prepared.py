@@ -12,6 +12,7 @@ from concentration.data.split_assignment import SPLITS
 from concentration.data.views import ViewConfig
 from concentration.errors import ConfigError, DataError
 from concentration.schema import Config, parse_config
+from concentration.stages.report_values import as_mapping
 from concentration.stages.run_directory import RunDirectory
 from concentration.taxonomy import Taxonomy
 
@@ -51,6 +52,7 @@ def _count_samples(split: Split) -> dict[str, Any]:
     return {
         "samples": len(split),
         "shards": len(split.shards),
+        "fingerprint": split.fingerprint,
         "classes_with_images": int(np.count_nonzero(counts)),
         "by_vertical": dict(zip(split.taxonomy.verticals, split.count_routed().tolist(), strict=True)),
     }
@@ -92,10 +94,25 @@ def load_prepared(workdir: Path, overrides: DataOverrides) -> tuple[PreparedData
     return parse_config(PreparedData, values), taxonomy, done["fingerprint"]
 
 
-def load_training_split(workdir: Path, taxonomy: Taxonomy) -> Split:
-    """The training images as `prepare` has left them. Raises: DataError where an index is another by now, though a whole one."""
-    split = load_split(workdir / SHARDS, "train", taxonomy)
-    if split.fingerprint != RunDirectory(workdir / SHARDS).load_done("concentrate prepare")["fingerprint"]:
-        advice = f"bring them back, or delete {split.directory} and prepare again"
-        raise DataError(f"{split.directory}/train-*.index: not those that `concentrate prepare` wrote; {advice}")
+def has_split(workdir: Path, name: str) -> bool:
+    """Whether the prepared set has images in this split."""
+    return any((workdir / SHARDS).glob(f"{name}-*.index"))
+
+
+def load_prepared_split(workdir: Path, name: str, taxonomy: Taxonomy) -> Split:
+    """The split `name` as `prepare` has left it.
+
+    Raises:
+        ConfigError: `prepare` has not finished.
+        DataError: as `load_split`, or an index is not the one that `prepare` wrote, though a whole one.
+    """
+    split = load_split(workdir / SHARDS, name, taxonomy)
+    done = RunDirectory(split.directory).load_done("concentrate prepare", splits=dict, fingerprint=str)
+    # Sets of earlier versions have that of `train` alone.
+    recorded = done["fingerprint"] if name == "train" else as_mapping(done["splits"].get(name)).get("fingerprint")
+    if recorded not in (None, split.fingerprint):
+        raise DataError(
+            f"{split.directory}/{name}-*.index: not those that `concentrate prepare` wrote; bring them back, or delete "
+            f"{split.directory} and prepare again"
+        )
     return split

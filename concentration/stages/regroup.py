@@ -18,7 +18,7 @@ from torch import Tensor
 
 from concentration.data.mapped_labels import map_labels
 from concentration.data.order import permutation
-from concentration.data.split import Split, load_split
+from concentration.data.split import Split
 from concentration.distributed import choose_device
 from concentration.errors import ConfigError
 from concentration.metrics.evaluation import Evaluation, Evaluator
@@ -28,7 +28,7 @@ from concentration.networks.student import Student
 from concentration.progress import Progress
 from concentration.schema import FolderName
 from concentration.stages.carried_directory import carry_shards, carry_stored_targets, carry_teacher
-from concentration.stages.prepared import SHARDS, DataOverrides, load_prepared, load_training_split
+from concentration.stages.prepared import SHARDS, DataOverrides, has_split, load_prepared, load_prepared_split
 from concentration.stages.run_directory import NETWORK_FILE, RunDirectory, StageConfig, hash_file
 from concentration.stages.served import Served, load_served
 from concentration.stages.student import STUDENTS
@@ -108,7 +108,7 @@ def regroup(config: RegroupConfig, regrouping: Regrouping) -> None:
             something else.
         DataError: a file is missing or damaged.
     """
-    split = load_training_split(config.workdir, regrouping.before)
+    split = load_prepared_split(config.workdir, "train", regrouping.before)
     served = load_served(config.workdir, config.name, split)
     if served.taxonomy.fingerprint != split.taxonomy.fingerprint or served.num_shards < len(split.shards):
         raise ConfigError(
@@ -185,11 +185,11 @@ def _compare(config: RegroupConfig, regrouping: Regrouping, old: Student, new: S
 
     The old student's APs are those of its outputs in the new verticals, its top-1 is over all classes that it has.
     """
-    if not any((config.destination / SHARDS).glob("val-*.index")):
+    if not has_split(config.destination, "val"):
         return {}
     device = choose_device(config.accelerator)
     old, new = old.to(device), new.to(device)
-    val = load_split(config.destination / SHARDS, "val", regrouping.after)
+    val = load_prepared_split(config.destination, "val", regrouping.after)
     before = map_labels(val, regrouping.before, None, str(config.workdir / SHARDS))
     whole, was = _evaluate(config, old, (before, slice(None)), (val, regrouping.old_output_C))
     [now] = _evaluate(config, new, (val, slice(None)))

@@ -20,7 +20,7 @@ from concentration.label_mix import LabelMix
 from concentration.networks.routed_teachers import RoutedTeachers
 from concentration.schema import Config, FolderName, hash_values
 from concentration.stages.plan import count_most_labels, print_training_plan
-from concentration.stages.prepared import PreparedData, load_prepared, load_training_split
+from concentration.stages.prepared import PreparedData, load_prepared, load_prepared_split
 from concentration.stages.run_directory import HOW_TO_GROW, RunDirectory
 from concentration.stages.targets import TARGETS, SoftTargetsConfig
 from concentration.stages.teacher import TEACHERS, identify_teachers, load_teachers, measure_teachers
@@ -175,7 +175,7 @@ def student(config: StudentConfig) -> None:
     with directory.begin(config, upstream) as is_due:
         if not is_due:
             return
-        split = load_training_split(config.workdir, taxonomy)
+        split = load_prepared_split(config.workdir, "train", taxonomy)
         ordinals = choose_ordinals(config, split)
         counts_C, frequency_C = count_classes(config, split, ordinals)
         task = Task(

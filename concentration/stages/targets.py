@@ -20,7 +20,7 @@ from concentration.distributed import choose_device
 from concentration.files import write_atomically
 from concentration.progress import Progress
 from concentration.schema import Config, FolderName
-from concentration.stages.prepared import DataOverrides, load_prepared, load_training_split
+from concentration.stages.prepared import DataOverrides, load_prepared, load_prepared_split
 from concentration.stages.run_directory import RunDirectory, StageConfig
 from concentration.stages.teacher import TEACHERS
 from concentration.stages.teacher_answers import TeacherAnswers
@@ -104,7 +104,7 @@ def targets(config: TargetsConfig) -> None:
         DataError: a teacher was made for another taxonomy, or `verify` finds targets that differ from the teacher's answers.
     """
     prepared, taxonomy, fingerprint = load_prepared(config.workdir, DataOverrides(view=config.view))
-    split = load_training_split(config.workdir, taxonomy)
+    split = load_prepared_split(config.workdir, "train", taxonomy)
     verticals = taxonomy.verticals if config.vertical is None else (config.vertical,)
     totals = split.count_routed()[[taxonomy.vertical_number(vertical) for vertical in verticals]].tolist()
     if config.verify:

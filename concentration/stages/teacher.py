@@ -18,7 +18,7 @@ from concentration.progress import Progress
 from concentration.schema import Config, hash_values, write_override
 from concentration.stages.expert import TEACHERS, ExpertConfig, train_expert
 from concentration.stages.plan import count_most_labels, print_training_plan
-from concentration.stages.prepared import DataOverrides, load_prepared, load_training_split
+from concentration.stages.prepared import DataOverrides, load_prepared, load_prepared_split
 from concentration.stages.run_directory import NETWORK_FILE, RunDirectory, StageConfig, hash_file
 from concentration.stages.train_network import (
     LabelsConfig,
@@ -141,7 +141,7 @@ def _train(config: TeacherConfig) -> None:
     with directory.begin(config, upstream) as is_due:
         if not is_due:
             return
-        split = load_training_split(config.workdir, taxonomy)
+        split = load_prepared_split(config.workdir, "train", taxonomy)
         if config.coarse_labels == "skip":
             ordinals = find_fine(split, config.vertical)
             counts_C = split.count_in(ordinals, config.smear)[outputs]

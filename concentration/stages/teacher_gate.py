@@ -13,7 +13,7 @@ import numpy as np
 import pydantic
 
 from concentration.array_files import load_metadata
-from concentration.data.split import Split, load_split
+from concentration.data.split import Split
 from concentration.errors import ConfigError, DataError
 from concentration.files import write_atomically
 from concentration.metrics.average_precision import mean_average_precision
@@ -21,7 +21,7 @@ from concentration.metrics.evaluation import Evaluator
 from concentration.networks.classifier import Classifier
 from concentration.progress import Progress
 from concentration.schema import Config, FolderName
-from concentration.stages.prepared import SHARDS
+from concentration.stages.prepared import has_split, load_prepared_split
 from concentration.stages.run_directory import NETWORK_FILE, RunDirectory
 from concentration.stages.subject import Subject
 from concentration.stages.teacher import TEACHERS
@@ -131,8 +131,9 @@ class TeacherGate:
 
     @functools.cached_property
     def _val(self) -> Split | None:
-        shards = self._workdir / SHARDS
-        return load_split(shards, "val", self._split.taxonomy) if any(shards.glob("val-*.index")) else None
+        if not has_split(self._workdir, "val"):
+            return None
+        return load_prepared_split(self._workdir, "val", self._split.taxonomy)
 
     @functools.cached_property
     def _val_count_C(self) -> np.ndarray:

@@ -18,7 +18,7 @@ from concentration.data.order import ClassBalancedOrder, Order, WindowOrder
 from concentration.data.reader import SampleReader
 from concentration.data.resident import ResidentReader, load_resident
 from concentration.data.sample_targets import LabelTargets, SampleTargets
-from concentration.data.split import Split, load_split
+from concentration.data.split import Split
 from concentration.data.view_records import encode_views
 from concentration.errors import ConfigError, DataError
 from concentration.networks.bases import BaseConfig
@@ -31,7 +31,7 @@ from concentration.networks.routed_teachers import RoutedTeachers
 from concentration.networks.student import LossKind, NetworkConfig, Student, load_student
 from concentration.networks.top_layers import TopConfig
 from concentration.schema import Config
-from concentration.stages.prepared import SHARDS, DataOverrides, PreparedData
+from concentration.stages.prepared import DataOverrides, PreparedData, has_split, load_prepared_split
 from concentration.stages.run_directory import HOW_TO_GROW, NETWORK_FILE, RunDirectory, StageConfig, hash_file
 from concentration.taxonomy import Taxonomy
 from concentration.training.configs import LoggerConfig, TrainerConfig
@@ -291,8 +291,8 @@ def _build_training_data(
     split = task.split
     size = prepared.image_size
     val_reader, val_ordinals = None, None
-    if any((config.workdir / SHARDS).glob("val-*.index")):
-        val = load_split(config.workdir / SHARDS, "val", split.taxonomy)
+    if has_split(config.workdir, "val"):
+        val = load_prepared_split(config.workdir, "val", split.taxonomy)
         val_ordinals = _choose_val_ordinals(task, val)
         if len(val_ordinals):
             hard = LabelTargets(val, smear=False, vertical=task.vertical)

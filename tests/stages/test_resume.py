@@ -71,20 +71,27 @@ def _train_undisturbed(prepared: Path, name: str, *options: str) -> Path:
     return prepared / "students" / name
 
 
-@pytest.mark.parametrize("command", [("student", "targets=labels", "name=half"), ("targets", "targets.name=again")])
-def test_indices_that_were_replaced_since_prepare_are_refused(command, workdir, tmp_path):
+@pytest.mark.parametrize(
+    ("command", "split"),
+    [
+        (("student", "targets=labels", "name=half"), "train"),
+        (("targets", "targets.name=again"), "train"),
+        (("evaluate", "name=specialists"), "test"),
+    ],
+)
+def test_indices_that_were_replaced_since_prepare_are_refused(command, split, workdir, tmp_path):
     """Those of a half-done student by others that are valid: of the same tars, with other labels."""
     options = (*command, f"workdir={workdir}")
     if command[0] == "student":
         options += (*TINY, "trainer.checkpoint_every_seconds=0")
         concentrate(*options, directory=tmp_path, code=-9, plant=Plant(f"{CHECKPOINTS}.save", call=9, when="after"))
-    [index] = (workdir / "shards").glob("train-000001.index")
+    index = sorted((workdir / "shards").glob(f"{split}-*.index"))[-1]
     kept, other = index.read_bytes(), ShardIndex.load(index)
     replace(
         other, path=Path(os.path.relpath(other.path, index.parent)), label_position=other.label_position[::-1]
     ).save(index)
     message = one_line(concentrate(*options, directory=tmp_path, code=2))
-    assert "train-*.index: not those that `concentrate prepare` wrote" in message
+    assert f"{split}-*.index: not those that `concentrate prepare` wrote" in message
     index.write_bytes(kept)
     concentrate(*options, directory=tmp_path)
 

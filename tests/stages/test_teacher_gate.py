@@ -69,12 +69,12 @@ def test_what_all_teachers_are_held_against_is_read_once(workdir, tmp_path, monk
     shutil.rmtree(copy / "targets", ignore_errors=True)
     shutil.rmtree(copy / "gates", ignore_errors=True)
     read = []
-    for name in ("load_network", "load_split"):
+    for name in ("load_network", "load_prepared_split"):
         load = getattr(teacher_gate, name)
         monkeypatch.setattr(teacher_gate, name, lambda *a, name=name, load=load: [read.append(name), load(*a)][1])
     concentrate_here("targets", f"workdir={copy}")
     assert all(load_json(copy / f"gates/{vertical}.json")["generalist_ap"] for vertical in VERTICALS)
-    assert sorted(read) == ["load_network", "load_split"]
+    assert sorted(read) == ["load_network", "load_prepared_split"]
 
 
 def test_a_loss_that_rose_answers_that_are_constant_and_no_validation_are_told(workdir, tmp_path):
