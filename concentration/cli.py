@@ -32,6 +32,10 @@ HYDRA_OVERRIDES = (
 
 BUG_EXIT_CODE = 1
 
+# Our launchers keep the plugins' names and are checked by their schemas, as Hydra 1.3 still does. Processes that a launcher
+# starts compose the config again: they import this module, where the jobs come from.
+warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/\w+' is validated against ConfigStore schema")
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Exits with 0 when finished, 2 for the user's mistake, 75 when preempted, 1 for a bug."""
@@ -94,8 +98,6 @@ def _run_hydra(verb: str, rest: list[str]) -> int:
 
     # NOTE: hydra.main throws the jobs' return values away, so its two calls are made here; tests hold this to Hydra 1.3.
     version.setbase("1.3")
-    # Our launchers keep the plugins' names and are checked by their schemas, as Hydra 1.3 still does.
-    warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/\w+' is validated against ConfigStore schema")
     options = _parse_options(rest)
     search_path: ConfigSearchPathImpl = create_config_search_path(str(find_config_directory()))
     if options.config_dir:
