@@ -1,12 +1,13 @@
 """Hydra composes a verb's config; pydantic checks it; what is wrong becomes one line with the nearest valid key."""
 
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from concentration.errors import ConfigError
-from concentration.schema import Config, flatten, parse_config, suggest, write_override
+from concentration.schema import Config, flatten, parse_config, suggest, write_override, write_value
 from concentration.stages.verbs import STAGE_VERBS, Verb
 
 VERBS: Mapping[str, Verb] = {
@@ -87,11 +88,11 @@ def describe_composition_error(error: Exception, verb: str, overrides: Sequence[
         return f"{match[1]}: `concentrate {verb}` has no such choice to make (`concentrate {verb} --help` shows all)"
     if match := re.search(r"Could not (?:override|append).*?'([\w@./]+)(?:=.*?)?'\.", text):
         key = match[1]
-        if key in _known_keys(verb):
+        if key in _known_keys(_compose_choices(verb)):
             return f"{key} has no effect with the choices that were made; leave it out"
-        return (
-            f"unknown key '{key}'{suggest(key, _known_keys(verb, overrides))} (`concentrate {verb} --help` shows all)"
-        )
+        values = _compose_choices(verb, overrides)
+        advice = _describe_borrowed(key, values, overrides) or suggest(key, _known_keys(values))
+        return f"unknown key '{key}'{advice} (`concentrate {verb} --help` shows all)"
     if match := re.search(
         r"In '[^']*': Could not find '([^']+)'.*?Available options in '[^']+':(.*?)(?:Config search path|$)", text
     ):
@@ -138,8 +139,8 @@ def list_values(verb: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     return flatten(OmegaConf.to_container(composed, resolve=False))
 
 
-def _known_keys(verb: str, overrides: Sequence[str] = ()) -> list[str]:
-    """The keys of a verb's config; of the overrides only those count that choose an option of a group."""
+def _compose_choices(verb: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """A verb's config; of the overrides only those count that choose an option of a group."""
     from hydra import compose
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
@@ -150,8 +151,28 @@ def _known_keys(verb: str, overrides: Sequence[str] = ()) -> list[str]:
         composed = compose(config_name=verb, overrides=choices)
     except HydraException:  # the mistake is in a choice itself
         composed = compose(config_name=verb)
-    keys = flatten(OmegaConf.to_container(composed, resolve=False))
-    return [*keys, *groups, *{key.rpartition(".")[0] for key in keys if "." in key}]
+    return OmegaConf.to_container(composed, resolve=False)
+
+
+def _known_keys(values: Mapping[str, Any]) -> list[str]:
+    keys = flatten(values)
+    return [*keys, *_list_groups(), *{key.rpartition(".")[0] for key in keys if "." in key}]
+
+
+def _describe_borrowed(key: str, values: Mapping[str, Any], overrides: Sequence[str]) -> str:
+    """What to type for a key inside of what is another's as a whole, `generalist.optimizer: ${optimizer}`; "" for other keys."""
+    flat = flatten(values)
+    for at in range(key.count("."), 0, -1):
+        whole, inner = ".".join(key.split(".")[:at]), ".".join(key.split(".")[at:])
+        lender = re.fullmatch(r"\$\{(\w+)\}", str(flat.get(whole)))
+        given = [word.partition("=")[2] for word in overrides if word.partition("=")[0] == key]
+        if lender and given and inner in values[lender[1]]:
+            known = ", ".join(
+                f"{k}: {given[-1] if k == inner else write_value(v)}" for k, v in values[lender[1]].items()
+            )
+            override = shlex.quote(f"{whole}={{{known}}}")
+            return f": {whole} is {lender[0]} as a whole; give another whole one, {override}"
+    return ""
 
 
 def _list_groups() -> list[str]:

@@ -184,10 +184,19 @@ def write_override(key: str, value: str | Sequence[str]) -> str:
 
     `vertical=birds` needs nothing; `"vertical='1.5'"` is in quotes for Hydra, and those are in quotes for the shell.
     """
-    word = f"{key}={quote(value)}" if isinstance(value, str) else f"{key}=[{','.join(map(quote, value))}]"
+    word = f"{key}={write_value(value)}"
     if shlex.quote(word) == word:
         return word
     return shlex.quote(word) if re.search(r'["$`!]|\\\\', word) else f'"{word}"'
+
+
+def write_value(value: Any) -> str:
+    """As Hydra's grammar takes it: texts, numbers, null, and lists and mappings of them."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key}: {write_value(inner)}" for key, inner in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return f"[{','.join(map(write_value, value))}]"
+    return quote(value) if isinstance(value, str) else json.dumps(value)
 
 
 def quote(text: str) -> str:

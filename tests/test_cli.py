@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 import torch
 import yaml
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 from real_runs import IMAGE_SIZE, TINY, Running, concentrate, one_line, prepare_shards, run_command
 
 from concentration import cli, preemption
@@ -132,6 +134,23 @@ def test_help_says_of_a_key_what_was_written_of_it(tmp_path):
     shown = concentrate("run", "--help", directory=tmp_path).out
     assert re.search(r"^  - 16$", shown, re.MULTILINE)
     assert re.search(r"^  norm: batch +# batch \| group", shown, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    "given", ["generalist.optimizer.lr=0.5", "teacher.base.channels=[4,8]", "generalist.base.norm=none"]
+)
+def test_a_key_of_what_is_another_s_as_a_whole_is_told_with_the_command_that_has_it(given, tmp_path):
+    """`generalist.optimizer: ${optimizer}` has no keys of its own to change."""
+    key, _, value = given.partition("=")
+    refused = one_line(concentrate("run", given, "dry_run=true", directory=tmp_path, code=2))
+    assert f"unknown key '{key}'" in refused
+    advised = next(word for word in shlex.split(refused) if "={" in word)
+    shown = concentrate("run", advised, "--cfg", "job", directory=tmp_path).out
+    whole, _, inner = key.rpartition(".")
+    before = OmegaConf.create(concentrate("run", "--cfg", "job", "--resolve", directory=tmp_path).out)
+    after = OmegaConf.create(shown)
+    expected = {**OmegaConf.select(before, whole), inner: OmegaConf.create(f"x: {value}").x}
+    assert OmegaConf.select(after, whole) == expected
 
 
 @pytest.mark.parametrize(
