@@ -318,14 +318,7 @@ def load_manifest(directory: Path, split: Split) -> dict:
     Raises:
         DataError: it is missing or damaged, or belongs to another taxonomy or other data.
     """
-    path = directory / "manifest.json"
-    try:
-        manifest = parse_json(path.read_bytes(), str(path))
-    except FileNotFoundError:
-        again = f"run `concentrate targets {write_override('vertical', directory.name)}` first"
-        raise DataError(f"{path}: missing; {again}") from None
-    if not isinstance(manifest, dict):
-        raise DataError(f"{path}: a {type(manifest).__name__}, expected an object; make the targets again")
+    path, manifest = directory / "manifest.json", read_manifest(directory)
     for what, found, expected in (
         ("taxonomy", manifest.get("taxonomy"), split.taxonomy.fingerprint),
         ("data", manifest.get("data"), split.fingerprint),
@@ -341,4 +334,19 @@ def load_manifest(directory: Path, split: Split) -> dict:
             )
     if not isinstance(preprocessing, dict) or preprocessing.get("interpolation") != INTERPOLATION:
         raise DataError(f"{path}: views are {preprocessing!r}, expected {INTERPOLATION}; make the targets again")
+    return manifest
+
+
+def read_manifest(directory: Path) -> dict:
+    """The same, whatever it belongs to. Raises: DataError where it is missing, or no object."""
+    path = directory / "manifest.json"
+    try:
+        manifest = parse_json(path.read_bytes(), str(path))
+    except FileNotFoundError:
+        keys = f"{write_override('targets.name', directory.parent.name)} {write_override('vertical', directory.name)}"
+        raise DataError(
+            f"{path}: missing; bring it back, or make the targets anew: `concentrate targets {keys} overwrite=true`"
+        ) from None
+    if not isinstance(manifest, dict):
+        raise DataError(f"{path}: a {type(manifest).__name__}, expected an object; make the targets again")
     return manifest

@@ -7,6 +7,7 @@ Shapes: C all classes.
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -237,18 +238,25 @@ def _make_targets(config: AddConfig, served: Served, own: SoftTargetsConfig, spl
     """The new teachers and their targets, and the old ones' targets for what they have not seen. Returns the sets' hashes."""
     taxonomy, hashes = split.taxonomy, {}
     stored = served.learning.targets
-    shared = {"workdir": config.workdir, "accelerator": config.trainer.accelerator, "targets": own}
+    shared = {
+        "workdir": config.workdir,
+        "accelerator": config.trainer.accelerator,
+        "targets": own,
+        "overwrite": "changed" if config.overwrite else False,
+    }
     for vertical in taxonomy.verticals:
-        is_new = vertical in config.verticals
-        destination = config.workdir / TARGETS / own.name / vertical
-        if is_new:
+        if vertical in config.verticals:
             _make_teacher(config, taxonomy, vertical)
-        elif stored.kind == "soft" and not RunDirectory(destination).is_finished:
-            source = config.workdir / TARGETS / stored.name / vertical
-            carry_targets(source, destination, config.workdir, split, served.taxonomy)
-        gate = config.gate if is_new else GateConfig(action="off")
-        targets(TargetsConfig(**shared, vertical=vertical, gate=gate, overwrite="changed" if is_new else False))
-        hashes[vertical] = RunDirectory(destination).load_done("concentrate targets", targets=str)["targets"]
+            targets(TargetsConfig(**shared, vertical=vertical, gate=config.gate))
+        else:
+            known = TargetsConfig(**shared, vertical=vertical, gate=GateConfig(action="off"))
+            if stored.kind == "soft":
+                source = config.workdir / TARGETS / stored.name / vertical
+                targets(known, functools.partial(carry_targets, source, config.workdir, split, served.taxonomy))
+            else:
+                targets(known)
+        made = RunDirectory(config.workdir / TARGETS / own.name / vertical)
+        hashes[vertical] = made.load_done("concentrate targets", targets=str)["targets"]
     return hashes
 
 
@@ -258,10 +266,11 @@ def _make_teacher(config: AddConfig, taxonomy: Taxonomy, vertical: str) -> None:
     restricted = taxonomy.restrict(vertical)
     file = directory.path / NETWORK_FILE
     is_ours = directory.is_finished and file.exists()
-    if is_ours and load_metadata(file).get("taxonomy") == restricted.fingerprint:
+    is_fit = is_ours and load_metadata(file).get("taxonomy") == restricted.fingerprint
+    if is_fit or (directory.is_finished and not is_ours):
+        # One that was taken over from elsewhere is refused by `targets` where it answers for other classes.
+        print(f"add: {directory.path}: finished, and taken as it is, whatever teacher.* says")
         return
-    if directory.is_finished and not is_ours:
-        return  # taken over from elsewhere: `targets` refuses it where it answers for other classes
     parts = {name: getattr(config.teacher, name) for name in NewTeacherConfig.model_fields}
     values = {"workdir": config.workdir, "overwrite": "changed", "seed": config.seed, "logger": config.logger}
     teacher(TeacherConfig(**values, vertical=vertical, **parts))

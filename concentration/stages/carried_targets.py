@@ -6,9 +6,9 @@ import os
 import shutil
 from pathlib import Path
 
+from concentration.data.sample_targets import read_manifest
 from concentration.data.split import Split
 from concentration.errors import ConfigError, DataError
-from concentration.schema import parse_json
 from concentration.stages.run_directory import RunDirectory
 from concentration.stages.teacher import TEACHERS
 from concentration.stages.verbs import write_command
@@ -48,14 +48,15 @@ def count_earlier_shards(split: Split, taxonomy: str, data: str, where: str) -> 
     )
 
 
-def carry_targets(source: Path, destination: Path, workdir: Path, split: Split, earlier: Taxonomy) -> None:
-    """Puts a vertical's stored targets where those of more data are to be made, which then makes only what is missing.
+def carry_targets(source: Path, workdir: Path, split: Split, earlier: Taxonomy, destination: Path) -> None:
+    """Puts a vertical's stored targets where those of more data are being made, so that only what is missing is made.
 
     Args:
-        source, destination: of two sets, the directories of one vertical.
+        source: the directory of the vertical in the set that is there.
         workdir: where its teacher is.
         split: all samples that there are now.
         earlier: the taxonomy when the targets were made.
+        destination: the same of the set that is being made. Whoever calls holds it, and has noted what it is made from.
 
     Raises:
         ConfigError: the targets are not finished, or their teacher is another now.
@@ -69,11 +70,10 @@ def carry_targets(source: Path, destination: Path, workdir: Path, split: Split, 
             f"{workdir / TEACHERS / vertical}: another teacher than made {source}; add this vertical, too: "
             f"vertical=[...,{vertical}]"
         )
-    manifest = parse_json((source / "manifest.json").read_bytes(), str(source / "manifest.json"))
-    if manifest["taxonomy"] != earlier.fingerprint:
+    manifest = read_manifest(source)
+    if manifest.get("taxonomy") != earlier.fingerprint:
         raise DataError(f"{source}: made for another taxonomy than the student was; make them again")
-    num_shards = count_earlier_shards(split, manifest["taxonomy"], manifest["data"], str(source))
-    destination.mkdir(parents=True, exist_ok=True)
+    num_shards = count_earlier_shards(split, earlier.fingerprint, manifest.get("data", ""), str(source))
     for name in split.index_names[:num_shards]:
         file = f"{name}.safetensors"
         if (source / file).exists() and not (destination / file).exists():

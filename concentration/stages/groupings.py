@@ -12,10 +12,13 @@ from concentration.errors import ConfigError
 from concentration.grouping.class_groups import ClassGroups, load_class_groups
 from concentration.grouping.sample_groups import CENTROIDS_FILE, CentroidRouter, load_group_ids
 from concentration.schema import hash_values
-from concentration.stages.run_directory import RunDirectory, hash_file
+from concentration.stages.run_directory import RunDirectory
+from concentration.stages.train_network import check_unchanged
 from concentration.taxonomy import Taxonomy
 
 GROUPINGS = "groupings"
+
+_SINCE = "`concentrate group` made it; bring it back, or group again"
 
 
 def find_grouping(workdir: Path, name: str) -> RunDirectory:
@@ -35,10 +38,13 @@ def load_grouping(workdir: Path, name: str, taxonomy: Taxonomy) -> tuple[ClassGr
 
     Raises:
         ConfigError: there is no such grouping, or it has not finished.
-        DataError: the grouping is of other classes than `taxonomy`.
+        DataError: the grouping is of other classes than `taxonomy`, or its file has changed.
     """
-    path = find_grouping(workdir, name).path.with_name(f"{name}.json")
-    return load_class_groups(taxonomy, Taxonomy.load(path), str(path)), hash_file(path)
+    directory = find_grouping(workdir, name)
+    path = directory.path.with_name(f"{name}.json")
+    done = directory.load_done(f"concentrate group name={name}", grouping=str)
+    check_unchanged(path, done["grouping"], _SINCE)
+    return load_class_groups(taxonomy, Taxonomy.load(path), str(path)), done["grouping"]
 
 
 def load_router(workdir: Path, name: str) -> CentroidRouter:
@@ -46,12 +52,16 @@ def load_router(workdir: Path, name: str) -> CentroidRouter:
 
     Raises:
         ConfigError: there is no such grouping, or it has only groups of classes.
+        DataError: the file of its centroids has changed.
     """
-    path = find_grouping(workdir, name).path / CENTROIDS_FILE
-    if not path.exists():
+    directory = find_grouping(workdir, name)
+    made = directory.load_done(f"concentrate group name={name}").get("centroids")
+    path = directory.path / CENTROIDS_FILE
+    if made is None:
         raise ConfigError(
             f"grouping {name!r} has groups of classes alone; make one with `concentrate group method=features`"
         )
+    check_unchanged(path, made, _SINCE)
     return CentroidRouter.load(path)
 
 
@@ -60,7 +70,7 @@ def load_sample_groups(workdir: Path, name: str, split: Split) -> np.ndarray:
 
     Raises:
         ConfigError: as `load_router`.
-        DataError: the grouping is of other samples.
+        DataError: as `load_router`; or the grouping is of other samples.
     """
     router, directory = load_router(workdir, name), workdir / GROUPINGS / name
     num_samples = np.diff(split.shard_start).tolist()

@@ -198,7 +198,9 @@ def _look_before(config: PrepareConfig, directory: RunDirectory) -> Before | Non
     if not directory.is_finished:
         return Before.load(directory.path)
     _, taxonomy, _ = load_prepared(config.workdir, DataOverrides())  # refuses what has changed since
-    return Before.look(directory.path, taxonomy)
+    before = Before.look(directory.path, taxonomy)
+    forget(directory, before)  # what a kill has left that struck when all was appended
+    return before
 
 
 def _describe(assignment: Assignment) -> list[str]:

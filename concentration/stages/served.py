@@ -9,8 +9,9 @@ from concentration.errors import ConfigError
 from concentration.networks.student import Student, load_student
 from concentration.schema import parse_config
 from concentration.stages.carried_targets import count_earlier_shards, find_earlier_taxonomy
-from concentration.stages.run_directory import NETWORK_FILE, RunDirectory, hash_file
+from concentration.stages.run_directory import NETWORK_FILE, RunDirectory
 from concentration.stages.student import STUDENTS, LearningConfig
+from concentration.stages.train_network import check_unchanged
 from concentration.taxonomy import Taxonomy
 
 
@@ -49,10 +50,11 @@ def load_served(workdir: Path, name: str, split: Split) -> Served:
 
     Raises:
         ConfigError: it is not finished, or no network that `student` and what follows it made.
-        DataError: it was made for other classes than the first of the data's, or of other data than the first of these.
+        DataError: its file has changed, or it was made for other classes than the first of the data's, or of other data than the
+            first of these.
     """
     directory = RunDirectory(workdir / STUDENTS / name)
-    done = directory.load_done(f"concentrate student name={name}", step=int)
+    done = directory.load_done(f"concentrate student name={name}", step=int, checkpoint=str)
     begun = directory.load_config()
     known = done.get("learning") or {key: begun[key] for key in LearningConfig.model_fields if key in begun}
     if not known.get("targets"):
@@ -61,10 +63,11 @@ def load_served(workdir: Path, name: str, split: Split) -> Served:
             "that `student` has trained"
         )
     file = directory.path / NETWORK_FILE
+    check_unchanged(file, done["checkpoint"], "training finished; restore it, or train again")
     network, where = load_student(file), str(file)
     made_for = load_metadata(file).get("taxonomy", "")
     earlier = find_earlier_taxonomy(split.taxonomy, network.num_outputs, made_for, where)
     num_shards = count_earlier_shards(split, earlier.fingerprint, directory.load_upstream()["data"], where)
     epochs = done.get("epochs") or done["step"] * begun["trainer"]["batch_size"] / int(split.shard_start[num_shards])
     learning = parse_config(LearningConfig, known)
-    return Served(network, earlier, learning, epochs, num_shards, hash_file(file))
+    return Served(network, earlier, learning, epochs, num_shards, done["checkpoint"])

@@ -6,7 +6,7 @@ Shapes: B batch, R rows of a shard, N records (one for each row and view), V cla
 import hashlib
 import itertools
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -96,8 +96,12 @@ class TargetsConfig(StageConfig):
         return self
 
 
-def targets(config: TargetsConfig) -> None:
+def targets(config: TargetsConfig, carry: Callable[[Path], None] = lambda directory: None) -> None:
     """Runs the stage, except for shards whose file is already written. One teacher at a time is in memory.
+
+    Args:
+        config: its config.
+        carry: puts the files that another set has already into the directory of an unfinished vertical.
 
     Raises:
         ConfigError: a teacher has not finished, or is unfit and `gate.action` is `stop`.
@@ -117,7 +121,7 @@ def targets(config: TargetsConfig) -> None:
             if config.verify:
                 said.append(_verify(config, vertical, split, prepared.view, progress))
             else:
-                said.append(_make_targets(config, vertical, split, fingerprint, prepared.view, gate, progress))
+                said.append(_make_targets(config, vertical, split, fingerprint, prepared.view, gate, carry, progress))
     print(*filter(None, said), sep="\n", end="\n" if any(said) else "")
 
 
@@ -135,6 +139,7 @@ def _make_targets(
     fingerprint: str,
     view: ViewConfig,
     gate: TeacherGate,
+    carry: Callable[[Path], None],
     progress: Progress,
 ) -> str | None:
     """Makes one vertical's targets, or this process's part of them, and returns a line on what was made."""
@@ -154,6 +159,7 @@ def _make_targets(
         if not is_due:
             progress.advance(sum(len(ordinals) for _, ordinals in rows_of.values()))
             return None
+        carry(directory.path)
         mine = [path for path, (shard, _) in rows_of.items() if shard % config.num_parts == config.part]
         due = [path for path in mine if not path.exists()]
         progress.advance(sum(len(ordinals) for path, (_, ordinals) in rows_of.items() if path not in due))

@@ -250,10 +250,10 @@ def load_network(path: Path, taxonomy: Taxonomy) -> Classifier:
     done = RunDirectory(path).load_done(f"concentrate {path.parent.name.rstrip('s')}")
     if isinstance(done.get("files"), dict):  # a teacher that was made elsewhere
         for name, expected in done["files"].items():
-            _check_unchanged(path / name, expected, "this teacher was taken over; restore it, or take it over again")
+            check_unchanged(path / name, expected, "this teacher was taken over; restore it, or take it over again")
         return load_external_teacher(path, taxonomy)
     file = path / NETWORK_FILE
-    _check_unchanged(file, done.get("checkpoint"), "training finished; restore it, or train again")
+    check_unchanged(file, done.get("checkpoint"), "training finished; restore it, or train again")
     made_for = load_metadata(file).get("taxonomy")
     if made_for != taxonomy.fingerprint:
         raise DataError(
@@ -262,7 +262,8 @@ def load_network(path: Path, taxonomy: Taxonomy) -> Classifier:
     return load_mixture(file) if MIXTURE_HEADER in load_metadata(file) else load_student(file)
 
 
-def _check_unchanged(path: Path, expected: str | None, since: str) -> None:
+def check_unchanged(path: Path, expected: str | None, since: str) -> None:
+    """Raises: DataError where a file is not there, or does not have this hash."""
     if not path.exists() or hash_file(path) != expected:
         raise DataError(f"{path}: missing or changed since {since} with overwrite=true")
 

@@ -283,7 +283,7 @@ def refuse(stored, split, *expected: str) -> None:
 
 def test_targets_of_a_vertical_that_are_not_there_are_refused(stored, split):
     (stored[0] / "cars" / "manifest.json").unlink()
-    refuse(stored, split, "cars/manifest.json", "concentrate targets vertical=cars")
+    refuse(stored, split, "cars/manifest.json", "vertical=cars overwrite=true`")
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", "null", '{"num_kept": null}', "\xff", "[" * 10**5])

@@ -9,7 +9,9 @@ import pytest
 from real_runs import (
     TINY,
     TINY_TRAINER,
+    Plant,
     append_sky,
+    concentrate,
     concentrate_here,
     draw_image,
     load_json,
@@ -135,6 +137,14 @@ def test_a_softmax_is_refused_before_anything_is_made(earlier):
     assert not (workdir / "teachers").exists()
 
 
+def _copy_with_next(workdir: Path, directory: Path) -> Path:
+    """A copy of a working directory, in which sky is added."""
+    if not (workdir / "students/next/DONE.json").exists():
+        concentrate_here("add", "vertical=sky", f"workdir={workdir}", "tolerance=0.99", *TINY_ADD)
+    shutil.copytree(workdir, directory / "work")
+    return directory / "work"
+
+
 def _add_sky(workdir: Path, *arguments: str, verticals: str = "sky") -> dict:
     concentrate_here("add", f"vertical={verticals}", f"workdir={workdir}", *TINY_ADD, "tolerance=0.99", *arguments)
     [name] = [word.removeprefix("name=") for word in arguments if word.startswith("name=")]
@@ -202,6 +212,76 @@ def test_a_better_teacher_is_learned_from_and_the_old_verticals_stay(workdir):
     done = load_json(workdir / "students/taught/DONE.json")
     assert done["ap_before"].keys() == {"fruit", "tools", "sky"}
     assert done["num_images"] < done["num_images_of_retraining"]
+
+
+def test_an_add_that_more_images_overtake_is_refused_with_what_then_works(workdir, tmp_path):
+    given, workdir = workdir.parent / "given", _copy_with_next(workdir, tmp_path)
+    arguments = ("add", "vertical=sky", f"workdir={workdir}", "tolerance=0.99", *TINY_ADD)
+    late = given / "train-000005.tar"
+    write_tar(late, [(f"late{n}", ["saw"], draw_image("saw", n)) for n in range(5)])
+    concentrate_here("prepare", "data=shards", f"data.path={given}", "data.image_size=16",
+                     f"workdir={workdir}", "num_processes=1", "append=true")  # fmt: skip
+    with pytest.raises(ConfigError, match=r"upstream\.data .*; make it anew with overwrite=changed"):
+        concentrate_here(*arguments)
+    concentrate_here(*arguments, "overwrite=changed")
+    late.unlink()
+    for vertical in ("fruit", "tools"):
+        for file in (workdir / "targets/default" / vertical).glob("*.safetensors"):
+            carried = workdir / "targets/next" / vertical / file.name
+            assert file.samefile(carried), "old targets are carried over again"
+    assert (workdir / "targets/next/tools/train-000005.safetensors").exists()
+
+
+def test_targets_of_a_finished_add_are_replaced_where_that_is_asked_for_alone(workdir, tmp_path):
+    workdir = _copy_with_next(workdir, tmp_path)
+    arguments = ("add", "vertical=sky", f"workdir={workdir}", "tolerance=0.99", *TINY_ADD)
+    targets = workdir / "targets/next/sky"
+    before = {path: path.read_bytes() for path in targets.glob("*.*") if path.name != "status.json"}
+    concentrate_here("teacher", "vertical=sky", f"workdir={workdir}", *TINY, "seed=4", "overwrite=true")
+    with pytest.raises(
+        ConfigError, match=r"targets/next/sky: .*upstream\.teacher .*make it anew with overwrite=changed"
+    ):
+        concentrate_here(*arguments)
+    assert {path: path.read_bytes() for path in before} == before
+    concentrate_here(*arguments, "overwrite=changed")
+    teacher = load_json(workdir / "teachers/sky/DONE.json")["checkpoint"]
+    assert load_json(targets / "DONE.json")["teacher"] == teacher
+
+
+def test_a_set_knows_its_teacher_before_old_targets_are_in_it(workdir, tmp_path):
+    """Or those of a killed run would be taken for those of a teacher that came since."""
+    arguments = ("add", "vertical=sky", "name=killed", f"workdir={workdir}", *TINY_ADD)
+    concentrate(
+        *arguments, directory=tmp_path, plant=Plant("concentration.stages.carried_targets:link_file", call=2), code=-9
+    )
+    begun = load_json(workdir / "targets/killed/fruit/config.json")["identity"]["upstream"]
+    assert begun["teacher"] == load_json(workdir / "teachers/fruit/DONE.json")["checkpoint"]
+    assert len(list((workdir / "targets/killed/fruit").glob("*.safetensors"))) == 1
+    concentrate_here(*arguments, "tolerance=0.99")
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        (
+            "students/student/model.safetensors",
+            b"",
+            "students/student/model.safetensors: missing or changed since training",
+        ),
+        ("targets/default/fruit/manifest.json", None, "targets.name=default vertical=fruit overwrite=true`"),
+        ("targets/default/fruit/manifest.json", b"{}", "targets/default/fruit: made for another taxonomy"),
+    ],
+)
+def test_what_an_earlier_stage_made_and_is_another_file_now_is_refused(workdir, file, content, message):
+    path = workdir / file
+    was = path.read_bytes()
+    path.unlink() if content is None else path.write_bytes(content)
+    try:
+        with pytest.raises(DataError) as error:
+            concentrate_here("add", "vertical=sky", "name=other", f"workdir={workdir}", *TINY_ADD)
+    finally:
+        path.write_bytes(was)
+    assert message in str(error.value)
 
 
 def test_an_extended_student_is_extended_again_by_classes_that_come_to_an_old_vertical(workdir):

@@ -156,3 +156,23 @@ def test_an_expert_that_is_missing_is_named(workdir):
     finally:
         path.with_name("away").rename(path)
     assert "run `concentrate teacher group=features/1` first" in one_line(finished)
+
+
+@pytest.mark.parametrize(
+    ("file", "arguments"),
+    [("features/centroids.safetensors", ("mixture",)), ("features.json", ("augment", "heads.grouping=features"))],
+)
+def test_a_file_of_another_grouping_is_refused(workdir, file, arguments):
+    path = workdir / "groupings" / file
+    if not (workdir / "groupings/other").exists():
+        concentrate("group", "name=other", "method=features", f"method.num_groups={NUM_EXPERTS}", "seed=7", "method.layer=top1",
+                    "method.num_start=64", f"workdir={workdir}", directory=workdir.parent)  # fmt: skip
+    was = path.read_bytes()
+    path.write_bytes((workdir / "groupings" / file.replace("features", "other")).read_bytes())
+    try:
+        finished = concentrate(*arguments, "name=m", f"workdir={workdir}", directory=workdir.parent, code=2)
+    finally:
+        path.write_bytes(was)
+    assert f"{file}: missing or changed since `concentrate group` made it; bring it back, or group again" in one_line(
+        finished
+    )
