@@ -400,3 +400,10 @@ def test_teachers_that_differ_only_in_their_vertical_have_one_configuration():
     assert "teachers/v000 and 299 more" in text
     assert "teachers/v299" in text
     assert "students/generalist and 1 more" in text
+
+
+@pytest.mark.parametrize(("total", "shown"), [(2.1e6, "1.4×"), (148.6e6, "99×"), (607.5e6, "405×"), (7.5e9, "5,000×")])
+def test_the_specialists_size_is_a_plain_number(total, shown):
+    inputs = _full_inputs()
+    inputs.evaluations["specialists"]["num_parameters"] = {"base": None, "top": None, "total": total}
+    assert f"the specialists hold {shown}" in _Page(build_report_page(inputs)).text
