@@ -119,16 +119,16 @@ class Taxonomy:
     @functools.cached_property
     def ancestors(self) -> tuple[tuple[int, ...], ...]:
         """By output: the outputs of all ancestors inside the class's own vertical, along all of its parents, sorted."""
-        memo: dict[str, frozenset[int]] = {}
+        # Siblings share one tuple: there may be a million of them, below a few thousand parents.
+        above: dict[tuple[str, ...], tuple[int, ...]] = {}
+        memo: dict[str, tuple[int, ...]] = {}
         for class_id in _parents_first(self.classes, self.position):
             c = self.classes[self.position[class_id]]
-            found: set[int] = set()
-            for parent in c.parents:
-                if self.classes[self.position[parent]].vertical == c.vertical:
-                    found.add(self.output(parent))
-                    found |= memo[parent]
-            memo[class_id] = frozenset(found)
-        return tuple(tuple(sorted(memo[self.class_of_output(output).id])) for output in range(self.num_classes))
+            inside = tuple(p for p in c.parents if self.classes[self.position[p]].vertical == c.vertical)
+            if inside not in above:
+                above[inside] = tuple(sorted({self.output(p) for p in inside}.union(*(memo[p] for p in inside))))
+            memo[class_id] = above[inside]
+        return tuple(memo[self.classes[position].id] for position in self.position_of_output)
 
     def smear(self, outputs: Iterable[int]) -> tuple[int, ...]:
         """Label smearing: the outputs with their ancestors inside their verticals, sorted (Gao et al., section 3.1).

@@ -311,6 +311,14 @@ def test_a_hundred_thousand_classes_are_indexed_and_smeared_in_a_few_seconds():
     assert max(map(len, taxonomy.ancestors)) < 60
 
 
+def test_siblings_share_their_ancestors():
+    groups = [make_class(f"g{n}", "v", "root") for n in range(3)]
+    leaves = [make_class(f"c{n}", "v", f"g{n % 3}") for n in range(300)]
+    taxonomy = Taxonomy([make_class("root", "v"), *groups, *leaves, make_class("x", "w"), make_class("y", "w")])
+    assert len({id(ancestors) for ancestors in taxonomy.ancestors}) == 1 + 1 + 3
+    assert taxonomy.ancestors[taxonomy.output("c4")] == (taxonomy.output("root"), taxonomy.output("g1"))
+
+
 def test_a_key_that_is_nearly_a_known_one_is_refused_and_a_users_own_key_is_not():
     classes = [{"id": "a", "vertical": "v", "note": "mine"}, {"id": "b", "vertical": "v", "parent": ["a"]}]
     with pytest.raises(DataError, match=r"classes\[1\].*'parent'; did you mean 'parents'"):

@@ -192,13 +192,18 @@ class Evaluator:
         """An evaluator that has seen what `state` describes."""
         evaluator = cls(taxonomy, train_counts_C, int(state["num_passes"]))
         evaluator._is_second_pass = bool(state["is_second_pass"])
+        # By vertical in one walk: there may be thousands of verticals, with some arrays each.
+        of_samples: dict[str, dict[str, np.ndarray]] = {}
         for key, array in state.items():
             part, _, name = key.partition("/")
             if part == "counts":
                 evaluator._counts[name] = int(array)
+            elif part == "samples":
+                number, _, name = name.partition("/")
+                of_samples.setdefault(number, {})[name] = array
         evaluator._best.load_state(take_prefixed(state, "best/"))
         for number, samples in enumerate(evaluator._samples):
-            samples.load_state(take_prefixed(state, f"samples/{number}/"))
+            samples.load_state(of_samples[str(number)])
         return evaluator
 
     def compute(self, device: torch.device = CPU) -> Evaluation:

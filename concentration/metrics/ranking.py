@@ -4,6 +4,7 @@ Shapes: B samples, C all classes, L leaves (or any classes that are ranked), K k
 (sample, class) pairs, N candidates for the kept.
 """
 
+import itertools
 from collections.abc import Mapping
 
 import numpy as np
@@ -16,6 +17,8 @@ from concentration.metrics.scores import Scores, count_reaching, find_reaching, 
 #: Scores looked at together, by kind of device: bounds what a wide batch needs beside itself, some 60 bytes each while all are
 #: candidates; on a CPU it stays in the cache.
 SCORES_PER_BLOCK = {"cpu": 1 << 22, "cuda": 1 << 24}
+#: Candidates of 8 bytes that may wait at most.
+MOST_WAITING = 1 << 24
 
 
 def rank_of_best_label(scores_BL: Scores, row_P: np.ndarray, column_P: np.ndarray) -> np.ndarray:
@@ -84,7 +87,8 @@ class MeanAveragePrecisionAtK:
     Among equal scores the negatives come first: never optimistic, and the same in whatever order samples arrive. A
     sample with the score -inf (its class was not computed, as for the experts that an image is not routed to) is in no
     list. Everything kept is (C, K), so batches of a split of any size pass through it once, and parts can be merged. It is
-    kept where the scores are, so that a GPU compares and sorts them itself.
+    kept where the scores are, so that a GPU compares and sorts them itself. Candidates wait until there are as many of them as
+    are kept: to sort what is kept of 200,000 classes takes a second, and almost every batch has some candidate for them.
 
     Source: "mAP @ top 50" of Warde-Farley et al. 2014, Table 2. The paper gives no formula; a mean over classes of
         per-class lists is what makes its test set, balanced between classes, matter, and the formula is that of the
@@ -100,6 +104,9 @@ class MeanAveragePrecisionAtK:
         self.positive_CK = torch.zeros((num_classes, k), dtype=torch.bool)
         #: (C,) positives seen, kept or not.
         self.num_positives_C = np.zeros(num_classes, dtype=np.int64)
+        #: Packed keys of candidates that have not competed yet.
+        self._waiting: list[Tensor] = []
+        self._num_waiting = 0
 
     def update(self, scores_BC: Scores, row_P: np.ndarray, column_P: np.ndarray) -> None:
         """Adds a batch.
@@ -122,18 +129,20 @@ class MeanAveragePrecisionAtK:
             # would lose to every empty place; leaving it out here only saves the sort.
             last_kept_C = self.score_CK[first : first + width, -1]
             row_N, column_N = find_reaching(block_BC, last_kept_C)
-            self._keep_best(first, column_N, block_BC[row_N, column_N], positive_BC[row_N, column_N])
+            self._wait(_pack(column_N + first, block_BC[row_N, column_N], positive_BC[row_N, column_N]))
 
     def merge(self, other: "MeanAveragePrecisionAtK") -> None:
         """Adds what another one has seen, of other samples of the same split."""
         assert (self.num_classes, self.k) == (other.num_classes, other.k), "merged metrics must have one form"
+        other._settle()
         self.num_positives_C += other.num_positives_C
         score_CK, positive_CK = (kept_CK.to(self.score_CK.device) for kept_CK in (other.score_CK, other.positive_CK))
         column_N, place_N = (score_CK > -torch.inf).nonzero(as_tuple=True)
-        self._keep_best(0, column_N, score_CK[column_N, place_N], positive_CK[column_N, place_N])
+        self._wait(_pack(column_N, score_CK[column_N, place_N], positive_CK[column_N, place_N]))
 
     def compute_per_class(self) -> np.ndarray:
         """(C,) float64 AP@K; NaN for a class without a positive."""
+        self._settle()
         positive_CK = self.positive_CK.cpu().numpy()
         precision_CK = np.cumsum(positive_CK, axis=1) / np.arange(1, self.k + 1)
         total_C = np.where(positive_CK, precision_CK, 0.0).sum(axis=1)
@@ -146,36 +155,50 @@ class MeanAveragePrecisionAtK:
 
     def state(self) -> dict[str, np.ndarray]:
         """Everything seen, as plain arrays, for `load_state` in another process."""
+        self._settle()
         kept = {"score_CK": self.score_CK, "positive_CK": self.positive_CK}
         arrays = {name: array.cpu().numpy().copy() for name, array in kept.items()}
         return arrays | {"num_positives_C": self.num_positives_C.copy()}
 
     def load_state(self, state: Mapping[str, np.ndarray]) -> None:
+        self._waiting, self._num_waiting = [], 0
         self.score_CK, self.positive_CK = (torch.tensor(state[name]) for name in ("score_CK", "positive_CK"))
         self.num_positives_C = np.array(state["num_positives_C"])
 
     def _move(self, device: torch.device) -> None:
-        self.score_CK, self.positive_CK = self.score_CK.to(device), self.positive_CK.to(device)
+        if device != self.score_CK.device:
+            self._settle()
+            self.score_CK, self.positive_CK = self.score_CK.to(device), self.positive_CK.to(device)
 
-    def _keep_best(self, first: int, column_N: Tensor, score_N: Tensor, positive_N: Tensor) -> None:
-        """Lets candidates compete with what is kept; only the classes with a candidate are sorted again.
+    def _wait(self, key_N: Tensor) -> None:
+        self._waiting.append(key_N)
+        self._num_waiting += len(key_N)
+        if self._num_waiting >= min(self.score_CK.numel(), MOST_WAITING):
+            self._settle()
 
-        first: the class that column 0 is.
-        """
-        touched = torch.bincount(column_N).nonzero().squeeze(1)
-        of_touched = touched + first
+    def _settle(self) -> None:
+        """Lets the waiting candidates compete with what is kept, some classes at a time to bound the memory."""
+        if not self._num_waiting:
+            return
+        key_N = torch.cat(self._waiting)
+        self._waiting, self._num_waiting = [], 0
+        key_N = _sort(key_N)
+        width = max(1, SCORES_PER_BLOCK[key_N.device.type] // self.k)
+        first_C = torch.arange(0, self.num_classes + width, width, device=key_N.device)
+        for start, stop in itertools.pairwise(torch.searchsorted(key_N, first_C << 33).tolist()):
+            if start < stop:
+                self._keep_best(key_N[start:stop])
+
+    def _keep_best(self, key_N: Tensor) -> None:
+        """Lets sorted candidates compete; only the classes with a candidate are sorted again."""
+        touched = (key_N >> 33).unique_consecutive()
         kept = touched.repeat_interleave(self.k)
-        key_N = torch.cat(
-            [
-                _pack(kept, self.score_CK[of_touched].flatten(), self.positive_CK[of_touched].flatten()),
-                _pack(column_N, score_N, positive_N),
-            ]
-        )
+        key_N = torch.cat([_pack(kept, self.score_CK[touched].flatten(), self.positive_CK[touched].flatten()), key_N])
         key_N = _sort(key_N)
         first_of_class = torch.searchsorted(key_N, touched << 33)
         # Every touched class brings its K kept places, so the first K of its run always exist.
         best = first_of_class[:, None] + torch.arange(self.k, device=key_N.device)
-        self.score_CK[of_touched], self.positive_CK[of_touched] = _unpack(key_N[best])
+        self.score_CK[touched], self.positive_CK[touched] = _unpack(key_N[best])
 
 
 def _sort(key_N: Tensor) -> Tensor:

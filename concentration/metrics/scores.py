@@ -41,11 +41,14 @@ def find_best(scores_BC: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def find_reaching(scores_BC: Tensor, limit_C: Tensor) -> tuple[Tensor, Tensor]:
-    """(N,) rows and columns of the scores that are at least the limit of their class, without -inf."""
+    """(N,) rows and columns of the float32 scores that are at least the limit of their class, without -inf."""
+    limit_C = limit_C.clamp(min=torch.finfo(torch.float32).min)
     if scores_BC.device.type == "cpu":
-        score, limit = scores_BC.numpy(), limit_C.numpy()
-        return torch.from_numpy((score >= limit) & (score > -np.inf)).nonzero(as_tuple=True)
-    return ((scores_BC >= limit_C) & (scores_BC > -torch.inf)).nonzero(as_tuple=True)
+        # NOTE: a fifth of the time of `nonzero` in two dimensions.
+        found_N = np.flatnonzero(scores_BC.numpy() >= limit_C.numpy())
+        row_N, column_N = np.divmod(found_N, scores_BC.shape[1])
+        return torch.from_numpy(row_N), torch.from_numpy(column_N)
+    return (scores_BC >= limit_C).nonzero(as_tuple=True)
 
 
 def place(array: np.ndarray, like: Tensor) -> Tensor:

@@ -120,7 +120,11 @@ def build_tiles(evaluations: Mapping[str, Mapping], subject: str, sizes: Mapping
             tiles.append({"label": label, "value": format_percent(value), "note": note})
     parameters, ensemble = _total_parameters(evaluation), _total_parameters(evaluations.get("specialists", {}))
     if parameters:
-        ratio = f"the specialists hold {ensemble / parameters:.2g}×" if ensemble and subject != "specialists" else ""
+        ratio = (
+            f"the specialists hold {_format_times(ensemble / parameters)}×"
+            if ensemble and subject != "specialists"
+            else ""
+        )
         tiles.append({"label": "parameters", "value": format_short(parameters), "note": ratio})
     num_classes, num_samples = as_number(evaluation.get("num_classes")), as_number(evaluation.get("num_samples"))
     if num_classes:
@@ -200,3 +204,8 @@ def _describe_without(
 
 def _total_parameters(evaluation: Mapping) -> float | None:
     return as_number(as_mapping(evaluation.get("num_parameters")).get("total"))
+
+
+def _format_times(ratio: float) -> str:
+    """Two digits below a hundred; NOTE: `.2g` alone writes 405 as 4.1e+02."""
+    return f"{ratio:.2g}" if ratio < 99.5 else format_count(ratio)

@@ -47,6 +47,7 @@ from concentration.stages.report_values import (
 NUM_CLASSES_SHOWN = 12
 NUM_IMAGES_SHOWN = 24
 SMALL_IMAGE_PIXELS = 64
+EACH_ITS_OWN = "(each its own)"
 IMAGE_URI = re.compile(r"data:image/(png|jpeg|webp|gif);base64,[A-Za-z0-9+/=]+")
 # Control characters are errors in HTML, and lone surrogates (JSON may hold them) cannot be encoded.
 UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")
@@ -135,7 +136,7 @@ def build_report_page(inputs: ReportInputs) -> str:
         classes=_build_class_tables(evaluations, subject, models),
         frequency=_build_frequency(evaluations, models, looks),
         config_changes=_compare_configs(inputs.configs, subject),
-        configs={run: flatten_config(config) for run, config in inputs.configs.items()},
+        configs=_group_configs(inputs.configs),
         commands=list(inputs.commands),
         facts=dict(inputs.facts),
         checkpoints={name: c for name, e in everything.items() if isinstance(c := e.get("checkpoint"), str)},
@@ -307,6 +308,19 @@ def _build_frequency(
         size = next((n for entry in entries.values() if (n := as_number(entry.get("num_classes"))) is not None), None)
         groups.append({"name": band, "size": size, "chart": draw_bars(bars, f"AP of classes with {band} samples")})
     return {"legend": draw_legend([(m, looks[m]) for m in models]), "groups": groups}
+
+
+def _group_configs(configs: Mapping[str, Mapping]) -> list[tuple[list[str], dict[str, str]]]:
+    """The runs of each configuration, and its settings; runs that differ only in their vertical have one."""
+    groups: dict[tuple, tuple[list[str], dict[str, str]]] = {}
+    for run, config in configs.items():
+        flat = flatten_config(config)
+        shared = tuple((key, value) for key, value in flat.items() if key != "vertical")
+        runs, shown = groups.setdefault(shared, ([], flat))
+        runs.append(run)
+        if shown.get("vertical") != flat.get("vertical"):
+            shown["vertical"] = EACH_ITS_OWN
+    return list(groups.values())
 
 
 def _compare_configs(configs: Mapping[str, Mapping], subject: str) -> list[tuple[str, str, str]]:

@@ -199,7 +199,9 @@ class _Ledger(TorchDispatchMode):
         self._alive: dict[int, int] = {}
         self._part_of: dict[int, Part] = {}
         self._num_seen = self._bytes = self._peak_bytes = 0
-        self._peak: dict[int, int] = {}
+        # The peak is what was seen by then and is alive, or was freed later: a copy at each new peak would be quadratic.
+        self._num_seen_at_peak = 0
+        self._freed_since_peak: dict[int, int] = {}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
@@ -216,10 +218,11 @@ class _Ledger(TorchDispatchMode):
         return iter(self._alive)
 
     def begin_moment(self) -> None:
-        self._peak_bytes, self._peak = self._bytes, dict(self._alive)
+        self._note_peak()
 
     def end_moment(self, kept: set[int]) -> _Peak:
-        return _Peak(self._peak, kept)
+        bytes_of = self._alive | self._freed_since_peak
+        return _Peak({number: size for number, size in bytes_of.items() if number <= self._num_seen_at_peak}, kept)
 
     def sort(self, peak: _Peak) -> dict[Part, int]:
         """The bytes of each part; what nobody has filed counts as activations if it was kept, else as temporary."""
@@ -238,11 +241,16 @@ class _Ledger(TorchDispatchMode):
             self._references[number] = weakref.ref(storage, lambda _: self._forget(key, number))
             self._bytes += storage.nbytes()
             if self._bytes > self._peak_bytes:
-                self._peak_bytes, self._peak = self._bytes, dict(self._alive)
+                self._note_peak()
         return self._number_of[key]
 
+    def _note_peak(self) -> None:
+        self._peak_bytes, self._num_seen_at_peak = self._bytes, self._num_seen
+        self._freed_since_peak.clear()
+
     def _forget(self, key: int, number: int) -> None:
-        self._bytes -= self._alive.pop(number)
+        self._freed_since_peak[number] = self._alive.pop(number)
+        self._bytes -= self._freed_since_peak[number]
         del self._number_of[key], self._references[number]
 
 

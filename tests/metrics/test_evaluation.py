@@ -339,6 +339,23 @@ def test_a_state_is_a_copy_that_can_go_on_counting():
     assert_same(resumed.compute(), evaluate(scores_BC, labels).compute())
 
 
+def test_a_state_is_not_searched_anew_for_every_vertical():
+    searched = []
+
+    class State(dict):
+        def items(self):
+            searched.append(len(self))
+            return super().items()
+
+    classes = [TaxonomyClass(f"{v}/{n}", f"{v}/{n}", (), f"v{v}") for v in range(30) for n in range(2)]
+    evaluator = Evaluator(Taxonomy(classes))
+    scores_BC = np.random.default_rng(0).standard_normal((60, 60))
+    evaluator.update(scores_BC, [[output] for output in range(60)])
+    resumed = Evaluator.from_state(Taxonomy(classes), State(evaluator.state()))
+    assert_same(resumed.compute(), evaluator.compute())
+    assert len(searched) <= 2
+
+
 def test_tensors_of_any_float_type_are_taken():
     scores_BC, labels = draw(13)
     halves = torch.from_numpy(scores_BC).bfloat16()

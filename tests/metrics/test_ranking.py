@@ -141,3 +141,25 @@ def test_classes_looked_at_in_blocks_are_all_looked_at(monkeypatch):
     expected = see(scores_BC, positive_BC, 50, 32).compute_per_class()
     monkeypatch.setitem(ranking.SCORES_PER_BLOCK, "cpu", 32 * 5)
     np.testing.assert_array_equal(see(scores_BC, positive_BC, 50, 32).compute_per_class(), expected)
+
+
+def test_small_batches_do_not_sort_what_is_kept_again_and_again(monkeypatch):
+    num_sorted, sort = [], ranking._sort
+    monkeypatch.setattr(ranking, "_sort", lambda key_N: num_sorted.append(len(key_N)) or sort(key_N))
+    scores_BC, positive_BC = draw(8, tied=False, num_samples=3200)
+    metric = see(scores_BC, positive_BC, 50, batch_size=4)
+    expected = reference_ap_at_k(scores_BC, positive_BC, 50)
+    np.testing.assert_allclose(metric.compute_per_class(), expected, rtol=0, atol=1e-12)
+    # What is kept is full after 50 samples, and then competes each time that the samples have doubled: 50, 100, ... 3200.
+    assert sum(num_sorted) < 4 * 7 * metric.score_CK.numel()
+
+
+def test_candidates_that_wait_are_bounded(monkeypatch):
+    scores_BC, positive_BC = draw(9, tied=True)
+    expected = see(scores_BC, positive_BC, 50, 32).state()
+    monkeypatch.setattr(ranking, "MOST_WAITING", 40)
+    monkeypatch.setitem(ranking.SCORES_PER_BLOCK, "cpu", 32 * 5)
+    metric = see(scores_BC, positive_BC, 50, 32)
+    assert metric._num_waiting < 40
+    for name, array in metric.state().items():
+        np.testing.assert_array_equal(array, expected[name])

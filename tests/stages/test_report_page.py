@@ -385,3 +385,25 @@ def test_what_was_measured_elsewhere_is_in_no_comparison():
     for section in ("tradeoff", "verticals", "classes"):
         assert "student" in page.partition(f'<section id="{section}">')[2].partition("</section>")[0]
         assert "lucky" not in page.partition(f'<section id="{section}">')[2].partition("</section>")[0]
+
+
+def test_teachers_that_differ_only_in_their_vertical_have_one_configuration():
+    teachers = {
+        f"teachers/v{number:03}": {"vertical": f"v{number:03}", "optimizer": {"lr": 0.5}} for number in range(300)
+    }
+    teachers["teachers/slow"] = {"vertical": "slow", "optimizer": {"lr": 0.25}}
+    students = {name: {"seed": 0} for name in ("students/generalist", "students/student")}
+    page = build_report_page(_full_inputs(configs=students | teachers))
+    assert page.count("optimizer.lr") == 2
+    assert page.count("(each its own)") == 1
+    text = " ".join(_Page(page).text.split())
+    assert "teachers/v000 and 299 more" in text
+    assert "teachers/v299" in text
+    assert "students/generalist and 1 more" in text
+
+
+@pytest.mark.parametrize(("total", "shown"), [(2.1e6, "1.4×"), (148.6e6, "99×"), (607.5e6, "405×"), (7.5e9, "5,000×")])
+def test_the_specialists_size_is_a_plain_number(total, shown):
+    inputs = _full_inputs()
+    inputs.evaluations["specialists"]["num_parameters"] = {"base": None, "top": None, "total": total}
+    assert f"the specialists hold {shown}" in _Page(build_report_page(inputs)).text

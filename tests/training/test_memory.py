@@ -12,6 +12,7 @@ import torch
 from concentration.errors import ConfigError
 from concentration.networks.student import NetworkConfig, Student
 from concentration.schema import parse_config
+from concentration.training import memory
 from concentration.training.backward_updates import BackwardUpdates
 from concentration.training.configs import TrainerConfig
 from concentration.training.memory import MOMENTS, StepShape, make_batch, plan_memory
@@ -185,3 +186,26 @@ def test_a_batch_too_small_for_the_processes_is_one_clear_error():
     trainer = TrainerConfig(batch_size=3, devices=2, accumulate=2)
     with pytest.raises(ConfigError, match=r"trainer\.batch_size=3 is too small for 2 processes with 2 micro-batches"):
         plan_memory(describe(), optimizer_of("adagrad"), trainer, StepShape(10))
+
+
+def test_a_new_peak_does_not_copy_what_is_alive():
+    copied = []
+
+    class Alive(dict):
+        def __iter__(self):  # copying walks through it, or asks for its keys
+            copied.append(len(self))
+            return super().__iter__()
+
+        def keys(self):
+            copied.append(len(self))
+            return super().keys()
+
+    with memory._Ledger() as ledger:
+        ledger._alive = Alive(ledger._alive)
+        ledger.begin_moment()
+        tensors = [torch.empty(number) for number in range(1, 101)]
+        del tensors[50:]  # after the peak
+        tensors.append(torch.empty(7))
+        peak = ledger.end_moment(set())
+    assert peak.total == 4 * sum(range(1, 101))
+    assert len(copied) <= 1
