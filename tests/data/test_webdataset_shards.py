@@ -62,6 +62,7 @@ def test_given_shards_are_indexed_where_they_lie(given):
     assert done["splits"]["train"] == {
         "samples": 5,
         "shards": 2,
+        "fingerprint": fingerprint,
         "classes_with_images": 6,
         "by_vertical": {"birds": 2, "cars": 2, "dishes": 2},
     }

@@ -137,6 +137,8 @@ def test_what_was_written_is_counted_and_indexed(images, workdir):
     prepare(build_config(images, workdir))
     prepared, taxonomy, fingerprint = load_prepared(workdir, DataOverrides())
     done = RunDirectory(workdir / "shards").load_done("concentrate prepare")
+    for name, facts in done["splits"].items():
+        assert facts.pop("fingerprint") == load_split(workdir / "shards", name, taxonomy).fingerprint
     assert done["splits"] == {
         "train": {"samples": 40, "shards": 6, "classes_with_images": 4, "by_vertical": {"birds": 20, "cars": 20}},
         "val": {"samples": 20, "shards": 3, "classes_with_images": 4, "by_vertical": {"birds": 10, "cars": 10}},
