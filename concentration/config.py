@@ -161,18 +161,15 @@ def _known_keys(values: Mapping[str, Any]) -> list[str]:
 
 def _describe_borrowed(key: str, values: Mapping[str, Any], overrides: Sequence[str]) -> str:
     """What to type for a key inside of what is another's as a whole, `generalist.optimizer: ${optimizer}`; "" for other keys."""
-    flat = flatten(values)
-    for at in range(key.count("."), 0, -1):
-        whole, inner = ".".join(key.split(".")[:at]), ".".join(key.split(".")[at:])
-        lender = re.fullmatch(r"\$\{(\w+)\}", str(flat.get(whole)))
-        given = [word.partition("=")[2] for word in overrides if word.partition("=")[0] == key]
-        if lender and given and inner in values[lender[1]]:
-            known = ", ".join(
-                f"{k}: {given[-1] if k == inner else write_value(v)}" for k, v in values[lender[1]].items()
-            )
-            override = shlex.quote(f"{whole}={{{known}}}")
-            return f": {whole} is {lender[0]} as a whole; give another whole one, {override}"
-    return ""
+    whole, _, inner = key.rpartition(".")
+    lender = re.fullmatch(r"\$\{(\w+)\}", str(flatten(values).get(whole)))
+    given = [word.partition("=")[2] for word in overrides if word.partition("=")[0] == key]
+    lent = values.get(lender[1]) if lender else None
+    if not given or not isinstance(lent, Mapping) or inner not in lent:
+        return ""
+    known = ", ".join(f"{k}: {given[-1] if k == inner else write_value(v)}" for k, v in lent.items())
+    override = shlex.quote(f"{whole}={{{known}}}")
+    return f": {whole} is {lender[0]} as a whole; give another whole one, {override}"
 
 
 def _list_groups() -> list[str]:

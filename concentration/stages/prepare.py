@@ -46,7 +46,7 @@ from concentration.stages.prepare_listing import (
 from concentration.stages.prepare_near_duplicates import forget_near_duplicates, hash_splits, report_near_duplicates
 from concentration.stages.prepare_needs import Need, check_needs
 from concentration.stages.prepare_summary import draw_summary, summarise_splits
-from concentration.stages.prepared import SHARDS, DataOverrides, describe_splits, load_prepared
+from concentration.stages.prepared import SHARDS, DataOverrides, describe_splits, has_split, load_prepared
 from concentration.stages.report_values import as_mapping
 from concentration.stages.run_directory import RunDirectory, StageConfig
 from concentration.stages.task_pool import run_tasks
@@ -297,7 +297,7 @@ def _is_same_folder(data: ShardsConfig, path: Path) -> bool:
 
 def _summarise(config: PrepareConfig, path: Path, taxonomy: Taxonomy) -> dict:
     """Loads every split, checks what only the whole shows, counts, and writes what people should know, too."""
-    names = [name for name in SPLITS if name == "train" or any(path.glob(f"{name}-*.index"))]
+    names = [name for name in SPLITS if name == "train" or has_split(config.workdir, name)]
     splits = {name: load_split(path, name, taxonomy) for name in names}
     for split in splits.values():
         check_keys(split)
