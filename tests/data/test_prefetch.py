@@ -15,7 +15,7 @@ from concentration.data.loader import StepBatches, StepLoader, build_loader
 from concentration.data.order import ClassBalancedOrder, SequentialOrder, WindowOrder
 from concentration.data.reader import SampleReader
 from concentration.data.sample_targets import LabelTargets
-from concentration.data.shard_cache import Access, CacheConfig, save_access
+from concentration.data.shard_cache import Access, CacheConfig, load_cache, save_access
 from concentration.data.split import Split, load_split
 from concentration.errors import ConfigError, DataError
 
@@ -96,14 +96,23 @@ def test_workers_and_the_threads_of_the_main_process_fetch_each_shard_once(serve
 
 
 def test_the_first_window_of_the_next_epoch_comes_after_the_last(server, make_remote):
-    split = make_remote(gib=compute_gib(make_remote(), 2 * WINDOW))
+    split = make_remote()
+    cache = load_cache(split)
     loaded = iter(StepLoader(build_batches(split), 2 * NUM_SHARDS, 0, pin_memory=False))
-    for _ in range(NUM_SHARDS - WINDOW + 1):
+    for _ in range(NUM_SHARDS - WINDOW):
         next(loaded)
+    for shard in split.shards:
+        cache.discard(shard)
+    next(loaded)
     *_, last = list_windows(split, 0)
-    following = list_windows(split, 1)[0] - last
-    assert following
-    wait_for(lambda: all(server.requests.count(f"GET {name}") == 2 for name in following))
+    expected = last | list_windows(split, 1)[0]
+    copies = [
+        cache.directory / f"{shard.digest[:32]}.shard"
+        for shard in split.shards
+        if shard.path.removeprefix(server.url) in expected
+    ]
+    assert len(copies) == len(expected) > WINDOW
+    wait_for(lambda: all(copy.exists() for copy in copies))
 
 
 def compute_gib(split: Split, num_shards: int) -> float:
