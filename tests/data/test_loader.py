@@ -185,7 +185,7 @@ def leave_in_use(batches: StepBatches) -> None:
 def test_a_process_that_exits_with_a_loader_in_use_does_not_wait_for_its_workers(batches):
     process = multiprocessing.get_context("fork").Process(target=leave_in_use, args=(batches,))
     process.start()
-    process.join(20)
+    process.join(60)
     is_alive = process.is_alive()
     process.kill()
     assert not is_alive
@@ -203,5 +203,5 @@ def test_a_batch_that_is_lost_when_nobody_waits_any_more_is_not_told():
     """Two workers may find shared memory full, and the second one when the first has ended the run."""
     process = multiprocessing.get_context("fork").Process(target=lose_a_batch_after_the_end)
     process.start()
-    process.join(20)
+    process.join(60)
     assert process.exitcode == 0

@@ -57,7 +57,7 @@ def build_batches(split: Split, order=None, batch_size=NUM_SAMPLES) -> StepBatch
     return StepBatches(reader, order, batch_size, 1, 0, 1)
 
 
-def wait_for(condition, seconds=10.0) -> None:
+def wait_for(condition, seconds=60.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
@@ -221,10 +221,10 @@ def read_one_and_exit(batches: StepBatches) -> None:
 def test_a_process_ends_while_shards_are_being_fetched(server, make_remote):
     split = make_remote()
     for name in list_windows(split, 0)[1]:
-        server.faults[name[1:]] = [be_silent(30)]
+        server.faults[name[1:]] = [be_silent(90)]
     process = multiprocessing.get_context("fork").Process(target=read_one_and_exit, args=(build_batches(split),))
     process.start()
-    process.join(5)
+    process.join(60)
     is_alive = process.is_alive()
     process.kill()
     assert not is_alive

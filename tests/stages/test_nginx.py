@@ -50,7 +50,7 @@ def run_nginx(root: Path, folder: Path, autoindex: str = "on") -> Iterator[str]:
     config.write_text(CONFIG.format(user=user, folder=folder, root=root, port=port, autoindex=autoindex))
     process = subprocess.Popen([NGINX, "-c", str(config), "-e", str(folder / "error.log")], stderr=subprocess.PIPE)
     try:
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while socket.socket().connect_ex(("127.0.0.1", port)) != 0:
             assert process.poll() is None, process.stderr.read().decode()
             assert time.monotonic() < deadline

@@ -306,7 +306,7 @@ def start_holding_part(directory: RunDirectory) -> tuple:
     may_end = _FORK.Event()
     process = _FORK.Process(target=hold_part, args=(directory, may_end))
     process.start()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not (directory.path / "held").exists():
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -321,7 +321,7 @@ def test_what_parts_of_a_stage_have_replaced_comes_back_with_the_last_that_fails
     fail_part(finished, "0-of-2")
     assert (finished.path / REPLACED_FOLDER / "model").exists(), "the other may still make it"
     may_end.set()
-    process.join(20)
+    process.join(60)
     assert read_all(finished) == before
     assert not is_due(finished)
 
@@ -334,7 +334,7 @@ def test_a_stage_waits_for_the_parts_of_it_that_are_being_made(directory):
     assert (directory.path / ".train-000001.safetensors.1.tmp").exists()
     assert directory.is_held
     may_end.set()
-    process.join(20)
+    process.join(60)
     assert not directory.is_held
     assert is_due(directory, seed=1)
     assert not (directory.path / ".train-000001.safetensors.1.tmp").exists()
@@ -365,7 +365,7 @@ def hold(directory: RunDirectory) -> None:
 def test_a_directory_in_which_another_process_works_is_refused_until_it_is_killed(directory):
     process = _FORK.Process(target=hold, args=(directory,))
     process.start()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not (directory.path / "held").exists():
         assert time.monotonic() < deadline
         time.sleep(0.01)
