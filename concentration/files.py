@@ -1,6 +1,10 @@
-"""Files that are written whole or not at all: after a crash there is the old file or the new one, never half of one."""
+"""Files that are written whole or not at all: after a crash there is the old file or the new one, never half of one.
+
+And whether a file is still the one that was written.
+"""
 
 import contextlib
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -53,6 +57,18 @@ def append_text(path: Path, text: str) -> None:
             file.write(text)
     except OSError as error:
         raise _cannot_be_written(path, error) from None
+
+
+def hash_file(path: Path) -> str:
+    """A hash of a file's content; 16 hex digits of SHA-256."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def check_unchanged(path: Path, expected: str | None, since: str) -> None:
+    """Raises: DataError where a file is not there, or does not have this hash; `since` says what made it, and what to do."""
+    if not path.exists() or hash_file(path) != expected:
+        raise DataError(f"{path}: missing or changed since {since}")
 
 
 def _cannot_be_written(path: Path, error: Exception) -> DataError:

@@ -25,7 +25,7 @@ from concentration.data.sample_targets import StoredTargets
 from concentration.data.split import Split, load_split
 from concentration.data.views import INTERPOLATION, View, describe_decoder
 from concentration.errors import ConfigError, DataError
-from concentration.files import write_atomically
+from concentration.files import hash_file, write_atomically
 from concentration.networks.bases import SmallBaseConfig
 from concentration.networks.external.class_map import load_class_ids
 from concentration.networks.external.teacher import load_external_teacher
@@ -33,7 +33,7 @@ from concentration.networks.pace import PaceConfig
 from concentration.networks.student import NetworkConfig, Student, load_student
 from concentration.networks.top_layers import TopConfig
 from concentration.stages.prepared import DataOverrides, load_prepared
-from concentration.stages.run_directory import RunDirectory, StageConfig, hash_file
+from concentration.stages.run_directory import RunDirectory, StageConfig
 from concentration.stages.train_network import load_network
 from concentration.targets import Codec, TargetRecords, keep_top_k
 from concentration.taxonomy import Taxonomy

@@ -12,7 +12,7 @@ from concentration.pipeline.slurm_queue import load_queue
 from concentration.pipeline.states import StageState, describe_directory, find_states
 from concentration.progress import STATUS_FILE, build_console, load_status
 from concentration.schema import Config
-from concentration.stages.run_directory import REPLACED_FOLDER
+from concentration.stages.replaced import REPLACED_FOLDER
 
 
 class StatusConfig(Config):

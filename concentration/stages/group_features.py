@@ -18,6 +18,7 @@ from concentration import distributed
 from concentration.data.order import SequentialOrder, WindowOrder
 from concentration.data.split import Split
 from concentration.errors import ConfigError
+from concentration.files import hash_file
 from concentration.grouping.class_groups import NO_GROUP, ClassGroups, find_majority_groups
 from concentration.grouping.kmeans import Centroids, StreamedKMeans, fit_kmeans
 from concentration.grouping.sample_groups import (
@@ -31,7 +32,6 @@ from concentration.grouping.sample_groups import (
 from concentration.networks.top_layers import Layer
 from concentration.progress import Progress
 from concentration.schema import Config
-from concentration.stages.run_directory import hash_file
 from concentration.stages.sample_stream import SampleStream, ShownBatch
 
 #: From how many shards at a time samples are drawn in random order while the centroids are fitted.

@@ -9,16 +9,16 @@ import numpy as np
 
 from concentration.data.split import Split
 from concentration.errors import ConfigError
+from concentration.files import check_unchanged
 from concentration.grouping.class_groups import ClassGroups, load_class_groups
 from concentration.grouping.sample_groups import CENTROIDS_FILE, CentroidRouter, load_group_ids
 from concentration.schema import hash_values
 from concentration.stages.run_directory import RunDirectory
-from concentration.stages.train_network import check_unchanged
 from concentration.taxonomy import Taxonomy
 
 GROUPINGS = "groupings"
 
-_SINCE = "`concentrate group` made it; bring it back, or group again"
+_SINCE = "`concentrate group` made it; bring it back, or group again with overwrite=true"
 
 
 def find_grouping(workdir: Path, name: str) -> RunDirectory:

@@ -17,7 +17,7 @@ from concentration import distributed
 from concentration.data.order import SequentialOrder
 from concentration.data.sample_targets import LabelTargets
 from concentration.errors import ConfigError, DataError
-from concentration.files import write_atomically
+from concentration.files import hash_file, write_atomically
 from concentration.grouping.sample_groups import CentroidRouter
 from concentration.metrics.gater_quality import GaterQuality, measure_gater
 from concentration.networks.cost import without_pretrained
@@ -39,7 +39,7 @@ from concentration.stages.prepared import (
     load_prepared,
     load_prepared_split,
 )
-from concentration.stages.run_directory import NETWORK_FILE, RunDirectory, StageConfig, hash_file
+from concentration.stages.run_directory import NETWORK_FILE, RunDirectory, StageConfig
 from concentration.stages.sample_stream import SampleStream
 from concentration.stages.student import STUDENTS
 from concentration.stages.train_network import Task, TrainingStageConfig, load_network, train_built_network

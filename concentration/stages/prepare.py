@@ -47,6 +47,7 @@ from concentration.stages.prepare_near_duplicates import forget_near_duplicates,
 from concentration.stages.prepare_needs import Need, check_needs
 from concentration.stages.prepare_summary import draw_summary, summarise_splits
 from concentration.stages.prepared import SHARDS, DataOverrides, describe_splits, has_split, load_prepared
+from concentration.stages.replaced import forget_replaced
 from concentration.stages.report_values import as_mapping
 from concentration.stages.run_directory import RunDirectory, StageConfig
 from concentration.stages.task_pool import run_tasks
@@ -242,7 +243,7 @@ def _write_shards(
     path = directory.path
     listing = (f"{s} {item.key} {item.labels}" for s, items in items_of.items() for item in items)
     source.fetch()
-    directory.forget_replaced()
+    forget_replaced(directory.path)
     begin_listing(path, taxonomy, listing, before)
     tasks, sizes, is_hashed = [], {}, config.near_duplicates is not None
     for split, items in items_of.items():

@@ -21,6 +21,7 @@ from concentration.data.order import permutation
 from concentration.data.split import Split
 from concentration.distributed import choose_device
 from concentration.errors import ConfigError
+from concentration.files import hash_file
 from concentration.metrics.evaluation import Evaluation, Evaluator
 from concentration.networks.classifier import Classifier
 from concentration.networks.regrouping import compute_square_norms, regroup_student
@@ -29,7 +30,7 @@ from concentration.progress import Progress
 from concentration.schema import FolderName
 from concentration.stages.carried_directory import carry_shards, carry_stored_targets, carry_teacher
 from concentration.stages.prepared import SHARDS, DataOverrides, has_split, load_prepared, load_prepared_split
-from concentration.stages.run_directory import NETWORK_FILE, RunDirectory, StageConfig, hash_file
+from concentration.stages.run_directory import NETWORK_FILE, RunDirectory, StageConfig
 from concentration.stages.served import Served, load_served
 from concentration.stages.student import STUDENTS
 from concentration.stages.subject import Subject

@@ -1,9 +1,8 @@
 """The directory of one stage: what it was started with, whether it is finished, and that only one process works in it."""
 
 import contextlib
-import hashlib
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -13,7 +12,8 @@ from concentration.files import write_atomically
 from concentration.progress import STATUS_FILE
 from concentration.schema import Config, flatten, hash_values, parse_json
 from concentration.stages.directory_lock import is_locked, locking
-from concentration.stages.nfs_folders import discard, list_folder
+from concentration.stages.nfs_folders import discard
+from concentration.stages.replaced import forget_replaced, list_content, set_aside, settle_replaced
 from concentration.temporaries import clear_temporaries
 from concentration.training.configs import CHECKPOINTS
 
@@ -26,9 +26,6 @@ _KEYS: Mapping[str, Mapping[str, type]] = {
 SPEED_FILE = "speed.json"
 #: The network, where the stage makes one.
 NETWORK_FILE = "model.safetensors"
-
-#: What `overwrite` replaces waits here until the stage has begun to write its new results.
-REPLACED_FOLDER = ".replaced"
 
 #: The fingerprints of prepared images among a stage's upstream results; and what else may be done where these have changed.
 _OF_DATA = {f"upstream.{name}" for name in ("data", "val", "test")}
@@ -99,7 +96,7 @@ class RunDirectory:
                     self._leave(error, part)
                 raise
             if rank() == 0:
-                self.forget_replaced()
+                forget_replaced(self.path)
 
     def _enter_locked(
         self, stack: contextlib.ExitStack, config: StageConfig, upstream: Mapping[str, str], part: str | None
@@ -115,7 +112,7 @@ class RunDirectory:
 
     def _enter(self, config: StageConfig, upstream: Mapping[str, str], part: str | None) -> bool:
         if not self._has_other_parts(part):  # of a run that was killed
-            self._settle_replaced()
+            settle_replaced(self.path)
             self._clear_temporaries()
         identity = {**config.identity(), "upstream": dict(upstream)}
         earlier = self._load("config.json")
@@ -125,7 +122,7 @@ class RunDirectory:
             self._refuse(known, identity)
         is_other = is_other or (earlier is not None and self.is_finished and self._read_elsewhere(config))
         if is_other or (config.overwrite is True and self.is_finished):
-            self._set_aside()
+            set_aside(self.path)
             earlier = None
         if earlier is None:
             values = {"identity": identity, "config": config.model_dump(mode="json")}
@@ -270,19 +267,11 @@ class RunDirectory:
                     )
         return False
 
-    def forget_replaced(self) -> None:
-        """Deletes what `overwrite` has set aside: at the end of a stage, or earlier to make room for what it writes."""
-        replaced = self.path / REPLACED_FOLDER
-        if replaced.is_dir():
-            for path in _config_last(list_folder(replaced)):
-                discard(path)
-            discard(replaced)
-
     def _leave(self, error: BaseException, part: str | None) -> None:
         """Cleans up after an error. Of several parts the last one does so: the others may still make what replaces the old."""
         with contextlib.nullcontext() if part is None else self.lock(".lock", _ENTER_SECONDS):
             if not self._has_other_parts(part):
-                self._settle_replaced()
+                settle_replaced(self.path)
                 if isinstance(error, ConcentrationError):
                     self._forget_unless_begun()
 
@@ -305,36 +294,8 @@ class RunDirectory:
 
     def _forget_unless_begun(self) -> None:
         """Forgets the config if nothing else was written, so that a mistake in it can be corrected without `overwrite`."""
-        if [path.name for path in self._list_content()] == ["config.json"]:
+        if [path.name for path in list_content(self.path)] == ["config.json"]:
             (self.path / "config.json").unlink()
-
-    def _set_aside(self) -> None:
-        # NOTE: DONE.json first and config.json last, so that a kill in between leaves a run that is begun and not finished. A
-        # REPLACED_FOLDER without config.json then says that its content still belongs here.
-        (self.path / REPLACED_FOLDER).mkdir(exist_ok=True)
-        for path in _config_last(self._list_content()):
-            path.rename(self.path / REPLACED_FOLDER / path.name)
-
-    def _settle_replaced(self) -> None:
-        """Brings back what was set aside, if nothing has been written in its place; otherwise deletes it."""
-        replaced = self.path / REPLACED_FOLDER
-        if not replaced.is_dir():
-            return
-        if not list_folder(replaced):
-            discard(replaced)
-            return
-        if (replaced / "config.json").exists():
-            if any(path.name != "config.json" for path in self._list_content()):
-                self.forget_replaced()
-                return
-            (replaced / "config.json").replace(self.path / "config.json")
-        for path in reversed(_config_last(list_folder(replaced))):
-            path.rename(self.path / path.name)
-        discard(replaced)
-
-    def _list_content(self) -> list[Path]:
-        """What the stage has written here, without locks and what was set aside."""
-        return [p for p in list_folder(self.path) if not p.name.startswith(".lock") and p.name != REPLACED_FOLDER]
 
     def _load_begun(self) -> dict[str, Any]:
         begun = self._load("config.json")
@@ -373,11 +334,6 @@ def describe_lost(path: Path) -> str:
     )
 
 
-def _config_last(paths: Iterable[Path]) -> list[Path]:
-    """Sorted so that a kill in between never leaves a stage that looks finished: DONE.json first, config.json last."""
-    return sorted(paths, key=lambda path: (path.name == "config.json", path.name != "DONE.json"))
-
-
 def _leave_out_runtime_fields(identity: Mapping[str, Any], config: Config) -> dict[str, Any]:
     """An identity without what an earlier version counted as part of it, but this one does not."""
     left = {}
@@ -387,9 +343,3 @@ def _leave_out_runtime_fields(identity: Mapping[str, Any], config: Config) -> di
             is_part = isinstance(inner, Config) and isinstance(value, Mapping)
             left[key] = _leave_out_runtime_fields(value, inner) if is_part else value
     return left
-
-
-def hash_file(path: Path) -> str:
-    """A hash of a file's content; 16 hex digits of SHA-256."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]

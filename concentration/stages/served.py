@@ -6,12 +6,12 @@ from pathlib import Path
 from concentration.array_files import load_metadata
 from concentration.data.split import Split
 from concentration.errors import ConfigError
+from concentration.files import check_unchanged
 from concentration.networks.student import Student, load_student
 from concentration.schema import parse_config
 from concentration.stages.carried_targets import count_earlier_shards, find_earlier_taxonomy
 from concentration.stages.run_directory import NETWORK_FILE, RunDirectory
 from concentration.stages.student import STUDENTS, LearningConfig
-from concentration.stages.train_network import check_unchanged
 from concentration.taxonomy import Taxonomy
 
 
@@ -63,7 +63,7 @@ def load_served(workdir: Path, name: str, split: Split) -> Served:
             "that `student` has trained"
         )
     file = directory.path / NETWORK_FILE
-    check_unchanged(file, done["checkpoint"], "training finished; restore it, or train again")
+    check_unchanged(file, done["checkpoint"], "training finished; restore it, or train again with overwrite=true")
     network, where = load_student(file), str(file)
     made_for = load_metadata(file).get("taxonomy", "")
     earlier = find_earlier_taxonomy(split.taxonomy, network.num_outputs, made_for, where)

@@ -21,6 +21,7 @@ from concentration.files import write_atomically
 from concentration.progress import Progress
 from concentration.schema import Config, FolderName
 from concentration.stages.prepared import DataOverrides, load_prepared, load_prepared_split
+from concentration.stages.replaced import forget_replaced
 from concentration.stages.run_directory import RunDirectory, StageConfig
 from concentration.stages.teacher import TEACHERS
 from concentration.stages.teacher_answers import TeacherAnswers
@@ -163,7 +164,7 @@ def _make_targets(
         mine = [path for path, (shard, _) in rows_of.items() if shard % config.num_parts == config.part]
         due = [path for path in mine if not path.exists()]
         progress.advance(sum(len(ordinals) for path, (_, ordinals) in rows_of.items() if path not in due))
-        directory.forget_replaced()
+        forget_replaced(directory.path)
         rate = _make_files(config, answers, {path: rows_of[path] for path in due}, progress)
         missing = sum(not path.exists() for path in rows_of)
         if missing:

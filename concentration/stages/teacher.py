@@ -11,6 +11,7 @@ import pydantic
 
 from concentration import distributed
 from concentration.data.sample_targets import LabelTargets
+from concentration.files import hash_file
 from concentration.networks.classifier import Classifier
 from concentration.networks.external import ExternalConfig, find_external_files
 from concentration.networks.external.teacher import ExternalTeacher, take_over
@@ -19,7 +20,7 @@ from concentration.schema import Config, hash_values, write_override
 from concentration.stages.expert import TEACHERS, ExpertConfig, train_expert
 from concentration.stages.plan import count_most_labels, print_training_plan
 from concentration.stages.prepared import DataOverrides, load_prepared, load_prepared_split
-from concentration.stages.run_directory import NETWORK_FILE, RunDirectory, StageConfig, hash_file
+from concentration.stages.run_directory import NETWORK_FILE, RunDirectory, StageConfig
 from concentration.stages.train_network import (
     LabelsConfig,
     NetworkStageConfig,

@@ -21,6 +21,7 @@ from concentration.data.sample_targets import LabelTargets, SampleTargets
 from concentration.data.split import Split
 from concentration.data.view_records import encode_views
 from concentration.errors import ConfigError, DataError
+from concentration.files import check_unchanged, hash_file
 from concentration.networks.bases import BaseConfig
 from concentration.networks.classifier import Classifier
 from concentration.networks.external.teacher import load_external_teacher
@@ -32,7 +33,7 @@ from concentration.networks.student import LossKind, NetworkConfig, Student, loa
 from concentration.networks.top_layers import TopConfig
 from concentration.schema import Config
 from concentration.stages.prepared import DataOverrides, PreparedData, has_split, load_prepared_split
-from concentration.stages.run_directory import HOW_TO_GROW, NETWORK_FILE, RunDirectory, StageConfig, hash_file
+from concentration.stages.run_directory import HOW_TO_GROW, NETWORK_FILE, RunDirectory, StageConfig
 from concentration.taxonomy import Taxonomy
 from concentration.training.configs import LoggerConfig, TrainerConfig
 from concentration.training.optimizers import OptimizerConfig
@@ -250,22 +251,20 @@ def load_network(path: Path, taxonomy: Taxonomy) -> Classifier:
     done = RunDirectory(path).load_done(f"concentrate {path.parent.name.rstrip('s')}")
     if isinstance(done.get("files"), dict):  # a teacher that was made elsewhere
         for name, expected in done["files"].items():
-            check_unchanged(path / name, expected, "this teacher was taken over; restore it, or take it over again")
+            check_unchanged(
+                path / name,
+                expected,
+                "this teacher was taken over; restore it, or take it over again with overwrite=true",
+            )
         return load_external_teacher(path, taxonomy)
     file = path / NETWORK_FILE
-    check_unchanged(file, done.get("checkpoint"), "training finished; restore it, or train again")
+    check_unchanged(file, done.get("checkpoint"), "training finished; restore it, or train again with overwrite=true")
     made_for = load_metadata(file).get("taxonomy")
     if made_for != taxonomy.fingerprint:
         raise DataError(
             f"{file}: made for another taxonomy ({made_for!r}, here {taxonomy.fingerprint!r}); train it again, or, {HOW_TO_GROW}"
         )
     return load_mixture(file) if MIXTURE_HEADER in load_metadata(file) else load_student(file)
-
-
-def check_unchanged(path: Path, expected: str | None, since: str) -> None:
-    """Raises: DataError where a file is not there, or does not have this hash."""
-    if not path.exists() or hash_file(path) != expected:
-        raise DataError(f"{path}: missing or changed since {since} with overwrite=true")
 
 
 def build_network(config: NetworkStageConfig, taxonomy: Taxonomy, image_size: int) -> Student:

@@ -15,8 +15,10 @@ from typing import ClassVar
 import pytest
 
 from concentration.errors import ConfigError, DataError
+from concentration.files import hash_file
 from concentration.schema import Config
-from concentration.stages.run_directory import REPLACED_FOLDER, RunDirectory, StageConfig, hash_file
+from concentration.stages.replaced import REPLACED_FOLDER, forget_replaced
+from concentration.stages.run_directory import RunDirectory, StageConfig
 
 _FORK = multiprocessing.get_context("fork")
 
@@ -221,7 +223,7 @@ def test_what_was_replaced_comes_back_where_nothing_was_written(changed, error, 
 def test_what_was_replaced_is_gone_where_the_new_has_begun(is_forgotten, finished):
     with contextlib.suppress(DataError), finished.begin(build(finished, seed=1, overwrite=True), {}):
         if is_forgotten:
-            finished.forget_replaced()
+            forget_replaced(finished.path)
         (finished.path / "last.ckpt").write_text("new")
         raise DataError("a shard is gone")
     assert {path.name for path in finished.path.iterdir()} == {".lock", "config.json", "last.ckpt"}
