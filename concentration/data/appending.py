@@ -8,7 +8,7 @@ existed before; it is there from before the first new file is written until the 
 import itertools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from concentration.data.sources.source import Item
 from concentration.data.split_assignment import SPLITS, SplitName
 from concentration.errors import DataError
 from concentration.files import write_atomically
-from concentration.taxonomy import Taxonomy
+from concentration.taxonomy import Taxonomy, TaxonomyClass
 
 _FILE = "appending.json"
 _SHARD_FILE = re.compile(r"(train|val|test)-(\d+)\.(tar|pack|index|hashes|skipped)")
@@ -122,13 +122,13 @@ def find_kept(path: Path, before: Before, taxonomy: Taxonomy, items: Mapping[str
     return Kept(splits, num_gone, num_other_labels)
 
 
-def append_classes(earlier: Taxonomy, now: Taxonomy, where: str) -> Taxonomy:
+def append_classes(earlier: Taxonomy, now: Sequence[TaxonomyClass], where: str) -> Taxonomy:
     """The taxonomy with the earlier classes unchanged, followed by those that only `now` has, in the order of `now`.
 
     Raises:
         DataError: a class has another vertical or other parents in `now`, so that stored outputs would change their meaning.
     """
-    for c in now.classes:
+    for c in now:
         if c.id in earlier.position:
             old = earlier.classes[earlier.position[c.id]]
             for what, before, after in (
@@ -140,7 +140,7 @@ def append_classes(earlier: Taxonomy, now: Taxonomy, where: str) -> Taxonomy:
                         f"{where}: class '{c.id}' had the {what} {before!r}, and now {after!r}; "
                         "restore it, or prepare everything anew with overwrite=true"
                     )
-    return Taxonomy([*earlier.classes, *(c for c in now.classes if c.id not in earlier.position)], where)
+    return Taxonomy([*earlier.classes, *(c for c in now if c.id not in earlier.position)], where)
 
 
 def extend_classes(earlier: Taxonomy, now: Taxonomy, where: str) -> Taxonomy:
@@ -149,7 +149,7 @@ def extend_classes(earlier: Taxonomy, now: Taxonomy, where: str) -> Taxonomy:
     Raises:
         DataError: a new class is not at the end, a class is missing, or has another vertical or other parents.
     """
-    extended = append_classes(earlier, now, where)
+    extended = append_classes(earlier, now.classes, where)
     for position, pair in enumerate(itertools.zip_longest(extended.classes, now.classes)):
         expected, found = (None if c is None else c.id for c in pair)
         if expected != found:

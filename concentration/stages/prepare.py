@@ -141,11 +141,14 @@ def _has_looked(config: PrepareConfig, directory: RunDirectory) -> bool:
 
 def _prepare_source(source: Source, config: PrepareConfig, directory: RunDirectory) -> None:
     """Writes shards of all that the source lists, or of what is new in it where a set was finished before."""
-    taxonomy, items = source.build_taxonomy(), source.list_items()
+    items = source.list_items()
     item_of_key = index_keys(items)
     before, kept = _look_before(config, directory), Kept({}, 0, 0)
-    if before is not None:
-        taxonomy = append_classes(before.taxonomy(directory.path), taxonomy, f"data={config.data.kind}")
+    if before is None:
+        taxonomy = source.build_taxonomy()
+    else:
+        earlier = before.taxonomy(directory.path)
+        taxonomy = append_classes(earlier, source.list_classes(), f"data={config.data.kind}")
         kept = find_kept(directory.path, before, taxonomy, item_of_key)
     assignment = assign_splits(items, source.split, kept.splits)
     items_of: dict[str, list[Item]] = {split: [] for split in SPLITS}

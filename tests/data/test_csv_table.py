@@ -66,6 +66,13 @@ def test_a_row_is_an_image_with_its_labels_split_and_group(write):
     ]
 
 
+def test_a_class_may_be_the_only_one_of_a_vertical_that_has_others_elsewhere(write):
+    source = open_table(write("path,labels", "1.jpg,birds/gull", "2.jpg,cars/taxi", "3.jpg,cars/tram"))
+    assert [c.id for c in source.list_classes()] == ["birds/gull", "cars/taxi", "cars/tram"]
+    with pytest.raises(DataError, match="birds"):
+        source.build_taxonomy()
+
+
 def test_columns_separators_and_formats_are_those_of_the_config(write):
     lines = ("file\ttags\tfold", "1.jpg\tred;blue\ttrain", "2.jpg\tblue\ttest")
     options = {"path_column": "file", "labels_column": "tags", "label_separator": ";"}

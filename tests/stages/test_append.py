@@ -200,6 +200,20 @@ def test_a_source_that_changed_after_a_kill_is_appended_as_it_is_now(images, mor
     assert {c.id for c in prepared(workdir)[1].classes} == labels
 
 
+def test_a_folder_of_new_images_alone_may_have_one_class_of_an_old_vertical(images, encode_image, tmp_path):
+    workdir, arrived = tmp_path / "work", tmp_path / "arrived"
+    concentrate(*arguments(images, workdir), directory=tmp_path)
+    before = read_places(workdir)
+    for class_id in ("birds/kite", "cars/van"):
+        (arrived / class_id).mkdir(parents=True)
+        (arrived / class_id / "s99-1.png").write_bytes(encode_image("png", (9, 7), seed=sum(class_id.encode())))
+    concentrate(*arguments(arrived, workdir, "shares", "append=true"), directory=tmp_path)
+    after = read_places(workdir)
+    assert before.items() <= after.items()
+    assert sorted(after[key][1] for key in after.keys() - before.keys()) == ["birds/kite", "cars/van"]
+    assert [c.id for c in prepared(workdir)[1].classes] == [*OLD, "cars/van"]
+
+
 def test_a_class_that_moved_is_refused_before_anything_is_touched(images, tmp_path):
     taxonomy = tmp_path / "classes.json"
     classes = [{"id": class_id, "vertical": class_id.split("/")[0]} for class_id in OLD]

@@ -22,7 +22,7 @@ from concentration.data.sources.tables import find_column, read_table
 from concentration.data.split_assignment import SPLIT_OF_NAME, SplitName, find_split
 from concentration.errors import DataError
 from concentration.schema import suggest
-from concentration.taxonomy import Taxonomy
+from concentration.taxonomy import Taxonomy, TaxonomyClass
 
 
 class CsvConfig(ImageFilesConfig):
@@ -70,9 +70,13 @@ class CsvSource(LocalSource):
     def build_taxonomy(self) -> Taxonomy:
         if self._config.taxonomy is not None:
             return Taxonomy.load(self._config.taxonomy)
+        return Taxonomy(self.list_classes(), str(self._config.path))
+
+    def list_classes(self) -> Sequence[TaxonomyClass]:
+        if self._config.taxonomy is not None:
+            return self.build_taxonomy().classes
         try:
-            labels = (label for item in self.list_items() for label in item.labels)
-            return Taxonomy(classes_of_paths(labels), str(self._config.path))
+            return classes_of_paths(label for item in self.list_items() for label in item.labels)
         except ValueError as error:
             raise DataError(
                 f"{self._config.path}: the label '{error}' has no vertical, but others do; "

@@ -3,7 +3,7 @@
 import functools
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -15,7 +15,7 @@ from concentration.data.sources.image_files import ImageFilesConfig, classes_of_
 from concentration.data.sources.source import Item, LocalSource
 from concentration.data.split_assignment import SPLITS, SplitName, find_split
 from concentration.errors import ConfigError, DataError
-from concentration.taxonomy import Taxonomy
+from concentration.taxonomy import Taxonomy, TaxonomyClass
 
 
 class ImageFolderConfig(ImageFilesConfig):
@@ -64,23 +64,30 @@ class ImageFolderSource(LocalSource):
         return {"_config": self._config, "split": self.split}  # without the listing, which workers do not need
 
     def build_taxonomy(self) -> Taxonomy:
-        ids = {item.labels[0] for item in self.list_items()}
+        if self._config.taxonomy is None:
+            return Taxonomy(self.list_classes(), str(self._config.path))
+        taxonomy = Taxonomy.load(self._config.taxonomy)
+        for class_id in sorted(self._list_ids()):
+            if class_id not in taxonomy.position:
+                raise DataError(
+                    f"{self._config.path}/{class_id}: no class '{class_id}' in {self._config.taxonomy}; "
+                    "rename the folder or add the class"
+                )
+        return taxonomy
+
+    def list_classes(self) -> Sequence[TaxonomyClass]:
         if self._config.taxonomy is not None:
-            taxonomy = Taxonomy.load(self._config.taxonomy)
-            for class_id in sorted(ids):
-                if class_id not in taxonomy.position:
-                    raise DataError(
-                        f"{self._config.path}/{class_id}: no class '{class_id}' in {self._config.taxonomy}; "
-                        "rename the folder or add the class"
-                    )
-            return taxonomy
+            return self.build_taxonomy().classes
         try:
-            return Taxonomy(classes_of_paths(ids), str(self._config.path))
+            return classes_of_paths(self._list_ids())
         except ValueError as error:
             raise DataError(
                 f"{self._config.path}/{error}: images lie beside the folders of other verticals' classes; "
                 "move them into a class's folder, VERTICAL/CLASS/IMAGE"
             ) from None
+
+    def _list_ids(self) -> set[str]:
+        return {item.labels[0] for item in self.list_items()}
 
     def list_items(self) -> list[Item]:
         return self._listing[0]

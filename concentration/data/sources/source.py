@@ -1,10 +1,11 @@
 """The interface of a source of images, from which `prepare` writes shards in parallel."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from concentration.data.split_assignment import SplitConfig, SplitName
-from concentration.taxonomy import Taxonomy
+from concentration.taxonomy import Taxonomy, TaxonomyClass
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,9 @@ class Source(Protocol):
     def build_taxonomy(self) -> Taxonomy:
         """The classes of this source."""
 
+    def list_classes(self) -> Sequence[TaxonomyClass]:
+        """The same, for a taxonomy that has other classes besides: one may be the only class of a vertical here."""
+
     def list_items(self) -> list[Item]:
         """All samples, in an order that is the same for each call."""
 
@@ -66,6 +70,9 @@ class LocalSource:
     """What sources have in common whose images are on this machine, or are drawn with installed software."""
 
     is_compact = False
+
+    def list_classes(self) -> Sequence[TaxonomyClass]:
+        return self.build_taxonomy().classes
 
     def fetch(self) -> None:
         """There is nothing to fetch."""
