@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
@@ -28,6 +29,7 @@ from concentration.data.views import Share
 from concentration.errors import ConfigError, DataError
 from concentration.files import write_atomically
 from concentration.progress import Progress
+from concentration.schema import flatten
 from concentration.stages.prepare_given_shards import (
     check_kept_shards,
     describe_state,
@@ -155,7 +157,12 @@ def _prepare_source(source: Source, config: PrepareConfig, directory: RunDirecto
     for item, split in zip(items, assignment.splits, strict=True):
         if item.key not in kept.splits:
             items_of[split].append(item)
-    for line in [*source.list_notes(), *_describe(assignment), *_describe_kept(before, kept, items_of)]:
+    for line in [
+        *source.list_notes(),
+        *_describe(assignment),
+        *_describe_kept(before, kept, items_of),
+        *_describe_moved(config, directory, kept),
+    ]:
         print(f"prepare: {line}")
     if before is None:
         check_training_images(items_of["train"], taxonomy)
@@ -232,6 +239,22 @@ def _describe_kept(before: Before | None, kept: Kept, items_of: dict[str, list[I
             f"{kept.num_other_labels} prepared images have other labels now, and keep the old ones (overwrite=true)"
         )
     return lines
+
+
+def _describe_moved(config: PrepareConfig, directory: RunDirectory, kept: Kept) -> list[str]:
+    """Where the source lies elsewhere now and has images of the same names: nothing says whether they are the same images."""
+    earlier = flatten(directory.load_config())
+    moved = [
+        f"{key} was {earlier[key]}"
+        for key, place in list_places(config.data).items()
+        if isinstance(earlier.get(key), str) and os.path.realpath(earlier[key]) != os.path.realpath(place)
+    ]
+    if not moved or not kept.splits:
+        return []
+    return [
+        f"{', '.join(moved)}: images are known by their paths in the source, and {len(kept.splits)} have the path of one that is "
+        "prepared already; if they are other images, move them below a folder of another name"
+    ]
 
 
 def _write_shards(

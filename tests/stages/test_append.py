@@ -214,6 +214,18 @@ def test_a_folder_of_new_images_alone_may_have_one_class_of_an_old_vertical(imag
     assert [c.id for c in prepared(workdir)[1].classes] == [*OLD, "cars/van"]
 
 
+def test_images_of_another_folder_that_have_the_paths_of_prepared_ones_are_told(images, put, tmp_path):
+    workdir, other = tmp_path / "work", tmp_path / "other"
+    concentrate(*arguments(images, workdir), directory=tmp_path)
+    put("birds/kite", range(30, 32))
+    images.rename(other)
+    out = concentrate(*arguments(other, workdir, "shares", "append=true"), directory=tmp_path).out
+    assert "120 images are prepared already; new: " in out
+    assert f"data.path was {images}: images are known by their paths in the source, and 120 have the path of one" in out
+    again = concentrate(*arguments(other, workdir, "shares", "append=true"), directory=tmp_path).out
+    assert "data.path was" not in again
+
+
 def test_a_class_that_moved_is_refused_before_anything_is_touched(images, tmp_path):
     taxonomy = tmp_path / "classes.json"
     classes = [{"id": class_id, "vertical": class_id.split("/")[0]} for class_id in OLD]
