@@ -6,6 +6,7 @@
 Shapes: B batch, D features, K groups, S samples of a shard, N samples of a split.
 """
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -108,6 +109,11 @@ def load_group_ids(
             raise DataError(f"{path}: damaged (groups {group_S.min()} to {group_S.max()} of {num_groups}); group again")
         groups.append(group_S)
     return np.concatenate(groups)
+
+
+def hash_group_ids(group_N: np.ndarray) -> str:
+    """A hash of the groups of all samples of a split, (N,) int32; 16 hex digits of SHA-256."""
+    return hashlib.sha256(group_N.astype("<i4").tobytes()).hexdigest()[:16]
 
 
 def count_by_group(groups: Mapping[str, np.ndarray], num_groups: int) -> dict[str, list[int]]:

@@ -25,6 +25,7 @@ from concentration.grouping.sample_groups import (
     CENTROIDS_FILE,
     CentroidRouter,
     count_by_group,
+    hash_group_ids,
     load_group_ids,
     prepare_features,
     save_group_ids,
@@ -106,7 +107,11 @@ def group_by_features(
     }
     pairs = train.label_pairs(np.arange(len(train)), smear=True)
     group_C = find_majority_groups(groups["train"], *pairs, router.num_groups, train.taxonomy.num_classes)
-    facts = {"centroids": hash_file(path / CENTROIDS_FILE), "num_samples": count_by_group(groups, router.num_groups)}
+    facts = {
+        "centroids": hash_file(path / CENTROIDS_FILE),
+        "num_samples": count_by_group(groups, router.num_groups),
+        "sample_groups": {name: hash_group_ids(group_N) for name, group_N in groups.items()},
+    }
     return ClassGroups.build(group_C, train.taxonomy), facts
 
 

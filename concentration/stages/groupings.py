@@ -8,11 +8,17 @@ from pathlib import Path
 import numpy as np
 
 from concentration.data.split import Split
-from concentration.errors import ConfigError
+from concentration.errors import ConfigError, DataError
 from concentration.files import check_unchanged
 from concentration.grouping.class_groups import ClassGroups, load_class_groups
-from concentration.grouping.sample_groups import CENTROIDS_FILE, CentroidRouter, load_group_ids
+from concentration.grouping.sample_groups import (
+    CENTROIDS_FILE,
+    CentroidRouter,
+    hash_group_ids,
+    load_group_ids,
+)
 from concentration.schema import hash_values
+from concentration.stages.report_values import as_mapping
 from concentration.stages.run_directory import RunDirectory
 from concentration.taxonomy import Taxonomy
 
@@ -70,11 +76,16 @@ def load_sample_groups(workdir: Path, name: str, split: Split) -> np.ndarray:
 
     Raises:
         ConfigError: as `load_router`.
-        DataError: as `load_router`; or the grouping is of other samples.
+        DataError: as `load_router`; or the grouping is of other samples, or a file of groups has changed.
     """
-    router, directory = load_router(workdir, name), workdir / GROUPINGS / name
+    router, directory = load_router(workdir, name), find_grouping(workdir, name)
     num_samples = np.diff(split.shard_start).tolist()
-    return load_group_ids(directory, split.index_names, num_samples, router.num_groups)
+    group_N = load_group_ids(directory.path, split.index_names, num_samples, router.num_groups)
+    done = directory.load_done(f"concentrate group name={name}")
+    made = as_mapping(done.get("sample_groups")).get(split.name)  # earlier versions recorded none
+    if made is not None and hash_group_ids(group_N) != made:
+        raise DataError(f"{directory.path}/{split.name}-*.safetensors: changed since {_SINCE}")
+    return group_N
 
 
 def identify_sample_groups(workdir: Path, name: str) -> str:

@@ -8,12 +8,14 @@ import torch
 from real_runs import TINY, concentrate, load_json, one_line, prepare_shards, start_ranks
 from sklearn.metrics import adjusted_rand_score
 
+from concentration.array_files import load_arrays
 from concentration.data.order import SequentialOrder
 from concentration.data.reader import SampleReader
 from concentration.data.sample_targets import LabelTargets
 from concentration.data.split import load_split
+from concentration.errors import DataError
 from concentration.grouping.class_groups import NO_GROUP, ClassGroups
-from concentration.grouping.sample_groups import CentroidRouter
+from concentration.grouping.sample_groups import CentroidRouter, save_group_ids
 from concentration.grouping.spectral import Similarity, cluster_classes
 from concentration.networks.student import load_student
 from concentration.stages.groupings import load_grouping, load_router, load_sample_groups
@@ -81,6 +83,17 @@ def test_again_it_does_nothing_and_a_lost_file_is_made_again(workdir):
     (path / "train-000001.safetensors").unlink()
     concentrate(*FEATURES, f"workdir={workdir}", directory=workdir.parent)
     assert {file.name: file.read_bytes() for file in path.glob("*.safetensors")} == before
+
+
+def test_a_changed_file_of_groups_is_refused(workdir):
+    """Groups that are as many and as valid, but others: with them an expert would learn from others' images."""
+    train, path = load(workdir, "train"), workdir / "groupings/features/train-000001.safetensors"
+    before = path.read_bytes()
+    save_group_ids(path, (load_arrays(path, ("group",))["group"] + 1) % 3)
+    with pytest.raises(DataError, match=r"features/train-\*\.safetensors: changed since .* group again with overwrite"):
+        load_sample_groups(workdir, "features", train)
+    path.write_bytes(before)
+    load_sample_groups(workdir, "features", train)
 
 
 @pytest.mark.long
