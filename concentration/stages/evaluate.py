@@ -27,9 +27,10 @@ from concentration.networks.augmented import ConditionalHeads
 from concentration.networks.classifier import Classifier
 from concentration.networks.cost import count_active_parameters, count_multiply_adds, count_parameters
 from concentration.progress import Progress
-from concentration.schema import FolderName, hash_values
+from concentration.schema import FolderName, hash_values, parse_json
 from concentration.stages.gallery import build_gallery
 from concentration.stages.prepared import DataOverrides, load_prepared, load_prepared_split
+from concentration.stages.report_values import as_mapping, as_number
 from concentration.stages.run_directory import RunDirectory, StageConfig
 from concentration.stages.student import STUDENTS
 from concentration.stages.subject import Subject
@@ -148,6 +149,7 @@ def evaluate(config: EvaluateConfig) -> None:
     upstream = {"data": split.fingerprint, "checkpoint": checkpoint, **made_from}
     with directory.begin(config, upstream, is_growing=not result_path.exists()) as is_due:
         if not is_due:
+            _print(config, result_path)
             return
         subject = load_subject(config, taxonomy, split, checkpoint)
         subject = replace(subject, num_crops=config.crops, combination=config.combination)
@@ -171,6 +173,14 @@ def evaluate(config: EvaluateConfig) -> None:
         save_answers(directory.path, answers, split.fingerprint)
         write_atomically(result_path, content)
         directory.finish({"mpvap": content["mpvap"]})
+    _print(config, result_path)
+
+
+def _print(config: EvaluateConfig, path: Path) -> None:
+    found = as_mapping(parse_json(path.read_bytes(), str(path)))
+    mpvap, top1, num_samples = (as_number(found.get(key)) for key in ("mpvap", "top1", "num_samples"))
+    values = [f"{name} {100 * value:.1f} %" for name, value in (("mpvap", mpvap), ("top-1", top1)) if value is not None]
+    print(f"{path}: {', '.join(values)} of {num_samples or 0:,.0f} {config.split} images")
 
 
 def _load_images(config: EvaluateConfig, taxonomy: Taxonomy) -> tuple[Split, dict[str, str]]:

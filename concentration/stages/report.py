@@ -89,6 +89,7 @@ def report(config: ReportConfig) -> None:
     without_pictures = {name: {k: v for k, v in e.items() if k != "gallery"} for name, e in evaluations.items()}
     write_atomically(directory / "metrics.json", without_pictures)
     write_atomically(directory / "index.html", build_report_page(inputs))
+    print(f"report: {(directory / 'index.html').resolve()}")
 
 
 def _load(path: Path) -> Any:

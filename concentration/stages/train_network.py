@@ -3,6 +3,7 @@
 Shapes: C outputs of the network.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -239,6 +240,8 @@ def train_from_here(
         directory.save_speed(fitted.images_per_second)
         facts = judge(student, fitted.num_steps)
         directory.finish({"step": fitted.num_steps, "checkpoint": hash_file(path), **facts})
+        validated = "" if math.isnan(fitted.mpvap) else f"; mpvap on val {100 * fitted.mpvap:.1f} %"
+        print(f"{directory.path}: {fitted.num_steps} steps{validated}")
 
 
 def load_network(path: Path, taxonomy: Taxonomy) -> Classifier:

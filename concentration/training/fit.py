@@ -40,10 +40,17 @@ from concentration.training.weight_averaging import build_weight_averaging
 
 
 class Fitted(NamedTuple):
-    """Steps of the whole run, and images a second of all ranks since this process began (None where nothing was left to do)."""
+    """How training went.
+
+    Attributes:
+        num_steps: of the whole run.
+        images_per_second: of all ranks since this process began; None where nothing was left to do.
+        mpvap: of the trained network on val; NaN where this process did not validate it.
+    """
 
     num_steps: int
     images_per_second: float | None
+    mpvap: float
 
 
 def fit(
@@ -113,7 +120,7 @@ def fit(
         if is_spread:
             gather_head(student, checkpoints.path)
     num_images = (total_steps - first_step) * batch_size
-    return Fitted(total_steps, round(num_images / seconds, 1) if num_images else None)
+    return Fitted(total_steps, round(num_images / seconds, 1) if num_images else None, module.latest_mpvap)
 
 
 def _spread_head(module: StudentModule) -> None:

@@ -97,6 +97,17 @@ def test_the_metrics_are_those_of_scikit_learn_on_the_saved_scores(workdir, name
     assert found["num_classes"] == 10
 
 
+def test_the_result_is_told_also_when_it_was_there(workdir):
+    path = workdir / "evaluations/generalist.val.json"
+    for _ in range(2):
+        out = concentrate(
+            "evaluate", "name=generalist", "split=val", f"workdir={workdir}", directory=workdir.parent
+        ).out
+        found = load_json(path)
+        measures = f"mpvap {100 * found['mpvap']:.1f} %, top-1 {100 * found['top1']:.1f} %"
+        assert out.splitlines()[-1] == f"{path}: {measures} of {found['num_samples']} val images"
+
+
 def test_the_specialists_are_their_teachers_side_by_side(workdir):
     specialists, _, ids = load_scores(workdir, "specialists")
     alone, _, tools = load_scores(workdir, "tools")

@@ -59,7 +59,7 @@ def _read_results(workdir) -> tuple[str, str]:
     [("student", ["generalist", "student"], ["fruit", "next"]), ("next", ["next"], ["fruit", "generalist", "student"])],
 )
 def test_evaluations_on_other_test_images_stand_apart(grown, name, beside, below):
-    concentrate_here("report", f"name={name}", f"workdir={grown}")
+    assert concentrate_here("report", f"name={name}", f"workdir={grown}") == f"report: {grown}/report/index.html\n"
     results, page = _read_results(grown)
     first, *others = results.partition("<tbody>")[2].split("<tbody>")
     assert re.findall(r"<bdi>(\w+)</bdi></span></th>", first) == beside

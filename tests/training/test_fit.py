@@ -43,9 +43,13 @@ def prepared(tmp_path_factory) -> Path:
 def test_the_network_that_is_saved_has_been_validated(prepared, options, expected):
     """Also where the run is no multiple of the interval: 200 images in batches of 16 are 13 steps."""
     name = f"last{expected[-1]}"
-    run_path = train(prepared, name, *TINY_NETWORK, *LABELS, "trainer.num_workers=0", "trainer.batch_size=16", *options,
-                     "trainer.keep_best=true", "optimizer.lr=0.05")  # fmt: skip
+    out = concentrate("student", f"name={name}", f"workdir={prepared}", *TINY_NETWORK, *LABELS, "trainer.num_workers=0",
+                      "trainer.batch_size=16", *options, "trainer.keep_best=true", "optimizer.lr=0.05",
+                      directory=prepared.parent).out  # fmt: skip
+    run_path = prepared / "students" / name
     assert [line["step"] for line in load_lines(run_path) if "val/mpvap" in line] == expected
+    mpvap = curve(run_path, "val/mpvap")[-1]
+    assert out == f"{run_path}: {expected[-1]} steps; mpvap on val {100 * mpvap:.1f} %\n"
     assert (run_path / "best.safetensors").exists()
 
 
