@@ -43,7 +43,8 @@ DEFAULT_NAME = "student"
 class ReportConfig(StageConfig):
     """Writes `report/index.html` and `report/metrics.json`.
 
-    name: the network that the page is about; evaluations and calibrations on other test images than its own stand apart.
+    name: the network that the page is about, or, where there is no `student`, the one with the highest mpvap; evaluations and
+        calibrations on other test images than its own stand apart.
     compare: two evaluations, the one in service first: class by class, what the other gained and lost.
     """
 

@@ -82,9 +82,18 @@ def describe_gap_log_softmax(evaluations: Mapping[str, Mapping[str, Any]], subje
 
 
 def subject_of(evaluations: Mapping[str, Mapping]) -> str:
-    """The network that the page is about if none was named: the student, or else the first that is no reference."""
+    """The network that the page is about if none was named.
+
+    It is the student, or else the one of the highest mpvap that is no reference, of those for the most classes.
+    """
+    if "student" in evaluations:
+        return "student"
+
+    def rank(name: str) -> tuple[float, ...]:
+        return tuple(as_number(as_mapping(evaluations[name]).get(key)) or 0 for key in ("num_classes", "mpvap"))
+
     others = [name for name in evaluations if name not in (LOW, HIGH)]
-    return "student" if "student" in evaluations else next(iter([*others, *evaluations]), "")
+    return max(others, key=rank) if others else next(iter(evaluations), "")
 
 
 def find_unmeasured(evaluation: Mapping[str, Any]) -> list[str]:

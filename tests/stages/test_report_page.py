@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from concentration.stages.report_headline import describe_gap
+from concentration.stages.report_headline import describe_gap, subject_of
 from concentration.stages.report_page import ReportInputs, build_report_page
 
 PIXEL = (
@@ -407,3 +407,12 @@ def test_the_specialists_size_is_a_plain_number(total, shown):
     inputs = _full_inputs()
     inputs.evaluations["specialists"]["num_parameters"] = {"base": None, "top": None, "total": total}
     assert f"the specialists hold {shown}" in _Page(build_report_page(inputs)).text
+
+
+def test_the_page_is_about_the_student_or_the_best_of_those_for_all_classes():
+    measured = {"generalist": (9, 0.9), "wide": (9, 0.6), "wider": (9, 0.7), "fruit": (3, 0.95), "lost": (9, None)}
+    evaluations = {name: {"num_classes": classes, "mpvap": mpvap} for name, (classes, mpvap) in measured.items()}
+    assert subject_of(evaluations) == "wider"
+    assert subject_of({**evaluations, "student": {}}) == "student"
+    assert subject_of({name: evaluations[name] for name in ("generalist",)}) == "generalist"
+    assert subject_of({}) == ""
