@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from markupsafe import Markup
 
 from concentration.stages import report_curves
 from concentration.stages.report_calibration import build_calibration_part
@@ -153,7 +154,14 @@ def _load_template() -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["with_code"] = _mark_code
     return environment.get_template("report.html.jinja")
+
+
+def _mark_code(text: str) -> Markup:
+    """What stands between backticks, as messages on a terminal have it, as code."""
+    parts = (Markup("<code>{}</code>" if n % 2 else "{}").format(part) for n, part in enumerate(text.split("`")))
+    return Markup("").join(parts)
 
 
 def _vertical_sizes(evaluations: Mapping[str, Mapping]) -> dict[str, int]:

@@ -103,7 +103,8 @@ def test_short_trainings_are_told_with_what_trains_longer(finished):
         "teacher.trainer.min_steps=1000 overwrite=changed trains them longer"
     )
     assert text in printed.out
-    assert text in (workdir / "report/index.html").read_text()
+    as_html = text.replace("`concentrate run`", "<code>concentrate run</code>")
+    assert as_html in (workdir / "report/index.html").read_text()
 
 
 def test_the_last_table_says_how_many_images_were_measured_and_which_verticals_had_none(finished, tmp_path, capsys):
