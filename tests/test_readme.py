@@ -20,12 +20,15 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def _commands() -> list[str]:
-    """Lines, and code in lines, that start with `concentrate VERB`; lines that end in a backslash are joined."""
-    text = README.replace("\\\n", " ")
+    """Of the README and of the cluster's page: lines, and code in lines, that start with `concentrate VERB`.
+
+    Lines that end in a backslash are joined.
+    """
+    text = (README + (ROOT / "docs/cluster.md").read_text(encoding="utf-8")).replace("\\\n", " ")
     found = re.findall(r"^    (concentrate \w+ .*)$", text, re.MULTILINE) + re.findall(
         r"`(concentrate \w+ [^`]*)`", text
     )
-    return [command for command in found if "KEY=" not in command and command.split()[1] in VERBS]
+    return [command for command in dict.fromkeys(found) if "KEY=" not in command and command.split()[1] in VERBS]
 
 
 def test_the_library_example_runs():
@@ -84,7 +87,7 @@ def test_the_readme_names_the_two_commands_that_the_makefile_has():
 
 
 @pytest.mark.parametrize("command", _commands())
-def test_a_command_of_the_readme_makes_a_config(command):
+def test_a_command_of_the_pages_makes_a_config(command):
     _, verb, *words = shlex.split(command, comments=True)
     overrides = [word.replace("FOLDER", "/images") for word in words if word not in ("-m", "--help")]
     overrides, given_words = split_words(overrides) if VERBS[verb].positional else (overrides, [])
