@@ -17,7 +17,7 @@ import onnxruntime
 import pytest
 import torch
 from PIL import Image
-from real_runs import TINY, concentrate, draw_image, load_json, one_line, prepare_shards, run_command
+from real_runs import TINY, Plant, concentrate, draw_image, load_json, one_line, prepare_shards, run_command
 
 from concentration.data.views import CentreView, decode_view
 from concentration.errors import ConcentrationError, DataError
@@ -297,6 +297,8 @@ def test_images_that_are_none_are_answered_with_an_error(workdir, photos, tmp_pa
         (["one.png"], {"name": "studnet"}, r"studnet: no export \(exports beside it: student\)"),
         (["one.png"], {"examples": "there"}, "examples=there without neighbours=true has no effect"),
         (["one.png"], {"examples": "there", "neighbours": True}, "examples=there: no such folder"),
+        (["one.png"], {"output": "one.png"}, "output=one.png: is among the images, and would be overwritten"),
+        (["."], {"output": "link.csv", "format": "csv"}, "output=link.csv: is among the images"),
         (["one.png"], {"verticals": ["fruits"]}, "verticals=fruits: no such vertical; did you mean 'fruit'?"),
     ],
     ids=str,
@@ -307,6 +309,7 @@ def test_a_mistake_is_named(workdir, tmp_path, monkeypatch, paths, options, expe
     Path("empty").mkdir()
     os.mkfifo("pipe")
     Path("one.png").write_bytes(draw_image("saw", 1))
+    Path("link.csv").symlink_to("one.png")
     with pytest.raises(ConcentrationError, match=expected):
         predict(workdir, *paths, **options)
 
@@ -418,6 +421,10 @@ def test_a_calibration_is_copied_whenever_it_is_made_and_predict_applies_it(work
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(calibration))
     try:
+        # Between the two files that change: the card stayed as it was, for ever.
+        concentrate(
+            "export", "neighbours=50", f"workdir={workdir}", directory=workdir, plant=Plant("os:replace", 2), code=-9
+        )
         export_stage.export(export_stage.ExportConfig(workdir=workdir, neighbours=50))
         assert (
             "expected calibration error 10.0 before and 1.0 after"
