@@ -179,7 +179,7 @@ def _write_programs(network: Exportable, path: Path) -> None:
 
 
 def _write_neighbours(config: ExportConfig, taxonomy: Taxonomy, predictor: Predictor, path: Path) -> int:
-    """The number of images in the index."""
+    """The number of images in the index; there is none where none of the chosen images can be decoded."""
     if config.neighbours == 0:
         return 0
     split = load_prepared_split(config.workdir, "train", taxonomy)
@@ -190,7 +190,8 @@ def _write_neighbours(config: ExportConfig, taxonomy: Taxonomy, predictor: Predi
         for images, places in read_images(reader, ordinals, progress):
             features.append(predictor(images)[1])
             labels += [taxonomy.class_of_output(output).name for output in outputs[places]]
-    NeighbourIndex.build(np.concatenate(features), labels).save(path / NEIGHBOURS_FOLDER)
+    if labels:
+        NeighbourIndex.build(np.concatenate(features), labels).save(path / NEIGHBOURS_FOLDER)
     return len(labels)
 
 

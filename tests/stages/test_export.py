@@ -158,6 +158,20 @@ def test_export_again_has_nothing_to_do_and_another_network_is_refused(workdir, 
     assert "valid: student" in message
 
 
+def test_images_that_cannot_be_decoded_are_left_out_of_what_is_measured_and_kept(tmp_path):
+    workdir = prepare_shards(tmp_path, num_train=60, damaged=range(9, 60, 10), damaged_test=range(20))
+    common = (f"workdir={workdir}", "targets=labels", *TINY, "trainer.max_skipped_share=1.0")
+    concentrate("student", *common, directory=tmp_path)
+    concentrate("evaluate", f"workdir={workdir}", directory=tmp_path)
+    # The only neighbour would be of the first class, `berry`, all of whose images are damaged.
+    export = ("export", "speed_seconds=0.01", "neighbours=1", f"workdir={workdir}")
+    concentrate(*export, directory=tmp_path)
+    measures = load_json(workdir / "exports/student/measures.json")
+    assert (measures["num_neighbours"], measures["agreement"]["num_images"]) == (0, 32)
+    finished = concentrate(*export, "num_images=1", "overwrite=true", directory=tmp_path, code=2)
+    assert "none of 1 test images can be decoded" in finished.err
+
+
 def test_a_program_that_the_disk_does_not_take_is_one_line(workdir, tmp_path):
     """torch aborted the process, with a trace of its C++."""
     shutil.copytree(workdir, tmp_path / "work", ignore=shutil.ignore_patterns("exports"))
