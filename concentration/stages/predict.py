@@ -63,8 +63,15 @@ class ServingConfig(Config):
         return self
 
     def load_export(self) -> ExportFolder:
-        """Raises: as `export_folder.load_export`."""
-        return load_export(self.workdir / EXPORTS / self.name if self.export is None else self.export)
+        """Raises: as `export_folder.load_export`; ConfigError if the export was begun and is not finished."""
+        folder = self.workdir / EXPORTS / self.name if self.export is None else self.export
+        # NOTE: half of one may answer already, but without its calibration.
+        if (folder / "config.json").exists() and not (folder / "DONE.json").exists():
+            raise ConfigError(
+                f"{folder}: is being exported, or was stopped in the middle; wait for it, or run "
+                f"`concentrate export name={folder.name}` again"
+            )
+        return load_export(folder)
 
 
 class PredictConfig(ServingConfig):

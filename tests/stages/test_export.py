@@ -194,6 +194,15 @@ def test_an_export_that_cannot_be_replaced_goes_on_answering(workdir, photos, tm
     assert predict(workdir, photos) == before
 
 
+def test_an_export_that_is_not_finished_does_not_answer(exported, photos, tmp_path):
+    """It has all that is needed but its calibration."""
+    half = shutil.copytree(exported, tmp_path / "half")
+    (half / "DONE.json").unlink()
+    again = r"half: is being exported, or was stopped in the middle; wait for it, or run `concentrate export name=half`"
+    with pytest.raises(ConcentrationError, match=again):
+        predict(tmp_path, photos, export=half)
+
+
 def test_predict_names_classes_with_vertical_and_ancestors(workdir, photos):
     taxonomy = Taxonomy.load(workdir / "shards/taxonomy.json")
     network = load_student(workdir / "students/student/model.safetensors")
