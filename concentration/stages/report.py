@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import concentration
-from concentration.errors import ConfigError
+from concentration.errors import ConfigError, DataError
 from concentration.files import write_atomically
 from concentration.metrics.agreement import compare_in_verticals, compare_overall
 from concentration.schema import FolderName, parse_json
@@ -95,15 +95,18 @@ def report(config: ReportConfig) -> None:
     print(f"report: {(directory / 'index.html').resolve()}" + (f"; NOTE: {outdated}" if outdated else ""))
 
 
-def _load(path: Path) -> Any:
-    """Raises: DataError where the file is damaged."""
-    return parse_json(path.read_bytes(), str(path))
+def _load(path: Path) -> dict[str, Any]:
+    """The object in a file. Raises: DataError where it is damaged."""
+    values = parse_json(path.read_bytes(), str(path))
+    if not isinstance(values, dict):
+        raise DataError(f"{path}: a {type(values).__name__}, expected an object; bring it back, or make it again")
+    return values
 
 
 def _load_evaluations(config: ReportConfig) -> dict[str, dict]:
     paths = {path.stem: path for path in (config.workdir / EVALUATIONS).glob("*.json")}
     loaded = {name: _load(path) for name, path in paths.items()}
-    loaded = {name: evaluation for name, evaluation in loaded.items() if evaluation["split"] == "test"}
+    loaded = {name: evaluation for name, evaluation in loaded.items() if evaluation.get("split", "test") == "test"}
     loaded = {name: e | {IMAGES: _identify_images(paths[name])} for name, e in loaded.items()}
     if not loaded:
         raise ConfigError(
@@ -175,7 +178,7 @@ def _load_calibrations(workdir: Path, evaluations: Mapping[str, dict]) -> dict[s
     return {
         name: c | {IMAGES: {"data": images} if (images := _load_upstream(paths[name]).get("test")) else {}}
         for name, c in loaded.items()
-        if c["checkpoint"] == evaluations[name].get("checkpoint")
+        if c.get("checkpoint") == evaluations[name].get("checkpoint")
     }
 
 

@@ -107,6 +107,9 @@ def test_a_damaged_file_that_the_page_shows_is_named(file, grown, tmp_path):
     damaged.write_text('{"split": "te')
     with pytest.raises(DataError, match=rf"^{damaged}: not JSON .*; bring it back, or write it again$"):
         concentrate_here("report", "name=next", f"workdir={tmp_path / 'work'}")
+    damaged.write_text("[]")
+    with pytest.raises(DataError, match=f"^{damaged}: a list, expected an object; bring it back, or make it again$"):
+        concentrate_here("report", "name=next", f"workdir={tmp_path / 'work'}")
 
 
 def test_calibrations_on_other_test_images_stand_apart_as_evaluations_do(grown):
