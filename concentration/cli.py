@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from concentration import preemption
 from concentration.completion import OPTION, complete, get_script
 from concentration.config import VERBS, check_config, describe_composition_error, find_config_directory
-from concentration.errors import ConcentrationError, ConfigError, Preempted, naming_what_is_full
+from concentration.errors import ConcentrationError, ConfigError, Preempted, naming_refusals
 from concentration.processes import check_surroundings, end, raise_file_limit
 from concentration.schema import quote, suggest
 from concentration.stages.verbs import split_words
@@ -70,7 +70,7 @@ def run_verb(verb: str, composed: Any, words: Sequence[str] = ()) -> int:
     """Checks the config, runs the verb, and returns its exit code; an error is printed, not raised."""
     try:
         config = check_config(verb, composed, words)
-        with naming_what_is_full():
+        with naming_refusals():
             VERBS[verb].load()[0](config)
     except Preempted as error:
         preemption.leave_marker(error)

@@ -61,17 +61,19 @@ class Preempted(ConcentrationError):
 
 
 @contextlib.contextmanager
-def naming_what_is_full() -> Iterator[None]:
-    """Names a full disk, where who writes does not, and a machine or a GPU that has no memory left.
+def naming_refusals() -> Iterator[None]:
+    """Names a full disk and a file that may not be used, where who asks does not, and a machine or a GPU without memory left.
 
     Raises: DataError, ConfigError in place of what Python or torch raises.
     """
     try:
         yield
     except OSError as error:
+        place = error.filename2 or error.filename or "a file"
+        if isinstance(error, PermissionError) and error.filename is not None:
+            raise DataError(f"{place}: cannot be used ({error.strerror}); correct its permissions") from None
         if error.errno not in FULL_DISK:
             raise
-        place = error.filename2 or error.filename or "a file"
         raise DataError(
             f"{place}: cannot be written ({error.strerror}); free space, and run the same command again"
         ) from None

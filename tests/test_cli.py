@@ -18,7 +18,7 @@ from real_runs import IMAGE_SIZE, TINY, Running, concentrate, one_line, prepare_
 
 from concentration import cli, preemption
 from concentration.config import VERBS, check_config, find_config_directory
-from concentration.errors import ConfigError, DataError, naming_what_is_full
+from concentration.errors import ConfigError, DataError, naming_refusals
 from concentration.pipeline import records
 
 CONF = find_config_directory()
@@ -365,18 +365,27 @@ def test_full_memory_is_one_line(workdir, tmp_path):
     "error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB."), MemoryError()]
 )
 def test_a_gpu_without_memory_left_is_named_in_the_same_way(error):
-    with pytest.raises(ConfigError, match="memory is full"), naming_what_is_full():
+    with pytest.raises(ConfigError, match="memory is full"), naming_refusals():
         raise error
-    with pytest.raises(RuntimeError, match="another"), naming_what_is_full():
+    with pytest.raises(RuntimeError, match="another"), naming_refusals():
         raise RuntimeError("another")
 
 
 def test_a_full_disk_is_named_wherever_it_is_met():
     expected = r"new/model: cannot be written \(No space left on device\); free space, and run"
-    with pytest.raises(DataError, match=expected), naming_what_is_full():
+    with pytest.raises(DataError, match=expected), naming_refusals():
         raise OSError(28, "No space left on device", "old/model", None, "new/model")
-    with pytest.raises(FileNotFoundError), naming_what_is_full():
+    with pytest.raises(FileNotFoundError), naming_refusals():
         Path("nowhere/model").read_bytes()
+
+
+def test_a_file_that_may_not_be_used_is_named_wherever_it_is_met():
+    """Root, as whom tests may run, may use all files."""
+    expected = r"calibrations/student.json: cannot be used \(Permission denied\); correct its permissions"
+    with pytest.raises(DataError, match=expected), naming_refusals():
+        raise PermissionError(13, "Permission denied", "calibrations/student.json")
+    with pytest.raises(PermissionError), naming_refusals():
+        raise PermissionError(1, "Operation not permitted")  # of a signal, say
 
 
 def test_a_folder_for_temporary_files_with_too_long_a_name_is_refused(workdir, tmp_path):

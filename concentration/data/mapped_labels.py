@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from concentration.data.split import Split
-from concentration.errors import DataError
+from concentration.errors import DataError, unreadable
 from concentration.schema import parse_json
 from concentration.taxonomy import Taxonomy
 
@@ -61,12 +61,14 @@ def load_class_map(path: Path) -> dict[str, str]:
     """Reads a class map: a JSON object from class ids to class ids.
 
     Raises:
-        DataError: the file is missing, or holds something else.
+        DataError: the file is missing, cannot be read, or holds something else.
     """
     try:
         content = parse_json(path.read_bytes(), str(path))
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; give a JSON object from their class ids to ours") from None
+    except OSError as error:
+        raise unreadable(path, error) from None
     if not isinstance(content, dict) or not all(isinstance(value, str) for value in content.values()):
         raise DataError(f'{path}: expected a JSON object from class ids to class ids, such as {{"n02084071": "dog"}}')
     return content

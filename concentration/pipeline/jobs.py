@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from concentration import preemption
-from concentration.errors import Busy, ConcentrationError, Preempted, naming_what_is_full
+from concentration.errors import Busy, ConcentrationError, Preempted, naming_refusals
 from concentration.files import write_atomically
 from concentration.processes import end_with_parent
 from concentration.schema import parse_config
@@ -155,7 +155,7 @@ def _parse(frozen: Mapping) -> tuple[Callable[[StageConfig], None], StageConfig]
 def _run(frozen: Mapping) -> int:
     try:
         function, config = _parse(frozen)
-        with naming_what_is_full():
+        with naming_refusals():
             function(config)
     except ConcentrationError as error:
         print(f"concentrate: {error}", file=sys.stderr)

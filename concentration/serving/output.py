@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Literal, Protocol, TextIO
@@ -10,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from concentration.schema import CONTROL
 from concentration.serving.answers import ImageAnswer
 
 Format = Literal["table", "jsonl", "csv"]
@@ -18,6 +20,8 @@ CSV_COLUMNS = (
     "path", "rank", "class", "name", "vertical", "probability", "lineage", "is_sure", "none_of_these", "error"
 )  # fmt: skip
 SEPARATOR = " > "
+#: Characters that turn the direction of all that follows.
+_TURNING = re.compile(r"[\u202a-\u202e\u2066-\u2069]")
 
 #: How text is encoded, in a terminal and in files. Names of classes may be in any script; in the name of a file that is not
 #: UTF-8, a `?` stands for each wrong byte.
@@ -119,24 +123,28 @@ class TableWriter:
         self._console.print(self._table)
 
     def _add(self, answer: ImageAnswer) -> None:
-        # A file name may contain control characters, by which it could change colours or clear the screen.
-        path = escape("".join(character if character.isprintable() else "?" for character in answer.path))
+        path = _show(answer.path)
         if answer.error is not None:
-            self._table.add_row(path, f"[red]{escape(answer.error)}[/red]", "", "")
+            self._table.add_row(path, f"[red]{_show(answer.error)}[/red]", "", "")
             return
         if answer.none_of_these:
             self._table.add_row(path, "[yellow]none of these classes, it seems; the nearest are[/yellow]", "", "")
             path = ""
         for number, c in enumerate(answer.classes):
-            *above, name = map(escape, c.lineage)
+            *above, name = map(_show, c.lineage)
             ancestors = "".join(f"[dim]{ancestor}{SEPARATOR}[/dim]" for ancestor in above)
             shown = f"{ancestors}[bold]{name}[/bold]" if number == 0 else f"{ancestors}{name}"
-            self._table.add_row(path if number == 0 else "", shown, escape(c.vertical), f"{100 * c.probability:.1f} %")
+            self._table.add_row(path if number == 0 else "", shown, _show(c.vertical), f"{100 * c.probability:.1f} %")
         for neighbour in answer.neighbours:
             self._table.add_row(
-                "", f"[dim]near[/dim] {escape(neighbour.name)}", "", f"[dim]{neighbour.similarity:.2f} alike[/dim]"
+                "", f"[dim]near[/dim] {_show(neighbour.name)}", "", f"[dim]{neighbour.similarity:.2f} alike[/dim]"
             )
         self._table.add_section()
+
+
+def _show(text: str) -> str:
+    """The name of a file or a class for a terminal, whose colours, screen and direction it might otherwise change."""
+    return escape(_TURNING.sub("?", CONTROL.sub("?", text)))
 
 
 def count_errors(answers: Sequence[ImageAnswer]) -> int:

@@ -94,11 +94,11 @@ def calibrate(config: CalibrateConfig) -> None:
     checkpoint = find_checkpoint(config.workdir, config.name, taxonomy)
     splits = {name: load_prepared_split(config.workdir, name, taxonomy) for name in ("val", "test")}
     outside = _find_outside(config, taxonomy)
-    directory = RunDirectory(config.output)
+    directory, result_path = RunDirectory(config.output), config.output.with_name(f"{config.output.name}.json")
     upstream = {"checkpoint": checkpoint, **{name: split.fingerprint for name, split in splits.items()}}
     if outside is not None:
         upstream["outside"] = outside.split.fingerprint
-    with directory.begin(config, upstream) as is_due:
+    with directory.begin(config, upstream, is_growing=not result_path.exists()) as is_due:
         if not is_due:
             return
         subjects = {name: load_subject(config, taxonomy, split, checkpoint) for name, split in splits.items()}
@@ -107,10 +107,7 @@ def calibrate(config: CalibrateConfig) -> None:
             foreign = dataclasses.replace(subjects["test"], split=outside.split, ordinals=outside.ordinals)
             answers["outside"] = _collect(config, foreign, "outside", directory.path, is_outside=True)
         content = _describe(config, subjects["test"].taxonomy, answers)
-        write_atomically(
-            config.output.with_name(f"{config.output.name}.json"),
-            {"name": config.name, "checkpoint": checkpoint, **content},
-        )
+        write_atomically(result_path, {"name": config.name, "checkpoint": checkpoint, **content})
         directory.finish({"top1": content["after"]["top1"], "ece": content["after"]["ece"]})
         _print(config, content)
 

@@ -3,7 +3,7 @@
 `name=[a,b]` averages over several networks, and `crops=10` or 144 over several crops of each image.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -143,8 +143,7 @@ def evaluate(config: EvaluateConfig) -> None:
     """
     _, taxonomy, _ = load_prepared(config.workdir, DataOverrides())
     split, made_from = _load_images(config, taxonomy)
-    checkpoints = {name: find_checkpoint(config.workdir, name, taxonomy) for name in config.names}
-    checkpoint = checkpoints[config.names[0]] if len(checkpoints) == 1 else hash_values(checkpoints)
+    checkpoint = find_checkpoint(config.workdir, config.name, taxonomy)
     directory, result_path = RunDirectory(config.output), config.output.with_name(f"{config.output.name}.json")
     upstream = {"data": split.fingerprint, "checkpoint": checkpoint, **made_from}
     with directory.begin(config, upstream, is_growing=not result_path.exists()) as is_due:
@@ -198,12 +197,15 @@ def _load_images(config: EvaluateConfig, taxonomy: Taxonomy) -> tuple[Split, dic
     return mapped, {} if class_map is None else {"class_map": hash_values(class_map)}
 
 
-def find_checkpoint(workdir: Path, name: str, taxonomy: Taxonomy) -> str:
-    """A hash of the files of the network, or networks, with this name.
+def find_checkpoint(workdir: Path, name: str | Sequence[str], taxonomy: Taxonomy) -> str:
+    """A hash of the files of the network, or networks, with this name or these.
 
     Raises:
         ConfigError: one is not finished, or nothing has this name.
     """
+    if not isinstance(name, str):
+        checkpoints = {each: find_checkpoint(workdir, each, taxonomy) for each in name}
+        return checkpoints[name[0]] if len(name) == 1 else hash_values(checkpoints)
     if name == SPECIALISTS:
         return identify_teachers(workdir, taxonomy)
     for kind, command in (

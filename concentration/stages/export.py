@@ -97,9 +97,13 @@ def export(config: ExportConfig) -> None:
         evaluation = _load_evaluation(config, checkpoint)
         if is_due:
             _write_export(config, taxonomy, source, directory.path)
-        if is_due or _has_new_calibration(config, checkpoint, directory.path):
-            _copy_calibration(config, checkpoint, directory.path)
-            write_atomically(directory.path / CARD_FILE, build_card(config.name, config.workdir, evaluation))
+        calibration = _load_calibration(config, checkpoint)
+        if is_due or _is_new(calibration, directory.path):
+            # The calibration comes last: a kill before it leaves one that is still new, and so another card, too.
+            card = build_card(config.name, config.workdir, evaluation, calibration)
+            write_atomically(directory.path / CARD_FILE, card)
+            if calibration is not None:
+                write_atomically(directory.path / CALIBRATION_FILE, calibration)
             print(f"{directory.path / CARD_FILE}: the model card")
         if is_due:
             directory.finish({"checkpoint": checkpoint})
@@ -123,21 +127,19 @@ def _write_export(config: ExportConfig, taxonomy: Taxonomy, source: Path, path: 
     write_atomically(path / MEASURES_FILE, {**measures, "num_neighbours": num_neighbours})
 
 
-def _find_calibration(config: ExportConfig, checkpoint: str) -> Path | None:
-    """The calibration of this network; None where there is none, or that of another training."""
+def _load_calibration(config: ExportConfig, checkpoint: str) -> bytes | None:
+    """The file of this network's calibration; None where there is none, or that of another training."""
     path = config.workdir / CALIBRATIONS / f"{config.name}.json"
-    is_there = path.exists() and as_mapping(parse_json(path.read_bytes(), str(path))).get("checkpoint") == checkpoint
-    return path if is_there else None
+    if not path.exists():
+        return None
+    content = path.read_bytes()
+    return content if as_mapping(parse_json(content, str(path))).get("checkpoint") == checkpoint else None
 
 
-def _has_new_calibration(config: ExportConfig, checkpoint: str, path: Path) -> bool:
-    found, copy = _find_calibration(config, checkpoint), path / CALIBRATION_FILE
-    return found is not None and not (copy.exists() and copy.read_bytes() == found.read_bytes())
-
-
-def _copy_calibration(config: ExportConfig, checkpoint: str, path: Path) -> None:
-    if found := _find_calibration(config, checkpoint):
-        write_atomically(path / CALIBRATION_FILE, found.read_bytes())
+def _is_new(calibration: bytes | None, path: Path) -> bool:
+    """Whether the export does not have this calibration yet."""
+    copy = path / CALIBRATION_FILE
+    return calibration is not None and not (copy.exists() and copy.read_bytes() == calibration)
 
 
 def _find_checkpoint(config: ExportConfig, source: Path) -> str:
@@ -177,7 +179,7 @@ def _write_programs(network: Exportable, path: Path) -> None:
 
 
 def _write_neighbours(config: ExportConfig, taxonomy: Taxonomy, predictor: Predictor, path: Path) -> int:
-    """The number of images in the index."""
+    """The number of images in the index; there is none where none of the chosen images can be decoded."""
     if config.neighbours == 0:
         return 0
     split = load_prepared_split(config.workdir, "train", taxonomy)
@@ -188,7 +190,8 @@ def _write_neighbours(config: ExportConfig, taxonomy: Taxonomy, predictor: Predi
         for images, places in read_images(reader, ordinals, progress):
             features.append(predictor(images)[1])
             labels += [taxonomy.class_of_output(output).name for output in outputs[places]]
-    NeighbourIndex.build(np.concatenate(features), labels).save(path / NEIGHBOURS_FOLDER)
+    if labels:
+        NeighbourIndex.build(np.concatenate(features), labels).save(path / NEIGHBOURS_FOLDER)
     return len(labels)
 
 

@@ -20,13 +20,12 @@ CARD_FILE, MEASURES_FILE = "README.md", "measures.json"
 _NUM_WEAK = 15
 
 
-def build_card(name: str, workdir: Path, evaluation: Mapping[str, Any]) -> str:
-    """The card as Markdown, from what the run and the export have written."""
+def build_card(name: str, workdir: Path, evaluation: Mapping[str, Any], calibration: bytes | None) -> str:
+    """The card as Markdown, from what the run and the export have written, and the file of the calibration, if there is one."""
     path = workdir / EXPORTS / name
     export = load_export(path)
     measures = parse_json((path / MEASURES_FILE).read_bytes(), MEASURES_FILE)
     shards = RunDirectory(workdir / SHARDS)
-    calibration = path / CALIBRATION_FILE
     student = RunDirectory(workdir / STUDENTS / name)
     # What `add`, `remove` and `merge` made keeps how the student before it had learned.
     learning = as_mapping(student.load_done(f"concentrate student name={name}").get("learning"))
@@ -43,7 +42,7 @@ def build_card(name: str, workdir: Path, evaluation: Mapping[str, Any]) -> str:
         training=_describe_training(training),
         e=evaluation,
         m=measures,
-        calibration=parse_json(calibration.read_bytes(), CALIBRATION_FILE) if calibration.exists() else None,
+        calibration=None if calibration is None else parse_json(calibration, CALIBRATION_FILE),
         has_neighbours=(path / NEIGHBOURS_FOLDER).is_dir(),
         has_gpu=any(speed["device"] != "one core" for speed in measures["speed"]),
         verticals=_list_verticals(export.taxonomy.vertical_sizes, evaluation, measures["confusions"]["by_vertical"]),

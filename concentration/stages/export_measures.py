@@ -100,8 +100,14 @@ class SampledImages:
         self._reader = SampleReader(split, LabelTargets(split, smear=False), image_size, views=None, seed=0)
 
     def read_first(self) -> np.ndarray:
-        """A few decoded images (B, 3, H, W)."""
-        return next(read_images(self._reader, self.ordinals[:_NUM_CHECKED]))[0]
+        """A few decoded images (B, 3, H, W). Raises: DataError where none can be decoded."""
+        found = next(read_images(self._reader, self.ordinals), None)
+        if found is None:
+            raise DataError(
+                f"{self._split.directory}: none of {len(self.ordinals)} {self._split.name} images can be decoded, on which the "
+                "programs are measured; repair them, or give a larger num_images"
+            )
+        return found[0][:_NUM_CHECKED]
 
     def batches(self, progress: Progress) -> Iterator[tuple[np.ndarray, list[list[int]]]]:
         """Images that could be decoded, and the direct labels of each."""
@@ -121,7 +127,8 @@ def read_images(
     for start in range(0, len(ordinals), _READ_TOGETHER):
         samples = reader.read(ordinals[start : start + _READ_TOGETHER], epoch=0)
         is_decoded = ~samples.skipped_B.numpy()
-        yield np.ascontiguousarray(samples.images.numpy()[is_decoded]), start + np.flatnonzero(is_decoded)
+        if is_decoded.any():  # programs need not take a batch without an image
+            yield np.ascontiguousarray(samples.images.numpy()[is_decoded]), start + np.flatnonzero(is_decoded)
         if progress is not None:
             progress.advance(len(is_decoded))
 

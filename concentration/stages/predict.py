@@ -4,8 +4,9 @@ Everything that this imports is carried by every export (`predict.pyz`), so it n
 """
 
 import contextlib
+import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal, TextIO
 
@@ -20,7 +21,7 @@ from concentration.serving.answering import Answerer, answer_all, decode_images
 from concentration.serving.answers import Ranking
 from concentration.serving.calibration import load_calibration
 from concentration.serving.export_folder import EXPORTS, NEIGHBOURS_FOLDER, ExportFolder, Weights, load_export
-from concentration.serving.inputs import list_inputs
+from concentration.serving.inputs import ImageOnDisk, list_inputs
 from concentration.serving.neighbours import NeighbourIndex
 from concentration.serving.output import TEXT_ENCODING, Format, build_writer, count_errors
 from concentration.serving.predictor import Predictor
@@ -62,8 +63,15 @@ class ServingConfig(Config):
         return self
 
     def load_export(self) -> ExportFolder:
-        """Raises: as `export_folder.load_export`."""
-        return load_export(self.workdir / EXPORTS / self.name if self.export is None else self.export)
+        """Raises: as `export_folder.load_export`; ConfigError if the export was begun and is not finished."""
+        folder = self.workdir / EXPORTS / self.name if self.export is None else self.export
+        # NOTE: half of one may answer already, but without its calibration.
+        if (folder / "config.json").exists() and not (folder / "DONE.json").exists():
+            raise ConfigError(
+                f"{folder}: is being exported, or was stopped in the middle; wait for it, or run "
+                f"`concentrate export name={folder.name}` again"
+            )
+        return load_export(folder)
 
 
 class PredictConfig(ServingConfig):
@@ -89,12 +97,14 @@ def predict(config: PredictConfig) -> None:
     """Runs the verb.
 
     Raises:
-        ConfigError: there is no such export, vertical, path or no image in it, or a library is missing.
+        ConfigError: there is no such export, vertical, path or no image in it, the answers would overwrite an image, or a library
+            is missing.
         DataError: a file of the export, or a shard, is damaged, or no image could be decoded.
     """
     warnings.filterwarnings("ignore", module="PIL")  # an image is answered or is an error
     num_threads = config.num_threads or count_cores()
     inputs = list_inputs(config.paths)
+    _check_output(config.output, inputs)
     answerer = build_answerer(config, config.by_vertical)
     num_errors, is_quick = 0, len(inputs) <= _FEW_IMAGES
     with _open_output(config.output) as file, Progress("predict", len(inputs), "images", quiet=is_quick) as progress:
@@ -147,6 +157,14 @@ def _embed_examples(folder: Path, predictor: Predictor) -> tuple[np.ndarray, lis
     if not features:
         raise DataError(f"examples={folder}: no image could be decoded, of {len(inputs)}")
     return np.concatenate(features), kept
+
+
+def _check_output(output: Path | None, inputs: Sequence[ImageOnDisk]) -> None:
+    """Raises: ConfigError if the answers would take the place of what they are about."""
+    if output is not None and output.exists():
+        place = os.path.realpath(output)
+        if any(os.path.realpath(path) == place for path in {image.path for image in inputs}):
+            raise ConfigError(f"output={output}: is among the images, and would be overwritten; give another file")
 
 
 @contextlib.contextmanager

@@ -1,5 +1,9 @@
 """`concentrate remove vertical=NAME destination=WORKDIR`: the student in service without some of its verticals."""
 
+from typing import Annotated
+
+import pydantic
+
 from concentration.errors import ConfigError, DataError
 from concentration.stages.regroup import RegroupConfig, Regrouping, load_taxonomy, regroup
 
@@ -10,7 +14,7 @@ class RemoveConfig(RegroupConfig):
     vertical: that is no longer wanted, or several.
     """
 
-    vertical: str | tuple[str, ...]
+    vertical: str | Annotated[tuple[str, ...], pydantic.Field(min_length=1)]
 
     @property
     def verticals(self) -> tuple[str, ...]:

@@ -1,5 +1,6 @@
 """`concentrate report`: one self-contained page with everything that was measured, and the same as JSON."""
 
+import contextlib
 import importlib.metadata
 import math
 import platform
@@ -12,12 +13,12 @@ from typing import Any
 import torch
 
 import concentration
-from concentration.errors import ConfigError
+from concentration.errors import ConfigError, DataError
 from concentration.files import write_atomically
 from concentration.metrics.agreement import compare_in_verticals, compare_overall
 from concentration.schema import FolderName, parse_json
 from concentration.stages.calibrate import CALIBRATIONS
-from concentration.stages.evaluate import EVALUATIONS, load_answers
+from concentration.stages.evaluate import EVALUATIONS, find_checkpoint, load_answers
 from concentration.stages.prepare import SUMMARY_PICTURE, SUMMARY_TEXT
 from concentration.stages.prepared import SHARDS, DataOverrides, load_prepared
 from concentration.stages.report_comparable import IMAGES, split_comparable
@@ -68,6 +69,7 @@ def report(config: ReportConfig) -> None:
         evaluations=comparable,
         subject=subject,
         elsewhere=elsewhere,
+        outdated=(outdated := _describe_outdated(config.workdir, evaluations)),
         short_trainings=describe_short_trainings(config.workdir, (FIRST, subject)),
         curves=_load_curves(config.workdir),
         configs=_load_configs(config.workdir),
@@ -90,18 +92,21 @@ def report(config: ReportConfig) -> None:
     without_pictures = {name: {k: v for k, v in e.items() if k != "gallery"} for name, e in evaluations.items()}
     write_atomically(directory / "metrics.json", without_pictures)
     write_atomically(directory / "index.html", build_report_page(inputs))
-    print(f"report: {(directory / 'index.html').resolve()}")
+    print(f"report: {(directory / 'index.html').resolve()}" + (f"; NOTE: {outdated}" if outdated else ""))
 
 
-def _load(path: Path) -> Any:
-    """Raises: DataError where the file is damaged."""
-    return parse_json(path.read_bytes(), str(path))
+def _load(path: Path) -> dict[str, Any]:
+    """The object in a file. Raises: DataError where it is damaged."""
+    values = parse_json(path.read_bytes(), str(path))
+    if not isinstance(values, dict):
+        raise DataError(f"{path}: a {type(values).__name__}, expected an object; bring it back, or make it again")
+    return values
 
 
 def _load_evaluations(config: ReportConfig) -> dict[str, dict]:
     paths = {path.stem: path for path in (config.workdir / EVALUATIONS).glob("*.json")}
     loaded = {name: _load(path) for name, path in paths.items()}
-    loaded = {name: evaluation for name, evaluation in loaded.items() if evaluation["split"] == "test"}
+    loaded = {name: evaluation for name, evaluation in loaded.items() if evaluation.get("split", "test") == "test"}
     loaded = {name: e | {IMAGES: _identify_images(paths[name])} for name, e in loaded.items()}
     if not loaded:
         raise ConfigError(
@@ -130,6 +135,28 @@ def _load_upstream(path: Path) -> dict[str, str]:
     return directory.load_upstream() if directory.is_finished else {}
 
 
+def _describe_outdated(workdir: Path, evaluations: Mapping[str, dict]) -> str:
+    """Which evaluations are of earlier networks than there are now, and what to do; empty where none is."""
+    if not RunDirectory(workdir / SHARDS).is_finished:
+        return ""
+    _, taxonomy, _ = load_prepared(workdir, DataOverrides())
+    found = []
+    for title, evaluation in evaluations.items():
+        directory = RunDirectory(workdir / EVALUATIONS / title)
+        with contextlib.suppress(
+            ConfigError
+        ):  # of networks that are no longer there, or not finished, there is no later one
+            if directory.is_finished:
+                checkpoint = find_checkpoint(workdir, directory.load_config()["name"], taxonomy)
+                found += [title] * (checkpoint != evaluation.get("checkpoint"))
+    if not found:
+        return ""
+    return (
+        f"{', '.join(found)} changed after the evaluation, whose numbers are shown; `concentrate evaluate` with "
+        "overwrite=changed measures what is there now"
+    )
+
+
 def _compare_answers(workdir: Path, first: str, second: str) -> dict | None:
     """How often two networks agree about the same test images; None where the answers of one are not kept, or of other data."""
     found = [load_answers(workdir, name) for name in (first, second)]
@@ -151,7 +178,7 @@ def _load_calibrations(workdir: Path, evaluations: Mapping[str, dict]) -> dict[s
     return {
         name: c | {IMAGES: {"data": images} if (images := _load_upstream(paths[name]).get("test")) else {}}
         for name, c in loaded.items()
-        if c["checkpoint"] == evaluations[name].get("checkpoint")
+        if c.get("checkpoint") == evaluations[name].get("checkpoint")
     }
 
 

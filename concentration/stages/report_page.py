@@ -66,6 +66,8 @@ class ReportInputs:
     subject: str = ""
     #: The evaluations on other test images, which cannot be compared with those above.
     elsewhere: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    #: A sentence on the evaluations of earlier networks than there are now; empty if there are none.
+    outdated: str = ""
     #: A sentence on the trainings that took few steps; empty if none did.
     short_trainings: str = ""
     #: The parsed lines of metrics.jsonl by run, such as "students/generalist" or "teachers/latin".
@@ -111,7 +113,7 @@ def build_report_page(inputs: ReportInputs) -> str:
         looks=looks,
         sentence=describe_gap(evaluations, subject),
         sentence_log_softmax=describe_gap_log_softmax(evaluations, subject),
-        short_trainings=inputs.short_trainings,
+        notes=[note for note in (inputs.outdated, inputs.short_trainings) if note],
         scale=draw_headline_scale(evaluations, subject, looks),
         tiles=build_tiles(evaluations, subject, sizes),
         headline=build_headline_table(evaluations, elsewhere),

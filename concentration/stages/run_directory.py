@@ -287,7 +287,8 @@ class RunDirectory:
 
     def _clear_temporaries(self) -> None:
         """Of a status there may be one, which is written without the lock: whoever shows progress clears those."""
-        clear_temporaries(self.path.parent, f"{self.path.name}.json", least_age_seconds=0)
+        for beside in ("json", "safetensors"):
+            clear_temporaries(self.path.parent, f"{self.path.name}.{beside}", least_age_seconds=0)
         for path in self.path.rglob(".*.tmp"):
             if not path.name.startswith(f".{STATUS_FILE}."):
                 path.unlink()

@@ -69,3 +69,5 @@ def test_a_map_is_a_file_of_ids(tmp_path):
         load_class_map(tmp_path / "list.json")
     with pytest.raises(DataError, match="no such file"):
         load_class_map(tmp_path / "nothing.json")
+    with pytest.raises(DataError, match=r"Is a directory.*give a file"):
+        load_class_map(tmp_path)

@@ -109,6 +109,15 @@ def test_a_teacher_and_the_ensemble_are_calibrated_as_well(workdir):
     assert 0 < fruit["num_images"] < 60, "images of other verticals alone are outside of a teacher's"
 
 
+def test_a_calibration_that_was_deleted_is_made_again(workdir):
+    path = workdir / "calibrations/tools.json"
+    concentrate_here("calibrate", "name=tools", f"outside={workdir}", f"workdir={workdir}")
+    content = path.read_bytes()
+    path.unlink()
+    concentrate_here("calibrate", "name=tools", f"outside={workdir}", f"workdir={workdir}")
+    assert path.read_bytes() == content
+
+
 def test_it_is_done_once_shown_in_the_report_and_refuses_what_does_not_fit(workdir, content):
     directory, same = workdir.parent, ("name=generalist", f"workdir={workdir}")
     outside = (f"outside={directory / 'other'}", "thresholds.precision=0.6", "thresholds.min_answers=3")

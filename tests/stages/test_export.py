@@ -17,7 +17,7 @@ import onnxruntime
 import pytest
 import torch
 from PIL import Image
-from real_runs import TINY, concentrate, draw_image, load_json, one_line, prepare_shards, run_command
+from real_runs import TINY, Plant, concentrate, draw_image, load_json, one_line, prepare_shards, run_command
 
 from concentration.data.views import CentreView, decode_view
 from concentration.errors import ConcentrationError, DataError
@@ -158,6 +158,20 @@ def test_export_again_has_nothing_to_do_and_another_network_is_refused(workdir, 
     assert "valid: student" in message
 
 
+def test_images_that_cannot_be_decoded_are_left_out_of_what_is_measured_and_kept(tmp_path):
+    workdir = prepare_shards(tmp_path, num_train=60, damaged=range(9, 60, 10), damaged_test=range(20))
+    common = (f"workdir={workdir}", "targets=labels", *TINY, "trainer.max_skipped_share=1.0")
+    concentrate("student", *common, directory=tmp_path)
+    concentrate("evaluate", f"workdir={workdir}", directory=tmp_path)
+    # The only neighbour would be of the first class, `berry`, all of whose images are damaged.
+    export = ("export", "speed_seconds=0.01", "neighbours=1", f"workdir={workdir}")
+    concentrate(*export, directory=tmp_path)
+    measures = load_json(workdir / "exports/student/measures.json")
+    assert (measures["num_neighbours"], measures["agreement"]["num_images"]) == (0, 32)
+    finished = concentrate(*export, "num_images=1", "overwrite=true", directory=tmp_path, code=2)
+    assert "none of 1 test images can be decoded" in finished.err
+
+
 def test_a_program_that_the_disk_does_not_take_is_one_line(workdir, tmp_path):
     """torch aborted the process, with a trace of its C++."""
     shutil.copytree(workdir, tmp_path / "work", ignore=shutil.ignore_patterns("exports"))
@@ -178,6 +192,15 @@ def test_an_export_that_cannot_be_replaced_goes_on_answering(workdir, photos, tm
     (tmp_path / "away.json").rename(evaluation)
     assert "run `concentrate evaluate name=student` first" in message
     assert predict(workdir, photos) == before
+
+
+def test_an_export_that_is_not_finished_does_not_answer(exported, photos, tmp_path):
+    """It has all that is needed but its calibration."""
+    half = shutil.copytree(exported, tmp_path / "half")
+    (half / "DONE.json").unlink()
+    again = r"half: is being exported, or was stopped in the middle; wait for it, or run `concentrate export name=half`"
+    with pytest.raises(ConcentrationError, match=again):
+        predict(tmp_path, photos, export=half)
 
 
 def test_predict_names_classes_with_vertical_and_ancestors(workdir, photos):
@@ -297,6 +320,8 @@ def test_images_that_are_none_are_answered_with_an_error(workdir, photos, tmp_pa
         (["one.png"], {"name": "studnet"}, r"studnet: no export \(exports beside it: student\)"),
         (["one.png"], {"examples": "there"}, "examples=there without neighbours=true has no effect"),
         (["one.png"], {"examples": "there", "neighbours": True}, "examples=there: no such folder"),
+        (["one.png"], {"output": "one.png"}, "output=one.png: is among the images, and would be overwritten"),
+        (["."], {"output": "link.csv", "format": "csv"}, "output=link.csv: is among the images"),
         (["one.png"], {"verticals": ["fruits"]}, "verticals=fruits: no such vertical; did you mean 'fruit'?"),
     ],
     ids=str,
@@ -307,6 +332,7 @@ def test_a_mistake_is_named(workdir, tmp_path, monkeypatch, paths, options, expe
     Path("empty").mkdir()
     os.mkfifo("pipe")
     Path("one.png").write_bytes(draw_image("saw", 1))
+    Path("link.csv").symlink_to("one.png")
     with pytest.raises(ConcentrationError, match=expected):
         predict(workdir, *paths, **options)
 
@@ -418,6 +444,10 @@ def test_a_calibration_is_copied_whenever_it_is_made_and_predict_applies_it(work
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(calibration))
     try:
+        # Between the two files that change: the card stayed as it was, for ever.
+        concentrate(
+            "export", "neighbours=50", f"workdir={workdir}", directory=workdir, plant=Plant("os:replace", 2), code=-9
+        )
         export_stage.export(export_stage.ExportConfig(workdir=workdir, neighbours=50))
         assert (
             "expected calibration error 10.0 before and 1.0 after"

@@ -194,3 +194,8 @@ def test_a_name_cannot_tell_the_terminal_what_to_do(exported, photos, tmp_path):
     assert not set("\x1b\x07\u202e") & set(shown)
     [answer] = run_alone(exported, str(tmp_path), "format=jsonl", code=0).splitlines()
     assert Path(json.loads(answer)["path"]).name == name, "for programs it is what it is"
+    export = shutil.copytree(exported, tmp_path / "exported")
+    taxonomy = export / "taxonomy.json"
+    joined = "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645"  # Persian, with a joiner that is a part of its spelling
+    taxonomy.write_text(taxonomy.read_text().replace('"Hammer"', json.dumps(f"\x1b[31m{joined}\u202e")))
+    assert f"?[31m{joined}?" in run_alone(export, str(photos / "hammer.png"), code=0)

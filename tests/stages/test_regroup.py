@@ -176,6 +176,7 @@ def test_what_was_made_for_the_earlier_taxonomy_is_refused(workdir, removed, tmp
     [
         ("remove", ("vertical=sea",), "vertical=sea: .*no vertical 'sea'; valid: fruit, tools, sky"),
         ("remove", ("vertical=[fruit,tools,sky]",), "no vertical would be left without"),
+        ("remove", ("vertical=[]",), "vertical=.*at least 1 item"),
         ("merge", ("verticals=[fruit]", "into=things"), "expected two or more"),
         ("merge", ("verticals=[fruit,tools]", "into=sky"), "there is a vertical 'sky' already"),
     ],

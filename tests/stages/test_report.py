@@ -80,6 +80,19 @@ def test_evaluations_on_other_test_images_stand_apart(grown, name, beside, below
     assert load_json(grown / "report" / "metrics.json").keys() == {"generalist", "student", "fruit", "next"}
 
 
+def test_a_network_that_was_trained_anew_after_its_evaluation_is_named(grown, tmp_path):
+    workdir = tmp_path / "work"
+    shutil.copytree(grown, workdir)
+    done = workdir / "students/next/DONE.json"
+    done.write_text(json.dumps({**load_json(done), "checkpoint": "another"}))
+    (workdir / "students/generalist/DONE.json").unlink()  # it is being trained: nobody knows what it will be
+    note = "next changed after the evaluation, whose numbers are shown"
+    assert note in concentrate_here("report", "name=next", f"workdir={workdir}")
+    assert f"<b>Note</b> {note}" in _read_results(workdir)[0]
+    shutil.rmtree(workdir / "shards")
+    assert "changed" not in concentrate_here("report", "name=fruit", f"workdir={workdir}")
+
+
 def test_a_network_that_was_not_evaluated_is_refused_by_name(grown):
     with pytest.raises(ConfigError) as error:
         concentrate_here("report", "name=nxt", f"workdir={grown}")
@@ -93,6 +106,9 @@ def test_a_damaged_file_that_the_page_shows_is_named(file, grown, tmp_path):
     damaged.parent.mkdir(exist_ok=True)
     damaged.write_text('{"split": "te')
     with pytest.raises(DataError, match=rf"^{damaged}: not JSON .*; bring it back, or write it again$"):
+        concentrate_here("report", "name=next", f"workdir={tmp_path / 'work'}")
+    damaged.write_text("[]")
+    with pytest.raises(DataError, match=f"^{damaged}: a list, expected an object; bring it back, or make it again$"):
         concentrate_here("report", "name=next", f"workdir={tmp_path / 'work'}")
 
 

@@ -404,7 +404,12 @@ def test_what_a_kill_left_is_cleared_but_a_status_that_another_writes(directory)
     """Bars are begun before the lock is taken: two runs at once met in this folder, and one ended with exit code 2."""
     directory.path.mkdir(parents=True)
     (directory.path / "checkpoints").mkdir()
-    names = (".model.safetensors.1.tmp", "checkpoints/.step-000000001.ckpt.1.tmp", "../.a.json.1.tmp")
+    names = (
+        ".model.safetensors.1.tmp",
+        "checkpoints/.step-000000001.ckpt.1.tmp",
+        "../.a.json.1.tmp",
+        "../.a.safetensors.1.tmp",
+    )
     left, others = [directory.path / name for name in names], [directory.path / ".status.json.1.tmp"]
     others.append(directory.path / "../.b.json.1.tmp")  # of another stage's result
     for path in (*left, *others):

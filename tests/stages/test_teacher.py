@@ -272,12 +272,21 @@ def test_a_mistake_is_answered_with_one_line(exports, workdir, options, expected
         ("mine:build_nothing", "returned NoneType, expected the model"),
         ("broken:build", "cannot be imported"),
         ("needs:build", "cannot be imported (No module named 'not_installed')"),
+        ("script:build", "script.py, line 2, fails (SystemExit: 0); correct it"),
+        ("fails:build", "fails.py, line 2, fails (ValueError: no weights); correct it"),
+        (
+            "fails:build_of_path",
+            "fails.py fails (TypeError: build_of_path() missing 1 required positional argument: 'path')",
+        ),
     ],
 )
 def test_a_function_that_cannot_be_had_is_answered_with_one_line(workdir, tmp_path, function, expected):
     (tmp_path / "mine.py").write_text(MODULE)
     (tmp_path / "broken.py").write_text("def build(:")
     (tmp_path / "needs.py").write_text("import not_installed")
+    (tmp_path / "script.py").write_text("import sys\nsys.exit(0)")
+    failing = "def build():\n    raise ValueError('no weights')\ndef build_of_path(path):\n    return path"
+    (tmp_path / "fails.py").write_text(failing)
     assert expected in mistake(workdir, "callable", function=function, image_size=16)
 
 

@@ -6,6 +6,7 @@ Shapes: B batch, O outputs of the model.
 import importlib
 import importlib.util
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +14,7 @@ from typing import Any, Literal
 import pydantic
 from torch import Tensor, nn
 
-from concentration.errors import ConfigError, DataError
+from concentration.errors import ConfigError, DataError, one_line
 from concentration.networks.external.model import ExternalModel, ExternalModelConfig, check_is_file, copy_file
 from concentration.schema import suggest
 
@@ -43,7 +44,11 @@ class CallableModel(ExternalModel):
 
     def __init__(self, config: CallableModelConfig):
         source, *given = self.find_files(config)
-        self._model = _import_function(config.function, source)(*given)
+        function = _import_function(config.function, source)
+        try:
+            self._model = function(*given)
+        except (Exception, SystemExit) as error:
+            raise ConfigError(f"external.function={config.function}: {_describe_failure(error, source)}") from error
         if not callable(self._model):
             raise ConfigError(
                 f"external.function={config.function}: returned {type(self._model).__name__}, expected the model, which is "
@@ -104,14 +109,23 @@ def _find_module(config: CallableModelConfig) -> Path:
 
 
 def _import_function(function: str, source: Path) -> Callable[..., Any]:
-    """The function `package.module:function`. Raises: ConfigError if the module cannot be imported, or lacks it."""
+    """The function `package.module:function`. Raises: ConfigError if the module cannot be imported, fails, or lacks it."""
     module_name, _, name = function.partition(":")
     try:
         module = importlib.import_module(module_name)
     except (ImportError, SyntaxError) as error:
         raise ConfigError(f"external.function={function}: {source} cannot be imported ({error})") from error
+    except (Exception, SystemExit) as error:
+        raise ConfigError(f"external.function={function}: {_describe_failure(error, source)}") from error
     found = getattr(module, name, None)
     if not callable(found):
         functions = [word for word, value in vars(module).items() if callable(value)]
         raise ConfigError(f"external.function={function}: {source} has no function {name}{suggest(name, functions)}")
     return found
+
+
+def _describe_failure(error: BaseException, source: Path) -> str:
+    """What the user's own code raised, and where, if that was in the module itself."""
+    lines = [at.lineno for at in traceback.extract_tb(error.__traceback__) if Path(at.filename).resolve() == source]
+    place = f", line {lines[-1]}," if lines else ""
+    return f"{source}{place} fails ({type(error).__name__}: {one_line(error)}); correct it"

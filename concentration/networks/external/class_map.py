@@ -119,9 +119,11 @@ def check_outputs(outputs_BO: Tensor, kind: OutputKind, where: str) -> None:
         where: what errors call the model.
 
     Raises:
-        DataError: an output is NaN or infinite, or `kind` says probabilities and the outputs are none.
+        DataError: an output is NaN or infinite, all of a softmax are -infinite, or `kind` says probabilities and the outputs are
+            none.
     """
-    if torch.isnan(outputs_BO).any() or (outputs_BO == torch.inf).any():
+    is_nothing_B = (outputs_BO == -torch.inf).all(1) & (kind == "softmax_logits")
+    if torch.isnan(outputs_BO).any() or (outputs_BO == torch.inf).any() or is_nothing_B.any():
         raise DataError(f"{where}: gives NaN or infinity for an image; look into the model, or give another one")
     if not kind.endswith("_probabilities"):
         return

@@ -12,7 +12,7 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from concentration.errors import ConfigError, DataError, one_line
+from concentration.errors import ConcentrationError, ConfigError, DataError, one_line
 from concentration.files import write_atomically
 from concentration.networks.external import ExternalConfig, ExternalModel, build_external_model
 from concentration.networks.external.class_map import ClassMap, check_outputs, check_softmax_is_left, load_class_ids
@@ -21,9 +21,6 @@ from concentration.taxonomy import Taxonomy
 
 #: In the teacher's directory: the file with its configuration and the class of each output, and the folder of the model's files.
 TEACHER_FILE, MODEL_FOLDER = "external.json", "model"
-
-#: What models raise for an input that they do not accept.
-_REFUSALS = (AssertionError, IndexError, RuntimeError, TypeError, ValueError)
 
 #: How much an image's probabilities may change with the other images of its batch: the rounding of float16 depends on them.
 _BATCH_TOLERANCE = 0.02
@@ -178,12 +175,14 @@ def compute_outputs(model: ExternalModel, images: Tensor) -> Tensor:
         filled = torch.cat([chunk, chunk[-1:].expand(size - len(chunk), -1, -1, -1)])
         try:
             outputs_BO = model(filled)
-        except _REFUSALS as error:
+        except (ConcentrationError, MemoryError):
+            raise
+        except Exception as error:  # a callable is the user's own code, and raises what it likes
             raise DataError(
                 f"{model.where}: does not take images {tuple(filled.shape)} ({type(error).__name__}: {one_line(error)})"
             ) from error
         shape = tuple(outputs_BO.shape) if isinstance(outputs_BO, Tensor) else type(outputs_BO).__name__
-        if not isinstance(outputs_BO, Tensor) or outputs_BO.ndim != 2 or len(outputs_BO) != size:
+        if not isinstance(outputs_BO, Tensor) or outputs_BO.ndim != 2 or len(outputs_BO) != size or not shape[1]:
             raise DataError(f"{model.where}: gives {shape} for {size} images, expected a tensor ({size}, outputs)")
         found.append(outputs_BO[: len(chunk)])
     return torch.cat(found)

@@ -102,6 +102,14 @@ def test_outputs_that_are_no_numbers_are_refused(kind, value):
         check_outputs(torch.tensor([[0.5, value]]), kind, "it")
 
 
+def test_minus_infinity_is_a_probability_of_0_but_not_of_all_outputs_of_a_softmax():
+    nothing_BO = torch.tensor([[0.5, -torch.inf], [-torch.inf, -torch.inf]])
+    check_outputs(nothing_BO[:1], "softmax_logits", "it")
+    check_outputs(nothing_BO, "sigmoid_logits", "it")
+    with pytest.raises(DataError, match="it: gives NaN or infinity"):
+        check_outputs(nothing_BO, "softmax_logits", "it")
+
+
 @pytest.mark.parametrize(
     ("outputs", "kind", "expected"),
     [

@@ -209,6 +209,8 @@ def test_a_damaged_program_is_one_clear_error(taxonomy, tmp_path):
         ("return lambda images: images.numpy()", "gives ndarray for 3 images"),
         ("return lambda images: images[:2].flatten(1)", r"gives \(2, 48\) for 3 images"),
         ("return torch.nn.Linear(3, 5)", r"does not take images \(3, 3, 4, 4\) \(RuntimeError"),
+        ("return lambda images: images / {}['depth']", r"does not take images \(3, 3, 4, 4\) \(KeyError: 'depth'\)"),
+        ("return lambda images: images.flatten(1)[:, :0]", r"gives \(3, 0\) for 3 images"),
         ("return lambda images: images.mean((2, 3)) / 0", "gives NaN or infinity"),
         ("return lambda images: images.mean((2, 3))", "the model has 3 outputs, the vertical 'birds' 5 classes"),
         ("return lambda images: torch.rand(len(images), 5)", "changes with the images beside it, or from call to call"),
