@@ -143,9 +143,7 @@ def _describe_outdated(workdir: Path, evaluations: Mapping[str, dict]) -> str:
     found = []
     for title, evaluation in evaluations.items():
         directory = RunDirectory(workdir / EVALUATIONS / title)
-        with contextlib.suppress(
-            ConfigError
-        ):  # of networks that are no longer there, or not finished, there is no later one
+        with contextlib.suppress(ConfigError):  # of a network that is gone, or is not finished, there is no later one
             if directory.is_finished:
                 checkpoint = find_checkpoint(workdir, directory.load_config()["name"], taxonomy)
                 found += [title] * (checkpoint != evaluation.get("checkpoint"))
