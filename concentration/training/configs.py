@@ -38,7 +38,7 @@ class TrainerConfig(Config):
     polyak_start: validate and keep the mean of the weights over all steps from this share of the run on; before that, the
         newest weights.
     update_in_backward: step each classifier as soon as its gradient is known, so that the gradients of all never exist at
-        once; costs a quarter more arithmetic in the classifiers.
+        once; costs a quarter more arithmetic in the classifiers, whose gradients train/gradient_norm is then without.
     shard_head: every process holds the classifiers, pace and optimizer state of some verticals instead of all; with one process
         it changes nothing.
     compile: compile the network by `torch.compile`, which needs a C++ compiler on a CPU.
