@@ -1,10 +1,13 @@
 """Ranks, and what they exchange. Every function also works in a single process."""
 
+import contextlib
 import datetime
+import itertools
 import math
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -19,6 +22,14 @@ T = TypeVar("T")
 #: The port at which the processes of a SLURM job meet is taken from this range by the job's number.
 _FIRST_PORT, _NUM_PORTS = 20_000, 20_000
 
+#: How often a rank that waits for rank 0 without a limit asks whether it is there.
+_POLL_SECONDS = 0.5
+
+#: All ranks make the same calls in the same order, so they number them alike.
+_NUMBERS = itertools.count()
+
+_is_alone = False
+
 
 def start(accelerator: str, timeout_seconds: float = 600) -> None:
     """Joins the other processes where torchrun or srun has started this one; otherwise, and the second time, does nothing.
@@ -26,7 +37,7 @@ def start(accelerator: str, timeout_seconds: float = 600) -> None:
     They communicate by NCCL for `accelerator` "gpu" and by gloo for "cpu". If one of them dies or hangs, the others wait for
     `timeout_seconds` and then raise an error.
     """
-    if is_distributed():
+    if _has_group():
         return
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         # Only srun sets this variable: a batch script is not a task of a step.
@@ -146,13 +157,17 @@ def gather_objects(value: object) -> list:
 
 
 def from_rank_zero(compute: Callable[[], T]) -> T:
-    """The result, on every rank, of `compute`, which only rank 0 calls; a `ConcentrationError` is also raised on every rank."""
+    """The result, on every rank, of `compute`, which only rank 0 calls; a `ConcentrationError` is also raised on every rank.
+
+    Inside of `compute`, rank 0 takes itself for the only process: what it calls there waits for no other rank.
+    """
     if not is_distributed():
         return compute()
     outcome: list = [None, None]
     if rank() == 0:
         try:
-            outcome[0] = compute()
+            with _alone():
+                outcome[0] = compute()
         except ConcentrationError as error:
             outcome[1] = error
     dist.broadcast_object_list(outcome, src=0)
@@ -161,11 +176,42 @@ def from_rank_zero(compute: Callable[[], T]) -> T:
     return outcome[0]
 
 
+def from_rank_zero_at_last(compute: Callable[[], T]) -> T:
+    """As `from_rank_zero`, for what may take hours: the other ranks wait for as long as rank 0 lives, whatever the timeout is."""
+    if not is_distributed():
+        return compute()
+    store, key = dist.distributed_c10d._get_default_store(), f"from_rank_zero_at_last/{next(_NUMBERS)}"
+
+    def compute_and_tell() -> T:
+        try:
+            return compute()
+        finally:
+            store.set(key, "")
+
+    while rank() != 0 and not store.check([key]):
+        time.sleep(_POLL_SECONDS)
+    return from_rank_zero(compute_and_tell)
+
+
 def slice_of_rank(count: int, rank: int, world_size: int) -> slice:
     """The contiguous share of `count` places that belongs to a rank; shares differ by at most one."""
     return slice(rank * count // world_size, (rank + 1) * count // world_size)
 
 
 def is_distributed() -> bool:
-    """Whether this process belongs to a group of processes, even if it is alone in it."""
+    """Whether this process belongs to a group of processes, even if it is alone in it, and is not in `from_rank_zero`."""
+    return _has_group() and not _is_alone
+
+
+def _has_group() -> bool:
     return dist.is_available() and dist.is_initialized()
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    global _is_alone
+    _is_alone = True
+    try:
+        yield
+    finally:
+        _is_alone = False

@@ -2,6 +2,7 @@
 
 import os
 import socket
+import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,9 @@ from concentration import distributed
 from concentration.errors import ConfigError
 
 CPU = torch.device("cpu")
+
+#: How long two processes wait for each other here.
+TIMEOUT_SECONDS = 5
 
 
 def test_one_process_is_rank_zero_of_one_and_sums_to_itself():
@@ -94,7 +98,7 @@ def _check_rank(rank: int, port: int, directory: Path) -> None:
     torch.set_num_threads(1)
     os.environ |= {"TORCHELASTIC_RUN_ID": "test", "RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    distributed.start("cpu")
+    distributed.start("cpu", TIMEOUT_SECONDS)
     distributed.start("cpu")  # a second time is no error
     assert (distributed.rank(), distributed.world_size()) == (rank, 2)
 
@@ -124,6 +128,18 @@ def _check_rank(rank: int, port: int, directory: Path) -> None:
     with pytest.raises(ConfigError, match="no"):  # on both ranks, though only rank 0 calls it
         distributed.from_rank_zero(_refuse)
     assert distributed.sum_over_ranks(torch.ones(1)).item() == 2.0, "the ranks are out of step after the error"
+
+    def compute_long() -> tuple[int, int]:
+        """What a whole stage does: it joins the others, asks rank 0 and waits for all. It takes longer than ranks may wait."""
+        distributed.start("cpu")
+        time.sleep(TIMEOUT_SECONDS + 1)
+        distributed.wait_for_all()
+        return distributed.from_rank_zero(distributed.world_size), int(distributed.sum_over_ranks(torch.ones(1)))
+
+    assert distributed.from_rank_zero_at_last(compute_long) == (1, 1)
+    with pytest.raises(ConfigError, match="no"):
+        distributed.from_rank_zero_at_last(_refuse)
+    assert distributed.sum_over_ranks(torch.ones(1)).item() == 2.0
     dist.destroy_process_group()
     (directory / f"passed-{rank}").touch()
 

@@ -126,7 +126,7 @@ def add(config: AddConfig) -> None:
     learning = _choose_learning(config, served)
     sets = {}
     if learning.targets.kind == "soft":
-        sets = distributed.from_rank_zero(lambda: _make_targets(config, served, learning.targets, split))
+        sets = distributed.from_rank_zero_at_last(lambda: _make_targets(config, served, learning.targets, split))
     directory = RunDirectory(config.workdir / STUDENTS / config.name)
     upstream = {"data": fingerprint, "student": served.checkpoint, "targets": hash_values(sets)}
     with directory.begin(config, upstream) as is_due:
@@ -135,10 +135,18 @@ def add(config: AddConfig) -> None:
 
 
 def _choose_learning(config: AddConfig, served: Served) -> LearningConfig:
-    """How the new student learns: as the old one did, with a set of targets of its own where these are stored."""
+    """How the new student learns: as the old one did, with a set of targets of its own where these are stored.
+
+    Raises:
+        ConfigError: `data.view` would have no effect.
+    """
     was = served.learning.targets
     if was.kind == "labels":
         return served.learning
+    if was.kind == "soft" and was.views and config.data.view is not None:
+        raise ConfigError(
+            f"data.view: {config.student} replays {was.views} stored views of each image, and so does {config.name}; remove it"
+        )
     if was.kind == "online":
         own = SoftTargetsConfig(name=config.name, top_k=was.top_k)
     else:

@@ -254,6 +254,8 @@ class Curves(Callback):
         # Sums of losses and numbers of samples: row 0 of the latest whole window of `every_steps`, row 1 of the current one.
         self._window_sums = torch.zeros(2, 2)
         self._routed = torch.zeros(len(verticals))
+        # Of the current step, over the micro-batches that have been taken.
+        self._vertical_loss_M = torch.zeros(len(verticals))
         self._gradient_norm = float("nan")
 
     def on_save_checkpoint(self, trainer: pl.Trainer, module, checkpoint: dict) -> None:
@@ -286,13 +288,15 @@ class Curves(Callback):
         self._samples += len(batch.weight_B) * trainer.world_size
         self._window_sums[1] += torch.stack([module.latest_loss_B.sum(), batch.weight_B.sum()])
         self._count_routed(batch)
+        self._add_vertical_loss(trainer, module.student.vertical_loss_M, batch_idx)
         step = trainer.global_step
         if not is_end_of_step(trainer, batch_idx) or not self._is_due(step):
             return
         is_whole_window = step % self._every_steps == 0
         # A window that has only just begun may be a single batch, which says little; so the latest whole one is added.
         loss, count = sum_over_ranks(self._window_sums[1] if is_whole_window else self._window_sums.sum(0))
-        vertical_loss_M = sum_over_ranks(module.student.vertical_loss_M) / trainer.world_size
+        num_parts = trainer.world_size * trainer.accumulate_grad_batches  # undoes what `share_of_sample` multiplies by
+        vertical_loss_M = sum_over_ranks(self._vertical_loss_M) / num_parts
         seconds = time.monotonic() - self._started
         values = {
             "train/loss": loss / count,
@@ -308,6 +312,10 @@ class Curves(Callback):
             self._window_sums = torch.stack([self._window_sums[1], torch.zeros_like(self._window_sums[1])])
         self._samples = self._waited_seconds = 0.0
         self._started = time.monotonic()
+
+    def _add_vertical_loss(self, trainer: pl.Trainer, loss_M: torch.Tensor, batch_idx: int) -> None:
+        is_first = batch_idx % trainer.accumulate_grad_batches == 0
+        self._vertical_loss_M = loss_M.clone() if is_first else self._vertical_loss_M + loss_M
 
     def _is_due(self, step: int) -> bool:
         return step % self._every_steps == 0 or step in (1, self._num_steps)

@@ -10,6 +10,7 @@ import torch
 
 from concentration.data.views import Share
 from concentration.distributed import world_size
+from concentration.errors import ConfigError
 from concentration.schema import Config
 
 #: In a run's directory: what training that is not finished needs, and finished does not.
@@ -37,7 +38,7 @@ class TrainerConfig(Config):
     polyak_start: validate and keep the mean of the weights over all steps from this share of the run on; before that, the
         newest weights.
     update_in_backward: step each classifier as soon as its gradient is known, so that the gradients of all never exist at
-        once; costs a quarter more arithmetic in the classifiers.
+        once; costs a quarter more arithmetic in the classifiers, whose gradients train/gradient_norm is then without.
     shard_head: every process holds the classifiers, pace and optimizer state of some verticals instead of all; with one process
         it changes nothing.
     compile: compile the network by `torch.compile`, which needs a C++ compiler on a CPU.
@@ -166,6 +167,17 @@ class LoggerConfig(Config):
 
     kind: Literal["csv", "wandb", "tensorboard"] = "csv"
     project: str = "concentration"
+
+
+def check_batch(student: torch.nn.Module, batch_size: int, world_size: int, accumulate: int) -> None:
+    """Raises: ConfigError where a process would see single images in training, of which a batch norm has no statistics."""
+    is_single = batch_size // world_size // accumulate == 1
+    if is_single and any(isinstance(module, torch.nn.BatchNorm1d) and module.training for module in student.modules()):
+        raise ConfigError(
+            f"a batch of {batch_size} images for {world_size} processes with {accumulate} micro-batches each: top.norm=batch has "
+            "no statistics of a single image; give top.norm=layer, a larger batch (it has at most all training images), or fewer "
+            "processes or micro-batches"
+        )
 
 
 def count_steps(config: TrainerConfig, steps_per_epoch: int) -> int:

@@ -30,7 +30,7 @@ from concentration.training.callbacks import (
     SkippedImages,
 )
 from concentration.training.checkpoints import AtomicCheckpointIO, CheckpointDirectory, are_finite
-from concentration.training.configs import LoggerConfig, TrainerConfig, count_steps
+from concentration.training.configs import LoggerConfig, TrainerConfig, check_batch, count_steps
 from concentration.training.head_files import gather_head, list_head_names
 from concentration.training.loggers import open_loggers
 from concentration.training.module import StudentModule
@@ -82,7 +82,9 @@ def fit(
     checkpoints = CheckpointDirectory(run_path, config.keep_checkpoints)
     latest, first_step = checkpoints.find_latest()
     batch_size = min(config.batch_size, len(data.order))
-    steps_per_epoch = -(-len(data.order) // batch_size)
+    batches = StepBatches(data.reader, data.order, batch_size, config.accumulate, rank(), world_size())
+    check_batch(student, batch_size, world_size(), config.accumulate)
+    steps_per_epoch = batches.steps_per_epoch
     total_steps = count_steps(config, steps_per_epoch)
     module = StudentModule(
         student,
@@ -107,7 +109,6 @@ def fit(
     ):
         callbacks = _build_callbacks(config, data, checkpoints, progress, run_path, total_steps)
         trainer = _build_trainer(config, callbacks, loggers, run_path, total_steps, steps_per_epoch)
-        batches = StepBatches(data.reader, data.order, batch_size, config.accumulate, rank(), world_size())
         loader = StepLoader(batches, total_steps * config.accumulate, config.num_workers, config.accelerator == "gpu")
         val_loader = _build_val_loader(data, batch_size, config.num_workers)
         start = time.perf_counter()

@@ -23,7 +23,7 @@ from concentration.networks.cost import build_without_weights
 from concentration.networks.student import NetworkConfig, Student
 from concentration.targets import SoftTargets
 from concentration.training.backward_updates import BackwardUpdates
-from concentration.training.configs import TrainerConfig
+from concentration.training.configs import TrainerConfig, check_batch
 from concentration.training.optimizers import RunLength, ScheduleConfig, build_optimizer
 
 Moment = Literal["forward", "backward", "optimizer"]
@@ -101,6 +101,7 @@ def plan_memory(
     empty = build_without_weights(network)
     with FakeTensorMode(allow_non_fake_inputs=True), _Ledger() as ledger:
         student = empty.to_empty(device="cpu").train()
+        check_batch(student, trainer.batch_size, world_size, trainer.accumulate)
         ledger.file("parameters", student.parameters())
         ledger.file("buffers", student.buffers())
         if trainer.class_weight != "none":

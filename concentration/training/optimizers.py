@@ -107,6 +107,14 @@ class SGDConfig(ScheduleConfig):
     momentum: float = pydantic.Field(default=0.9, ge=0, lt=1)
     nesterov: bool = False
 
+    @pydantic.model_validator(mode="after")
+    def _check_nesterov(self):
+        if self.nesterov and self.momentum == 0:
+            raise ValueError(
+                "optimizer.nesterov=true with optimizer.momentum=0.0: there is no momentum; set one of them back"
+            )
+        return self
+
     def build(self, groups: list[dict], fused: bool | None = None) -> torch.optim.Optimizer:
         return torch.optim.SGD(
             groups, lr=self.lr, momentum=self.momentum, nesterov=self.nesterov, fused=self._choose_fused(groups, fused)

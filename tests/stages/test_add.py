@@ -17,6 +17,7 @@ from real_runs import (
     load_json,
     load_weights,
     prepare_shards_here,
+    start_ranks,
     write_tar,
 )
 
@@ -89,6 +90,22 @@ def test_what_is_from_before_says_that_classes_may_have_come_and_how_a_student_g
     )
 
 
+def test_two_processes_add_what_one_adds_its_teacher_and_targets_included(workdir, tmp_path):
+    for folder in ("given", "work"):
+        shutil.copytree(workdir.parent / folder, tmp_path / folder)
+    shutil.rmtree(tmp_path / "work/teachers/sky", ignore_errors=True)
+    command = ("add", "vertical=sky", "workdir=work", "tolerance=0.99", *TINY_ADD, "optimizer.lr=0.01")
+    for running in start_ranks((*command, "name=two", "trainer.devices=2"), tmp_path, 2, [{}, {}]):
+        finished = running.wait()
+        assert finished.code == 0, finished.err
+    concentrate(*command, "name=one", directory=tmp_path)
+    one, two = (load_weights(tmp_path / "work/students" / name) for name in ("one", "two"))
+    for name, array in one.items():
+        np.testing.assert_allclose(two[name], array, rtol=1e-3, atol=1e-4, err_msg=name)
+    same = [(tmp_path / f"work/targets/{name}/sky/train-000004.safetensors").read_bytes() for name in ("one", "two")]
+    assert same[0] == same[1]
+
+
 def test_what_old_verticals_lose_is_an_error_that_a_larger_tolerance_lifts(workdir):
     arguments = ("add", "vertical=sky", f"workdir={workdir}", "name=hasty", "replay=0", "optimizer.lr=3", *TINY_ADD)
     with pytest.raises(ConfigError) as error:
@@ -130,6 +147,13 @@ def test_a_student_of_teachers_in_the_loop_gets_stored_targets_of_all(earlier):
     assert {path.name for path in (workdir / "targets/next").iterdir()} == {"fruit", "tools", "sky"}
 
 
+def test_a_view_is_refused_where_stored_ones_are_replayed(earlier):
+    with pytest.raises(
+        ConfigError, match="replaying replays 2 stored views of each image, and so does next; remove it"
+    ):
+        _add_sky(earlier["online"], "student=replaying", "name=next", "data.view={flip: 0.5}")
+
+
 def test_a_softmax_is_refused_before_anything_is_made(earlier):
     workdir = earlier["labels"]
     with pytest.raises(ConfigError, match="loss=softmax cannot be extended: its classes exclude each other"):
@@ -168,6 +192,9 @@ def earlier(tmp_path_factory) -> dict[str, Path]:
             for vertical in ("fruit", "tools"):
                 concentrate_here("teacher", f"vertical={vertical}", *common)
             concentrate_here("student", "targets=online", "targets.top_k=4", "outside=0.5", *common)
+            views = ("targets.name=views", "targets.views=2")
+            concentrate_here("targets", *views, f"workdir={workdir}")
+            concentrate_here("student", "name=replaying", *views, *common, "trainer.max_steps=1")
         else:
             concentrate_here("student", "name=generalist", "targets=labels", "smear=true", *common)
             concentrate_here(

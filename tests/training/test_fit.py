@@ -145,6 +145,15 @@ def test_classifiers_updated_in_the_backward_pass_take_the_same_steps(prepared, 
     assert largest_difference(start, together) > 0.01, "it has trained"
 
 
+def test_single_images_of_which_a_batch_norm_has_no_statistics_are_refused_at_once(prepared):
+    options = (*FEW, "trainer.batch_size=7", "trainer.accumulate=4")
+    message = one_line(train(prepared, "single", *options, "top.norm=batch", code=2))
+    assert message.startswith(
+        "a batch of 7 images for 1 processes with 4 micro-batches each: top.norm=batch has no stat"
+    )
+    train(prepared, "single-layer", *options, "trainer.max_steps=1")
+
+
 @pytest.mark.parametrize("option", ["accumulate=2", "clip_norm=1", "precision=16-mixed", "devices=2"])
 def test_updates_in_the_backward_pass_are_refused_where_the_gradient_is_not_yet_known(prepared, option):
     options = ("trainer.update_in_backward=true", f"trainer.{option}")

@@ -188,6 +188,17 @@ def test_a_batch_too_small_for_the_processes_is_one_clear_error():
         plan_memory(describe(), optimizer_of("adagrad"), trainer, StepShape(10))
 
 
+def test_single_images_of_which_a_batch_norm_has_no_statistics_are_one_clear_error():
+    trainer = TrainerConfig(batch_size=3, accumulate=2)
+    network = describe()
+    network = network.model_copy(update={"top": network.top.model_copy(update={"norm": "batch"})})
+    with pytest.raises(
+        ConfigError, match=r"a batch of 3 images for 1 processes with 2 micro-batches each: top\.norm=batch"
+    ):
+        plan_memory(network, optimizer_of("adagrad"), trainer, StepShape(10))
+    assert plan_memory(network, optimizer_of("adagrad"), TrainerConfig(batch_size=4, accumulate=2), StepShape(10))
+
+
 def test_a_new_peak_does_not_copy_what_is_alive():
     copied = []
 

@@ -196,6 +196,7 @@ def test_a_schedule_scales_every_groups_own_learning_rate_step_by_step():
         ),
         ({"schedule": "steps", "decay": 1, "decay_epochs": 8}, "optimizer.decay=1: "),
         ({"kind": "adamw", "beta2": 1}, "optimizer.beta2=1: "),
+        ({"kind": "sgd", "momentum": 0, "nesterov": True}, "optimizer.nesterov=true with optimizer.momentum=0.0: "),
     ],
 )
 def test_options_without_sense_are_refused(options, message):
