@@ -148,7 +148,7 @@ def evaluate(config: EvaluateConfig) -> None:
     upstream = {"data": split.fingerprint, "checkpoint": checkpoint, **made_from}
     with directory.begin(config, upstream, is_growing=not result_path.exists()) as is_due:
         if not is_due:
-            _print(config, result_path)
+            _print(config, result_path, as_mapping(parse_json(result_path.read_bytes(), str(result_path))))
             return
         subject = load_subject(config, taxonomy, split, checkpoint)
         subject = replace(subject, num_crops=config.crops, combination=config.combination)
@@ -172,11 +172,10 @@ def evaluate(config: EvaluateConfig) -> None:
         save_answers(directory.path, answers, split.fingerprint)
         write_atomically(result_path, content)
         directory.finish({"mpvap": content["mpvap"]})
-    _print(config, result_path)
+    _print(config, result_path, content)
 
 
-def _print(config: EvaluateConfig, path: Path) -> None:
-    found = as_mapping(parse_json(path.read_bytes(), str(path)))
+def _print(config: EvaluateConfig, path: Path, found: Mapping) -> None:
     mpvap, top1, num_samples = (as_number(found.get(key)) for key in ("mpvap", "top1", "num_samples"))
     values = [f"{name} {100 * value:.1f} %" for name, value in (("mpvap", mpvap), ("top-1", top1)) if value is not None]
     print(f"{path}: {', '.join(values)} of {num_samples or 0:,.0f} {config.split} images")

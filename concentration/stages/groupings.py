@@ -78,7 +78,7 @@ def load_sample_groups(workdir: Path, name: str, split: Split) -> np.ndarray:
         ConfigError: as `load_router`.
         DataError: as `load_router`; or the grouping is of other samples, or a file of groups has changed.
     """
-    router, directory = load_router(workdir, name), find_grouping(workdir, name)
+    router, directory = load_router(workdir, name), RunDirectory(workdir / GROUPINGS / name)
     num_samples = np.diff(split.shard_start).tolist()
     group_N = load_group_ids(directory.path, split.index_names, num_samples, router.num_groups)
     done = directory.load_done(f"concentrate group name={name}")

@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
@@ -29,7 +28,6 @@ from concentration.data.views import Share
 from concentration.errors import ConfigError, DataError
 from concentration.files import write_atomically
 from concentration.progress import Progress
-from concentration.schema import flatten
 from concentration.stages.prepare_given_shards import (
     check_kept_shards,
     describe_state,
@@ -243,12 +241,7 @@ def _describe_kept(before: Before | None, kept: Kept, items_of: dict[str, list[I
 
 def _describe_moved(config: PrepareConfig, directory: RunDirectory, kept: Kept) -> list[str]:
     """Where the source lies elsewhere now and has images of the same names: nothing says whether they are the same images."""
-    earlier = flatten(directory.load_config())
-    moved = [
-        f"{key} was {earlier[key]}"
-        for key, place in list_places(config.data).items()
-        if isinstance(earlier.get(key), str) and os.path.realpath(earlier[key]) != os.path.realpath(place)
-    ]
+    moved = [f"{key} was {earlier}" for key, earlier in directory.find_moved(list_places(config.data)).items()]
     if not moved or not kept.splits:
         return []
     return [

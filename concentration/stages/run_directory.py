@@ -220,6 +220,15 @@ class RunDirectory:
         """The config that the stage was begun with."""
         return self._load_begun()["config"]
 
+    def find_moved(self, places: Mapping[str, str]) -> dict[str, str]:
+        """By key, the places that the stage was begun with, where they are not those of `places`."""
+        read = flatten(self.load_config())
+        return {
+            key: earlier
+            for key, place in places.items()
+            if isinstance(earlier := read.get(key), str) and os.path.realpath(earlier) != os.path.realpath(place)
+        }
+
     def load_upstream(self) -> dict[str, str]:
         """The upstream results that the stage was begun with."""
         return self._load_begun()["identity"]["upstream"]
@@ -254,17 +263,14 @@ class RunDirectory:
         Raises:
             ConfigError: it has read other places, and `overwrite` is false: what lies there now would not be looked at.
         """
-        read = flatten(self.load_config())
-        for key, place in config.places.items():
-            earlier = read.get(key)
-            if isinstance(earlier, str) and os.path.realpath(earlier) != os.path.realpath(place):
-                if config.overwrite:
-                    return True
-                if "://" in earlier or os.path.exists(earlier):
-                    raise ConfigError(
-                        f"{self.path}: finished with {key}={earlier}, and {place} was not looked at; give {key}={earlier}, add "
-                        "what is new by `concentrate prepare append=true`, or replace it with overwrite=true"
-                    )
+        for key, earlier in self.find_moved(config.places).items():
+            if config.overwrite:
+                return True
+            if "://" in earlier or os.path.exists(earlier):
+                raise ConfigError(
+                    f"{self.path}: finished with {key}={earlier}, and {config.places[key]} was not looked at; give "
+                    f"{key}={earlier}, add what is new by `concentrate prepare append=true`, or replace it with overwrite=true"
+                )
         return False
 
     def _leave(self, error: BaseException, part: str | None) -> None:

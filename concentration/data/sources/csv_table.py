@@ -74,7 +74,7 @@ class CsvSource(LocalSource):
 
     def list_classes(self) -> Sequence[TaxonomyClass]:
         if self._config.taxonomy is not None:
-            return self.build_taxonomy().classes
+            return super().list_classes()
         try:
             return classes_of_paths(label for item in self.list_items() for label in item.labels)
         except ValueError as error:

@@ -77,7 +77,7 @@ class ImageFolderSource(LocalSource):
 
     def list_classes(self) -> Sequence[TaxonomyClass]:
         if self._config.taxonomy is not None:
-            return self.build_taxonomy().classes
+            return super().list_classes()
         try:
             return classes_of_paths(self._list_ids())
         except ValueError as error:
