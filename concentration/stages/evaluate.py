@@ -3,6 +3,7 @@
 `name=[a,b]` averages over several networks, and `crops=10` or 144 over several crops of each image.
 """
 
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor
 from concentration.array_files import load_arrays, load_metadata, save_arrays
 from concentration.data.crops import NumCrops
 from concentration.data.mapped_labels import load_class_map, map_labels
+from concentration.data.reader import explain_skipped
 from concentration.data.split import Split, describe_missing_split
 from concentration.distributed import choose_device
 from concentration.errors import ConfigError, DataError
@@ -139,7 +141,7 @@ def evaluate(config: EvaluateConfig) -> None:
 
     Raises:
         ConfigError: nothing finished has this name.
-        DataError: the split is missing, or a network was made for another taxonomy.
+        DataError: the split is missing, none of its images can be decoded, or a network was made for another taxonomy.
     """
     _, taxonomy, _ = load_prepared(config.workdir, DataOverrides())
     split, made_from = _load_images(config, taxonomy)
@@ -160,6 +162,7 @@ def evaluate(config: EvaluateConfig) -> None:
         counts = {"num_train": train.count_smeared()[outputs], "num_test": split.count_smeared()[outputs]}
         evaluator = Evaluator(subject.taxonomy, counts["num_train"], _choose_num_passes(config, subject))
         ordinals, scores_NC, answers = _score_samples(config, subject, evaluator, directory.path)
+        _tell_skipped(subject, np.setdiff1d(subject.ordinals, ordinals))
         content = evaluator.compute(subject.networks[0].device).to_json()
         content["classes"] = _describe_classes(subject.taxonomy, content.pop("ap_of_class"), counts)
         content |= _describe_cost(config, subject)
@@ -173,6 +176,23 @@ def evaluate(config: EvaluateConfig) -> None:
         write_atomically(result_path, content)
         directory.finish({"mpvap": content["mpvap"]})
     _print(config, result_path, content)
+
+
+def _tell_skipped(subject: Subject, skipped: np.ndarray) -> None:
+    """Says how many images are left out, given their ordinals. Raises: DataError where all are."""
+    if not len(skipped):
+        return
+    split, number = subject.split, len(subject.ordinals)
+    first = f"the first: {split.key(int(skipped[0]))}: {explain_skipped(split, int(skipped[0]))}"
+    if len(skipped) == number:
+        raise DataError(
+            f"{split.directory}: none of the {number} {split.name} images can be decoded, so nothing can be measured; bring "
+            f"the shards back, or prepare again with overwrite=true; {first}"
+        )
+    are = "is" if len(skipped) == 1 else "are"
+    print(
+        f"evaluate: {len(skipped)} of {number} images cannot be decoded, and {are} left out; {first}", file=sys.stderr
+    )
 
 
 def _print(config: EvaluateConfig, path: Path, found: Mapping) -> None:

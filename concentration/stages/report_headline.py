@@ -141,7 +141,9 @@ def build_tiles(evaluations: Mapping[str, Mapping], subject: str, sizes: Mapping
         missing = len(find_unmeasured(evaluation))
         left_out = f" ({missing} without a test image, which mpvap leaves out)" if missing else ""
         where = f"in {verticals} verticals{left_out}, " if verticals else ""
-        note = f"{where}{format_count(num_samples)} test images" if num_samples else where.rstrip(", ")
+        skipped = as_number(evaluation.get("num_samples_skipped"))
+        beside = f" ({format_count(skipped)} more cannot be decoded)" if skipped else ""
+        note = f"{where}{format_count(num_samples)} test images{beside}" if num_samples else where.rstrip(", ")
         tiles.append({"label": "classes", "value": format_count(num_classes), "note": note})
     return tiles
 

@@ -308,7 +308,11 @@ def test_damaged_test_images_are_left_out_of_scores_and_labels_alike(tmp_path):
     """Scores and labels that are saved stay row by row those of the same images."""
     workdir = prepare_shards(tmp_path, damaged_test=(5, 17))
     concentrate("student", "targets=labels", f"workdir={workdir}", *TINY, directory=tmp_path)
-    concentrate("evaluate", "save_scores=true", "batch_size=25", f"workdir={workdir}", directory=tmp_path)
+    finished = concentrate("evaluate", "save_scores=true", "batch_size=25", f"workdir={workdir}", directory=tmp_path)
+    assert (
+        "evaluate: 2 of 60 images cannot be decoded, and are left out; the first: test-000000.tar/test5: "
+        in finished.err
+    )
     scores_NC, label_NC, ids = load_scores(workdir, "student")
     labels = [of_sample for n, of_sample in enumerate(read_labels(tmp_path / "given", "test")) if n not in (5, 17)]
     assert len(scores_NC) == 58
@@ -317,3 +321,11 @@ def test_damaged_test_images_are_left_out_of_scores_and_labels_alike(tmp_path):
     assert found["num_samples"] == 58
     assert found["num_samples_skipped"] == 2
     assert found["mpvap"] == pytest.approx(compute_expected(scores_NC, labels, ids)["mpvap"], abs=1e-6)
+
+
+def test_a_split_of_which_no_image_can_be_decoded_is_refused(tmp_path):
+    workdir = prepare_shards(tmp_path, damaged_test=range(60))
+    concentrate("student", "targets=labels", f"workdir={workdir}", *TINY, directory=tmp_path)
+    finished = concentrate("evaluate", f"workdir={workdir}", directory=tmp_path, code=2)
+    assert "none of the 60 test images can be decoded, so nothing can be measured" in finished.err
+    assert not (workdir / "evaluations/student.json").exists()

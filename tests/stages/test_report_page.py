@@ -197,6 +197,13 @@ def test_verticals_without_a_test_image_are_said_beside_the_number_of_images():
         assert note in build_report_page(_full_inputs(evaluations={"student": evaluation}))
 
 
+def test_undecodable_images_are_said_beside_the_number_of_images():
+    evaluation = _evaluation(0.7)
+    for skipped, note in ((0, "1,000 test images</"), (3, "1,000 test images (3 more cannot be decoded)</")):
+        page = build_report_page(_full_inputs(evaluations={"student": evaluation | {"num_samples_skipped": skipped}}))
+        assert note in page
+
+
 def test_hostile_names_are_escaped_everywhere():
     def poison(value):
         if isinstance(value, dict):
