@@ -1,6 +1,6 @@
 """The metrics of one network: pvap and mpvap, top-1 and top-5, mAP@50, and AP by class frequency.
 
-    evaluator = Evaluator(taxonomy, train_counts_C)
+    evaluator = Evaluator(taxonomy, train_counts_C, finds_map_at_50=True)
     for scores_BC, labels in batches:
         evaluator.update(scores_BC, labels)
     print(evaluator.compute().mpvap)
@@ -67,7 +67,7 @@ class Evaluation:
     labels_per_sample: float
     #: Fraction of the (sample, vertical of one of its leaf labels) pairs with such a label as the vertical's best leaf.
     top1_in_vertical: float
-    #: Over all classes and all samples, with smeared positives: see MeanAveragePrecisionAtK.
+    #: Over all classes and all samples, with smeared positives: see MeanAveragePrecisionAtK; NaN also where nobody asked for it.
     map_at_50: float
     num_classes: int
     num_samples: int
@@ -92,18 +92,26 @@ class Evaluator:
 
     In one pass it keeps, as float32, the scores of every sample in those verticals in which it has a label: see
     `measure_kept_bytes`. With two passes it is shown all samples, `begin_second_pass` is called, and it is shown them again: that
-    takes only a few numbers for each positive, with the same result. Besides, it keeps counts and the 50 best samples of every
-    class. The order of samples does not matter. Work on all scores is done where they are: on the GPU of a network there.
+    takes only a few numbers for each positive, with the same result. Besides, it keeps counts, and for mAP@50 the 50 best samples
+    of a class. The order of samples does not matter. Work on all scores is done where they are: on the GPU of a network there.
 
     Args:
         train_counts_C: (C,) by output, the number of training images of every class, for AP by frequency.
         num_passes: over the samples.
+        finds_map_at_50: each score is compared with the 50 best of its class, which with many classes can take as long as the
+            network.
 
     Raises:
         DataError: there is not one training count per class.
     """
 
-    def __init__(self, taxonomy: Taxonomy, train_counts_C: np.ndarray | None = None, num_passes: Literal[1, 2] = 1):
+    def __init__(
+        self,
+        taxonomy: Taxonomy,
+        train_counts_C: np.ndarray | None = None,
+        num_passes: Literal[1, 2] = 1,
+        finds_map_at_50: bool = False,
+    ):
         if train_counts_C is not None and np.shape(train_counts_C) != (taxonomy.num_classes,):
             raise DataError(
                 f"evaluation: training counts of the shape {np.shape(train_counts_C)}, expected one per class: "
@@ -119,7 +127,7 @@ class Evaluator:
         else:
             rows = min(max(WAITING_BYTES // (4 * taxonomy.num_classes), MIN_WAITING_ROWS), MAX_WAITING_ROWS)
             self._samples = [StreamedSamples(size, rows) for size in taxonomy.vertical_sizes]
-        self._best = MeanAveragePrecisionAtK(taxonomy.num_classes, k=50)
+        self._best = MeanAveragePrecisionAtK(taxonomy.num_classes, k=50) if finds_map_at_50 else None
         self._counts: Counter[str] = Counter()
         self._leaves_L = torch.from_numpy(np.flatnonzero(taxonomy.is_leaf))
         #: (C,) the number of an output among the leaves, where it is one.
@@ -142,7 +150,8 @@ class Evaluator:
             return
         row_P, output_P, is_direct_P = self._label_pairs(label_outputs)
         if not self._is_second_pass:
-            self._best.update(scores_BC, row_P, output_P)
+            if self._best is not None:
+                self._best.update(scores_BC, row_P, output_P)
             self._count_top_k(scores_BC, row_P, output_P)
         vertical_P = self.taxonomy.vertical_of_output[output_P]
         for number in np.unique(vertical_P):
@@ -170,9 +179,11 @@ class Evaluator:
         assert self.taxonomy.fingerprint == other.taxonomy.fingerprint, "evaluators of two taxonomies cannot be merged"
         passes = [(evaluator.num_passes, evaluator._is_second_pass) for evaluator in (self, other)]
         assert passes[0] == passes[1], "merged evaluators must be in one pass"
+        assert (self._best is None) == (other._best is None), "merged evaluators must find the same metrics"
         if not self._is_second_pass:
             self._counts.update(other._counts)
-            self._best.merge(other._best)
+            if self._best is not None:
+                self._best.merge(other._best)
         for mine, theirs in zip(self._samples, other._samples, strict=True):
             mine.merge(theirs)
 
@@ -180,7 +191,8 @@ class Evaluator:
         """Everything seen, as plain arrays, for another process: see `from_state`."""
         state = {"num_passes": np.array(self.num_passes), "is_second_pass": np.array(self._is_second_pass)}
         state |= {f"counts/{name}": np.array(count) for name, count in self._counts.items()}
-        state |= {f"best/{name}": array for name, array in self._best.state().items()}
+        if self._best is not None:
+            state |= {f"best/{name}": array for name, array in self._best.state().items()}
         for number, samples in enumerate(self._samples):
             state.update({f"samples/{number}/{name}": array for name, array in samples.state().items()})
         return state
@@ -190,7 +202,8 @@ class Evaluator:
         cls, taxonomy: Taxonomy, state: Mapping[str, np.ndarray], train_counts_C: np.ndarray | None = None
     ) -> "Evaluator":
         """An evaluator that has seen what `state` describes."""
-        evaluator = cls(taxonomy, train_counts_C, int(state["num_passes"]))
+        best = take_prefixed(state, "best/")
+        evaluator = cls(taxonomy, train_counts_C, int(state["num_passes"]), finds_map_at_50=bool(best))
         evaluator._is_second_pass = bool(state["is_second_pass"])
         # By vertical in one walk: there may be thousands of verticals, with some arrays each.
         of_samples: dict[str, dict[str, np.ndarray]] = {}
@@ -201,7 +214,8 @@ class Evaluator:
             elif part == "samples":
                 number, _, name = name.partition("/")
                 of_samples.setdefault(number, {})[name] = array
-        evaluator._best.load_state(take_prefixed(state, "best/"))
+        if evaluator._best is not None:
+            evaluator._best.load_state(best)
         for number, samples in enumerate(evaluator._samples):
             samples.load_state(of_samples[str(number)])
         return evaluator
@@ -237,7 +251,7 @@ class Evaluator:
             top5=_fraction(self._counts["right_at_5"], self._counts["samples_with_leaf"]),
             **self._compute_at_k(),
             top1_in_vertical=_fraction(self._counts["right_in_vertical"], self._counts["verticals_with_leaf"]),
-            map_at_50=self._best.compute(),
+            map_at_50=float("nan") if self._best is None else self._best.compute(),
             num_classes=self.taxonomy.num_classes,
             num_samples=num_samples,
             num_samples_without_leaf=num_samples - self._counts["samples_with_leaf"],

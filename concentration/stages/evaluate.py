@@ -160,7 +160,9 @@ def evaluate(config: EvaluateConfig) -> None:
         train = load_prepared_split(config.workdir, "train", taxonomy)
         outputs = slice(subject.first_output, subject.first_output + subject.taxonomy.num_classes)
         counts = {"num_train": train.count_smeared()[outputs], "num_test": split.count_smeared()[outputs]}
-        evaluator = Evaluator(subject.taxonomy, counts["num_train"], _choose_num_passes(config, subject))
+        evaluator = Evaluator(
+            subject.taxonomy, counts["num_train"], _choose_num_passes(config, subject), finds_map_at_50=True
+        )
         ordinals, scores_NC, answers = _score_samples(config, subject, evaluator, directory.path)
         _tell_skipped(subject, np.setdiff1d(subject.ordinals, ordinals))
         content = evaluator.compute(subject.networks[0].device).to_json()

@@ -1,7 +1,7 @@
 """The evaluator against a slow, dense, obvious reference with scikit-learn, and against itself in parts."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -55,11 +55,11 @@ def draw(seed, num_samples=120, tied=False):
 
 
 def evaluate(scores_BC, labels, batch_size=16, train_counts_C=None):
-    return show(Evaluator(TAXONOMY, train_counts_C), scores_BC, labels, batch_size)
+    return show(Evaluator(TAXONOMY, train_counts_C, finds_map_at_50=True), scores_BC, labels, batch_size)
 
 
 def evaluate_twice(scores_BC, labels, train_counts_C=None):
-    evaluator = show(Evaluator(TAXONOMY, train_counts_C, num_passes=2), scores_BC, labels)
+    evaluator = show(Evaluator(TAXONOMY, train_counts_C, num_passes=2, finds_map_at_50=True), scores_BC, labels)
     evaluator.begin_second_pass()
     return show(evaluator, scores_BC, labels)
 
@@ -268,12 +268,21 @@ def test_map_at_50_is_over_all_classes_with_smeared_positives():
     assert evaluate(scores_BC, labels).compute().map_at_50 == expected.compute()
 
 
+def test_without_map_at_50_all_else_is_the_same_and_a_state_is_smaller():
+    scores_BC, labels = draw(10)
+    with_map, without = evaluate(scores_BC, labels), show(Evaluator(TAXONOMY), scores_BC, labels)
+    assert with_map.state().keys() > without.state().keys()
+    without = Evaluator.from_state(TAXONOMY, without.state()).compute()
+    assert np.isnan(without.map_at_50)
+    assert_same(without, replace(with_map.compute(), map_at_50=np.nan))
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_order_batches_merging_and_travelling_as_state_change_nothing(tied):
     scores_BC, labels = draw(11, tied=tied)
     counts_C = np.arange(TAXONOMY.num_classes) * 15
     whole = evaluate(scores_BC, labels, batch_size=len(labels), train_counts_C=counts_C)
-    merged = Evaluator(TAXONOMY, counts_C)
+    merged = Evaluator(TAXONOMY, counts_C, finds_map_at_50=True)
     for part in np.array_split(np.random.default_rng(1).permutation(len(labels)), 3):
         rank = evaluate(scores_BC[part], [labels[row] for row in part], batch_size=7)
         merged.merge(Evaluator.from_state(TAXONOMY, rank.state()))
@@ -296,7 +305,7 @@ def test_two_passes_are_one(seed, tied, max_waiting_rows, monkeypatch):
 @pytest.mark.parametrize("tied", [False, True])
 def test_two_passes_of_several_ranks_merged_are_one_pass(tied):
     scores_BC, labels = draw(21, tied=tied)
-    merged = Evaluator(TAXONOMY, num_passes=2)
+    merged = Evaluator(TAXONOMY, num_passes=2, finds_map_at_50=True)
     for pass_number in range(2):
         ranks = [Evaluator.from_state(TAXONOMY, merged.state()) for _ in range(3)]
         for rank, part in zip(
