@@ -88,7 +88,7 @@ class Running:
     def send(self, number: int) -> None:
         os.kill(self.process.pid, number)
 
-    def wait(self, timeout_seconds: float = 120) -> Finished:
+    def wait(self, timeout_seconds: float = 300) -> Finished:
         self.process.join(timeout_seconds)
         if self.process.exitcode is None:
             self.process.kill()

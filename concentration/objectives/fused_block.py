@@ -17,7 +17,7 @@ Source: Gao et al., Equations 1 to 4.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -26,6 +26,9 @@ from torch import Tensor
 
 from concentration.objectives.target_checks import has_values_at_hand
 from concentration.targets import SoftTargets
+
+#: Logits that a CPU works on at a time: few enough for what is computed from them to stay in a core's own cache.
+PIECE_ELEMENTS = 1 << 18
 
 #: N_v times this is added under the root of the norm, whose slope so stays finite when all logits are 0.
 EPSILON = 1e-6
@@ -118,7 +121,44 @@ def compute_block(
 
     Args:
         upstream_R: weights of the samples in the derivatives, beside those of the targets; None means 1.
+
+    Returns:
+        The slope has the type of the logits, but bfloat16 for float16, in which small gradients would vanish.
     """
+    num_samples, num_classes = logits_RV.shape
+    # NOTE: ranks that share a vertical must sum over the same samples, however many of its classes each has.
+    is_divided = logits_RV.device.type == "cpu" and classes.sum_over_shards is None
+    num_rows = max(1, PIECE_ELEMENTS // num_classes if is_divided else num_samples)
+    slope_RV = torch.empty_like(logits_RV, dtype=torch.bfloat16) if logits_RV.dtype == torch.float16 else logits_RV
+    pieces = []
+    for first in range(0, max(1, num_samples), num_rows):
+        rows = slice(first, first + num_rows)
+        upstream = None if upstream_R is None else upstream_R[rows]
+        piece = _compute_piece(logits_RV[rows], vertical, targets.rows(rows), classes, upstream, wants_gradients)
+        if piece.slope_RV is not None and piece.slope_RV.dtype != logits_RV.dtype:
+            slope_RV[rows] = piece.slope_RV
+        pieces.append(piece._replace(slope_RV=None))
+    return _join(pieces, slope_RV) if wants_gradients else Block(torch.cat([piece.loss_R for piece in pieces]))
+
+
+def _join(pieces: Sequence[Block], slope_RV: Tensor) -> Block:
+    def add(name: str) -> Tensor | None:
+        found = [getattr(piece, name) for piece in pieces]
+        return None if found[0] is None else functools.reduce(Tensor.add_, found)
+
+    loss_R, scale_R = (torch.cat([getattr(piece, name) for piece in pieces]) for name in ("loss_R", "scale_R"))
+    return Block(loss_R, slope_RV, scale_R, *map(add, ("gamma", "offset", "bias_V")))
+
+
+def _compute_piece(
+    logits_RV: Tensor,
+    vertical: HeadParameters,
+    targets: VerticalTargets,
+    classes: ClassRange,
+    upstream_R: Tensor | None,
+    wants_gradients: bool,
+) -> Block:
+    """As `compute_block`, with a slope in float32 at least: in the place of the logits, if they have its type."""
     x = logits_RV.to(torch.promote_types(logits_RV.dtype, torch.float32))
     gamma, offset, class_weight_V = vertical.gamma, vertical.offset, targets.class_weight_V
     sum_over_shards = classes.sum_over_shards or _as_it_is
@@ -138,7 +178,7 @@ def compute_block(
         linear_R += targets.background_B1[:, 0] * _sum_classes(y, class_weight_V)
     loss_R = _sum_classes(y.clamp_min(0), class_weight_V) - linear_R
     g = torch.sigmoid(y, out=y)
-    loss_R -= _sum_classes(_log_of_larger(g), class_weight_V)
+    loss_R -= _sum_log_of_larger(g, class_weight_V)
     if targets.weight_B is not None:
         loss_R *= targets.weight_B
     if not wants_gradients:
@@ -162,7 +202,7 @@ def compute_block(
         g.mul_(gamma)
         gx.mul_(gamma)
     dot_R = sum_over_shards(gx.sum(1))
-    slope_RV = g.addcmul_(x, (dot_R * inverse_norm_R.square()).unsqueeze(1), value=-1)
+    slope_RV = torch.addcmul(g, x, (dot_R * inverse_norm_R.square()).unsqueeze(1), value=-1, out=x)
     scale_R = weight_R * inverse_norm_R
     if not gamma.ndim:
         gamma_sum = torch.dot(dot_R, scale_R)
@@ -179,14 +219,23 @@ def _pace(x: Tensor, inverse_norm_R1: Tensor, gamma: Tensor, offset: Tensor | No
     return x * scale_R1 if offset is None else torch.addcmul(offset, x, scale_R1)
 
 
-def _log_of_larger(sigmoid: Tensor) -> Tensor:
-    """log max(s, 1 - s), for softplus(y) = max(y, 0) - log max(s, 1 - s): half the time of torch's softplus.
+def _sum_log_of_larger(sigmoid_RV: Tensor, class_weight_V: Tensor | None) -> Tensor:
+    """The sum over classes of log max(s, 1 - s), for softplus(y) = max(y, 0) - log max(s, 1 - s).
 
-    It is computed as log(1 - q) with q the smaller of s and 1 - s. Where y is far below 0, q is the sigmoid itself and exact;
-    where y is far above 0, the rounding of q is nothing beside y.
+    It is the sum of log(1 - q) with q the smaller of s and 1 - s. Where y is far below 0, q is the sigmoid itself and exact;
+    where y is far above 0, the rounding of q is nothing beside y. Logarithms are slow, so one is taken of eight factors, without
+    rounding small q away: (1 - a)(1 - b) = 1 - (a + b (1 - a)).
     """
-    q = torch.rsub(sigmoid, 1)
-    return torch.minimum(sigmoid, q, out=q).neg_().log1p_()
+    q = torch.rsub(sigmoid_RV, 1)
+    torch.minimum(sigmoid_RV, q, out=q)
+    if class_weight_V is not None:
+        return q.neg_().log1p_() @ class_weight_V
+    one = torch.ones((), dtype=q.dtype, device=q.device)
+    for _ in range(3):  # eight factors are 2^-8 at least, so 1 - q of them still has the bits that count
+        half, width = q.shape[1] // 2, -(-q.shape[1] // 2)
+        q[:, :half].lerp_(one, q[:, width:])  # an odd class in the middle stays as it is
+        q = q[:, :width]
+    return torch.log1p(-q).sum(1)
 
 
 def _sum_classes(values_RV: Tensor, class_weight_V: Tensor | None) -> Tensor:

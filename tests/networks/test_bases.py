@@ -309,3 +309,19 @@ def test_a_wrong_option_is_named_as_a_user_writes_it(base: dict[str, Any], messa
     with pytest.raises(ConfigError) as caught:
         parse_config(Verb, {"base": base})
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("norm", ["batch", "group", "none"])
+def test_the_small_base_pools_what_a_relu_before_the_pooling_would_have_given(norm):
+    base = build_base(SmallBaseConfig(norm=norm), image_size=32)
+    images = torch.randn(6, 3, 32, 32)
+    images[1] = 0.0  # without a norm all its numbers tie at 0
+    expected = images.contiguous(memory_format=torch.channels_last)
+    for convolution, normalise, *_ in base.blocks:
+        expected = F.max_pool2d(F.relu(normalise(convolution(expected))), 2)
+    weight_BD = torch.randn(6, base.num_features)
+    found = base(images)
+    # Both forwards update the batch norms' averages, which training does not use.
+    gradients = [torch.autograd.grad((y.flatten(1) * weight_BD).sum(), base.parameters()) for y in (expected, found)]
+    assert torch.equal(found, expected.flatten(1))
+    assert all(torch.equal(left, right) for left, right in zip(*gradients, strict=True))

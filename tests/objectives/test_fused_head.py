@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
-from torch.nn.functional import linear
+from torch.nn.functional import linear, softplus
 
 from concentration.errors import ConfigError, DataError
 from concentration.networks.pace import Pace, PaceConfig
 from concentration.objectives import fused_block, fused_head
-from concentration.objectives.fused_block import HeadParameters
+from concentration.objectives.fused_block import ClassRange, HeadParameters, VerticalTargets
 from concentration.objectives.fused_head import fused_loss_by_vertical
 from concentration.objectives.sigmoid_cross_entropy import sigmoid_cross_entropy_by_vertical
 from concentration.targets import SoftTargets
@@ -98,13 +98,14 @@ cases = given(
     weight=st.booleans(),
     class_weight=st.booleans(),
     block_elements=st.sampled_from([1, 10, 1 << 20]),
+    piece_elements=st.sampled_from([1, 20, 1 << 20]),
 )
 
 
 @cases
 @settings(max_examples=150, deadline=None, database=None)
 def test_values_and_gradients_are_those_of_the_readable_form(
-    seed, sizes, num_samples, num_kept, pace, background, weight, class_weight, block_elements
+    seed, sizes, num_samples, num_kept, pace, background, weight, class_weight, block_elements, piece_elements
 ):
     head = Head(seed, sizes, pace, num_samples)
     targets = draw_targets(seed, num_samples, sizes, num_kept, background, weight)
@@ -113,6 +114,7 @@ def test_values_and_gradients_are_those_of_the_readable_form(
     expected = head.gradients_of(expected_BM.mean())
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(fused_head.BLOCK_ELEMENTS, "cpu", block_elements)
+        patch.setattr(fused_block, "PIECE_ELEMENTS", piece_elements)
         for time in ("forward", "backward"):
             found_BM = head.fused(targets, class_weight_C, time)
             torch.testing.assert_close(found_BM, expected_BM, rtol=1e-10, atol=1e-10)
@@ -302,6 +304,18 @@ def test_a_loss_scale_keeps_the_features_gradients_in_float16(gradients):
     assert (found - exact).norm() < 0.01 * exact.norm()
 
 
+@pytest.mark.parametrize("spread", [0.0, 0.1, 3.0, 30.0])
+@pytest.mark.parametrize("centre", [-60.0, -12.0, 0.0, 12.0])
+def test_the_loss_of_any_number_of_classes_in_float32_is_as_exact_as_float32(centre, spread):
+    for width in (*range(1, 26), 1000):
+        logits_RV = centre + spread * torch.randn(5, width, generator=torch.Generator().manual_seed(width))
+        none = VerticalTargets.of(SoftTargets.from_labels([[]] * 5), 0, slice(0, width), None)
+        vertical = HeadParameters(torch.empty(width, 1), torch.empty(width))
+        found_R = fused_block.compute_block(logits_RV.clone(), vertical, none, ClassRange(0, width), None, False).loss_R
+        expected_R = softplus(logits_RV.double(), threshold=700).sum(1)
+        torch.testing.assert_close(found_R.double(), expected_R, rtol=2e-6, atol=0, msg=f"{width} classes")
+
+
 def test_the_loss_in_float32_is_exact_for_logits_far_from_zero():
     """Also of one class alone: in a sum the small ones would be drowned."""
     logits = torch.linspace(-80, 80, 321, dtype=torch.float64)
@@ -309,7 +323,7 @@ def test_the_loss_in_float32_is_exact_for_logits_far_from_zero():
     targets = SoftTargets(torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 1))
     for logit in logits:
         found = fused_loss_by_vertical([torch.zeros(1, 1)], [vertical._replace(bias=logit.float()[None])], targets)
-        expected = torch.nn.functional.softplus(logit, threshold=700)
+        expected = softplus(logit, threshold=700)
         torch.testing.assert_close(found[0, 0].double(), expected, rtol=3e-7, atol=1e-44)
 
 

@@ -29,7 +29,7 @@ class SmallBaseConfig(BaseNetworkConfig):
 
 
 class SmallBase(BaseNetwork):
-    """Blocks of 3x3 convolution, norm, ReLU and 2x2 max-pooling, then flattened.
+    """Blocks of 3x3 convolution, norm, 2x2 max-pooling and ReLU, then flattened.
 
     Images (B, 3, H, W) become features (B, D) with D = channels[-1] * (H / 2^blocks) * (W / 2^blocks): 512 by default
     at 32 pixels.
@@ -66,7 +66,8 @@ def _build_block(in_channels: int, out_channels: int, norm: Norm) -> nn.Sequenti
     nn.init.kaiming_normal_(convolution.weight, nonlinearity="relu")
     if convolution.bias is not None:
         nn.init.zeros_(convolution.bias)
-    return nn.Sequential(convolution, _build_norm(norm, out_channels), nn.ReLU(inplace=True), nn.MaxPool2d(2))
+    # ReLU after the pooling, of a quarter of the numbers, has the same outputs and gradients as before it.
+    return nn.Sequential(convolution, _build_norm(norm, out_channels), nn.MaxPool2d(2), nn.ReLU(inplace=True))
 
 
 def _build_norm(norm: Norm, channels: int) -> nn.Module:
