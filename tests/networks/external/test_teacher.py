@@ -225,7 +225,8 @@ def test_what_is_no_classifier_is_refused(taxonomy, tmp_path, monkeypatch, body,
 def test_a_module_of_ones_own_is_put_into_eval_mode_and_counted(taxonomy, tmp_path, monkeypatch):
     body = "return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 5), torch.nn.BatchNorm1d(5)).train()"
     teacher = take_function(taxonomy, tmp_path, monkeypatch, body, "module_of_mine")
-    assert torch.equal(teacher(IMAGES)[:2], teacher(IMAGES[:2]))
+    # In training mode the other images of the batch would change the answer by much more than rounding.
+    torch.testing.assert_close(teacher(IMAGES)[:2], teacher(IMAGES[:2]), rtol=1e-5, atol=1e-5)
     assert count_parameters(teacher)["total"] == 48 * 5 + 5 + 10
     assert count_multiply_adds(teacher) == 48 * 5
 
