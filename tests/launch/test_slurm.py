@@ -147,6 +147,16 @@ def test_the_last_task_of_an_array_finds_the_folder_of_its_script(stand_ins, fol
     assert done.returncode == 0, done.stderr
 
 
+def test_a_task_of_an_array_that_is_asked_to_stop_asks_no_other(stand_ins):
+    """Of the last one, SLURM_JOB_ID is the number of the whole array."""
+    (stand_ins / "scancel").write_text(f'#!/bin/bash\necho "$@" >>{stand_ins}/signalled\n')
+    (stand_ins / "scancel").chmod(0o755)
+    srun = f"kill -USR1 $PPID; for _ in {{1..1000}}; do [ -e {stand_ins}/signalled ] && exit 75; /bin/sleep 0.01; done"
+    array = {"SLURM_ARRAY_JOB_ID": "9", "SLURM_ARRAY_TASK_ID": "1", "VERTICALS": "birds cars"}
+    assert run_job(stand_ins, srun, "teacher_array.sh", **array).returncode == 75
+    assert set((stand_ins / "signalled").read_text().splitlines()) == {"--signal=USR1 9_1"}
+
+
 def test_a_task_of_an_array_is_requeued_alone(stand_ins):
     array = {"SLURM_ARRAY_JOB_ID": "9", "SLURM_ARRAY_TASK_ID": "1", "VERTICALS": "birds cars"}
     assert run_job(stand_ins, PREEMPTED, "teacher_array.sh", **array).returncode == 75
