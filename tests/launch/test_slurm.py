@@ -109,7 +109,9 @@ def test_a_task_of_the_array_trains_the_vertical_of_its_number(stand_ins):
     assert done.stderr == "teacher_array.sh: task 3: no vertical of this number; submit it with --array=0-2\n"
     done = run_job(stand_ins, said, "teacher_array.sh", "workdir=work")
     assert done.returncode == 2
-    assert done.stderr == "teacher_array.sh: no task of an array; submit it with --array=0-2, a task for each vertical\n"
+    assert (
+        done.stderr == "teacher_array.sh: no task of an array; submit it with --array=0-2, a task for each vertical\n"
+    )
 
 
 def test_an_array_whose_data_are_not_prepared_says_so_in_one_line(stand_ins):
