@@ -212,7 +212,7 @@ def find_checkpoint(workdir: Path, name: str | Sequence[str], taxonomy: Taxonomy
         (TEACHERS, f"concentrate teacher vertical={name}"),
     ):
         if (workdir / kind / name).is_dir():
-            return RunDirectory(workdir / kind / name).load_done(command)["checkpoint"]
+            return RunDirectory(workdir / kind / name).load_done(command, checkpoint=str)["checkpoint"]
     have = sorted(path.name for kind in (STUDENTS, TEACHERS) for path in (workdir / kind).glob("*"))
     raise ConfigError(f"name={name}: no such run in {workdir}; valid: {', '.join([SPECIALISTS, *have])}")
 

@@ -1,6 +1,5 @@
 """`concentrate report`: one self-contained page with everything that was measured, and the same as JSON."""
 
-import contextlib
 import importlib.metadata
 import math
 import platform
@@ -18,7 +17,8 @@ from concentration.files import write_atomically
 from concentration.metrics.agreement import compare_in_verticals, compare_overall
 from concentration.schema import FolderName, parse_json
 from concentration.stages.calibrate import CALIBRATIONS
-from concentration.stages.evaluate import EVALUATIONS, find_checkpoint, load_answers
+from concentration.stages.earlier_networks import is_earlier
+from concentration.stages.evaluate import EVALUATIONS, load_answers
 from concentration.stages.prepare import SUMMARY_PICTURE, SUMMARY_TEXT
 from concentration.stages.prepared import SHARDS, DataOverrides, load_prepared
 from concentration.stages.report_comparable import IMAGES, split_comparable
@@ -140,13 +140,11 @@ def _describe_outdated(workdir: Path, evaluations: Mapping[str, dict]) -> str:
     if not RunDirectory(workdir / SHARDS).is_finished:
         return ""
     _, taxonomy, _ = load_prepared(workdir, DataOverrides())
-    found = []
-    for title, evaluation in evaluations.items():
-        directory = RunDirectory(workdir / EVALUATIONS / title)
-        with contextlib.suppress(ConfigError):  # of a network that is gone, or is not finished, there is no later one
-            if directory.is_finished:
-                checkpoint = find_checkpoint(workdir, directory.load_config()["name"], taxonomy)
-                found += [title] * (checkpoint != evaluation.get("checkpoint"))
+    found = [
+        title
+        for title, evaluation in evaluations.items()
+        if is_earlier(workdir, workdir / EVALUATIONS / title, evaluation.get("checkpoint"), taxonomy)
+    ]
     if not found:
         return ""
     return (

@@ -89,6 +89,8 @@ def test_a_network_that_was_trained_anew_after_its_evaluation_is_named(grown, tm
     note = "next changed after the evaluation, whose numbers are shown"
     assert note in concentrate_here("report", "name=next", f"workdir={workdir}")
     assert f"<b>Note</b> {note}" in _read_results(workdir)[0]
+    (workdir / "evaluations/next/DONE.json").unlink()  # an evaluation of the new network has begun, and was killed
+    assert note in concentrate_here("report", "name=next", f"workdir={workdir}")
     shutil.rmtree(workdir / "shards")
     assert "changed" not in concentrate_here("report", "name=fruit", f"workdir={workdir}")
 
