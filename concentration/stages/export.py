@@ -146,9 +146,8 @@ def _find_checkpoint(config: ExportConfig, source: Path) -> str:
     if not source.is_dir():
         have = sorted(path.name for path in source.parent.glob("*")) or ["none"]
         raise ConfigError(f"name={config.name}: no such student in {source.parent}; valid: {', '.join(have)}")
-    return RunDirectory(source).load_done(f"concentrate student {write_override('name', config.name)}", checkpoint=str)[
-        "checkpoint"
-    ]
+    command = f"concentrate student {write_override('name', config.name)}"
+    return RunDirectory(source).load_done(command, checkpoint=str)["checkpoint"]
 
 
 def _load_evaluation(config: ExportConfig, checkpoint: str) -> dict:
