@@ -59,6 +59,25 @@ def test_without_nvidia_smi_the_number_of_gpus_is_asked_for(workdir, tmp_path):
     assert message.count("\n") == 1
 
 
+@pytest.mark.parametrize("wrong", [{"GPUS": "0"}, {"GPUS": "all"}, {"NODES": "two"}, {"NODES": "1:"}])
+def test_wrong_numbers_of_gpus_or_machines_are_one_line(workdir, wrong):
+    running = start_student(workdir, "wrong", **{"GPUS": "1", **wrong})
+    message = running.communicate(timeout=60)[1]
+    assert running.returncode == 2
+    assert " ".join(f"{key}={value}" for key, value in wrong.items()) in message
+    assert message.count("\n") == 1
+
+
+@pytest.mark.parametrize("host", ["localhost", "no-such-host"])
+def test_machines_that_do_not_meet_are_told_where_and_another_try_may_meet_them(workdir, host):
+    head, waiting = f"{host}:{find_free_port()}", "join_timeout=2,read_timeout=2"
+    running = start_student(workdir, "alone", GPUS="1", NODES="2", HEAD=head, PET_RDZV_CONF=waiting)
+    message = running.communicate(timeout=60)[1]
+    assert running.returncode == 1
+    assert f"at {head}" in message
+    assert "Traceback" not in message
+
+
 def test_a_signal_to_the_launcher_saves_and_ends_it_with_75(workdir):
     """torchrun alone would end with 1."""
     head = f"localhost:{find_free_port()}"
