@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 PREEMPTED, MISTAKE = 75, 2
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
 #: The signal that asked this machine to stop, and the exit codes with which its processes ended last.
 told = 0
@@ -30,6 +30,13 @@ def forward(number: int, frame) -> None:
         sys.exit(PREEMPTED)
     for child in children:
         os.kill(child, number)
+
+
+def handle_signals(handler) -> None:
+    for number in SIGNALS:
+        # `nohup` has SIGHUP ignored, and means it.
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 def leave(number, frame) -> None:
@@ -76,8 +83,7 @@ def run(arguments: list[str]) -> int:
     from torch.distributed.elastic.rendezvous.api import RendezvousConnectionError, RendezvousTimeoutError
     from torch.distributed.run import main, parse_args, parse_min_max_nnodes
 
-    for handled in SIGNALS:
-        signal.signal(handled, forward)
+    handle_signals(forward)
     options = parse_args(arguments)
     fewest, most = parse_min_max_nnodes(options.nnodes)
     if fewest < most:
@@ -117,7 +123,6 @@ def run(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    for handled in SIGNALS:
-        signal.signal(handled, leave)
-    # Without the three above, whose handlers torchrun would replace.
-    sys.exit(run(["--signals-to-handle=SIGHUP,SIGQUIT", *sys.argv[1:]]))
+    handle_signals(leave)
+    # Without those above, whose handlers torchrun would replace.
+    sys.exit(run(["--signals-to-handle=SIGQUIT", *sys.argv[1:]]))

@@ -78,13 +78,14 @@ def test_machines_that_do_not_meet_are_told_where_and_another_try_may_meet_them(
     assert "Traceback" not in message
 
 
-def test_a_signal_to_the_launcher_saves_and_ends_it_with_75(workdir):
-    """torchrun alone would end with 1."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_the_launcher_saves_and_ends_it_with_75(workdir, number):
+    """torchrun alone would end with 1, and of a closed terminal with a traceback."""
     head = f"localhost:{find_free_port()}"
-    run_path = workdir / "students/stopped"
-    running = start_student(workdir, "stopped", "trainer.max_epochs=500", GPUS="1", HEAD=head)
+    run_path = workdir / f"students/stopped-{number}"
+    running = start_student(workdir, run_path.name, "trainer.max_epochs=500", GPUS="1", HEAD=head)
     wait_for(lambda: has_trained(run_path), running)
-    running.send_signal(signal.SIGTERM)
+    running.send_signal(number)
     _, err = running.communicate(timeout=60)
     assert running.returncode == 75, err
     assert "which is saved" in err
