@@ -22,6 +22,7 @@ from concentration.pipeline.slurm import (
 )
 from concentration.pipeline.slurm_queue import load_queue
 from concentration.progress import build_console
+from concentration.schema import write_override
 
 
 def print_dry_run(config: RunConfig) -> None:
@@ -58,7 +59,7 @@ def print_submitted(config: RunConfig, graph: Sequence[Job], submitted: Mapping[
             table.add_row(number, _list([job.name for job in batch.jobs]), _list(after))
         console.print(table)
         console.print(f"to end them: scancel {' '.join(submitted.values())}")
-    console.print(f"to look at them: concentrate status workdir={config.workdir}")
+    console.print(f"to look at them: concentrate status {write_override('workdir', str(config.workdir))}")
     console.print("given again, the same command submits what is missing then")
 
 
@@ -90,7 +91,8 @@ def _print_slurm(
     ids = dict(active)
     print("\nCommands; <NAME> stands for the id that SLURM gives to NAME:\n")
     for batch in batches:
-        print(" ".join(build_command(batch, config, ids, batches)))
+        words = build_command(batch, config, ids, batches)
+        print(" ".join(word if word.startswith("--dependency=") else shlex.quote(word) for word in words))
         ids |= ids_of(batch, f"<{batch.name}>")
     print(f"\n{workdir / JOBS / SCRIPT_FILE}:\n\n{build_script(workdir, config)}", end="")
 

@@ -18,6 +18,7 @@ from concentration.stages.evaluate import SPECIALISTS, EvaluateConfig
 from concentration.stages.expert import ExpertConfig
 from concentration.stages.expert import describe_step as describe_expert_step
 from concentration.stages.prepare import PrepareConfig
+from concentration.stages.report import ReportConfig
 from concentration.stages.student import StudentConfig
 from concentration.stages.student import describe_step as describe_student_step
 from concentration.stages.targets import TargetsConfig
@@ -91,7 +92,7 @@ class _Planner:
             return self._plan_targets(job, config)
         if isinstance(config, EvaluateConfig):
             return self._plan_evaluation(job, config)
-        return StagePlan(job)
+        return StagePlan(job, note="" if isinstance(config, ReportConfig) else "not planned")
 
     def _plan_prepare(self, job: Job) -> StagePlan:
         data, num_images = self._data, sum(self._data.num_samples.values())

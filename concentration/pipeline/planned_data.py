@@ -15,6 +15,7 @@ from concentration.data.split_assignment import SPLITS, assign_splits
 from concentration.data.views import ViewConfig, decode_view, draw_views
 from concentration.errors import ConfigError
 from concentration.pipeline.graph import RunConfig, build_prepare_job
+from concentration.schema import write_override
 from concentration.stages.prepared import SHARDS, DataOverrides, load_prepared, load_prepared_split
 from concentration.stages.run_directory import RunDirectory
 from concentration.taxonomy import Taxonomy
@@ -62,7 +63,8 @@ def look_at_data(config: RunConfig) -> PlannedData:
     if isinstance(config.data, ShardsConfig):
         raise ConfigError(
             f"plan=true with data=shards: how many images there are is known when they are indexed; run "
-            f"`concentrate prepare data=shards data.path={config.data.path} workdir={config.workdir}` first"
+            f"`concentrate prepare data=shards {write_override('data.path', str(config.data.path))} "
+            f"{write_override('workdir', str(config.workdir))}` first"
         )
     return _look_at_source(config)
 

@@ -21,7 +21,7 @@ from concentration.pipeline.jobs import CANCELLED, FROZEN, JOBS, Job, Resources,
 from concentration.pipeline.records import JobRecords, load_records, record_jobs
 from concentration.pipeline.slurm_queue import QueuedJob, cancel_jobs, load_queue, load_settled_queue, submit_script
 from concentration.pipeline.states import find_states
-from concentration.schema import Config
+from concentration.schema import Config, write_override
 from concentration.stages.run_directory import RunDirectory
 
 #: The batch script, in `jobs/`.
@@ -149,9 +149,8 @@ class SlurmLauncher:
                     break
                 time.sleep(POLL_SECONDS)
         except KeyboardInterrupt:
-            raise Preempted(
-                f"no longer waiting; the jobs go on: `concentrate status workdir={self._workdir}`, or the same command again"
-            ) from None
+            look = f"concentrate status {write_override('workdir', str(self._workdir))}"
+            raise Preempted(f"no longer waiting; the jobs go on: `{look}`, or the same command again") from None
         failed = {job.name: job.exit_code() for job in jobs if shown[job.name] in ("failed", "preempted")}
         failed |= {job.name: CANCELLED for job in jobs if shown[job.name] == "cancelled"}
         if failed:

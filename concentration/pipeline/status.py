@@ -12,6 +12,7 @@ from concentration.pipeline.slurm_queue import load_queue
 from concentration.pipeline.states import StageState, describe_directory, find_states
 from concentration.progress import STATUS_FILE, build_console, load_status
 from concentration.schema import Config
+from concentration.stages.earlier_networks import find_earlier
 from concentration.stages.replaced import REPLACED_FOLDER
 
 
@@ -46,6 +47,7 @@ def status(config: StatusConfig) -> None:
     of_run = {workdir / record.directory: states[name] for name, record in records.jobs.items()}
     for directory in [*sorted(begun, key=_age), *of_run]:
         by_directory[directory] = of_run.get(directory) or describe_directory(directory)
+    earlier = find_earlier(workdir, [path for path, state in by_directory.items() if state.state == "done"])
     table = Table(title=str(workdir), title_justify="left")
     for column in ("stage", "state", "done", "rate", "left", "why"):
         table.add_column(column)
@@ -54,6 +56,8 @@ def status(config: StatusConfig) -> None:
         shown, why = (
             ("done", f"the latest command was refused: {state.why}") if state.is_refused else (state.state, state.why)
         )
+        if directory in earlier:
+            why = "of an earlier network, which was trained anew since; overwrite=changed makes it of the present one"
         table.add_row(name, shown, state.amount, state.rate, state.left, escape(why))
     console = build_console()
     console.print(table)

@@ -9,7 +9,7 @@ from typing import Literal
 import pydantic
 
 from concentration.errors import ConfigError, DataError, unreadable
-from concentration.schema import Config, parse_config, parse_json
+from concentration.schema import Config, parse_config, parse_json, write_override
 from concentration.taxonomy import Taxonomy
 
 #: How the classifiers' weights are stored; everything else is float32.
@@ -66,7 +66,9 @@ def load_export(path: Path) -> ExportFolder:
     except OSError:
         have = sorted(found.parent.name for found in path.parent.glob(f"*/{PREPROCESSING_FILE}"))
         there = f" (exports beside it: {', '.join(have)})" if have else ""
-        raise ConfigError(f"{path}: no export{there}; run `concentrate export name={path.name}` first") from None
+        raise ConfigError(
+            f"{path}: no export{there}; run `concentrate export {write_override('name', path.name)}` first"
+        ) from None
     try:
         preprocessing = parse_config(Preprocessing, values if isinstance(values, dict) else {})
     except ConfigError as error:

@@ -29,7 +29,7 @@ from concentration.networks.augmented import ConditionalHeads
 from concentration.networks.classifier import Classifier
 from concentration.networks.cost import count_active_parameters, count_multiply_adds, count_parameters
 from concentration.progress import Progress
-from concentration.schema import FolderName, hash_values, parse_json
+from concentration.schema import FolderName, hash_values, parse_json, write_override
 from concentration.stages.gallery import build_gallery
 from concentration.stages.prepared import DataOverrides, load_prepared, load_prepared_split
 from concentration.stages.report_values import as_mapping, as_number
@@ -38,6 +38,7 @@ from concentration.stages.student import STUDENTS
 from concentration.stages.subject import Subject
 from concentration.stages.teacher import TEACHERS, identify_teachers, load_teachers
 from concentration.stages.train_network import load_network
+from concentration.stages.verbs import write_command
 from concentration.taxonomy import Taxonomy
 
 EVALUATIONS = "evaluations"
@@ -230,11 +231,11 @@ def find_checkpoint(workdir: Path, name: str | Sequence[str], taxonomy: Taxonomy
     if name == SPECIALISTS:
         return identify_teachers(workdir, taxonomy)
     for kind, command in (
-        (STUDENTS, f"concentrate student name={name}"),
-        (TEACHERS, f"concentrate teacher vertical={name}"),
+        (STUDENTS, f"concentrate student {write_override('name', name)}"),
+        (TEACHERS, write_command("teacher", name)),
     ):
         if (workdir / kind / name).is_dir():
-            return RunDirectory(workdir / kind / name).load_done(command)["checkpoint"]
+            return RunDirectory(workdir / kind / name).load_done(command, checkpoint=str)["checkpoint"]
     have = sorted(path.name for kind in (STUDENTS, TEACHERS) for path in (workdir / kind).glob("*"))
     raise ConfigError(f"name={name}: no such run in {workdir}; valid: {', '.join([SPECIALISTS, *have])}")
 

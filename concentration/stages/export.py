@@ -16,7 +16,7 @@ from concentration.errors import ConfigError
 from concentration.files import write_atomically
 from concentration.networks.classifier import Exportable
 from concentration.progress import Progress
-from concentration.schema import FolderName, parse_json
+from concentration.schema import FolderName, parse_json, write_override
 from concentration.serving.calibration import CALIBRATION_FILE
 from concentration.serving.export_folder import (
     CHECKSUMS_FILE,
@@ -146,13 +146,14 @@ def _find_checkpoint(config: ExportConfig, source: Path) -> str:
     if not source.is_dir():
         have = sorted(path.name for path in source.parent.glob("*")) or ["none"]
         raise ConfigError(f"name={config.name}: no such student in {source.parent}; valid: {', '.join(have)}")
-    return RunDirectory(source).load_done(f"concentrate student name={config.name}", checkpoint=str)["checkpoint"]
+    command = f"concentrate student {write_override('name', config.name)}"
+    return RunDirectory(source).load_done(command, checkpoint=str)["checkpoint"]
 
 
 def _load_evaluation(config: ExportConfig, checkpoint: str) -> dict:
     """Raises: ConfigError where the network was not evaluated since it was trained."""
     path = config.workdir / EVALUATIONS / f"{config.name}.json"
-    again = f"run `concentrate evaluate name={config.name}` first: the model card says what it found"
+    again = f"run `concentrate evaluate {write_override('name', config.name)}` first: the model card says what it found"
     try:
         evaluation = parse_json(path.read_bytes(), str(path))
     except FileNotFoundError:

@@ -16,7 +16,7 @@ import pydantic
 from concentration.errors import ConfigError, DataError
 from concentration.processes import count_cores
 from concentration.progress import Progress
-from concentration.schema import Config, FolderName
+from concentration.schema import Config, FolderName, write_override
 from concentration.serving.answering import Answerer, answer_all, decode_images
 from concentration.serving.answers import Ranking
 from concentration.serving.calibration import load_calibration
@@ -69,7 +69,7 @@ class ServingConfig(Config):
         if (folder / "config.json").exists() and not (folder / "DONE.json").exists():
             raise ConfigError(
                 f"{folder}: is being exported, or was stopped in the middle; wait for it, or run "
-                f"`concentrate export name={folder.name}` again"
+                f"`concentrate export {write_override('name', folder.name)}` again"
             )
         return load_export(folder)
 

@@ -1,6 +1,5 @@
 """`concentrate report`: one self-contained page with everything that was measured, and the same as JSON."""
 
-import contextlib
 import importlib.metadata
 import math
 import platform
@@ -16,9 +15,10 @@ import concentration
 from concentration.errors import ConfigError, DataError
 from concentration.files import write_atomically
 from concentration.metrics.agreement import compare_in_verticals, compare_overall
-from concentration.schema import FolderName, parse_json
+from concentration.schema import FolderName, parse_json, write_override
 from concentration.stages.calibrate import CALIBRATIONS
-from concentration.stages.evaluate import EVALUATIONS, find_checkpoint, load_answers
+from concentration.stages.earlier_networks import is_earlier
+from concentration.stages.evaluate import EVALUATIONS, load_answers
 from concentration.stages.prepare import SUMMARY_PICTURE, SUMMARY_TEXT
 from concentration.stages.prepared import SHARDS, DataOverrides, load_prepared
 from concentration.stages.report_comparable import IMAGES, split_comparable
@@ -118,7 +118,7 @@ def _load_evaluations(config: ReportConfig) -> dict[str, dict]:
         if name not in loaded:
             raise ConfigError(
                 f"{key}: no evaluation of {name} on test (there: {', '.join(sorted(loaded))}); "
-                f"run `concentrate evaluate name={name}` first"
+                f"run `concentrate evaluate {write_override('name', name)}` first"
             )
     others = sorted(set(loaded) - {FIRST, config.name, LAST})
     return {name: loaded[name] for name in (FIRST, config.name, *others, LAST) if name in loaded}
@@ -140,13 +140,11 @@ def _describe_outdated(workdir: Path, evaluations: Mapping[str, dict]) -> str:
     if not RunDirectory(workdir / SHARDS).is_finished:
         return ""
     _, taxonomy, _ = load_prepared(workdir, DataOverrides())
-    found = []
-    for title, evaluation in evaluations.items():
-        directory = RunDirectory(workdir / EVALUATIONS / title)
-        with contextlib.suppress(ConfigError):  # of a network that is gone, or is not finished, there is no later one
-            if directory.is_finished:
-                checkpoint = find_checkpoint(workdir, directory.load_config()["name"], taxonomy)
-                found += [title] * (checkpoint != evaluation.get("checkpoint"))
+    found = [
+        title
+        for title, evaluation in evaluations.items()
+        if is_earlier(workdir, workdir / EVALUATIONS / title, evaluation.get("checkpoint"), taxonomy)
+    ]
     if not found:
         return ""
     return (
@@ -228,7 +226,8 @@ def _describe_commands(config: ReportConfig) -> list[str]:
     """The command of the whole run, as it was given, where there was one; and the one that draws this page."""
     path = config.workdir / COMMAND_FILE
     run = [_load(path)["command"]] if path.exists() else []
-    return [*run, f"concentrate report workdir={config.workdir} name={config.name}"]
+    where = f"{write_override('workdir', str(config.workdir))} {write_override('name', config.name)}"
+    return [*run, f"concentrate report {where}"]
 
 
 def _find_commit() -> str | None:

@@ -112,8 +112,8 @@ class RunDirectory:
 
     def _enter(self, config: StageConfig, upstream: Mapping[str, str], part: str | None) -> bool:
         if not self._has_other_parts(part):  # of a run that was killed
+            self._clear_temporaries()  # first: half a config.json beside what was set aside is no new result
             settle_replaced(self.path)
-            self._clear_temporaries()
         identity = {**config.identity(), "upstream": dict(upstream)}
         earlier = self._load("config.json")
         known = {} if earlier is None else _leave_out_runtime_fields(earlier["identity"], config)

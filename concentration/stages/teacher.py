@@ -98,7 +98,7 @@ def identify_teachers(workdir: Path, taxonomy: Taxonomy) -> str:
         ConfigError: one has not finished.
     """
     directories = {v: RunDirectory(workdir / TEACHERS / v) for v in taxonomy.verticals}
-    done = {v: d.load_done(write_command("teacher", v)) for v, d in directories.items()}
+    done = {v: d.load_done(write_command("teacher", v), checkpoint=str) for v, d in directories.items()}
     return hash_values({vertical: facts["checkpoint"] for vertical, facts in done.items()})
 
 

@@ -7,7 +7,7 @@
 
 run_step() { # run_step SRUN_OPTION... -- ARGUMENT...
     local options=() code=143 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}} # 143: ended by SIGTERM
-    job=${job:-$SLURM_JOB_ID}
+    job=${job:-$SLURM_JOB_ID} # SLURM_JOB_ID of an array's last task is that of the whole array
     while [ "$1" != -- ]; do options+=("$1"); shift; done
     shift
     export CONCENTRATION_PREEMPTED=${LOG_DIRECTORY:-$PWD}/.preempted-$job
@@ -18,7 +18,7 @@ run_step() { # run_step SRUN_OPTION... -- ARGUMENT...
         local step=$!
         while kill -0 "$step" 2>/dev/null; do
             # scancel signals the steps, not this script. Again and again: a step that is only just starting does not hear it.
-            [ -z "$told" ] || scancel --signal="$told" "$SLURM_JOB_ID" || true
+            [ -z "$told" ] || scancel --signal="$told" "$job" || true
             sleep 5 &
             wait -n || true # until the step has ended, or a signal was noted, or it is time to look again
         done

@@ -17,7 +17,11 @@ told=
 trap told=USR1 USR1 # before all else; run_step asks for it
 trap told=TERM TERM
 set -euo pipefail
-here=${CONCENTRATION_LAUNCH:-$(dirname "$(scontrol show job "$SLURM_JOB_ID" | sed -n '/^ *Command=/{s/^ *Command=\(\S*\).*/\1/p;q}')")}
+here=${CONCENTRATION_LAUNCH:-}
+if [ -z "$here" ]; then
+    called=$(scontrol show job "$SLURM_JOB_ID" | sed -n '0,/^ *Command=/s/^ *Command=//p') # this script, and its arguments
+    here=$(dirname "${called%" $*"}")
+fi
 source "$here/environment.sh"
 source "$here/run_step.sh"
 

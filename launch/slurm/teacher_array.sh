@@ -17,7 +17,11 @@ told=
 trap told=USR1 USR1 # before all else; run_step asks for it
 trap told=TERM TERM
 set -euo pipefail
-here=${CONCENTRATION_LAUNCH:-$(dirname "$(scontrol show job "$SLURM_JOB_ID" | sed -n '/^ *Command=/{s/^ *Command=\(\S*\).*/\1/p;q}')")}
+here=${CONCENTRATION_LAUNCH:-}
+if [ -z "$here" ]; then
+    called=$(scontrol show job "$SLURM_JOB_ID" | sed -n '0,/^ *Command=/s/^ *Command=//p') # this script, and its arguments
+    here=$(dirname "${called%" $*"}")
+fi
 source "$here/environment.sh"
 source "$here/run_step.sh"
 
@@ -25,15 +29,25 @@ workdir=runs/demo
 for argument in "$@"; do
     [[ $argument == workdir=* ]] && workdir=${argument#workdir=}
 done
+mistake() { # mistake WHAT: tells it and ends this script
+    echo "teacher_array.sh: $*" >&2
+    exit 2
+}
 if [ -n "${VERTICALS:-}" ]; then
     read -ra verticals <<<"$VERTICALS"
 else
-    mapfile -t verticals < <(python -c '
+    taxonomy=$workdir/shards/taxonomy.json
+    [ -e "$taxonomy" ] || mistake "$taxonomy: not there (in $PWD); run \`concentrate prepare\` first, or correct workdir=$workdir"
+    names=$(python -c '
 import json, sys
 print(*dict.fromkeys(c["vertical"] for c in json.load(open(sys.argv[1]))["classes"]), sep="\n")
-' "$workdir/shards/taxonomy.json")
+' "$taxonomy")
+    mapfile -t verticals <<<"$names"
 fi
-vertical=${verticals[$SLURM_ARRAY_TASK_ID]:?no vertical of this number: --array=0-$((${#verticals[@]} - 1))}
+tasks=--array=0-$((${#verticals[@]} - 1))
+[ -n "${SLURM_ARRAY_TASK_ID:-}" ] || mistake "no task of an array; submit it with $tasks, a task for each vertical"
+vertical=${verticals[$SLURM_ARRAY_TASK_ID]:-}
+[ -n "$vertical" ] || mistake "task $SLURM_ARRAY_TASK_ID: no vertical of this number; submit it with $tasks"
 
 # In quotes, so that Hydra takes any name for a text: 1.5, a,b and café.
 run_step --ntasks=1 -- teacher "vertical='${vertical//\'/\\\'}'" "trainer=${TRAINER:-gpu}" "$@"

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 PREEMPTED, MISTAKE = 75, 2
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 
 #: The signal that asked this machine to stop, and the exit codes with which its processes ended last.
 told = 0
@@ -30,6 +30,13 @@ def forward(number: int, frame) -> None:
         sys.exit(PREEMPTED)
     for child in children:
         os.kill(child, number)
+
+
+def handle_signals(handler) -> None:
+    for number in SIGNALS:
+        # `nohup` has SIGHUP ignored, and means it.
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 def leave(number, frame) -> None:
@@ -73,12 +80,12 @@ def run(arguments: list[str]) -> int:
     """The exit code."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.elastic.rendezvous.api import RendezvousConnectionError
+    from torch.distributed.elastic.rendezvous.api import RendezvousConnectionError, RendezvousTimeoutError
     from torch.distributed.run import main, parse_args, parse_min_max_nnodes
 
-    for handled in SIGNALS:
-        signal.signal(handled, forward)
-    fewest, most = parse_min_max_nnodes(parse_args(arguments).nnodes)
+    handle_signals(forward)
+    options = parse_args(arguments)
+    fewest, most = parse_min_max_nnodes(options.nnodes)
     if fewest < most:
         let_machines_come_and_go()
     try:
@@ -92,8 +99,23 @@ def run(arguments: list[str]) -> int:
         if not told:
             raise
         return worst()
+    # The two below are no mistakes (2): the other machines may still be on their way, and another try may meet them.
+    except RendezvousTimeoutError:
+        print(
+            f"fewer than {fewest} machines met at {options.rdzv_endpoint}: start the same line on each of them; "
+            "PET_RDZV_CONF=join_timeout=SECONDS waits longer than 600",
+            file=sys.stderr,
+        )
+        return worst() if codes else 1  # of processes that had stopped, for a machine that left or that joined
     except RendezvousConnectionError:
-        if not codes or worst() != PREEMPTED:
+        if not codes:
+            print(
+                f"nobody answers at {options.rdzv_endpoint}, where the machines are to meet: HOST:PORT of the first of them, on "
+                "which the same line must run",
+                file=sys.stderr,
+            )
+            return 1
+        if worst() != PREEMPTED:
             raise
         print("the machine at which all meet has gone; what is done is saved: start it again", file=sys.stderr)
         return PREEMPTED
@@ -101,7 +123,6 @@ def run(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    for handled in SIGNALS:
-        signal.signal(handled, leave)
-    # Without the three above, whose handlers torchrun would replace.
-    sys.exit(run(["--signals-to-handle=SIGHUP,SIGQUIT", *sys.argv[1:]]))
+    handle_signals(leave)
+    # Without those above, whose handlers torchrun would replace.
+    sys.exit(run(["--signals-to-handle=SIGQUIT", *sys.argv[1:]]))

@@ -18,6 +18,10 @@ if [ -z "${GPUS:-}" ] && ! GPUS=$(set -o pipefail; nvidia-smi --list-gpus 2>/dev
         "processes and the trainer, GPUS=2 $0 trainer=cpu" >&2
     exit 2
 fi
+if ! [[ $GPUS =~ ^[1-9][0-9]*$ && ${NODES:-1} =~ ^[1-9][0-9]*(:[1-9][0-9]*)?$ ]]; then
+    echo "$0: GPUS=$GPUS NODES=${NODES:-1}: expected the number of GPUS of a machine, and of machines, 2 or 1:4 say" >&2
+    exit 2
+fi
 exec python "$(dirname "$0")/run.py" \
     --nnodes="${NODES:-1}" \
     --nproc-per-node="$GPUS" \

@@ -105,8 +105,23 @@ def test_a_task_of_the_array_trains_the_vertical_of_its_number(stand_ins):
     command = (stand_ins / "command").read_text().strip()
     assert command.endswith("teacher vertical='c' trainer=cpu workdir=work trainer.max_epochs=1")
     done = run_job(stand_ins, said, "teacher_array.sh", "workdir=work", **{**array, "SLURM_ARRAY_TASK_ID": "3"})
-    assert done.returncode != 0
-    assert "no vertical of this number: --array=0-2" in done.stderr
+    assert done.returncode == 2
+    assert done.stderr == "teacher_array.sh: task 3: no vertical of this number; submit it with --array=0-2\n"
+    done = run_job(stand_ins, said, "teacher_array.sh", "workdir=work")
+    assert done.returncode == 2
+    assert (
+        done.stderr == "teacher_array.sh: no task of an array; submit it with --array=0-2, a task for each vertical\n"
+    )
+
+
+def test_an_array_whose_data_are_not_prepared_says_so_in_one_line(stand_ins):
+    array = {"SLURM_ARRAY_JOB_ID": "9", "SLURM_ARRAY_TASK_ID": "2"}
+    done = run_job(stand_ins, "echo", "teacher_array.sh", "workdir=no work", **array)
+    assert done.returncode == 2
+    assert done.stderr == (
+        f"teacher_array.sh: no work/shards/taxonomy.json: not there (in {stand_ins}); run `concentrate prepare` first, or "
+        "correct workdir=no work\n"
+    )
 
 
 @pytest.mark.parametrize("vertical", ["2020", "1.5", "null", "a,b", "café au lait", "women's"])
@@ -123,12 +138,25 @@ def test_a_task_of_the_array_trains_a_vertical_of_any_name(stand_ins, vertical):
         assert check_config("teacher", hydra.compose("teacher", [given])).vertical == vertical
 
 
-def test_the_last_task_of_an_array_finds_the_folder_of_its_script(stand_ins):
+@pytest.mark.parametrize("folder", ["launch", "my launch"])
+@pytest.mark.parametrize("arguments", [(), ("workdir=my work", "base.name=student.sh")])
+def test_the_last_task_of_an_array_finds_the_folder_of_its_script(stand_ins, folder, arguments):
     """Its number is the array's, of which `scontrol show job` tells task by task."""
-    says = f"   Command={LAUNCH}/teacher_array.sh workdir=work\n   WorkDir=/shared\n" * 2
+    launch = Path(shutil.copytree(LAUNCH, stand_ins / folder))
+    says = f"   Command={' '.join([f'{launch}/teacher_array.sh', *arguments])}\n   WorkDir=/shared\n" * 2
     array = {"SLURM_ARRAY_JOB_ID": "9", "SLURM_ARRAY_TASK_ID": "1", "VERTICALS": "birds cars"}
-    done = run_job(stand_ins, "echo $@", "teacher_array.sh", SAYS=says, CONCENTRATION_LAUNCH="", **array)
+    done = run_job(stand_ins, "echo $@", "teacher_array.sh", *arguments, SAYS=says, CONCENTRATION_LAUNCH="", **array)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_task_of_an_array_that_is_asked_to_stop_asks_no_other(stand_ins):
+    """Of the last one, SLURM_JOB_ID is the number of the whole array."""
+    (stand_ins / "scancel").write_text(f'#!/bin/bash\necho "$@" >>{stand_ins}/signalled\n')
+    (stand_ins / "scancel").chmod(0o755)
+    srun = f"kill -USR1 $PPID; for _ in {{1..1000}}; do [ -e {stand_ins}/signalled ] && exit 75; /bin/sleep 0.01; done"
+    array = {"SLURM_ARRAY_JOB_ID": "9", "SLURM_ARRAY_TASK_ID": "1", "VERTICALS": "birds cars"}
+    assert run_job(stand_ins, srun, "teacher_array.sh", **array).returncode == 75
+    assert set((stand_ins / "signalled").read_text().splitlines()) == {"--signal=USR1 9_1"}
 
 
 def test_a_task_of_an_array_is_requeued_alone(stand_ins):

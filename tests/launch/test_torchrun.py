@@ -59,13 +59,33 @@ def test_without_nvidia_smi_the_number_of_gpus_is_asked_for(workdir, tmp_path):
     assert message.count("\n") == 1
 
 
-def test_a_signal_to_the_launcher_saves_and_ends_it_with_75(workdir):
-    """torchrun alone would end with 1."""
+@pytest.mark.parametrize("wrong", [{"GPUS": "0"}, {"GPUS": "all"}, {"NODES": "two"}, {"NODES": "1:"}])
+def test_wrong_numbers_of_gpus_or_machines_are_one_line(workdir, wrong):
+    running = start_student(workdir, "wrong", **{"GPUS": "1", **wrong})
+    message = running.communicate(timeout=60)[1]
+    assert running.returncode == 2
+    assert " ".join(f"{key}={value}" for key, value in wrong.items()) in message
+    assert message.count("\n") == 1
+
+
+@pytest.mark.parametrize("host", ["localhost", "no-such-host"])
+def test_machines_that_do_not_meet_are_told_where_and_another_try_may_meet_them(workdir, host):
+    head, waiting = f"{host}:{find_free_port()}", "join_timeout=2,read_timeout=2"
+    running = start_student(workdir, "alone", GPUS="1", NODES="2", HEAD=head, PET_RDZV_CONF=waiting)
+    message = running.communicate(timeout=60)[1]
+    assert running.returncode == 1
+    assert f"at {head}" in message
+    assert "Traceback" not in message
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_the_launcher_saves_and_ends_it_with_75(workdir, number):
+    """torchrun alone would end with 1, and of a closed terminal with a traceback."""
     head = f"localhost:{find_free_port()}"
-    run_path = workdir / "students/stopped"
-    running = start_student(workdir, "stopped", "trainer.max_epochs=500", GPUS="1", HEAD=head)
+    run_path = workdir / f"students/stopped-{number}"
+    running = start_student(workdir, run_path.name, "trainer.max_epochs=500", GPUS="1", HEAD=head)
     wait_for(lambda: has_trained(run_path), running)
-    running.send_signal(signal.SIGTERM)
+    running.send_signal(number)
     _, err = running.communicate(timeout=60)
     assert running.returncode == 75, err
     assert "which is saved" in err

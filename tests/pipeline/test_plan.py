@@ -91,6 +91,17 @@ def test_what_cannot_be_measured_here_is_said_and_not_guessed(tmp_path):
     assert "at least " in printed
 
 
+def test_the_stages_that_a_plan_leaves_out_say_so(tmp_path):
+    """Of `compare`, and of an export: the time is without them."""
+    printed = plan(tmp_path / "work", *DATA, "experiment=compare", "compare.groups.top_k=5", "export=true").out
+    found = rows(printed)
+    for stage in ("augment augmented", "group features", "mixture mixture", "export student"):
+        assert found[stage][3:] == ["-", "not planned"]
+    assert found["report student"][3:] == ["-"]
+    assert "at least " in printed
+    assert ", without the stages that have a reason in the last column" in printed
+
+
 def test_jobs_side_by_side_wait_for_those_that_they_need(tmp_path):
     def job(name, seconds, *after):
         return StagePlan(Job(name, "student", StageConfig(workdir=tmp_path), tmp_path, after, ""), seconds=seconds)

@@ -28,6 +28,8 @@ NETWORKS = ("base.channels=[4,8]", "top.top1=12", "top.top2=8", "teacher.top.top
             "teacher.trainer.batch_size=32", "trainer.num_workers=0", "teacher.trainer.num_workers=0",
             "num_processes=2")  # fmt: skip
 COMMAND = ("run", *PREPARE, *NETWORKS)
+#: The column of `concentrate status` that says what is wrong.
+WHY = 5
 
 
 def run(workdir: Path, *options: str, code: int = 0) -> Finished:
@@ -37,11 +39,11 @@ def run(workdir: Path, *options: str, code: int = 0) -> Finished:
     return finished
 
 
-def status(workdir: Path) -> dict[str, str]:
-    """The state of every stage, as `concentrate status` shows it."""
+def status(workdir: Path, column: int = 1) -> dict[str, str]:
+    """The state of every stage, or what stands in another column, as `concentrate status` shows it."""
     shown = Running(("status", f"workdir={workdir}"), workdir.parent).wait().out
-    rows = [re.split(r"\s*│\s*", line.strip("│ \n")) for line in shown.splitlines() if line.startswith("│")]
-    return {row[0]: row[1] for row in rows}
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in shown.splitlines() if line.startswith("│")]
+    return {row[0]: row[column] for row in rows}
 
 
 def signal_in_the_middle(workdir: Path, number: int) -> Finished:
@@ -434,6 +436,20 @@ def test_status_shows_every_stage(finished):
         "evaluations/student",
     }
     assert set(states.values()) == {"done"}
+
+
+def test_status_says_which_results_are_of_an_earlier_network(workdir):
+    """A calibration and an export record what they are of as an evaluation does."""
+    of_student = [f"{kind}/student" for kind in ("evaluations", "calibrations", "exports")]
+    for name in of_student[1:]:
+        shutil.copytree(workdir / of_student[0], workdir / name)
+    assert set(status(workdir, WHY).values()) == {""}
+    trained = workdir / "students/student/DONE.json"
+    trained.write_text(json.dumps({**load_json(trained), "checkpoint": "another"}))
+    said = "of an earlier network, which was trained anew since; overwrite=changed makes it of the present one"
+    assert {name: why for name, why in status(workdir, WHY).items() if why} == dict.fromkeys(of_student, said)
+    trained.unlink()  # it is being trained: nobody knows what it will be
+    assert not any(said in why for why in status(workdir, WHY).values())
 
 
 @pytest.mark.long

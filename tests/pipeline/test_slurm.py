@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -213,6 +214,16 @@ def test_a_dry_run_prints_the_graph_and_the_commands_for_slurm(workdir):
     assert option(lines["concentrate-student-student"], "dependency") == "afterok:<targets>"
     assert option(lines["concentrate-teacher"], "array") == "0-1%4"
     assert all(f"#SBATCH --{line}" in shown for line in ("time=1-00:00:00", "exclude=n7", "kill-on-invalid-dep=yes"))
+
+
+def test_the_commands_that_are_shown_can_be_typed_where_the_workdir_has_a_space(workdir):
+    spaced = workdir.with_name("my work")
+    shown = dry_run(spaced, "launcher=slurm").out
+    commands = [shlex.split(line) for line in shown.splitlines() if line.startswith("sbatch ")]
+    assert commands
+    assert all(f"{spaced}/jobs/job.sh" in words for words in commands)
+    shown = one_line(dry_run(spaced, "dry_run=false", "plan=true", code=2))
+    assert f"workdir='{spaced}'" in shlex.split(shown.split("`")[1])
 
 
 def test_a_dry_run_of_several_leaves_nothing(workdir, tmp_path):

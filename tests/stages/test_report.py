@@ -1,6 +1,7 @@
 """`report` on a run directory that holds little, and on one whose evaluations were measured on different test images."""
 
 import base64
+import html
 import io
 import json
 import re
@@ -13,6 +14,7 @@ from PIL import Image
 from real_runs import TINY, append_sky, concentrate, concentrate_here, load_json, prepare_shards, prepare_shards_here
 
 from concentration.errors import ConfigError, DataError
+from concentration.schema import write_override
 
 
 def test_the_page_shows_the_data_where_they_were_summarised_and_is_there_without(tmp_path):
@@ -89,8 +91,18 @@ def test_a_network_that_was_trained_anew_after_its_evaluation_is_named(grown, tm
     note = "next changed after the evaluation, whose numbers are shown"
     assert note in concentrate_here("report", "name=next", f"workdir={workdir}")
     assert f"<b>Note</b> {note}" in _read_results(workdir)[0]
+    (workdir / "evaluations/next/DONE.json").unlink()  # an evaluation of the new network has begun, and was killed
+    assert note in concentrate_here("report", "name=next", f"workdir={workdir}")
     shutil.rmtree(workdir / "shards")
     assert "changed" not in concentrate_here("report", "name=fruit", f"workdir={workdir}")
+
+
+def test_the_command_on_the_page_can_be_typed_where_the_workdir_has_a_space(grown, tmp_path):
+    workdir = Path(shutil.copytree(grown, tmp_path / "my work"))
+    concentrate_here("report", "name=next", f"workdir={workdir}")
+    assert f"concentrate report {write_override('workdir', str(workdir))} name=next" in html.unescape(
+        _read_results(workdir)[1]
+    )
 
 
 def test_a_network_that_was_not_evaluated_is_refused_by_name(grown):

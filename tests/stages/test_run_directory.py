@@ -17,8 +17,9 @@ import pytest
 from concentration.errors import ConfigError, DataError
 from concentration.files import hash_file
 from concentration.schema import Config
-from concentration.stages.replaced import REPLACED_FOLDER, forget_replaced
+from concentration.stages.replaced import REPLACED_FOLDER, forget_replaced, set_aside
 from concentration.stages.run_directory import RunDirectory, StageConfig
+from concentration.temporaries import name_temporary
 
 _FORK = multiprocessing.get_context("fork")
 
@@ -240,6 +241,14 @@ def test_a_kill_while_overwriting_loses_nothing(num_renames, finished, monkeypat
     monkeypatch.undo()
     assert finished.is_finished is (num_renames == 0)
     refuse(finished, "seed was 0, is 1", seed=1)
+    assert not is_due(finished)
+    assert read_all(finished) == before
+
+
+def test_a_kill_while_the_new_config_is_written_loses_nothing(finished):
+    before = read_all(finished)
+    set_aside(finished.path)
+    name_temporary(finished.path / "config.json").write_text('{"identi')
     assert not is_due(finished)
     assert read_all(finished) == before
 
