@@ -29,10 +29,12 @@ def start_student(workdir: Path, name: str, *options: str, **environment: str) -
         [LAUNCH / "student.sh", *arguments],
         cwd=workdir.parent, env={**os.environ, "PATH": path, **environment}, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        # Where these tests were started by nohup, SIGHUP is ignored, also by what they start.
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
     )  # fmt: skip
 
 
-def wait_for(condition, *processes: subprocess.Popen, seconds: float = 90) -> None:
+def wait_for(condition, *processes: subprocess.Popen, seconds: float = 300) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
@@ -53,7 +55,7 @@ def find_free_port() -> int:
 
 def test_without_nvidia_smi_the_number_of_gpus_is_asked_for(workdir, tmp_path):
     running = start_student(workdir, "uncounted", PATH="/usr/bin:/bin")
-    message = running.communicate(timeout=60)[1]
+    message = running.communicate(timeout=300)[1]
     assert running.returncode == 2
     assert "give their number, GPUS=8" in message
     assert message.count("\n") == 1
@@ -62,7 +64,7 @@ def test_without_nvidia_smi_the_number_of_gpus_is_asked_for(workdir, tmp_path):
 @pytest.mark.parametrize("wrong", [{"GPUS": "0"}, {"GPUS": "all"}, {"NODES": "two"}, {"NODES": "1:"}])
 def test_wrong_numbers_of_gpus_or_machines_are_one_line(workdir, wrong):
     running = start_student(workdir, "wrong", **{"GPUS": "1", **wrong})
-    message = running.communicate(timeout=60)[1]
+    message = running.communicate(timeout=300)[1]
     assert running.returncode == 2
     assert " ".join(f"{key}={value}" for key, value in wrong.items()) in message
     assert message.count("\n") == 1
@@ -72,7 +74,7 @@ def test_wrong_numbers_of_gpus_or_machines_are_one_line(workdir, wrong):
 def test_machines_that_do_not_meet_are_told_where_and_another_try_may_meet_them(workdir, host):
     head, waiting = f"{host}:{find_free_port()}", "join_timeout=2,read_timeout=2"
     running = start_student(workdir, "alone", GPUS="1", NODES="2", HEAD=head, PET_RDZV_CONF=waiting)
-    message = running.communicate(timeout=60)[1]
+    message = running.communicate(timeout=300)[1]
     assert running.returncode == 1
     assert f"at {head}" in message
     assert "Traceback" not in message
@@ -86,7 +88,7 @@ def test_a_signal_to_the_launcher_saves_and_ends_it_with_75(workdir, number):
     running = start_student(workdir, run_path.name, "trainer.max_epochs=500", GPUS="1", HEAD=head)
     wait_for(lambda: has_trained(run_path), running)
     running.send_signal(number)
-    _, err = running.communicate(timeout=60)
+    _, err = running.communicate(timeout=300)
     assert running.returncode == 75, err
     assert "which is saved" in err
     assert "Traceback" not in err
@@ -95,7 +97,7 @@ def test_a_signal_to_the_launcher_saves_and_ends_it_with_75(workdir, number):
 
 def test_a_mistake_ends_it_with_2(workdir):
     running = start_student(workdir, "wrong", "trainer.batch_sise=3", GPUS="1", HEAD=f"localhost:{find_free_port()}")
-    _, err = running.communicate(timeout=60)
+    _, err = running.communicate(timeout=300)
     assert running.returncode == 2, err
     assert "batch_size" in err
 
@@ -163,7 +165,7 @@ def test_a_signal_while(workdir, when):
         wait_for(lambda: is_open(port), running)
         time.sleep(1)
     running.send_signal(signal.SIGTERM)
-    running.communicate(timeout=60)
+    running.communicate(timeout=300)
     assert running.returncode == 75
 
 
