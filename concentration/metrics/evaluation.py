@@ -98,8 +98,7 @@ class Evaluator:
     Args:
         train_counts_C: (C,) by output, the number of training images of every class, for AP by frequency.
         num_passes: over the samples.
-        finds_map_at_50: each score is compared with the 50 best of its class, which with many classes can take as long as the
-            network.
+        finds_map_at_50: each score is compared with the 50 best of its class, which are kept.
 
     Raises:
         DataError: there is not one training count per class.
