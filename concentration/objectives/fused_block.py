@@ -229,7 +229,7 @@ def _sum_log_of_larger(sigmoid_RV: Tensor, class_weight_V: Tensor | None) -> Ten
     q = torch.rsub(sigmoid_RV, 1)
     torch.minimum(sigmoid_RV, q, out=q)
     if class_weight_V is not None:
-        return q.neg_().log1p_() @ class_weight_V
+        return _sum_classes(q.neg_().log1p_(), class_weight_V)
     one = torch.ones((), dtype=q.dtype, device=q.device)
     for _ in range(3):  # eight factors are 2^-8 at least, so 1 - q of them still has the bits that count
         half, width = q.shape[1] // 2, -(-q.shape[1] // 2)

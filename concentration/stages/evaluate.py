@@ -165,11 +165,12 @@ def evaluate(config: EvaluateConfig) -> None:
             subject.taxonomy, counts["num_train"], _choose_num_passes(config, subject), finds_map_at_50=True
         )
         ordinals, scores_NC, answers = _score_samples(config, subject, evaluator, directory.path)
-        _tell_skipped(subject, np.setdiff1d(subject.ordinals, ordinals))
+        skipped = np.setdiff1d(subject.ordinals, ordinals)
+        _tell_skipped(subject, skipped)
         content = evaluator.compute(subject.networks[0].device).to_json()
         content["classes"] = _describe_classes(subject.taxonomy, content.pop("ap_of_class"), counts)
         content |= _describe_cost(config, subject)
-        content["num_samples_skipped"] = len(subject.ordinals) - len(ordinals)
+        content["num_samples_skipped"] = len(skipped)
         content["split"] = config.split
         content["num_passes"] = evaluator.num_passes
         content["gallery"] = build_gallery(subject, config.gallery)
