@@ -27,13 +27,12 @@ from concentration.pipeline.parts import (
 from concentration.schema import Config
 from concentration.stages.augment import AddedHeadsConfig, AugmentConfig
 from concentration.stages.expert import ExpertConfig, name_expert
+from concentration.stages.folders import GROUPINGS, STUDENTS, TEACHERS
 from concentration.stages.group import GroupConfig
 from concentration.stages.group_classes import DetectionGroupsConfig, RandomGroupsConfig
 from concentration.stages.group_features import FeatureGroupsConfig
-from concentration.stages.groupings import GROUPINGS
 from concentration.stages.mixture import MixtureConfig, OwnDecoderConfig
-from concentration.stages.student import STUDENTS, HardTargetsConfig
-from concentration.stages.teacher import TEACHERS
+from concentration.stages.student import HardTargetsConfig
 from concentration.training.configs import TrainerConfig
 from concentration.training.optimizers import OptimizerConfig
 

@@ -31,16 +31,17 @@ from concentration.pipeline.parts import (
 from concentration.pipeline.slurm import SlurmConfig
 from concentration.schema import FolderName, suggest
 from concentration.serving.export_folder import EXPORTS
-from concentration.stages.evaluate import SPECIALISTS
 from concentration.stages.export import ExportConfig
+from concentration.stages.folders import REPORT, SHARDS, TARGETS, TEACHERS
+from concentration.stages.identities import SPECIALISTS
 from concentration.stages.prepare import PrepareConfig
 from concentration.stages.prepare_needs import Need
-from concentration.stages.prepared import SHARDS, DataOverrides, load_prepared
-from concentration.stages.report import REPORT, ReportConfig
+from concentration.stages.prepared import DataOverrides, load_prepared
+from concentration.stages.report import ReportConfig
 from concentration.stages.run_directory import RunDirectory, StageConfig
 from concentration.stages.student import HardTargetsConfig, LabelShare, Outside, TargetsChoice
-from concentration.stages.targets import TARGETS, TargetsConfig
-from concentration.stages.teacher import TEACHERS, ExternalTeacherConfig, TeacherConfig
+from concentration.stages.targets import TargetsConfig
+from concentration.stages.teacher import ExternalTeacherConfig, TeacherConfig
 from concentration.stages.teacher_gate import GateConfig
 from concentration.stages.train_network import LabelsConfig
 from concentration.taxonomy import Taxonomy

@@ -7,8 +7,9 @@ from concentration.networks.top_layers import TopConfig
 from concentration.pipeline.jobs import Job, Resources
 from concentration.schema import Config
 from concentration.stages.evaluate import EvaluateConfig
+from concentration.stages.folders import STUDENTS
 from concentration.stages.run_directory import StageConfig
-from concentration.stages.student import STUDENTS, StudentConfig, TargetsChoice
+from concentration.stages.student import StudentConfig, TargetsChoice
 from concentration.training.configs import LoggerConfig, TrainerConfig
 from concentration.training.optimizers import OptimizerConfig
 

@@ -14,9 +14,10 @@ from concentration.pipeline.planned_data import NUM_PROBED, PlannedData, look_at
 from concentration.pipeline.probe import NUM_TIMED, NUM_WARM_UP, Speed, find_obstacle, measure_speed
 from concentration.processes import count_cores
 from concentration.progress import build_console
-from concentration.stages.evaluate import SPECIALISTS, EvaluateConfig
+from concentration.stages.evaluate import EvaluateConfig
 from concentration.stages.expert import ExpertConfig
 from concentration.stages.expert import describe_step as describe_expert_step
+from concentration.stages.identities import SPECIALISTS
 from concentration.stages.prepare import PrepareConfig
 from concentration.stages.report import ReportConfig
 from concentration.stages.student import StudentConfig

@@ -16,7 +16,8 @@ from concentration.data.views import ViewConfig, decode_view, draw_views
 from concentration.errors import ConfigError
 from concentration.pipeline.graph import RunConfig, build_prepare_job
 from concentration.schema import write_override
-from concentration.stages.prepared import SHARDS, DataOverrides, load_prepared, load_prepared_split
+from concentration.stages.folders import SHARDS
+from concentration.stages.prepared import DataOverrides, load_prepared, load_prepared_split
 from concentration.stages.run_directory import RunDirectory
 from concentration.taxonomy import Taxonomy
 

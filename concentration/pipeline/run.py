@@ -27,11 +27,12 @@ from concentration.pipeline.records import record_jobs
 from concentration.pipeline.slurm import SlurmConfig, SlurmLauncher, refuse_beside_queue
 from concentration.processes import count_cores
 from concentration.schema import parse_json, write_override
-from concentration.stages.evaluate import EVALUATIONS, SPECIALISTS
+from concentration.stages.folders import EVALUATIONS, REPORT, SHARDS
 from concentration.stages.group_classes import check_top_k
+from concentration.stages.identities import SPECIALISTS
 from concentration.stages.prepare_needs import check_needs
-from concentration.stages.prepared import SHARDS, DataOverrides, load_prepared
-from concentration.stages.report import COMMAND_FILE, REPORT
+from concentration.stages.prepared import DataOverrides, load_prepared
+from concentration.stages.report import COMMAND_FILE
 from concentration.stages.report_headline import find_unmeasured
 from concentration.stages.run_directory import describe_lost
 from concentration.stages.short_trainings import describe_short_trainings

@@ -29,12 +29,13 @@ from concentration.networks.student import Student
 from concentration.networks.top_layers import TopConfig
 from concentration.schema import Config, FolderName, hash_values
 from concentration.stages.carried_targets import carry_targets
-from concentration.stages.prepared import SHARDS, DataOverrides, has_split, load_prepared, load_prepared_split
+from concentration.stages.folders import SHARDS, STUDENTS, TARGETS, TEACHERS
+from concentration.stages.prepared import DataOverrides, has_split, load_prepared, load_prepared_split
 from concentration.stages.run_directory import NETWORK_FILE, RunDirectory
 from concentration.stages.served import Served, load_served
-from concentration.stages.student import STUDENTS, LearningConfig, build_targets, choose_ordinals, count_classes
-from concentration.stages.targets import TARGETS, SoftTargetsConfig, TargetsConfig, targets
-from concentration.stages.teacher import TEACHERS, TeacherConfig, teacher
+from concentration.stages.student import LearningConfig, build_targets, choose_ordinals, count_classes
+from concentration.stages.targets import SoftTargetsConfig, TargetsConfig, targets
+from concentration.stages.teacher import TeacherConfig, teacher
 from concentration.stages.teacher_gate import GateConfig, measure_vertical
 from concentration.stages.train_network import Task, TrainingStageConfig, train_from_here
 from concentration.taxonomy import Taxonomy

@@ -19,10 +19,10 @@ from concentration.networks.cost import count_multiply_adds, count_parameters
 from concentration.networks.student import Student
 from concentration.networks.top_layers import Layer
 from concentration.schema import Config, FolderName
+from concentration.stages.folders import STUDENTS
 from concentration.stages.groupings import load_grouping
 from concentration.stages.prepared import DataOverrides, load_prepared, load_prepared_split
 from concentration.stages.run_directory import RunDirectory
-from concentration.stages.student import STUDENTS
 from concentration.stages.train_network import Task, TrainingStageConfig, load_network, train_built_network
 
 

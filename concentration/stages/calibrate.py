@@ -32,13 +32,13 @@ from concentration.metrics.calibration import (
 from concentration.metrics.vertical_answers import VerticalAnswers
 from concentration.progress import Progress
 from concentration.schema import Config
-from concentration.stages.evaluate import SubjectConfig, find_checkpoint, is_model_of_all, load_subject
+from concentration.stages.evaluate import SubjectConfig, is_model_of_all, load_subject
+from concentration.stages.folders import CALIBRATIONS
+from concentration.stages.identities import find_checkpoint
 from concentration.stages.prepared import DataOverrides, load_prepared, load_prepared_split
 from concentration.stages.run_directory import RunDirectory
 from concentration.stages.subject import Subject
 from concentration.taxonomy import Taxonomy
-
-CALIBRATIONS = "calibrations"
 
 #: All that is measured, so that one may choose on val: none at first, then from the coarsest to the finest.
 METHODS: Mapping[str, tuple[Scope, Form] | None] = {
@@ -91,7 +91,7 @@ def calibrate(config: CalibrateConfig) -> None:
         DataError: a split is not there, or a network was made for another taxonomy.
     """
     _, taxonomy, _ = load_prepared(config.workdir, DataOverrides())
-    checkpoint = find_checkpoint(config.workdir, config.name, taxonomy)
+    checkpoint = find_checkpoint(config.workdir, config.name, taxonomy.verticals)
     splits = {name: load_prepared_split(config.workdir, name, taxonomy) for name in ("val", "test")}
     outside = _find_outside(config, taxonomy)
     directory, result_path = RunDirectory(config.output), config.output.with_name(f"{config.output.name}.json")

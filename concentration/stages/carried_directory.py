@@ -23,7 +23,8 @@ from concentration.errors import ConfigError, DataError
 from concentration.files import write_atomically
 from concentration.schema import hash_values
 from concentration.stages.carried_targets import link_file
-from concentration.stages.prepared import SHARDS, describe_splits, has_split, load_prepared_split
+from concentration.stages.folders import SHARDS
+from concentration.stages.prepared import describe_splits, has_split, load_prepared_split
 from concentration.stages.run_directory import RunDirectory
 from concentration.stages.verbs import write_command
 from concentration.taxonomy import Taxonomy

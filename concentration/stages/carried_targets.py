@@ -9,8 +9,8 @@ from pathlib import Path
 from concentration.data.sample_targets import read_manifest
 from concentration.data.split import Split
 from concentration.errors import ConfigError, DataError
+from concentration.stages.folders import TEACHERS
 from concentration.stages.run_directory import RunDirectory
-from concentration.stages.teacher import TEACHERS
 from concentration.stages.verbs import write_command
 from concentration.taxonomy import Taxonomy
 from concentration.temporaries import name_temporary

@@ -4,7 +4,7 @@
 """
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -29,22 +29,20 @@ from concentration.networks.augmented import ConditionalHeads
 from concentration.networks.classifier import Classifier
 from concentration.networks.cost import count_active_parameters, count_multiply_adds, count_parameters
 from concentration.progress import Progress
-from concentration.schema import FolderName, hash_values, parse_json, write_override
+from concentration.schema import FolderName, hash_values, parse_json
+from concentration.stages.folders import EVALUATIONS, STUDENTS, TEACHERS
 from concentration.stages.gallery import build_gallery
+from concentration.stages.identities import SPECIALISTS, find_checkpoint
 from concentration.stages.prepared import DataOverrides, load_prepared, load_prepared_split
 from concentration.stages.report_values import as_mapping, as_number
 from concentration.stages.run_directory import RunDirectory, StageConfig
-from concentration.stages.student import STUDENTS
 from concentration.stages.subject import Subject
-from concentration.stages.teacher import TEACHERS, identify_teachers, load_teachers
+from concentration.stages.teacher import load_teachers
 from concentration.stages.train_network import load_network
-from concentration.stages.verbs import write_command
 from concentration.taxonomy import Taxonomy
 
-EVALUATIONS = "evaluations"
 #: In the evaluation's directory: the best leaf of every sample.
 ANSWERS_FILE = "answers.safetensors"
-SPECIALISTS = "specialists"
 
 
 class SubjectConfig(StageConfig):
@@ -146,7 +144,7 @@ def evaluate(config: EvaluateConfig) -> None:
     """
     _, taxonomy, _ = load_prepared(config.workdir, DataOverrides())
     split, made_from = _load_images(config, taxonomy)
-    checkpoint = find_checkpoint(config.workdir, config.name, taxonomy)
+    checkpoint = find_checkpoint(config.workdir, config.name, taxonomy.verticals)
     directory, result_path = RunDirectory(config.output), config.output.with_name(f"{config.output.name}.json")
     upstream = {"data": split.fingerprint, "checkpoint": checkpoint, **made_from}
     with directory.begin(config, upstream, is_growing=not result_path.exists()) as is_due:
@@ -218,27 +216,6 @@ def _load_images(config: EvaluateConfig, taxonomy: Taxonomy) -> tuple[Split, dic
     class_map = None if config.class_map is None else load_class_map(config.class_map)
     mapped = map_labels(split, taxonomy, class_map, str(config.class_map or f"images_of={config.images_of}"))
     return mapped, {} if class_map is None else {"class_map": hash_values(class_map)}
-
-
-def find_checkpoint(workdir: Path, name: str | Sequence[str], taxonomy: Taxonomy) -> str:
-    """A hash of the files of the network, or networks, with this name or these.
-
-    Raises:
-        ConfigError: one is not finished, or nothing has this name.
-    """
-    if not isinstance(name, str):
-        checkpoints = {each: find_checkpoint(workdir, each, taxonomy) for each in name}
-        return checkpoints[name[0]] if len(name) == 1 else hash_values(checkpoints)
-    if name == SPECIALISTS:
-        return identify_teachers(workdir, taxonomy)
-    for kind, command in (
-        (STUDENTS, f"concentrate student {write_override('name', name)}"),
-        (TEACHERS, write_command("teacher", name)),
-    ):
-        if (workdir / kind / name).is_dir():
-            return RunDirectory(workdir / kind / name).load_done(command, checkpoint=str)["checkpoint"]
-    have = sorted(path.name for kind in (STUDENTS, TEACHERS) for path in (workdir / kind).glob("*"))
-    raise ConfigError(f"name={name}: no such run in {workdir}; valid: {', '.join([SPECIALISTS, *have])}")
 
 
 def load_subject(config: SubjectConfig, taxonomy: Taxonomy, split: Split, checkpoint: str) -> Subject:

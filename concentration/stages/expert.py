@@ -16,6 +16,7 @@ from concentration import distributed
 from concentration.data.sample_targets import LabelTargets
 from concentration.data.split import Split
 from concentration.errors import ConfigError, DataError
+from concentration.stages.folders import TEACHERS
 from concentration.stages.groupings import identify_sample_groups, load_router, load_sample_groups
 from concentration.stages.plan import count_most_labels, print_training_plan
 from concentration.stages.prepared import has_split, load_prepared, load_prepared_split
@@ -30,8 +31,6 @@ from concentration.stages.train_network import (
 )
 from concentration.taxonomy import Taxonomy
 from concentration.training.memory import StepShape
-
-TEACHERS = "teachers"
 
 #: The grouping to which `group=3` belongs.
 DEFAULT_GROUPING = "features"

@@ -34,8 +34,6 @@ from concentration.serving.export_folder import (
 )
 from concentration.serving.neighbours import NeighbourIndex
 from concentration.serving.predictor import Predictor
-from concentration.stages.calibrate import CALIBRATIONS
-from concentration.stages.evaluate import EVALUATIONS
 from concentration.stages.export_card import CARD_FILE, MEASURES_FILE, build_card
 from concentration.stages.export_measures import (
     SampledImages,
@@ -55,10 +53,10 @@ from concentration.stages.export_programs import (
     translate_to_onnx,
 )
 from concentration.stages.export_standalone import STANDALONE_FILE, write_standalone
+from concentration.stages.folders import CALIBRATIONS, EVALUATIONS, STUDENTS
 from concentration.stages.prepared import DataOverrides, load_prepared, load_prepared_split
 from concentration.stages.report_values import as_mapping
 from concentration.stages.run_directory import RunDirectory, StageConfig
-from concentration.stages.student import STUDENTS
 from concentration.stages.train_network import load_network
 from concentration.taxonomy import Taxonomy
 

@@ -11,10 +11,9 @@ from concentration.schema import parse_json
 from concentration.serving.calibration import CALIBRATION_FILE
 from concentration.serving.export_folder import EXPORTS, NEIGHBOURS_FOLDER, load_export
 from concentration.stages.export_standalone import REQUIREMENTS
-from concentration.stages.prepared import SHARDS
+from concentration.stages.folders import SHARDS, STUDENTS
 from concentration.stages.report_values import as_mapping
 from concentration.stages.run_directory import RunDirectory
-from concentration.stages.student import STUDENTS
 
 CARD_FILE, MEASURES_FILE = "README.md", "measures.json"
 _NUM_WEAK = 15

@@ -10,6 +10,7 @@ from concentration.data.split_assignment import SPLITS
 from concentration.files import hash_file, write_atomically
 from concentration.grouping.class_groups import ClassGroups
 from concentration.schema import FolderName
+from concentration.stages.folders import GROUPINGS, STUDENTS
 from concentration.stages.group_classes import (
     DetectionGroupsConfig,
     FoundGroups,
@@ -18,11 +19,10 @@ from concentration.stages.group_classes import (
 )
 from concentration.stages.group_features import FeatureGroupsConfig, group_by_features
 from concentration.stages.group_picture import draw_groups
-from concentration.stages.groupings import GROUPINGS, find_grouping, load_grouping
+from concentration.stages.groupings import find_grouping, load_grouping
 from concentration.stages.prepared import DataOverrides, has_split, load_prepared, load_prepared_split
 from concentration.stages.run_directory import RunDirectory, StageConfig
 from concentration.stages.sample_stream import SampleStream
-from concentration.stages.student import STUDENTS
 from concentration.stages.train_network import load_network
 from concentration.taxonomy import Taxonomy
 

@@ -18,11 +18,10 @@ from concentration.grouping.sample_groups import (
     load_group_ids,
 )
 from concentration.schema import hash_values
+from concentration.stages.folders import GROUPINGS
 from concentration.stages.report_values import as_mapping
 from concentration.stages.run_directory import RunDirectory
 from concentration.taxonomy import Taxonomy
-
-GROUPINGS = "groupings"
 
 _SINCE = "`concentrate group` made it; bring it back, or group again with overwrite=true"
 

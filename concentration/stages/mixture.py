@@ -30,7 +30,8 @@ from concentration.networks.top_layers import TopConfig
 from concentration.objectives.sigmoid_cross_entropy import sigmoid_cross_entropy
 from concentration.progress import Progress
 from concentration.schema import Config, FolderName, hash_values
-from concentration.stages.expert import TEACHERS, name_expert
+from concentration.stages.expert import name_expert
+from concentration.stages.folders import STUDENTS, TEACHERS
 from concentration.stages.groupings import find_grouping, identify_sample_groups, load_router, load_sample_groups
 from concentration.stages.prepared import (
     DataOverrides,
@@ -41,7 +42,6 @@ from concentration.stages.prepared import (
 )
 from concentration.stages.run_directory import NETWORK_FILE, RunDirectory, StageConfig
 from concentration.stages.sample_stream import SampleStream
-from concentration.stages.student import STUDENTS
 from concentration.stages.train_network import Task, TrainingStageConfig, load_network, train_built_network
 from concentration.taxonomy import Taxonomy
 from concentration.training.configs import CHECKPOINTS, LoggerConfig, TrainerConfig

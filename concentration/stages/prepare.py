@@ -28,6 +28,7 @@ from concentration.data.views import Share
 from concentration.errors import ConfigError, DataError
 from concentration.files import write_atomically
 from concentration.progress import Progress
+from concentration.stages.folders import SHARDS
 from concentration.stages.prepare_given_shards import (
     check_kept_shards,
     describe_state,
@@ -46,7 +47,7 @@ from concentration.stages.prepare_listing import (
 from concentration.stages.prepare_near_duplicates import forget_near_duplicates, hash_splits, report_near_duplicates
 from concentration.stages.prepare_needs import Need, check_needs
 from concentration.stages.prepare_summary import draw_summary, summarise_splits
-from concentration.stages.prepared import SHARDS, DataOverrides, describe_splits, has_split, load_prepared
+from concentration.stages.prepared import DataOverrides, describe_splits, has_split, load_prepared
 from concentration.stages.replaced import forget_replaced
 from concentration.stages.report_values import as_mapping
 from concentration.stages.run_directory import RunDirectory, StageConfig

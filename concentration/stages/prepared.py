@@ -12,11 +12,10 @@ from concentration.data.split_assignment import SPLITS
 from concentration.data.views import ViewConfig
 from concentration.errors import ConfigError, DataError
 from concentration.schema import Config, parse_config
+from concentration.stages.folders import SHARDS
 from concentration.stages.report_values import as_mapping
 from concentration.stages.run_directory import RunDirectory
 from concentration.taxonomy import Taxonomy
-
-SHARDS = "shards"
 
 
 class PreparedData(Config):

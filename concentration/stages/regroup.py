@@ -29,13 +29,11 @@ from concentration.networks.student import Student
 from concentration.progress import Progress
 from concentration.schema import FolderName
 from concentration.stages.carried_directory import carry_shards, carry_stored_targets, carry_teacher
-from concentration.stages.prepared import SHARDS, DataOverrides, has_split, load_prepared, load_prepared_split
+from concentration.stages.folders import SHARDS, STUDENTS, TARGETS, TEACHERS
+from concentration.stages.prepared import DataOverrides, has_split, load_prepared, load_prepared_split
 from concentration.stages.run_directory import NETWORK_FILE, RunDirectory, StageConfig
 from concentration.stages.served import Served, load_served
-from concentration.stages.student import STUDENTS
 from concentration.stages.subject import Subject
-from concentration.stages.targets import TARGETS
-from concentration.stages.teacher import TEACHERS
 from concentration.taxonomy import Taxonomy
 
 #: Training images on which the usual norms of the logits are measured, at most.

@@ -16,24 +16,19 @@ from concentration.errors import ConfigError, DataError
 from concentration.files import write_atomically
 from concentration.metrics.agreement import compare_in_verticals, compare_overall
 from concentration.schema import FolderName, parse_json, write_override
-from concentration.stages.calibrate import CALIBRATIONS
-from concentration.stages.earlier_networks import is_earlier
-from concentration.stages.evaluate import EVALUATIONS, load_answers
+from concentration.stages.earlier_networks import is_earlier, list_verticals
+from concentration.stages.evaluate import load_answers
+from concentration.stages.folders import CALIBRATIONS, EVALUATIONS, GATES, REPORT, SHARDS, STUDENTS, TARGETS, TEACHERS
 from concentration.stages.prepare import SUMMARY_PICTURE, SUMMARY_TEXT
-from concentration.stages.prepared import SHARDS, DataOverrides, load_prepared
+from concentration.stages.prepared import DataOverrides, load_prepared
 from concentration.stages.report_comparable import IMAGES, split_comparable
 from concentration.stages.report_headline import subject_of
 from concentration.stages.report_page import ReportInputs, build_report_page
 from concentration.stages.run_directory import SPEED_FILE, RunDirectory, StageConfig
 from concentration.stages.short_trainings import describe_short_trainings
-from concentration.stages.student import STUDENTS
-from concentration.stages.targets import TARGETS
-from concentration.stages.teacher import TEACHERS
-from concentration.stages.teacher_gate import GATES
 from concentration.temporaries import clear_temporaries
 from concentration.training.metrics_file import load_metrics
 
-REPORT = "report"
 #: In the working directory: the command line of the latest `concentrate run`.
 COMMAND_FILE = "run.json"
 #: Shown first, in this order, around the student's own name.
@@ -137,13 +132,11 @@ def _load_upstream(path: Path) -> dict[str, str]:
 
 def _describe_outdated(workdir: Path, evaluations: Mapping[str, dict]) -> str:
     """Which evaluations are of earlier networks than there are now, and what to do; empty where none is."""
-    if not RunDirectory(workdir / SHARDS).is_finished:
-        return ""
-    _, taxonomy, _ = load_prepared(workdir, DataOverrides())
+    verticals = list_verticals(workdir)
     found = [
         title
         for title, evaluation in evaluations.items()
-        if is_earlier(workdir, workdir / EVALUATIONS / title, evaluation.get("checkpoint"), taxonomy)
+        if is_earlier(workdir, workdir / EVALUATIONS / title, evaluation.get("checkpoint"), verticals)
     ]
     if not found:
         return ""

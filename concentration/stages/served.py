@@ -10,8 +10,9 @@ from concentration.files import check_unchanged
 from concentration.networks.student import Student, load_student
 from concentration.schema import parse_config
 from concentration.stages.carried_targets import count_earlier_shards, find_earlier_taxonomy
+from concentration.stages.folders import STUDENTS
 from concentration.stages.run_directory import NETWORK_FILE, RunDirectory
-from concentration.stages.student import STUDENTS, LearningConfig
+from concentration.stages.student import LearningConfig
 from concentration.taxonomy import Taxonomy
 
 

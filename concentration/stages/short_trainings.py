@@ -3,9 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from concentration.stages.expert import TEACHERS
+from concentration.stages.folders import STUDENTS, TEACHERS
 from concentration.stages.run_directory import RunDirectory
-from concentration.stages.student import STUDENTS
 
 #: With fewer, results tell how long was trained rather than what was. The shortest training of the demo takes 357.
 FEW_STEPS = 300

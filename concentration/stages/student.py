@@ -19,11 +19,13 @@ from concentration.errors import ConfigError
 from concentration.label_mix import LabelMix
 from concentration.networks.routed_teachers import RoutedTeachers
 from concentration.schema import Config, FolderName, hash_values
+from concentration.stages.folders import STUDENTS, TARGETS, TEACHERS
+from concentration.stages.identities import identify_teachers
 from concentration.stages.plan import count_most_labels, print_training_plan
 from concentration.stages.prepared import PreparedData, load_prepared, load_prepared_split
 from concentration.stages.run_directory import HOW_TO_GROW, RunDirectory
-from concentration.stages.targets import TARGETS, SoftTargetsConfig
-from concentration.stages.teacher import TEACHERS, identify_teachers, load_teachers, measure_teachers
+from concentration.stages.targets import SoftTargetsConfig
+from concentration.stages.teacher import load_teachers, measure_teachers
 from concentration.stages.train_network import (
     LabelsConfig,
     NetworkStageConfig,
@@ -35,8 +37,6 @@ from concentration.stages.train_network import (
 from concentration.stages.verbs import write_command
 from concentration.taxonomy import Taxonomy
 from concentration.training.memory import StepShape
-
-STUDENTS = "students"
 
 
 class HardTargetsConfig(Config):
@@ -171,7 +171,7 @@ def student(config: StudentConfig) -> None:
     if config.targets.kind == "soft":
         upstream["targets"] = _identify_targets(config, taxonomy, fingerprint)
     elif config.targets.kind == "online":
-        upstream["teachers"] = identify_teachers(config.workdir, taxonomy)
+        upstream["teachers"] = identify_teachers(config.workdir, taxonomy.verticals)
     with directory.begin(config, upstream) as is_due:
         if not is_due:
             return

@@ -20,18 +20,16 @@ from concentration.distributed import choose_device
 from concentration.files import write_atomically
 from concentration.progress import Progress
 from concentration.schema import Config, FolderName
+from concentration.stages.folders import TARGETS, TEACHERS
 from concentration.stages.prepared import DataOverrides, load_prepared, load_prepared_split
 from concentration.stages.replaced import forget_replaced
 from concentration.stages.run_directory import RunDirectory, StageConfig
-from concentration.stages.teacher import TEACHERS
 from concentration.stages.teacher_answers import TeacherAnswers
 from concentration.stages.teacher_gate import GateConfig, TeacherGate
 from concentration.stages.train_network import load_network
 from concentration.stages.verbs import write_command
 from concentration.stages.verify_targets import verify_targets
 from concentration.targets import Codec, TargetRecords, keep_top_k
-
-TARGETS = "targets"
 
 
 class SoftTargetsConfig(Config):

@@ -17,7 +17,8 @@ from concentration.networks.external import ExternalConfig, find_external_files
 from concentration.networks.external.teacher import ExternalTeacher, take_over
 from concentration.progress import Progress
 from concentration.schema import Config, hash_values, write_override
-from concentration.stages.expert import TEACHERS, ExpertConfig, train_expert
+from concentration.stages.expert import ExpertConfig, train_expert
+from concentration.stages.folders import TEACHERS
 from concentration.stages.plan import count_most_labels, print_training_plan
 from concentration.stages.prepared import DataOverrides, load_prepared, load_prepared_split
 from concentration.stages.run_directory import NETWORK_FILE, RunDirectory, StageConfig
@@ -89,17 +90,6 @@ def teacher(config: TeacherConfig | ExternalTeacherConfig | ExpertConfig) -> Non
         train_expert(config)
     else:
         _train(config)
-
-
-def identify_teachers(workdir: Path, taxonomy: Taxonomy) -> str:
-    """A hash of the files of all verticals' teachers.
-
-    Raises:
-        ConfigError: one has not finished.
-    """
-    directories = {v: RunDirectory(workdir / TEACHERS / v) for v in taxonomy.verticals}
-    done = {v: d.load_done(write_command("teacher", v), checkpoint=str) for v, d in directories.items()}
-    return hash_values({vertical: facts["checkpoint"] for vertical, facts in done.items()})
 
 
 def load_teachers(workdir: Path, taxonomy: Taxonomy) -> list[Classifier]:

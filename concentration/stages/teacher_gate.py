@@ -21,16 +21,14 @@ from concentration.metrics.evaluation import Evaluator
 from concentration.networks.classifier import Classifier
 from concentration.progress import Progress
 from concentration.schema import Config, FolderName
+from concentration.stages.folders import GATES, TEACHERS
 from concentration.stages.prepared import has_split, load_prepared_split
 from concentration.stages.run_directory import NETWORK_FILE, RunDirectory
 from concentration.stages.subject import Subject
-from concentration.stages.teacher import TEACHERS
 from concentration.stages.train_network import load_network
 from concentration.taxonomy import Taxonomy
 from concentration.temporaries import clear_temporaries
 from concentration.training.metrics_file import load_metrics
-
-GATES = "gates"
 
 #: A teacher that goes less of the way from a constant answer's AP to 1 knows nothing.
 LEAST_GAIN = 0.05

@@ -439,7 +439,7 @@ def test_status_shows_every_stage(finished):
 
 
 def test_status_says_which_results_are_of_an_earlier_network(workdir):
-    """A calibration and an export record what they are of as an evaluation does."""
+    """A calibration and an export record what they are of as an evaluation does, and targets by which teacher they were made."""
     of_student = [f"{kind}/student" for kind in ("evaluations", "calibrations", "exports")]
     for name in of_student[1:]:
         shutil.copytree(workdir / of_student[0], workdir / name)
@@ -449,6 +449,12 @@ def test_status_says_which_results_are_of_an_earlier_network(workdir):
     said = "of an earlier network, which was trained anew since; overwrite=changed makes it of the present one"
     assert {name: why for name, why in status(workdir, WHY).items() if why} == dict.fromkeys(of_student, said)
     trained.unlink()  # it is being trained: nobody knows what it will be
+    assert not any(said in why for why in status(workdir, WHY).values())
+    teacher = workdir / "teachers/greek/DONE.json"
+    teacher.write_text(json.dumps({**load_json(teacher), "checkpoint": "another"}))
+    of_teachers = ["targets/default/greek", "evaluations/specialists"]
+    assert {name for name, why in status(workdir, WHY).items() if said in why} == set(of_teachers)
+    teacher.unlink()  # as where the teachers were removed once the targets were made
     assert not any(said in why for why in status(workdir, WHY).values())
 
 

@@ -1,0 +1,11 @@
+"""The folders of a working directory, in the order in which data flows; `serving.export_folder` has that of the exports."""
+
+SHARDS = "shards"
+GROUPINGS = "groupings"
+TEACHERS = "teachers"
+GATES = "gates"
+TARGETS = "targets"
+STUDENTS = "students"
+EVALUATIONS = "evaluations"
+CALIBRATIONS = "calibrations"
+REPORT = "report"
