@@ -1,11 +1,11 @@
 """Progress of long work: a bar on a terminal, a line now and then elsewhere, and a status file that others can read."""
 
-import json
 import math
 import os
 import socket
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import rich.progress
@@ -14,12 +14,18 @@ from rich.console import Console
 from concentration.errors import DataError, Preempted
 from concentration.files import write_atomically
 from concentration.preemption import stop_if_asked
+from concentration.schema import parse_json
 from concentration.temporaries import clear_temporaries
 
 #: Seconds between two writes of the status file, and between two lines where there is no terminal.
 STATUS_SECONDS, LINE_SECONDS = 1.0, 15.0
 
 STATUS_FILE = "status.json"
+#: What it holds.
+_STATUS_KEYS: Mapping[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("title", "state", "unit", "text", "host"), str),
+    **dict.fromkeys(("done", "total", "per_second", "process", "started", "updated"), (int, float)),
+}
 
 
 class Progress:
@@ -130,15 +136,13 @@ def build_bars(console: Console) -> rich.progress.Progress:
 
 
 def load_status(directory: Path) -> dict | None:
-    """The latest status of the stage in `directory`, or None where it has not begun.
+    """The latest status of the stage in `directory`; None where it has not begun.
 
-    Raises:
-        DataError: the file is damaged.
+    A damaged one counts as none: it is only shown, and is written anew when the stage goes on.
     """
-    path = directory / STATUS_FILE
     try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
+        status = parse_json((directory / STATUS_FILE).read_bytes(), STATUS_FILE)
+    except (FileNotFoundError, DataError):
         return None
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}: not JSON ({error}); delete it") from None
+    is_whole = isinstance(status, dict) and all(isinstance(status.get(key), kind) for key, kind in _STATUS_KEYS.items())
+    return status if is_whole else None

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from concentration.errors import ConcentrationError, Preempted
+from concentration.errors import ConcentrationError, DataError, Preempted
 from concentration.pipeline.jobs import BUSY, CANCELLED, EXIT_CODE, JOBS, LOG
 from concentration.pipeline.records import JobRecord, JobRecords
 from concentration.pipeline.slurm_queue import QueuedJob
-from concentration.progress import load_status
+from concentration.progress import STATUS_FILE, load_status
 from concentration.stages.run_directory import describe_lost
 
 #: A process on another machine counts as running for so long after its last sign of life.
@@ -55,11 +55,14 @@ def find_states(workdir: Path, records: JobRecords, queue: Mapping[str, QueuedJo
 def describe_directory(directory: Path) -> StageState:
     """The state of a stage that belongs to no known run, from its directory, which has a `status.json`."""
     latest = load_status(directory)
-    assert latest is not None
+    if latest is None:
+        if (directory / "DONE.json").exists():
+            return _describe_done(directory, "")
+        return StageState("failed", why=f"{STATUS_FILE} is damaged; the same command continues")
     amount = _describe_amount(latest)
     is_only_a_sum = not (directory / "config.json").exists()  # of several stages: `targets` of all verticals
     if (directory / "DONE.json").exists() or (is_only_a_sum and latest["state"] == "done"):
-        return StageState("done", amount, why=describe_lost(directory))
+        return _describe_done(directory, amount)
     if latest["state"] == "stopped":
         return StageState("preempted", amount, why="saved; the same command continues")
     if latest["state"] != "running":
@@ -92,7 +95,7 @@ def _find_state(workdir: Path, record: JobRecord, queue: Mapping[str, QueuedJob]
     proof = directory / record.proof
     is_proven = proof.exists() and (exit_code is None or exit_code == 0 or proof.stat().st_mtime > ended_at)
     if is_proven:
-        return StageState("done", amount, why=describe_lost(directory))
+        return _describe_done(directory, amount)
     if exit_code == Preempted.exit_code:
         return StageState("preempted", amount, why="saved; `concentrate run` continues")
     is_cancelled = exit_code is None and queued is not None and queued.state == "CANCELLED"
@@ -117,6 +120,13 @@ def _find_state(workdir: Path, record: JobRecord, queue: Mapping[str, QueuedJob]
         ended = f"{queued.state.lower()}: " if queued is not None else ""
         return StageState("failed", amount, why=f"{ended}{reason or 'ended without a word; run again to continue'}")
     return StageState("waiting" if record.slurm_id is None else "cancelled", amount)
+
+
+def _describe_done(directory: Path, amount: str) -> StageState:
+    try:
+        return StageState("done", amount, why=describe_lost(directory))
+    except DataError as error:  # later stages will not read it either
+        return StageState("failed", amount, why=str(error))
 
 
 def _describe_running(latest: Mapping[str, Any]) -> StageState:

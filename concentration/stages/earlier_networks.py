@@ -1,7 +1,7 @@
 """Whether targets, an evaluation, a calibration or an export are of the network that has its name now, or of an earlier one."""
 
 import contextlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from concentration.errors import ConfigError
@@ -13,36 +13,32 @@ from concentration.stages.run_directory import RunDirectory
 from concentration.stages.verbs import write_command
 
 
-def find_earlier(workdir: Path, directories: Iterable[Path]) -> set[Path]:
-    """Those of these directories that are finished, and of a network which was trained anew since.
+def is_of_earlier(workdir: Path, directory: Path, verticals: Sequence[str]) -> bool:
+    """Whether this directory is of a finished stage, and of a network which was trained anew since.
 
     Raises:
-        DataError: the record of a stage is damaged.
+        DataError: its record, or that of the network, is damaged.
     """
-    finished = [path for path in directories if RunDirectory(path).is_finished]
-    verticals = list_verticals(workdir)
-    results = [workdir / name for name in (EVALUATIONS, CALIBRATIONS, EXPORTS)]
-    return {
-        path
-        for path in finished
-        if (
-            path.parent in results
-            and is_earlier(workdir, path, RunDirectory(path).load_upstream().get("checkpoint"), verticals)
-        )
-        or (path.parent.parent == workdir / TARGETS and _are_earlier(workdir, path))
-    }
+    if not RunDirectory(directory).is_finished:
+        return False
+    if directory.parent in [workdir / name for name in (EVALUATIONS, CALIBRATIONS, EXPORTS)]:
+        return is_earlier(workdir, directory, RunDirectory(directory).load_upstream().get("checkpoint"), verticals)
+    return directory.parent.parent == workdir / TARGETS and _are_earlier(workdir, directory)
 
 
 def list_verticals(workdir: Path) -> list[str]:
     """The names that `prepare` has recorded: to load 100,000 classes for them would take a second.
 
     Empty where nothing is prepared, or by a version that did not record them.
+
+    Raises:
+        DataError: the record is damaged.
     """
     directory = RunDirectory(workdir / SHARDS)
     if not directory.is_finished:
         return []
-    done = directory.load_done("concentrate prepare", splits=dict)
-    return list(as_mapping(as_mapping(done["splits"].get("train")).get("by_vertical")))
+    train = as_mapping(directory.load_done("concentrate prepare").get("splits")).get("train")
+    return list(as_mapping(as_mapping(train).get("by_vertical")))
 
 
 def is_earlier(workdir: Path, directory: Path, checkpoint: str | None, verticals: Sequence[str]) -> bool:

@@ -330,11 +330,15 @@ class RunDirectory:
 
 
 def describe_lost(path: Path) -> str:
-    """What a finished stage has lost of its network, and what to do about it; empty where nothing is missing."""
-    if not (path / "DONE.json").exists():
+    """What a finished stage has lost of its network, and what to do about it; empty where nothing is missing.
+
+    Raises:
+        DataError: its record is damaged.
+    """
+    done = RunDirectory(path)._load("DONE.json")
+    if done is None:
         return ""
-    done = parse_json((path / "DONE.json").read_bytes(), str(path / "DONE.json"))
-    files = done.get("files", [NETWORK_FILE] if "step" in done else []) if isinstance(done, dict) else []
+    files = done.get("files", [NETWORK_FILE] if "step" in done else [])
     lost = [name for name in files if not (path / name).exists()]
     return (
         f"finished, but {', '.join(lost)} is gone: bring it back, or make it anew with overwrite=true" if lost else ""

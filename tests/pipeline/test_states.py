@@ -12,6 +12,8 @@ from concentration.files import write_atomically
 from concentration.pipeline.records import JobRecord, JobRecords, load_records
 from concentration.pipeline.slurm_queue import QueuedJob
 from concentration.pipeline.states import find_states
+from concentration.pipeline.status import StatusConfig, status
+from concentration.progress import load_status
 
 NOT_A_PROCESS = 2**22 + 1
 
@@ -41,7 +43,7 @@ def test_a_running_stage_has_a_rate_and_the_time_left(tmp_path):
 @pytest.mark.parametrize(("code", "is_refused"), [(2, True), (1, False)])
 def test_what_is_done_is_done_unless_a_later_run_of_it_failed(tmp_path, code, is_refused):
     """And where that was refused, a run that waits for it hears of it, but what was done is untouched."""
-    write_atomically(tmp_path / "students/x/DONE.json", "{}")
+    write_atomically(tmp_path / "students/x/DONE.json", {"config": "0"})
     assert state_of(tmp_path).state == "done"
     write_atomically(tmp_path / "jobs/student-x.exit", f"{code}\n")
     os.utime(tmp_path / "students/x/DONE.json", (1, 1))
@@ -152,3 +154,20 @@ def test_a_finished_network_that_is_gone_is_told(tmp_path):
         assert f"finished, but {name} is gone: bring it back, or make it anew" in state_of(tmp_path).why
         (done.parent / name).touch()
         assert (state_of(tmp_path).state, state_of(tmp_path).why) == ("done", "")
+
+
+@pytest.mark.parametrize("content", ["", "[]", "\udcff", '{"state": "running"}', '{"title": "x", "state": 3}'])
+def test_a_damaged_file_of_progress_or_record_hides_no_other_stage(tmp_path, content, capsys):
+    """The first is only shown, so it counts as none; nothing can go on from the second."""
+    write_status(tmp_path / "students/whole", "stopped")
+    damaged, record = tmp_path / "students/x/status.json", tmp_path / "students/x/DONE.json"
+    write_atomically(damaged, content.encode(errors="surrogateescape"))
+    assert load_status(damaged.parent) is None
+    for facts, told in ((None, "status.json is damaged; the same command continues"), ({"config": "0"}, "done"),
+                        (content.encode(errors="surrogateescape"), f"{record}: ")):  # fmt: skip
+        if facts is not None:
+            write_atomically(record, facts)
+        status(StatusConfig(workdir=tmp_path))
+        rows = capsys.readouterr().out.splitlines()
+        assert any("students/whole" in row and "preempted" in row for row in rows)
+        assert told in next(row for row in rows if "students/x" in row)
