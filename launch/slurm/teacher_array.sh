@@ -49,5 +49,6 @@ tasks=--array=0-$((${#verticals[@]} - 1))
 vertical=${verticals[$SLURM_ARRAY_TASK_ID]:-}
 [ -n "$vertical" ] || mistake "task $SLURM_ARRAY_TASK_ID: no vertical of this number; submit it with $tasks"
 
-# In quotes, so that Hydra takes any name for a text: 1.5, a,b and café.
-run_step --ntasks=1 -- teacher "vertical='${vertical//\'/\\\'}'" "trainer=${TRAINER:-gpu}" "$@"
+# As Hydra takes any name for a text: 1.5, a,b and café.
+quoted=$(python -c 'import sys; from concentration.schema import quote; print(quote(sys.argv[1]))' "$vertical")
+run_step --ntasks=1 -- teacher "vertical=$quoted" "trainer=${TRAINER:-gpu}" "$@"
