@@ -129,6 +129,28 @@ def test_sure_labels_of_images_that_are_there_are_taken_and_restored_ancestors_l
     assert {taxonomy.class_of_output(o).name for o in smeared} == {"Duck", "Bird", "Animal"}
 
 
+@pytest.mark.parametrize("has_source", [True, False])
+def test_what_people_said_no_to_is_no_label_whatever_a_machine_says(has_source, write):
+    labels = ["a1 machine Duck 0.9", "a1 machine Cat 0.8", "a1 machine Peach 0.7", "a1 machine Orange 0.4"]
+    root = write({"train": "a1 a2", "validation": "b1"}, LABELS)
+    rows = {
+        "train": ("a1 verification Cat 0", "a1 crowdsource-verification Orange 1", "a1 verification Duck 1"),
+        "machine": labels,
+    }
+    rows["validation"] = ("b1 verification Duck 1", "b1 verification Duck 0", "b1 verification Cat 0")
+    mids = {v: k for k, v in NAMES.items()}
+    for name, lines in rows.items():
+        cells = [(i, s, mids[c], value) for i, s, c, value in (line.split() for line in lines)]
+        if not has_source:
+            cells = [(i, c, value) for i, _, c, value in cells]
+        header = HEADER if has_source else HEADER.replace("Source,", "")
+        text = "\n".join([header, *map(",".join, cells), ""])
+        (root / f"{name}-annotations-human-imagelabels-boxable.csv").write_text(text)
+    for share in (0.5, 0):
+        found = list_all(open_source(root, min_confidence=share))
+        assert found == {"a1": ({"Duck", "Peach", "Orange"}, "train"), "b1": ({"Duck"}, "val")}, share
+
+
 def test_verticals_are_the_subtrees_at_the_top_and_small_ones_are_merged(write):
     source = open_source(write(IMAGES, LABELS))
     assert describe(source) == {
