@@ -230,3 +230,14 @@ def test_a_table_becomes_shards(write, tmp_path, encode_image):
         counts = split.count_labels()
         assert counts.min() >= {"train": 1, "val": 2, "test": 3}[name]
     assert len(set().union(*sessions.values())) == sum(map(len, sessions.values())) == 15
+
+
+def test_images_without_the_group_that_is_asked_for_are_told(write, tmp_path, encode_image, capsys):
+    """An empty column made every image a group of its own without a word: those of one session lay in all splits."""
+    for number in range(40):
+        (tmp_path / f"{number}.jpg").write_bytes(encode_image("jpg", seed=number))
+    path = write("path,labels,session", *(f"{n}.jpg,{'xy'[n % 2]},{'s' if n == 7 else ''}" for n in range(40)))
+    data = {"kind": "csv", "path": path, "split": {"group": "session"}, "near_duplicates": None}
+    prepare(parse_config(PrepareConfig, {"workdir": tmp_path / "work", "num_processes": 1, "data": data}))
+    expected = "prepare: 39 images have nothing as data.split.group=session, and go to a split one by one"
+    assert expected in capsys.readouterr().out
