@@ -100,11 +100,18 @@ def test_what_is_logged_is_what_it_says(plain):
     assert last["train/fruit/gamma"] == pytest.approx(6**0.5, rel=0.5)
 
 
-def test_tensorboard_gets_the_same_curves(workdir):
+@pytest.mark.parametrize(("name", "every_seconds"), [("board", None), ("resumed", 0), ("anew", 1000)])
+def test_tensorboard_gets_the_same_curves(name, every_seconds, workdir):
+    """Also of a run that was killed: between two checkpoints, as each is written after the steps' lines; or before the first."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    concentrate("student", "name=board", f"workdir={workdir}", *OPTIONS, "logger=tensorboard", directory=workdir.parent)
-    run_path = workdir / "students" / "board"
+    command = ("student", f"name={name}", f"workdir={workdir}", *OPTIONS, "logger=tensorboard")
+    if every_seconds is not None:
+        plant = Plant("concentration.training.callbacks:ClockCheckpoint.on_train_batch_end", 6)
+        more = f"trainer.checkpoint_every_seconds={every_seconds}"
+        concentrate(*command, more, directory=workdir.parent, plant=plant, code=-signal.SIGKILL)
+    concentrate(*command, directory=workdir.parent)
+    run_path = workdir / "students" / name
     folders = {path.parent for path in run_path.rglob("events.out.tfevents.*")}
     assert len(folders) == 1
     events = EventAccumulator(str(folders.pop()))
