@@ -360,3 +360,23 @@ def test_open_images_become_shards(write, tmp_path):
         split = load_split(tmp_path / "work" / "shards", name, taxonomy)
         counts[name] = {NAMES[taxonomy.class_of_output(o).id]: n for o, n in enumerate(split.count_labels()) if n}
     assert counts == {"train": dict.fromkeys(names, 8), "val": dict.fromkeys(names, 1), "test": dict.fromkeys(names, 2)}
+
+
+def test_a_vertical_may_come_of_which_earlier_classes_are_a_kind_too(write, tmp_path):
+    """As lobsters, which are animals, and seafood: with the first image of food nothing could be appended any more."""
+    ids = {"train": "t0 t1 t2 t3 t4 t5", "validation": "v0 v1", "test": "w0 w1"}
+    labels = [
+        f"{i} verification {'Duck' if i[1] == '0' else 'Cat'} 1" for folder in ids.values() for i in folder.split()
+    ]
+    data = {"kind": "open_images", "path": write(ids, labels), "image_size": 16}
+    options = {"workdir": tmp_path / "work", "num_processes": 1, "data": data}
+    prepare(parse_config(PrepareConfig, options))
+    _, earlier, _ = load_prepared(tmp_path / "work", DataOverrides())
+    more = ["f0 verification Orange 1", "f1 verification Peach 1", "f2 verification Peach 1"]
+    for count in (2, 3):
+        write({"train": " ".join(row.split()[0] for row in more[:count])}, [*labels, *more[:count]])
+        prepare(parse_config(PrepareConfig, {**options, "append": True}))
+    _, taxonomy, _ = load_prepared(tmp_path / "work", DataOverrides())
+    assert taxonomy.classes[: earlier.num_classes] == earlier.classes
+    assert taxonomy.verticals == ("Animal", "Food")
+    assert len(load_split(tmp_path / "work" / "shards", "train", taxonomy).routed("Food")) == 3
