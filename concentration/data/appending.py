@@ -125,19 +125,22 @@ def find_kept(path: Path, before: Before, taxonomy: Taxonomy, items: Mapping[str
 def append_classes(earlier: Taxonomy, now: Sequence[TaxonomyClass], where: str) -> Taxonomy:
     """The taxonomy with the earlier classes unchanged, followed by those that only `now` has, in the order of `now`.
 
+    An earlier class keeps its parents in other verticals, too, whatever they are in `now`: labels are not smeared to them, and
+    Open Images lists those alone whose verticals have an image (a lobster is seafood once there is food).
+
     Raises:
-        DataError: a class has another vertical or other parents in `now`, so that stored outputs would change their meaning.
+        DataError: a class has another vertical in `now`, or other parents in it, so that stored outputs would change their
+            meaning.
     """
+    vertical_of = {c.id: c.vertical for c in (*earlier.classes, *now)}
     for c in now:
         if c.id in earlier.position:
             old = earlier.classes[earlier.position[c.id]]
-            for what, before, after in (
-                ("vertical", old.vertical, c.vertical),
-                ("parents", sorted(old.parents), sorted(c.parents)),
-            ):
-                if before != after:
+            before, after = (sorted(p for p in a.parents if vertical_of[p] == a.vertical) for a in (old, c))
+            for what, was, now_is in (("vertical", old.vertical, c.vertical), ("parents", before, after)):
+                if was != now_is:
                     raise DataError(
-                        f"{where}: class '{c.id}' had the {what} {before!r}, and now {after!r}; "
+                        f"{where}: class '{c.id}' had the {what} {was!r}, and now {now_is!r}; "
                         "restore it, or prepare everything anew with overwrite=true"
                     )
     return Taxonomy([*earlier.classes, *(c for c in now if c.id not in earlier.position)], where)

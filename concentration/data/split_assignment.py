@@ -97,11 +97,13 @@ class Assignment:
     Attributes:
         splits: the split of every sample, in the order of the samples.
         num_torn: how many groups lie in several splits, because the source or an earlier preparation put them there.
+        num_ungrouped: of the samples that splits are taken from, how many have no group, where `group` asks for one.
         short_of: for each split, the classes that have fewer samples in it than `val_per_class` or `test_per_class`.
     """
 
     splits: list[SplitName]
     num_torn: int
+    num_ungrouped: int
     short_of: dict[SplitName, list[str]]
 
 
@@ -152,7 +154,9 @@ def assign_splits(samples: Sequence[Splittable], config: SplitConfig, kept: Mapp
     for sample in samples:
         own = sample.split if sample.split != "train" else split_of_group[_group(sample)]
         splits.append(kept.get(sample.key, own))
-    return Assignment(splits, _count_torn(samples, splits), short_of)
+    is_taken = config.group is not None and not {"val", "test"} <= given
+    num_ungrouped = sum(sample.group is None for sample in samples if sample.split == "train") if is_taken else 0
+    return Assignment(splits, _count_torn(samples, splits), num_ungrouped, short_of)
 
 
 def _take_per_class(

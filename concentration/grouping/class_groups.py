@@ -22,11 +22,13 @@ class ClassGroups:
         group_C: int64, the group of each class.
         taxonomy: the taxonomy whose classes are partitioned.
         num_placed: how many classes were placed by their vertical, since nothing was known of them or they were alone in a group.
+        num_alone: how many of these were alone in a group, which is none then.
     """
 
     group_C: np.ndarray
     taxonomy: Taxonomy
     num_placed: int = 0
+    num_alone: int = 0
 
     @classmethod
     def build(cls, group_C: np.ndarray, taxonomy: Taxonomy) -> "ClassGroups":
@@ -54,7 +56,7 @@ class ClassGroups:
         for output in unplaced:
             siblings = group_C[known_C & (taxonomy.vertical_of_output == taxonomy.vertical_of_output[output])]
             group_C[output] = np.bincount(siblings).argmax() if len(siblings) else largest
-        return cls(_number_by_size(group_C), taxonomy, len(unplaced))
+        return cls(_number_by_size(group_C), taxonomy, len(unplaced), int(np.sum(counts == 1)))
 
     @property
     def num_groups(self) -> int:
@@ -105,7 +107,8 @@ class ClassGroups:
                  "the vertical that is the most frequent in their group.", ""]  # fmt: skip
         if self.num_placed:
             lines[1:1] = [
-                f"{self.num_placed} classes, of which nothing was known, were put to those of their vertical."
+                f"{self.num_placed} classes were put to those of their vertical: of {self.num_placed - self.num_alone} nothing "
+                f"was known, and {self.num_alone} were alone in their group, so that there are {self.num_alone} groups less."
             ]
         verticals = self.taxonomy.verticals
         for number, (name, count_M) in enumerate(zip(self.names, self.count_verticals(), strict=True)):

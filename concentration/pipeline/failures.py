@@ -20,11 +20,14 @@ class JobFailed(ConcentrationError):
         self.exit_code = exit_code
 
 
-def describe_failures(jobs: Sequence[Job], failed: Mapping[str, int | None], waiting: Sequence[Job]) -> JobFailed:
+def describe_failures(
+    jobs: Sequence[Job], failed: Mapping[str, int | None], waiting: Sequence[Job], log_starts: Mapping[str, int]
+) -> JobFailed:
     """What failed, the last lines of its log, and what could not be run because of it.
 
     Args:
         failed: exit codes by job name; None, or minus the signal's number, for a job that was killed.
+        log_starts: by job name, how many bytes of its log are of earlier runs, whose errors are not this one's.
     """
     lines = []
     for job in jobs:
@@ -32,7 +35,7 @@ def describe_failures(jobs: Sequence[Job], failed: Mapping[str, int | None], wai
             log, code = job.file(LOG), failed[job.name]
             how = _HOW.get(code, f"failed (exit code {code})")
             lines.append(f"{job.name} {how}; the end of {log}:")
-            lines.extend(f"    {line}" for line in read_tail(log, LOG_TAIL_LINES))
+            lines.extend(f"    {line}" for line in read_tail(log, LOG_TAIL_LINES, log_starts.get(job.name, 0)))
     if waiting:
         lines.append(f"not run because of it: {', '.join(job.name for job in waiting)}")
     mistakes = {ConcentrationError.exit_code, BUSY, None, -signal.SIGKILL}

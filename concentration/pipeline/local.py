@@ -56,6 +56,7 @@ class LocalLauncher:
         running: list[_Running] = []
         finished: set[str] = set()
         failed: dict[str, int] = {}
+        log_starts: dict[str, int] = {}
         look_at: dict[str, float] = {}
         num_new = 0
         preemption.note_signals(signal.SIGINT)
@@ -65,6 +66,8 @@ class LocalLauncher:
                     has_place = len(running) < self._num_processes and not preemption.noted_signal()
                     if has_place and not _is_held(job, look_at):
                         waiting.remove(job)
+                        log = job.file(LOG)
+                        log_starts[job.name] = log.stat().st_size if log.exists() else 0
                         running.append(self._start(job))
                         display.start(job)
                 for process in list(running):
@@ -87,7 +90,7 @@ class LocalLauncher:
                 time.sleep(POLL_SECONDS)
         preemption.stop_if_asked()
         if failed:
-            raise describe_failures(jobs, failed, waiting)
+            raise describe_failures(jobs, failed, waiting, log_starts)
         return num_new
 
     def _start(self, job: Job) -> "_Running":

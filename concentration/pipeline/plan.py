@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from rich.table import Table
 
 from concentration.networks.cost import build_without_weights
-from concentration.pipeline.graph import RunConfig, build_jobs, build_prepare_job
+from concentration.pipeline.graph import RunConfig, build_jobs, build_prepare_job, find_due
 from concentration.pipeline.jobs import Job
 from concentration.pipeline.planned_data import NUM_PROBED, PlannedData, look_at_data
 from concentration.pipeline.probe import NUM_TIMED, NUM_WARM_UP, Speed, find_obstacle, measure_speed
@@ -44,6 +44,7 @@ class StagePlan:
         passing_bytes: bytes of the checkpoints that it keeps besides while it runs.
         seconds: the time it takes when nothing else runs.
         note: why there are no seconds.
+        is_due: whether it is still to be done, or to be done anew.
     """
 
     job: Job
@@ -52,18 +53,21 @@ class StagePlan:
     passing_bytes: int | None = None
     seconds: float | None = None
     note: str = ""
+    is_due: bool = True
 
 
 def print_run_plan(config: RunConfig) -> None:
     """Measures for some seconds, and prints a line a stage.
 
     Raises:
-        ConfigError: nothing is known of the data yet; or as the stages.
+        ConfigError: nothing is known of the data yet; a stage was begun with another config, and `overwrite` is false; or as the
+            stages.
     """
     start = time.perf_counter()
     data = look_at_data(config)
     jobs = [build_prepare_job(config), *build_jobs(config, data.taxonomy)]
-    plans = _Planner(config, data).plan(jobs)
+    due = find_due(jobs)
+    plans = [replace(plan, is_due=plan.job.name in due) for plan in _Planner(config, data).plan(jobs)]
     console = build_console()
     console.print(_tabulate(config, plans))
     num_processes = config.num_processes or count_cores()
@@ -207,7 +211,7 @@ def schedule(plans: Sequence[StagePlan], num_processes: int) -> float:
 
 def _tabulate(config: RunConfig, plans: Sequence[StagePlan]) -> Table:
     table = Table(title=f"{config.workdir}: a plan; times are estimates", title_justify="left", show_footer=True)
-    left = [plan for plan in plans if plan.job.finished_at() is None]
+    left = [plan for plan in plans if plan.is_due]
     stored = sum(plan.stored_bytes or 0 for plan in plans)
     passing = max((plan.passing_bytes or 0 for plan in left), default=0)
     seconds = sum(plan.seconds or 0 for plan in left)
@@ -218,14 +222,13 @@ def _tabulate(config: RunConfig, plans: Sequence[StagePlan]) -> Table:
     table.add_column("h:mm:ss", _format_hours(seconds), justify="right", no_wrap=True)
     table.add_column("", min_width=12)
     for plan in plans:
-        is_done = plan.job.finished_at() is not None
         table.add_row(
             plan.job.name,
             "-" if plan.num_images is None else f"{plan.num_images:,}",
             "-" if plan.stored_bytes is None else f"{plan.stored_bytes / 2**20:,.1f}",
             "-" if plan.passing_bytes is None else f"{plan.passing_bytes / 2**20:,.1f}",
             "-" if plan.seconds is None else _format_hours(plan.seconds),
-            "done" if is_done else plan.note,
+            plan.note if plan.is_due else "done",
         )
     return table
 
@@ -239,7 +242,7 @@ def _describe(
     config: RunConfig, data: PlannedData, plans: Sequence[StagePlan], num_processes: int, took_seconds: float
 ) -> list[str]:
     lines = []
-    left = [plan for plan in plans if plan.job.finished_at() is None]
+    left = [plan for plan in plans if plan.is_due]
     is_partial = any(plan.note for plan in left)
     lines.append(
         f"{'at least ' if is_partial else ''}{_format_hours(schedule(left, num_processes))} with {num_processes} jobs at a time"

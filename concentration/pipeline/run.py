@@ -28,7 +28,7 @@ from concentration.pipeline.slurm import SlurmConfig, SlurmLauncher, refuse_besi
 from concentration.processes import count_cores
 from concentration.schema import parse_json, write_override
 from concentration.stages.folders import EVALUATIONS, REPORT, SHARDS
-from concentration.stages.group_classes import check_top_k
+from concentration.stages.group_classes import check_groups
 from concentration.stages.identities import SPECIALISTS
 from concentration.stages.prepare_needs import check_needs
 from concentration.stages.prepared import DataOverrides, load_prepared
@@ -108,7 +108,7 @@ def _tell_lost(jobs: Iterable[Job]) -> None:
 def _check_groups(config: RunConfig, taxonomy: Taxonomy) -> None:
     """Raises: ConfigError where there are too few classes to find the groups that `compare` asks for."""
     if config.compare is not None:
-        check_top_k(config.compare.groups, taxonomy.num_classes, "compare.groups")
+        check_groups(config.compare.groups, taxonomy.num_classes, "compare.groups")
 
 
 def _run_on_slurm(config: RunConfig, launcher_config: SlurmConfig) -> None:

@@ -154,7 +154,7 @@ class SlurmLauncher:
         failed = {job.name: job.exit_code() for job in jobs if shown[job.name] in ("failed", "preempted")}
         failed |= {job.name: CANCELLED for job in jobs if shown[job.name] == "cancelled"}
         if failed:
-            raise describe_failures(jobs, failed, [job for job in jobs if shown[job.name] == "waiting"])
+            raise describe_failures(jobs, failed, [job for job in jobs if shown[job.name] == "waiting"], {})
 
 
 def refuse_beside_queue(workdir: Path) -> None:

@@ -72,12 +72,12 @@ def describe_directory(directory: Path) -> StageState:
     return _describe_running(latest)
 
 
-def read_tail(path: Path, num_lines: int) -> list[str]:
-    """The last lines of a log; none where there is no log."""
+def read_tail(path: Path, num_lines: int, start: int = 0) -> list[str]:
+    """The last lines of a log from the byte `start` on; none where there is no log."""
     if not path.exists():
         return []
     with open(path, "rb") as file:
-        file.seek(max(0, path.stat().st_size - 200 * num_lines - 10_000))
+        file.seek(max(start, path.stat().st_size - 200 * num_lines - 10_000))
         return file.read().decode(errors="replace").splitlines()[-num_lines:]
 
 

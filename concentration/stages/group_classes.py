@@ -89,8 +89,16 @@ class FoundGroups(NamedTuple):
     facts: dict[str, Any]
 
 
-def check_top_k(method: DetectionGroupsConfig, num_classes: int, key: str = "method") -> None:
-    """Raises: ConfigError if every class would be detected in every image; `key` is the option that holds the method."""
+def check_groups(method: DetectionGroupsConfig, num_classes: int, key: str = "method") -> None:
+    """Raises: ConfigError if every class would be detected in every image, or there are too few classes for the groups.
+
+    `key` is the option that holds the method.
+    """
+    if method.num_groups != "eigengap" and 2 * method.num_groups > num_classes:
+        raise ConfigError(
+            f"{key}.num_groups={method.num_groups} of {num_classes} classes: a group has at least two; ask for at most "
+            f"{num_classes // 2}"
+        )
     if method.top_k >= num_classes:
         raise ConfigError(
             f"{key}.top_k={method.top_k} of {num_classes} classes: every class would be detected in every image; give "
@@ -111,10 +119,10 @@ def group_by_detections(
         seed: the seed of the clustering.
 
     Raises:
-        ConfigError: as `check_top_k`.
+        ConfigError: as `check_groups`.
         DataError: too few classes have any similarity to another.
     """
-    check_top_k(method, split.taxonomy.num_classes)
+    check_groups(method, split.taxonomy.num_classes)
     counts = DetectionCounts(split.taxonomy.num_classes)
     order = SequentialOrder(np.arange(len(split)))
     title = f"group {method.kind}"

@@ -158,7 +158,7 @@ def _prepare_source(source: Source, config: PrepareConfig, directory: RunDirecto
             items_of[split].append(item)
     for line in [
         *source.list_notes(),
-        *_describe(assignment),
+        *_describe(assignment, source.split.group),
         *_describe_kept(before, kept, items_of),
         *_describe_moved(config, directory, kept),
     ]:
@@ -213,7 +213,7 @@ def _look_before(config: PrepareConfig, directory: RunDirectory) -> Before | Non
     return before
 
 
-def _describe(assignment: Assignment) -> list[str]:
+def _describe(assignment: Assignment, group: str | None) -> list[str]:
     lines = []
     for split, classes in assignment.short_of.items():
         if classes:
@@ -223,6 +223,11 @@ def _describe(assignment: Assignment) -> list[str]:
             )
     if assignment.num_torn:
         lines.append(f"{assignment.num_torn} groups lie in several splits, as the source has it")
+    if assignment.num_ungrouped:
+        lines.append(
+            f"{assignment.num_ungrouped} images have nothing as data.split.group={group}, and go to a split one by one, whatever "
+            "they show"
+        )
     return lines
 
 

@@ -168,6 +168,14 @@ class LoggerConfig(Config):
     kind: Literal["csv", "wandb", "tensorboard"] = "csv"
     project: str = "concentration"
 
+    @pydantic.field_validator("project")
+    @classmethod
+    def _check_project(cls, project: str) -> str:
+        # wandb refuses such a name when training begins, which then goes on without wandb.
+        if not 0 < len(project) <= 128 or any(character in project for character in r"/\#?%:"):
+            raise ValueError(r"expected a name of at most 128 characters, without any of / \ # ? % :")
+        return project
+
 
 def check_batch(student: torch.nn.Module, batch_size: int, world_size: int, accumulate: int) -> None:
     """Raises: ConfigError where a process would see single images in training, of which a batch norm has no statistics."""

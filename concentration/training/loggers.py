@@ -59,7 +59,9 @@ def open_loggers(config: LoggerConfig, run_path: Path, first_step: int) -> Itera
     if config.kind == "tensorboard":
         from lightning.pytorch.loggers import TensorBoardLogger
 
-        loggers.append(TensorBoardLogger(save_dir=run_path, name="tensorboard", version=""))
+        # As JsonlLogger drops them: without this the steps behind the checkpoint would be drawn twice.
+        redone = first_step + 1 if first_step else 0
+        loggers.append(TensorBoardLogger(save_dir=run_path, name="tensorboard", version="", purge_step=redone))
     if config.kind != "wandb" or rank_zero_only.rank != 0:
         yield loggers
         return

@@ -9,6 +9,7 @@ import json
 import netrc
 import os
 import secrets
+import shlex
 import sys
 from pathlib import Path
 from urllib.parse import urlparse
@@ -98,8 +99,9 @@ def _start_run(project: str, run_path: Path):
     }
     settings = wandb.Settings(init_timeout=START_SECONDS, finish_timeout=FINISH_SECONDS, silent=True)
     # NOTE: in online mode without a key, wandb would wait at a terminal for somebody to type one.
-    mode = os.environ.get("WANDB_MODE", "online") if has_key() else "offline"
-    how_to_send = f"`wandb sync {path}/wandb/offline-run-*` sends it later"
+    asked = os.environ.get("WANDB_MODE", "online")
+    mode = asked if has_key() or asked == "disabled" else "offline"
+    how_to_send = f"`wandb sync {shlex.quote(f'{path}/wandb')}/offline-run-*` sends it later"
     try:
         run = wandb.init(mode=mode, settings=settings, **options)
         if mode == "offline":
@@ -111,7 +113,8 @@ def _start_run(project: str, run_path: Path):
             wandb.teardown()  # or the run that has not started keeps its id
             run = wandb.init(mode="offline", settings=settings, **options)
         except Exception as again:
-            print(f"wandb: {again}; going on without it, curves are in metrics.jsonl", file=sys.stderr)
+            reason = " ".join(str(again).split())
+            print(f"wandb: {reason}; going on without it, curves are in metrics.jsonl", file=sys.stderr)
             return None
     run.define_metric(STEP)
     run.define_metric("*", step_metric=STEP)

@@ -49,6 +49,13 @@ def test_names_may_change_and_parents_may_be_told_in_another_order(taxonomy):
     assert append_classes(taxonomy, changed, "here").classes == taxonomy.classes
 
 
+def test_a_parent_in_another_vertical_may_come_and_go(taxonomy):
+    """It changes no label; the parents that were stored stay."""
+    changed = [replace(c, parents=(*c.parents, "soup")) if c.id == "gull" else c for c in taxonomy.classes]
+    assert append_classes(taxonomy, changed, "here").classes == taxonomy.classes
+    assert append_classes(Taxonomy(changed), taxonomy.classes, "here").classes == tuple(changed)
+
+
 @pytest.mark.parametrize(
     ("change", "expected"),
     [

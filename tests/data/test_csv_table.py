@@ -92,6 +92,28 @@ def test_keys_come_from_paths_alone(write):
     assert len({item.key for item in later}) == 3
 
 
+def test_a_key_does_not_depend_on_how_the_path_is_written(write, tmp_path):
+    """A second table made by `find .`, or with whole paths, appended every image again, some to other splits."""
+    keys = {
+        path: open_table(write("path,labels", f"{path},x")).list_items()[0].key
+        for path in ("a/1.jpg", "./a/1.jpg", "a/b/..//1.jpg", f"{tmp_path}/a/1.jpg", "../a/1.jpg", "/elsewhere/a/1.jpg")
+    }
+    assert len({keys[path] for path in list(keys)[:4]}) == 1
+    assert len(set(keys.values())) == 3
+    assert keys["a/1.jpg"].startswith("a-1-")
+
+
+def test_a_column_that_may_be_the_split_is_told_or_refused(write):
+    path = write("path,labels,Split", "1.jpg,a,train", "2.jpg,b,test")
+    refuse(path, "the column 'Split' is not called 'split', and would not be read; give data.split_column=Split")
+    source = open_table(path, split_column="Split")
+    assert ([item.split for item in source.list_items()], source.list_notes()) == (["train", "test"], [])
+    path = write(f"path,labels,fold,{','.join(f'c{n}' for n in range(11))}", "1.jpg,a,train" + "," * 11)
+    [note] = open_table(path).list_notes()
+    assert note.startswith(f"{path}: columns that are not read: fold, c0, c1, ")
+    assert note.endswith("c8 and 2 more")
+
+
 def test_a_split_has_the_names_of_its_folder_in_capitals_or_not(write):
     rows = ("1.jpg,a,Train", "2.jpg,b,training", "3.jpg,a,DEV", "4.jpg,b,testing", "5.jpg,b,")
     splits = [split for _, _, split, _ in list_rows(write("path,labels,split", *rows), split={})]
@@ -208,3 +230,14 @@ def test_a_table_becomes_shards(write, tmp_path, encode_image):
         counts = split.count_labels()
         assert counts.min() >= {"train": 1, "val": 2, "test": 3}[name]
     assert len(set().union(*sessions.values())) == sum(map(len, sessions.values())) == 15
+
+
+def test_images_without_the_group_that_is_asked_for_are_told(write, tmp_path, encode_image, capsys):
+    """An empty column made every image a group of its own without a word: those of one session lay in all splits."""
+    for number in range(40):
+        (tmp_path / f"{number}.jpg").write_bytes(encode_image("jpg", seed=number))
+    path = write("path,labels,session", *(f"{n}.jpg,{'xy'[n % 2]},{'s' if n == 7 else ''}" for n in range(40)))
+    data = {"kind": "csv", "path": path, "split": {"group": "session"}, "near_duplicates": None}
+    prepare(parse_config(PrepareConfig, {"workdir": tmp_path / "work", "num_processes": 1, "data": data}))
+    expected = "prepare: 39 images have nothing as data.split.group=session, and go to a split one by one"
+    assert expected in capsys.readouterr().out

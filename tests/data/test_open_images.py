@@ -129,6 +129,28 @@ def test_sure_labels_of_images_that_are_there_are_taken_and_restored_ancestors_l
     assert {taxonomy.class_of_output(o).name for o in smeared} == {"Duck", "Bird", "Animal"}
 
 
+@pytest.mark.parametrize("has_source", [True, False])
+def test_what_people_said_no_to_is_no_label_whatever_a_machine_says(has_source, write):
+    labels = ["a1 machine Duck 0.9", "a1 machine Cat 0.8", "a1 machine Peach 0.7", "a1 machine Orange 0.4"]
+    root = write({"train": "a1 a2", "validation": "b1"}, LABELS)
+    rows = {
+        "train": ("a1 verification Cat 0", "a1 crowdsource-verification Orange 1", "a1 verification Duck 1"),
+        "machine": labels,
+    }
+    rows["validation"] = ("b1 verification Duck 1", "b1 verification Duck 0", "b1 verification Cat 0")
+    mids = {v: k for k, v in NAMES.items()}
+    for name, lines in rows.items():
+        cells = [(i, s, mids[c], value) for i, s, c, value in (line.split() for line in lines)]
+        if not has_source:
+            cells = [(i, c, value) for i, _, c, value in cells]
+        header = HEADER if has_source else HEADER.replace("Source,", "")
+        text = "\n".join([header, *map(",".join, cells), ""])
+        (root / f"{name}-annotations-human-imagelabels-boxable.csv").write_text(text)
+    for share in (0.5, 0):
+        found = list_all(open_source(root, min_confidence=share))
+        assert found == {"a1": ({"Duck", "Peach", "Orange"}, "train"), "b1": ({"Duck"}, "val")}, share
+
+
 def test_verticals_are_the_subtrees_at_the_top_and_small_ones_are_merged(write):
     source = open_source(write(IMAGES, LABELS))
     assert describe(source) == {
@@ -338,3 +360,23 @@ def test_open_images_become_shards(write, tmp_path):
         split = load_split(tmp_path / "work" / "shards", name, taxonomy)
         counts[name] = {NAMES[taxonomy.class_of_output(o).id]: n for o, n in enumerate(split.count_labels()) if n}
     assert counts == {"train": dict.fromkeys(names, 8), "val": dict.fromkeys(names, 1), "test": dict.fromkeys(names, 2)}
+
+
+def test_a_vertical_may_come_of_which_earlier_classes_are_a_kind_too(write, tmp_path):
+    """As lobsters, which are animals, and seafood: with the first image of food nothing could be appended any more."""
+    ids = {"train": "t0 t1 t2 t3 t4 t5", "validation": "v0 v1", "test": "w0 w1"}
+    labels = [
+        f"{i} verification {'Duck' if i[1] == '0' else 'Cat'} 1" for folder in ids.values() for i in folder.split()
+    ]
+    data = {"kind": "open_images", "path": write(ids, labels), "image_size": 16}
+    options = {"workdir": tmp_path / "work", "num_processes": 1, "data": data}
+    prepare(parse_config(PrepareConfig, options))
+    _, earlier, _ = load_prepared(tmp_path / "work", DataOverrides())
+    more = ["f0 verification Orange 1", "f1 verification Peach 1", "f2 verification Peach 1"]
+    for count in (2, 3):
+        write({"train": " ".join(row.split()[0] for row in more[:count])}, [*labels, *more[:count]])
+        prepare(parse_config(PrepareConfig, {**options, "append": True}))
+    _, taxonomy, _ = load_prepared(tmp_path / "work", DataOverrides())
+    assert taxonomy.classes[: earlier.num_classes] == earlier.classes
+    assert taxonomy.verticals == ("Animal", "Food")
+    assert len(load_split(tmp_path / "work" / "shards", "train", taxonomy).routed("Food")) == 3

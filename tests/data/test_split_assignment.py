@@ -182,3 +182,14 @@ def test_all_but_one_group_of_a_class_may_be_taken():
     samples = [Sample(f"k{n}", ("x",), group=f"g{n // 2}") for n in range(6)]
     splits = list(split_all(samples, val_share=0, test_per_class=4).values())
     assert [splits.count(split) for split in SPLITS] == [2, 0, 4]
+
+
+def test_samples_without_a_group_are_counted_where_groups_are_asked_for_and_something_is_cut_off():
+    samples = [
+        Sample("a", ("x",), "train", "ann"),
+        Sample("b", ("x",), "train", None),
+        Sample("c", ("x",), "val", None),
+    ]
+    for options, more, expected in (({"group": "who"}, (), 1), ({}, (), 0), ({"group": "who"}, ("test",), 0)):
+        given = [*samples, *(Sample(split, ("x",), split, None) for split in more)]
+        assert assign_splits(given, parse_config(SplitConfig, options), {}).num_ungrouped == expected

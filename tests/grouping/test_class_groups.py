@@ -33,7 +33,9 @@ def test_classes_without_a_group_or_alone_in_it_go_to_those_of_their_vertical(ta
     groups = ClassGroups.build(group_C, taxonomy)
     named = {c.id: c.vertical for c in groups.build_taxonomy().classes}
     assert named["taxi"] == named["tram"] == named["car"] == named["gull"] == named["osprey"] != named["soup"]
-    assert groups.num_placed == 5
+    assert (groups.num_placed, groups.num_alone) == (5, 1)
+    said = "5 classes were put to those of their vertical: of 4 nothing was known, and 1 were alone in their group, so that there"
+    assert said in groups.describe()
     assert groups.sizes == (8, 3)
 
 

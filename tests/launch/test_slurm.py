@@ -124,7 +124,9 @@ def test_an_array_whose_data_are_not_prepared_says_so_in_one_line(stand_ins):
     )
 
 
-@pytest.mark.parametrize("vertical", ["2020", "1.5", "null", "a,b", "café au lait", "women's", "back\\", "${seed}", 'all "\'s'])
+@pytest.mark.parametrize(
+    "vertical", ["2020", "1.5", "null", "a,b", "café au lait", "women's", "back\\", "${seed}", "all \"'s"]
+)
 def test_a_task_of_the_array_trains_a_vertical_of_any_name(stand_ins, vertical):
     (stand_ins / "work/shards").mkdir(parents=True)
     classes = [{"id": str(number), "vertical": vertical} for number in range(2)]

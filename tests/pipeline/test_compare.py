@@ -77,6 +77,22 @@ def test_a_student_may_not_have_the_name_of_another_system():
         compose_run("name=mixture")
 
 
+def test_more_groups_than_the_classes_allow_are_refused_before_anything_is_trained(tmp_path):
+    """Eight groups of ten classes failed when all generalists, teachers and students were trained."""
+    small = (
+        "data.verticals=[greek,arrows]",
+        "data.num_classes=8",
+        "data.num_drawings=20",
+        "data.image_size=16",
+        "num_processes=1",
+    )
+    options = ("compare.groups.top_k=2", "compare.groups.num_groups=80")
+    finished = Running(("run", "experiment=compare", f"workdir={tmp_path}/w", *small, *options), tmp_path).wait(200)
+    assert finished.code == 2
+    assert "compare.groups.num_groups=80 of " in finished.err
+    assert not (tmp_path / "w/students").exists()
+
+
 @pytest.mark.long
 def test_a_small_comparison_ends_with_all_systems_on_one_page(tmp_path):
     small = ("data.verticals=[greek,arrows]", "data.num_classes=24", "data.num_drawings=20", "data.image_size=16",

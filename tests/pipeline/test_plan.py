@@ -111,3 +111,19 @@ def test_jobs_side_by_side_wait_for_those_that_they_need(tmp_path):
     assert schedule(plans, 2) == 8
     assert schedule(plans[2:], 2) == 5, "what is done already is not waited for"
     assert schedule([], 2) == 0
+
+
+def test_what_another_config_makes_anew_is_not_done(tmp_path):
+    """All that was there stood as done, and nothing was left to take any time."""
+    workdir = tmp_path / "work"
+    concentrate("run", *DATA, *NETWORKS, f"workdir={workdir}", directory=tmp_path)
+    total = "all; time of what is left"
+    found = rows(plan(workdir, *DATA).out)
+    assert {cells[-1] for name, cells in found.items() if name != total} == {"done"}
+    changed = ("teacher.optimizer.lr=0.1", "overwrite=changed")
+    last = {name: cells[-1] for name, cells in rows(plan(workdir, *DATA, *changed).out).items() if name != total}
+    anew = {name for name, note in last.items() if note != "done"}
+    assert {"teacher greek", "targets arrows", "student student", "evaluate specialists", "report student"} <= anew
+    assert {"prepare", "student generalist", "evaluate generalist"} <= last.keys() - anew
+    refused = one_line(plan(workdir, *DATA, "teacher.optimizer.lr=0.1", code=2))
+    assert "begun with another configuration: optimizer.lr was 0.2, is 0.1" in refused

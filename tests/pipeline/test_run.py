@@ -18,7 +18,10 @@ from real_runs import Finished, Running, load_json, run_command, write_shards
 
 from concentration.networks.student import load_student
 from concentration.pipeline import local
+from concentration.pipeline.failures import JobFailed
+from concentration.pipeline.jobs import LOG, Job
 from concentration.pipeline.run import _print_result
+from concentration.stages.evaluate import EvaluateConfig
 from concentration.stages.run_directory import RunDirectory
 
 PREPARE = ("data.verticals=[greek,arrows]", "data.num_classes=12", "data.num_drawings=20", "data.image_size=16",
@@ -251,6 +254,20 @@ def test_a_failing_teacher_stops_only_what_depends_on_it(workdir):
     assert states["students/generalist"] == "done"
     assert states["teachers/greek"] == "failed"
     run(workdir, "overwrite=true")
+
+
+def test_what_failed_in_earlier_runs_is_not_told_as_the_reason(tmp_path, monkeypatch):
+    """A log is continued; the errors of the last runs stood together as if all of them were this one's."""
+    monkeypatch.setattr(
+        local.preemption, "note_signals", lambda *numbers: None
+    )  # the tests' own process keeps its handlers
+    config = EvaluateConfig(workdir=tmp_path, name="student")
+    job = Job("evaluate student", "evaluate", config, tmp_path / "evaluations" / "student", (), "")
+    for _ in range(2):
+        with pytest.raises(JobFailed) as caught:
+            local.LocalLauncher(1).run([job])
+    assert str(caught.value).count("concentrate: ") == 1
+    assert job.file(LOG).read_text().count("concentrate: ") == 2
 
 
 def test_a_finished_stage_is_shown_as_done_after_a_command_that_was_refused(workdir):

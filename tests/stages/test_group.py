@@ -204,6 +204,10 @@ def test_found_verticals_are_concentrated_as_given_ones_are(workdir, tmp_path):
         (["method=random", "method.of=nothing"], "no grouping 'nothing'"),
         (["method=co_detection", "+method.smear=true"], "method.smear=True has no effect with co_detection"),
         (["method=confusion", "method.num_groups=1"], "num_groups=1"),
+        (
+            ["method=confusion", "method.num_groups=6"],
+            "method.num_groups=6 of 10 classes: a group has at least two; ask for at most 5",
+        ),
         (["method.network=nobody"], "students/nobody: not there or not finished"),
         (["method.num_groups=300"], "method.num_groups=300: more groups than the 64 samples"),
         (["method.num_groups=1"], "num_groups=1: Input should be greater"),

@@ -15,7 +15,10 @@ from statistics import fmean
 import pytest
 from real_runs import TINY_NETWORK, Plant, Running, concentrate, load_json, load_lines, prepare_shards, run_command
 
+from concentration.errors import ConfigError
 from concentration.progress import STATUS_SECONDS, Progress, load_status
+from concentration.schema import parse_config
+from concentration.training.configs import LoggerConfig
 from concentration.training.loggers import JsonlLogger
 from concentration.training.metrics_file import load_metrics
 
@@ -100,11 +103,18 @@ def test_what_is_logged_is_what_it_says(plain):
     assert last["train/fruit/gamma"] == pytest.approx(6**0.5, rel=0.5)
 
 
-def test_tensorboard_gets_the_same_curves(workdir):
+@pytest.mark.parametrize(("name", "every_seconds"), [("board", None), ("resumed", 0), ("anew", 1000)])
+def test_tensorboard_gets_the_same_curves(name, every_seconds, workdir):
+    """Also of a run that was killed: between two checkpoints, as each is written after the steps' lines; or before the first."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    concentrate("student", "name=board", f"workdir={workdir}", *OPTIONS, "logger=tensorboard", directory=workdir.parent)
-    run_path = workdir / "students" / "board"
+    command = ("student", f"name={name}", f"workdir={workdir}", *OPTIONS, "logger=tensorboard")
+    if every_seconds is not None:
+        plant = Plant("concentration.training.callbacks:ClockCheckpoint.on_train_batch_end", 6)
+        more = f"trainer.checkpoint_every_seconds={every_seconds}"
+        concentrate(*command, more, directory=workdir.parent, plant=plant, code=-signal.SIGKILL)
+    concentrate(*command, directory=workdir.parent)
+    run_path = workdir / "students" / name
     folders = {path.parent for path in run_path.rglob("events.out.tfevents.*")}
     assert len(folders) == 1
     events = EventAccumulator(str(folders.pop()))
@@ -149,6 +159,43 @@ def test_wandb_without_a_key_is_offline_and_resumed_under_the_same_id(workdir):
     assert (run_path / "wandb.json").exists()
     concentrate(*command, "overwrite=true", directory=workdir.parent, **environment)
     assert load_json(run_path / "wandb.json")["id"] != run_id, "another run"
+
+
+def test_wandb_that_is_switched_off_is_off_without_a_key_too(tmp_path, monkeypatch, capsys):
+    from concentration.training.wandb_logger import WandbLogger
+
+    for name, value in {**NO_WANDB, "WANDB_MODE": "disabled"}.items():
+        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+    logger = WandbLogger("project", tmp_path)
+    logger.log_metrics({"train/loss": 1.0}, step=1)
+    logger.finish([])
+    assert capsys.readouterr().err == ""
+    assert {path.name for path in tmp_path.iterdir()} == {"wandb.json"}
+
+
+def test_what_wandb_says_is_one_line_and_its_command_can_be_pasted(tmp_path, monkeypatch, capsys):
+    import wandb
+
+    from concentration.training.wandb_logger import WandbLogger
+
+    def fail(**options):
+        raise ValueError("one\n  two")
+
+    for name, value in NO_WANDB.items():
+        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+    monkeypatch.setattr(wandb, "init", fail)
+    path = tmp_path / "runs & all" / "students" / "a"
+    path.mkdir(parents=True)
+    WandbLogger("project", path)
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == f"wandb: one two; continuing offline: `wandb sync '{path}/wandb'/offline-run-*` sends it later"
+    assert second == "wandb: one two; going on without it, curves are in metrics.jsonl"
+
+
+@pytest.mark.parametrize("project", ["team/birds", "a:b", "", "x" * 129])
+def test_a_project_that_wandb_refuses_is_refused_before_training(project):
+    with pytest.raises(ConfigError, match=r"project.*expected a name of at most 128 characters, without any of"):
+        parse_config(LoggerConfig, {"project": project})
 
 
 @pytest.fixture(params=["refuses", "answers_nothing"])

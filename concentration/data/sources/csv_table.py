@@ -29,7 +29,8 @@ class CsvConfig(ImageFilesConfig):
     """The table, and what its columns mean.
 
     path: the table, with a header; columns are separated by tabs in a .tsv, and by commas otherwise.
-    root: the folder that the images' paths are relative to; None is the folder of the table.
+    root: the folder that the images' paths are relative to; None is the folder of the table. An image is known by its path below
+        it, whether the table has it relative or absolute.
     taxonomy: a taxonomy.json; without it every label is a class: CLASS, or VERTICAL/CLASS and deeper, as with image_folder.
     path_column, labels_column: the names of the columns with the image's path and labels.
     label_separator: the text between two labels of an image.
@@ -84,20 +85,21 @@ class CsvSource(LocalSource):
             ) from None
 
     def list_items(self) -> list[Item]:
-        return self._items
+        return self._items_and_notes[0]
 
     def list_notes(self) -> list[str]:
-        return []
+        return self._items_and_notes[1]
 
     def read(self, item: Item) -> tuple[str, bytes]:
         return read_image_file(self._root / item.locator)
 
     @functools.cached_property
-    def _items(self) -> list[Item]:
+    def _items_and_notes(self) -> tuple[list[Item], list[str]]:
         config = self._config
         classes = None if config.taxonomy is None else self.build_taxonomy().position
         rows = read_table(config.path)
         _, header = next(rows, (1, []))
+        header = [name.strip() for name in header]
         columns = _find_columns(config, header)
         root = os.path.abspath(self._root)
         seen: dict[str, tuple[int, str]] = {}  # by absolute path: one file may be written in several ways
@@ -126,23 +128,38 @@ class CsvSource(LocalSource):
             for label in labels:
                 _check_label(label, classes, where, config)
             split, group = _parse_split(values.get("split", ""), where), values.get("group") or None
-            items.append(Item(key_of_path(path), labels, path, split, group))
+            # NOTE: the key does not depend on how the path is written, or other spellings would append all images again.
+            inside = os.path.relpath(file, root) if file.startswith(f"{root}{os.sep}") else os.path.normpath(path)
+            items.append(Item(key_of_path(inside), labels, path, split, group))
         if not items:
             raise DataError(f"{config.path}: no rows below the header; expected one for every image")
-        return items
+        return items, _note_unread(config.path, header, columns)
 
 
 def _find_columns(config: CsvConfig, header: Sequence[str]) -> dict[str, int]:
-    header = [name.strip() for name in header]
     names = {
         "path": (config.path_column, "data.path_column"),
         "labels": (config.labels_column, "data.labels_column"),
     }
     if config.split_column is not None or "split" in header:
         names["split"] = (config.split_column or "split", "data.split_column")
+    elif alike := [name for name in header if name.lower() == "split"]:
+        raise DataError(
+            f"{config.path}: the column '{alike[0]}' is not called 'split', and would not be read; give "
+            f"data.split_column={alike[0]}, or rename it"
+        )
     if config.split.group is not None:
         names["group"] = (config.split.group, "data.split.group")
     return {what: find_column(config.path, header, name, key) for what, (name, key) in names.items()}
+
+
+def _note_unread(path: Path, header: Sequence[str], columns: Mapping[str, int]) -> list[str]:
+    """A note on the columns that mean nothing here: one of them may be the split or the group under a name of its own."""
+    unread = [name for place, name in enumerate(header) if place not in columns.values() and name]
+    if not unread:
+        return []
+    more = f" and {len(unread) - 10} more" if len(unread) > 10 else ""
+    return [f"{path}: columns that are not read: {', '.join(unread[:10])}{more}"]
 
 
 def _check_path(text: str, where: str) -> str:

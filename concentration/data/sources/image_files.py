@@ -95,8 +95,9 @@ def merge_small_verticals(classes: Sequence[TaxonomyClass]) -> tuple[list[Taxono
     The only class of a vertical is moved to the vertical "other"; if it is alone there, too, it is left out.
     """
     sizes = collections.Counter(c.vertical for c in classes)
-    small = [vertical for vertical, size in sizes.items() if size < 2 and vertical != OTHER]
-    notes = [f"verticals of one class are merged into '{OTHER}': {', '.join(small)}"] if small else []
+    small = {vertical: None for vertical, size in sizes.items() if size < 2 and vertical != OTHER}
+    more = f" and {len(small) - 10} more" if len(small) > 10 else ""
+    notes = [f"verticals of one class are merged into '{OTHER}': {', '.join([*small][:10])}{more}"] if small else []
     merged = [replace(c, vertical=OTHER) if c.vertical in small else c for c in classes]
     others = [c for c in merged if c.vertical == OTHER]
     if len(others) == 1:

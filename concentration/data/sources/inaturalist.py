@@ -9,6 +9,7 @@ Source: https://github.com/visipedia/inat_comp.
 import functools
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -115,7 +116,11 @@ class INaturalistSource(LocalSource):
         taxonomy = Taxonomy(classes, str(train))
         if num_bare:
             notes.append(f"{num_bare} images have no annotation, and are left out")
-        return taxonomy, [item for item in items if taxonomy.position.keys() >= set(item.labels)], notes
+        # NOTE: the labels of an image are in several classes where it has several; it is lost with its only one alone.
+        kept = [replace(item, labels=tuple(c for c in item.labels if c in taxonomy.position)) for item in items]
+        if num_lost := sum(not item.labels for item in kept):
+            notes.append(f"{num_lost} images have no other label than that class, and are left out")
+        return taxonomy, [item for item in kept if item.labels], notes
 
     def _find(self, split: SplitName) -> Path | None:
         pattern = getattr(self._config, split)

@@ -7,7 +7,7 @@ import functools
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -31,7 +31,7 @@ class OpenImagesConfig(ImageFilesConfig):
     annotations: the folder of the CSVs and of the tree; None is `path`.
     labels: patterns of the names of the CSVs with the columns ImageID, LabelName and Confidence.
     min_confidence: the smallest confidence of a label that is used. Verdicts of people have 1 or 0, labels of machines values in
-        between.
+        between. A 0 is no label, and takes away the same label of a machine.
     descriptions: a pattern of the name of the CSV with the names of classes.
     hierarchy: the name of the file with the tree of classes.
     verticals: names or MIDs of the nodes whose subtrees are the verticals. A class below several of them belongs to the first, so
@@ -135,27 +135,24 @@ class OpenImagesSource(LocalSource):
         """The labels with at least `min_confidence`, for each image that exists."""
         wanted = self._folder_of_image
         labels: dict[str, list[str]] = {}
+        guessed: dict[str, set[str]] = {}  # by a machine alone
         paths, described = list(_find_all(self._annotations, self._config.labels)), set()
-        for path in paths:
-            rows = read_table(path)
-            _, header = next(rows, (1, []))
-            image_at, label_at, confidence_at = (
-                find_column(path, header, name, "data.labels") for name in ("ImageID", "LabelName", "Confidence")
-            )
-            for line, row in rows:
-                if len(row) != len(header):
-                    raise DataError(
-                        f"{path}, line {line}: {len(row)} columns, expected {len(header)}; fetch the file again"
-                    )
-                image = row[image_at]
-                if image not in wanted:
-                    continue
-                described.add(wanted[image])
-                if _parse_confidence(row[confidence_at], path, line) >= self._config.min_confidence:
-                    label = sys.intern(row[label_at])
-                    known = labels.setdefault(image, [])
-                    if label not in known:
-                        known.append(label)
+        for image, label, confidence, is_guess in _read_labels(paths, wanted):
+            described.add(wanted[image])
+            if confidence >= self._config.min_confidence and confidence > 0:
+                known = labels.setdefault(image, [])
+                if label not in known:
+                    known.append(label)
+                    if is_guess:
+                        guessed.setdefault(image, set()).add(label)
+                elif not is_guess and image in guessed:
+                    guessed[image].discard(label)
+        # People were shown what machines had guessed: what they said no to is no label. Their 0s are most of the rows, so they
+        # are not kept, but read again.
+        for image, label, confidence, is_guess in _read_labels(paths, guessed) if guessed else ():
+            if confidence == 0 and not is_guess and label in guessed[image]:
+                guessed[image].remove(label)
+                labels[image].remove(label)
         # Each folder has a file of labels of its own. Without that file, the folder's split would silently be empty.
         for folder in sorted(set(wanted.values()) - described):
             raise DataError(
@@ -241,6 +238,26 @@ def _most_specific(labels: list[str], taxonomy: Taxonomy) -> tuple[str, ...]:
     outputs = {taxonomy.output(label) for label in labels}
     restored = {ancestor for output in outputs for ancestor in taxonomy.ancestors[output]}
     return tuple(label for label in labels if taxonomy.output(label) not in restored)
+
+
+def _read_labels(paths: Sequence[Path], wanted: Container[str]) -> Iterator[tuple[str, str, float, bool]]:
+    """Yields (image, label, confidence, whether a machine says so) of each row on a wanted image."""
+    for path in paths:
+        rows = read_table(path)
+        _, header = next(rows, (1, []))
+        image_at, label_at, confidence_at = (
+            find_column(path, header, name, "data.labels") for name in ("ImageID", "LabelName", "Confidence")
+        )
+        source_at = header.index("Source") if "Source" in header else None
+        for line, row in rows:
+            if len(row) != len(header):
+                raise DataError(
+                    f"{path}, line {line}: {len(row)} columns, expected {len(header)}; fetch the file again"
+                )
+            if row[image_at] in wanted:
+                confidence = _parse_confidence(row[confidence_at], path, line)
+                is_guess = 0 < confidence < 1 if source_at is None else row[source_at] == "machine"
+                yield row[image_at], sys.intern(row[label_at]), confidence, is_guess
 
 
 def _parse_confidence(text: str, path: Path, line: int) -> float:
