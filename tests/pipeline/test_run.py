@@ -203,9 +203,13 @@ def test_images_that_a_later_job_asks_for_are_missed_before_anything_is_trained(
 def test_too_few_classes_for_found_groups_are_missed_before_anything_is_trained(tmp_path):
     given, workdir = write_shards(tmp_path / "given"), tmp_path / "work"
     data = ("data=shards", f"data.path={given}", "data.image_size=16", f"workdir={workdir}")
-    refused = Running(("run", *data, *NETWORKS, "experiment=compare"), tmp_path).wait()
-    assert refused.code == 2, refused.err
-    assert "compare.groups.top_k=50 of " in refused.err.splitlines()[-1]
+    for options, told in (
+        ((), "num_groups=8 of 10 classes"),
+        (("compare.groups.num_groups=4",), "top_k=50 of 10 classes"),
+    ):
+        refused = Running(("run", *data, *NETWORKS, "experiment=compare", *options), tmp_path).wait()
+        assert refused.code == 2, refused.err
+        assert f"compare.groups.{told}" in refused.err.splitlines()[-1]
     assert not (workdir / "students").exists()
 
 
