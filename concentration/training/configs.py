@@ -176,6 +176,14 @@ class LoggerConfig(Config):
             raise ValueError(r"expected a name of at most 128 characters, without any of / \ # ? % :")
         return project
 
+    @pydantic.model_validator(mode="after")
+    def _check_kind(self):
+        if self.kind != "wandb" and self.project != type(self).model_fields["project"].default:
+            raise ValueError(
+                f"project={self.project}: no effect with logger={self.kind}; give logger=wandb, or leave it out"
+            )
+        return self
+
 
 def check_batch(student: torch.nn.Module, batch_size: int, world_size: int, accumulate: int) -> None:
     """Raises: ConfigError where a process would see single images in training, of which a batch norm has no statistics."""

@@ -195,7 +195,14 @@ def test_what_wandb_says_is_one_line_and_its_command_can_be_pasted(tmp_path, mon
 @pytest.mark.parametrize("project", ["team/birds", "a:b", "", "x" * 129])
 def test_a_project_that_wandb_refuses_is_refused_before_training(project):
     with pytest.raises(ConfigError, match=r"project.*expected a name of at most 128 characters, without any of"):
-        parse_config(LoggerConfig, {"project": project})
+        parse_config(LoggerConfig, {"kind": "wandb", "project": project})
+
+
+@pytest.mark.parametrize("kind", ["csv", "tensorboard"])
+def test_a_project_without_wandb_is_refused(kind):
+    with pytest.raises(ConfigError, match=rf"project=birds: no effect with logger={kind}; give logger=wandb"):
+        parse_config(LoggerConfig, {"kind": kind, "project": "birds"})
+    assert parse_config(LoggerConfig, {"kind": "wandb", "project": "birds"}).project == "birds"
 
 
 @pytest.fixture(params=["refuses", "answers_nothing"])
