@@ -211,6 +211,17 @@ def test_labels_of_a_given_taxonomy_are_checked_with_their_line(write, tmp_path)
     assert len(list_rows(path, taxonomy=taxonomy)) == 2
 
 
+@pytest.mark.parametrize("separator", [";", ","])
+def test_labels_that_are_others_side_by_side_are_told_with_the_separator_that_parts_them(write, separator):
+    """`Bach, J. S.` is nobody else's name; `a/x;a/y` is two classes of other rows."""
+    rows = [f'1.jpg,"a/x{separator} a/y"', "2.jpg,a/x", "3.jpg,a/y", '4.jpg,"a/Bach, J. S."']
+    path = write("path,labels", *rows)
+    [note] = open_table(path).list_notes()
+    assert f"1 of 4 classes are named as several others, 'a/x{separator} a/y' say" in note
+    assert note.endswith(f"prepare with data.label_separator='{separator}'")
+    assert [note for note in open_table(path, label_separator=separator).list_notes() if "several" in note] == []
+
+
 def test_a_table_becomes_shards(write, tmp_path, encode_image):
     rows = []
     for number in range(60):

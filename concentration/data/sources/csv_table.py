@@ -3,7 +3,7 @@
 import functools
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -133,7 +133,8 @@ class CsvSource(LocalSource):
             items.append(Item(key_of_path(inside), labels, path, split, group))
         if not items:
             raise DataError(f"{config.path}: no rows below the header; expected one for every image")
-        return items, _note_unread(config.path, header, columns)
+        labels = {label for item in items for label in item.labels}
+        return items, [*_note_unread(config.path, header, columns), *_note_combined(config, labels)]
 
 
 def _find_columns(config: CsvConfig, header: Sequence[str]) -> dict[str, int]:
@@ -160,6 +161,18 @@ def _note_unread(path: Path, header: Sequence[str], columns: Mapping[str, int]) 
         return []
     more = f" and {len(unread) - 10} more" if len(unread) > 10 else ""
     return [f"{path}: columns that are not read: {', '.join(unread[:10])}{more}"]
+
+
+def _note_combined(config: CsvConfig, labels: Set[str]) -> Iterator[str]:
+    """Yields a note on labels that are others side by side: their separator may be another than the one that is read."""
+    for separator in (",", ";", "|"):
+        parts_of = {label: label.split(separator) for label in labels if separator in label}
+        found = [label for label, parts in parts_of.items() if labels >= {part.strip() for part in parts}]
+        if found:
+            yield (
+                f"{config.path}: {len(found)} of {len(labels)} classes are named as several others, {min(found)!r} say; if these "
+                f"are several labels of an image, prepare with data.label_separator='{separator}'"
+            )
 
 
 def _check_path(text: str, where: str) -> str:
