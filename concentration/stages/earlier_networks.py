@@ -19,10 +19,10 @@ def is_of_earlier(workdir: Path, directory: Path, verticals: Sequence[str]) -> b
     Raises:
         DataError: its record, or that of the network, is damaged.
     """
-    if not RunDirectory(directory).is_finished:
-        return False
     if directory.parent in [workdir / name for name in (EVALUATIONS, CALIBRATIONS, EXPORTS)]:
-        return is_earlier(workdir, directory, RunDirectory(directory).load_upstream().get("checkpoint"), verticals)
+        return RunDirectory(directory).is_finished and is_earlier(
+            workdir, directory, RunDirectory(directory).load_upstream().get("checkpoint"), verticals
+        )
     return directory.parent.parent == workdir / TARGETS and _are_earlier(workdir, directory)
 
 

@@ -20,7 +20,7 @@ from concentration.label_mix import LabelMix
 from concentration.networks.routed_teachers import RoutedTeachers
 from concentration.schema import Config, FolderName, hash_values
 from concentration.stages.folders import STUDENTS, TARGETS, TEACHERS
-from concentration.stages.identities import identify_teachers
+from concentration.stages.identities import identify_teacher, identify_teachers
 from concentration.stages.plan import count_most_labels, print_training_plan
 from concentration.stages.prepared import PreparedData, load_prepared, load_prepared_split
 from concentration.stages.run_directory import HOW_TO_GROW, RunDirectory
@@ -298,7 +298,7 @@ def _check_teacher(config: StudentConfig, vertical: str, made_by: str) -> None:
     path = config.workdir / TEACHERS / vertical
     if not (path / "DONE.json").exists():
         return  # a teacher may be removed once its targets are made
-    now = RunDirectory(path).load_done(write_command("teacher", vertical))["checkpoint"]
+    now = identify_teacher(config.workdir, vertical)
     if made_by != now:
         raise ConfigError(
             f"targets.name={config.targets.name}: made by another teacher of {vertical} ({made_by}) than {path} holds now "

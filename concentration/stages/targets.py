@@ -21,6 +21,7 @@ from concentration.files import write_atomically
 from concentration.progress import Progress
 from concentration.schema import Config, FolderName
 from concentration.stages.folders import TARGETS, TEACHERS
+from concentration.stages.identities import identify_teacher
 from concentration.stages.prepared import DataOverrides, load_prepared, load_prepared_split
 from concentration.stages.replaced import forget_replaced
 from concentration.stages.run_directory import RunDirectory, StageConfig
@@ -142,8 +143,7 @@ def _make_targets(
     progress: Progress,
 ) -> str | None:
     """Makes one vertical's targets, or this process's part of them, and returns a line on what was made."""
-    teacher = RunDirectory(config.workdir / TEACHERS / vertical)
-    teacher_hash = teacher.load_done(write_command("teacher", vertical))["checkpoint"]
+    teacher_hash = identify_teacher(config.workdir, vertical)
     directory = RunDirectory(config.workdir / TARGETS / config.targets.name / vertical)
     rows_of = {}  # by file: its shard, and the ordinals of the shard's samples that are routed to this teacher
     for shard, ordinals in enumerate(split.by_shard(split.routed(vertical))):

@@ -136,9 +136,10 @@ class OpenImagesSource(LocalSource):
         wanted = self._folder_of_image
         labels: dict[str, list[str]] = {}
         guessed: dict[str, set[str]] = {}  # by a machine alone
-        paths, described = list(_find_all(self._annotations, self._config.labels)), set()
+        paths, described, is_refuted = list(_find_all(self._annotations, self._config.labels)), set(), False
         for image, label, confidence, is_guess in _read_labels(paths, wanted):
             described.add(wanted[image])
+            is_refuted |= confidence == 0 and not is_guess
             if confidence >= self._config.min_confidence and confidence > 0:
                 known = labels.setdefault(image, [])
                 if label not in known:
@@ -149,7 +150,7 @@ class OpenImagesSource(LocalSource):
                     guessed[image].discard(label)
         # People were shown what machines had guessed: what they said no to is no label. Their 0s are most of the rows, so they
         # are not kept, but read again.
-        for image, label, confidence, is_guess in _read_labels(paths, guessed) if guessed else ():
+        for image, label, confidence, is_guess in _read_labels(paths, guessed) if guessed and is_refuted else ():
             if confidence == 0 and not is_guess and label in guessed[image]:
                 guessed[image].remove(label)
                 labels[image].remove(label)
